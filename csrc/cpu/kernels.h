@@ -1,0 +1,17 @@
+// The CPU kernels as each instruction set's namespace offers them.
+#pragma once
+
+#include "../ops/match_params.h"
+#include "../ops/merge_params.h"
+#include "../ops/sparse_attn_params.h"
+#include "parallel.h"
+
+namespace tokred::generic {
+#include "kernels.inc"
+}
+namespace tokred::avx2 {
+#include "kernels.inc"
+}
+namespace tokred::avx512 {
+#include "kernels.inc"
+}

@@ -1,0 +1,352 @@
+// Sixteen lanes, always: one zmm, two ymm or four xmm / NEON registers, so that every result is
+// bitwise the same on every instruction set. Fused multiply-adds are explicit (the build turns
+// contraction off); every reduction is a fixed tree. Included by kernel files only, inside nothing:
+// it opens the namespace of the instruction set it is compiled for.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+#include "../ops/types.h"
+
+#define TOKRED_INLINE static inline __attribute__((always_inline))
+
+namespace tokred::TOKRED_ISA {
+
+inline constexpr int kLanes = 16;
+
+#if defined(__AVX512F__)
+inline constexpr int kRegisterBytes = 64;
+#elif defined(__AVX2__)
+inline constexpr int kRegisterBytes = 32;
+#else
+inline constexpr int kRegisterBytes = 16;
+#endif
+
+template <class T>
+struct Native;
+template <>
+struct Native<float> {
+  typedef float type __attribute__((vector_size(kRegisterBytes)));
+  typedef int32_t bits __attribute__((vector_size(kRegisterBytes)));
+};
+template <>
+struct Native<int32_t> {
+  typedef int32_t type __attribute__((vector_size(kRegisterBytes)));
+  typedef int32_t bits __attribute__((vector_size(kRegisterBytes)));
+};
+template <>
+struct Native<double> {
+  typedef double type __attribute__((vector_size(kRegisterBytes)));
+  typedef int64_t bits __attribute__((vector_size(kRegisterBytes)));
+};
+
+template <class T>
+struct Vec {
+  using N = typename Native<T>::type;
+  static constexpr int kWidth = kRegisterBytes / sizeof(T);  // lanes of one register
+  static constexpr int kRegisters = kLanes / kWidth;
+  N r[kRegisters];
+};
+using f32x16 = Vec<float>;
+using i32x16 = Vec<int32_t>;
+using f64x16 = Vec<double>;
+
+template <class V, class F>
+TOKRED_INLINE V map(F f) {
+  V out;
+#pragma GCC unroll 8
+  for (int i = 0; i < V::kRegisters; ++i) out.r[i] = f(i);
+  return out;
+}
+
+template <class T>
+TOKRED_INLINE Vec<T> splat(T x) {
+  // x - 0 is x; x + 0 would cost an addition, for the sake of -0.
+  return map<Vec<T>>([&](int) { return x - typename Vec<T>::N{}; });
+}
+template <class T>
+TOKRED_INLINE Vec<T> load(const T* p) {
+  return map<Vec<T>>([&](int i) {
+    typename Vec<T>::N v;
+    std::memcpy(&v, p + i * Vec<T>::kWidth, sizeof v);
+    return v;
+  });
+}
+template <class T>
+TOKRED_INLINE void store(T* p, Vec<T> v) {
+#pragma GCC unroll 8
+  for (int i = 0; i < Vec<T>::kRegisters; ++i) {
+    std::memcpy(p + i * Vec<T>::kWidth, &v.r[i], sizeof v.r[i]);
+  }
+}
+
+template <class T>
+TOKRED_INLINE Vec<T> operator+(Vec<T> a, Vec<T> b) {
+  return map<Vec<T>>([&](int i) { return a.r[i] + b.r[i]; });
+}
+template <class T>
+TOKRED_INLINE Vec<T> operator-(Vec<T> a, Vec<T> b) {
+  return map<Vec<T>>([&](int i) { return a.r[i] - b.r[i]; });
+}
+template <class T>
+TOKRED_INLINE Vec<T> operator*(Vec<T> a, Vec<T> b) {
+  return map<Vec<T>>([&](int i) { return a.r[i] * b.r[i]; });
+}
+template <class T>
+TOKRED_INLINE Vec<T> operator/(Vec<T> a, Vec<T> b) {
+  return map<Vec<T>>([&](int i) { return a.r[i] / b.r[i]; });
+}
+
+// a * b + c, rounded once on every instruction set.
+TOKRED_INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
+  return map<f32x16>([&](int i) {
+#if defined(__AVX512F__)
+    return (f32x16::N)_mm512_fmadd_ps((__m512)a.r[i], (__m512)b.r[i], (__m512)c.r[i]);
+#elif defined(__FMA__)
+    return (f32x16::N)_mm256_fmadd_ps((__m256)a.r[i], (__m256)b.r[i], (__m256)c.r[i]);
+#else
+    f32x16::N out;
+    for (int j = 0; j < f32x16::kWidth; ++j) {
+      out[j] = __builtin_fmaf(a.r[i][j], b.r[i][j], c.r[i][j]);
+    }
+    return out;
+#endif
+  });
+}
+TOKRED_INLINE f64x16 fma(f64x16 a, f64x16 b, f64x16 c) {
+  return map<f64x16>([&](int i) {
+#if defined(__AVX512F__)
+    return (f64x16::N)_mm512_fmadd_pd((__m512d)a.r[i], (__m512d)b.r[i], (__m512d)c.r[i]);
+#elif defined(__FMA__)
+    return (f64x16::N)_mm256_fmadd_pd((__m256d)a.r[i], (__m256d)b.r[i], (__m256d)c.r[i]);
+#else
+    f64x16::N out;
+    for (int j = 0; j < f64x16::kWidth; ++j) {
+      out[j] = __builtin_fma(a.r[i][j], b.r[i][j], c.r[i][j]);
+    }
+    return out;
+#endif
+  });
+}
+
+// Lane-wise a > b ? x : y. False where either is NaN.
+template <class T, class U>
+TOKRED_INLINE Vec<U> select_greater(Vec<T> a, Vec<T> b, Vec<U> x, Vec<U> y) {
+  static_assert(sizeof(T) == sizeof(U));
+  return map<Vec<U>>([&](int i) { return a.r[i] > b.r[i] ? x.r[i] : y.r[i]; });
+}
+// The greater one; b where either is NaN.
+template <class T>
+TOKRED_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {
+  return select_greater(a, b, a, b);
+}
+#ifdef __AVX2__
+// One instruction of the same meaning, which the compiler does not find by itself.
+TOKRED_INLINE f32x16 max(f32x16 a, f32x16 b) {
+  return map<f32x16>([&](int i) {
+#ifdef __AVX512F__
+    return (f32x16::N)_mm512_max_ps((__m512)a.r[i], (__m512)b.r[i]);
+#else
+    return (f32x16::N)_mm256_max_ps((__m256)a.r[i], (__m256)b.r[i]);
+#endif
+  });
+}
+#endif
+template <class T>
+TOKRED_INLINE Vec<T> min(Vec<T> a, Vec<T> b) {
+  return select_greater(b, a, a, b);
+}
+// x where v is a number, y where it is NaN.
+template <class T>
+TOKRED_INLINE Vec<T> select_number(Vec<T> v, Vec<T> x, Vec<T> y) {
+  return map<Vec<T>>([&](int i) { return v.r[i] == v.r[i] ? x.r[i] : y.r[i]; });
+}
+
+// Sum of the lanes as ((l + l+8) + (l+4 ..)) ..: halves are added until one lane is left.
+template <class T>
+TOKRED_INLINE T sum(Vec<T> v) {
+  T lane[kLanes];
+  store(lane, v);
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half; half /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+  }
+  return lane[0];
+}
+
+// bf16 and f16 are stored as their bit patterns.
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+TOKRED_INLINE float to_float(float x) { return x; }
+TOKRED_INLINE double to_float(double x) { return x; }
+TOKRED_INLINE float to_float(bf16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+TOKRED_INLINE float to_float(f16 x) {
+#ifdef __F16C__
+  return _cvtsh_ss(x.bits);
+#else
+  // Shift the exponent into place, then let a multiplication by 2^112 rebias it (subnormals too).
+  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fffu) << 13;
+  float f;
+  std::memcpy(&f, &magnitude, 4);
+  f *= 0x1p112f;
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  if (magnitude >= 0x0f800000u) bits |= 0x7f800000u;  // inf and NaN keep their mantissa
+  if (magnitude > 0x0f800000u) bits |= 0x00400000u;   // a NaN comes out quiet
+  bits |= static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  std::memcpy(&f, &bits, 4);
+  return f;
+#endif
+}
+
+TOKRED_INLINE void from_float(float x, float& out) { out = x; }
+TOKRED_INLINE void from_float(double x, double& out) { out = x; }
+// Round to nearest even; NaN becomes the quiet NaN that torch writes.
+TOKRED_INLINE void from_float(float x, bf16& out) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  out.bits = x == x ? static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16) : 0x7fc0u;
+}
+TOKRED_INLINE void from_float(float x, f16& out) {
+#ifdef __F16C__
+  out.bits = static_cast<uint16_t>(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  bits &= 0x7fffffffu;
+  uint32_t half;
+  if (bits > 0x7f800000u) {
+    half = 0x7e00u | ((bits >> 13) & 0x3ffu);
+  } else if (bits >= 0x47800000u) {
+    half = 0x7c00u;
+  } else if (bits >= 0x38800000u) {
+    bits += 0xfffu + ((bits >> 13) & 1);
+    half = (bits - 0x38000000u) >> 13;
+  } else {
+    // Subnormal: adding 0.5 puts the rounded value into the low mantissa bits.
+    float f;
+    std::memcpy(&f, &bits, 4);
+    f += 0.5f;
+    std::memcpy(&half, &f, 4);
+    half -= 0x3f000000u;
+  }
+  out.bits = static_cast<uint16_t>(sign | half);
+#endif
+}
+
+// Sixteen values of any storage type as the accumulator type.
+TOKRED_INLINE f32x16 load_as(const float* p) { return load(p); }
+TOKRED_INLINE f64x16 load_as(const double* p) { return load(p); }
+TOKRED_INLINE f32x16 load_as(const bf16* p) {
+#if defined(__AVX512F__)
+  __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {(f32x16::N)_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16))};
+#elif defined(__AVX2__)
+  return map<f32x16>([&](int i) {
+    __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8 * i));
+    return (f32x16::N)_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
+  });
+#else
+  float lane[kLanes];
+  for (int i = 0; i < kLanes; ++i) lane[i] = to_float(p[i]);
+  return load(lane);
+#endif
+}
+TOKRED_INLINE f32x16 load_as(const f16* p) {
+#if defined(__AVX512F__)
+  return {(f32x16::N)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+#elif defined(__F16C__)
+  return map<f32x16>([&](int i) {
+    return (f32x16::N)_mm256_cvtph_ps(
+        _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8 * i)));
+  });
+#else
+  float lane[kLanes];
+  for (int i = 0; i < kLanes; ++i) lane[i] = to_float(p[i]);
+  return load(lane);
+#endif
+}
+
+TOKRED_INLINE void store_as(float* p, f32x16 v) { store(p, v); }
+TOKRED_INLINE void store_as(double* p, f64x16 v) { store(p, v); }
+TOKRED_INLINE void store_as(bf16* p, f32x16 v) {
+#if defined(__AVX2__)
+#pragma GCC unroll 2
+  for (int i = 0; i < f32x16::kRegisters; ++i) {
+    const auto bits = (Native<float>::bits)v.r[i];
+    const auto odd = (bits >> 16) & 1;
+    const auto rounded = (bits + 0x7fff + odd) >> 16;
+    const auto quiet = v.r[i] == v.r[i] ? rounded : Native<float>::bits{} + 0x7fc0;
+#if defined(__AVX512F__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)quiet));
+#else
+    const __m256i low = (__m256i)(quiet & 0xffff);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, low), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8 * i), _mm256_castsi256_si128(packed));
+#endif
+  }
+#else
+  float lane[kLanes];
+  store(lane, v);
+  for (int i = 0; i < kLanes; ++i) from_float(lane[i], p[i]);
+#endif
+}
+TOKRED_INLINE void store_as(f16* p, f32x16 v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph((__m512)v.r[0], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__)
+#pragma GCC unroll 2
+  for (int i = 0; i < f32x16::kRegisters; ++i) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8 * i),
+                     _mm256_cvtps_ph((__m256)v.r[i], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+#else
+  float lane[kLanes];
+  store(lane, v);
+  for (int i = 0; i < kLanes; ++i) from_float(lane[i], p[i]);
+#endif
+}
+
+// The accumulator type of a storage type.
+template <class T>
+struct AccumulatorOf {
+  using type = float;
+};
+template <>
+struct AccumulatorOf<double> {
+  using type = double;
+};
+template <class T>
+using Accumulator = typename AccumulatorOf<T>::type;
+
+// Calls f.template operator()<T>() with the storage type of `dtype`.
+template <class F>
+TOKRED_INLINE void visit_dtype(DType dtype, F f) {
+  switch (dtype) {
+    case DType::f32: f.template operator()<float>(); break;
+    case DType::f16: f.template operator()<f16>(); break;
+    case DType::bf16: f.template operator()<bf16>(); break;
+    case DType::f64: f.template operator()<double>(); break;
+  }
+}
+
+}  // namespace tokred::TOKRED_ISA

@@ -1,0 +1,148 @@
+// The stable-ABI vocabulary of the front ends: checks, allocation and views of tensors as PODs.
+// Every check names the argument, what it was and what it must be.
+#pragma once
+
+#include <initializer_list>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "ops/types.h"
+
+#define TOKRED_CHECK(condition, ...)                                       \
+  do {                                                                     \
+    if (!(condition)) STD_TORCH_CHECK(false, "tokred: ", __VA_ARGS__);     \
+  } while (false)
+
+namespace tokred {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline std::string shape_string(const Tensor& t) {
+  std::string text = "[";
+  for (int64_t i = 0; i < t.dim(); ++i) {
+    text += (i ? ", " : "") + std::to_string(t.size(i));
+  }
+  return text + "]";
+}
+
+inline const char* dtype_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    default: return "a dtype of another kind";
+  }
+}
+
+inline void check_dim(const Tensor& t, const char* name, int64_t dim, const char* layout) {
+  TOKRED_CHECK(t.dim() == dim, name, " must have ", dim, " dimensions ", layout, ", got shape ",
+               shape_string(t));
+}
+
+inline void check_dtype(const Tensor& t, const char* name, ScalarType type) {
+  TOKRED_CHECK(t.scalar_type() == type, name, " must be ", dtype_name(type), ", got ",
+               dtype_name(t.scalar_type()));
+}
+
+inline void check_same_dtype(const Tensor& t, const char* name, const Tensor& like,
+                             const char* like_name) {
+  TOKRED_CHECK(t.scalar_type() == like.scalar_type(), name, " must have the dtype of ", like_name,
+               " (", dtype_name(like.scalar_type()), "), got ", dtype_name(t.scalar_type()));
+}
+
+inline void check_same_device(const Tensor& t, const char* name, const Tensor& like,
+                              const char* like_name) {
+  TOKRED_CHECK(t.is_cpu() == like.is_cpu() && t.get_device_index() == like.get_device_index(), name,
+               " must be on the device of ", like_name, ", and is not");
+}
+
+inline void check_last_contiguous(const Tensor& t, const char* name) {
+  TOKRED_CHECK(t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1, name,
+               " must be contiguous in its last dimension, got stride ", t.stride(t.dim() - 1),
+               "; call .contiguous() where the copy is acceptable");
+}
+
+// A size of -1 in `shape` accepts any size; 0 in `broadcast` positions is not special.
+inline void check_shape(const Tensor& t, const char* name, std::initializer_list<int64_t> shape,
+                        const char* layout) {
+  check_dim(t, name, static_cast<int64_t>(shape.size()), layout);
+  int64_t dim = 0;
+  for (int64_t want : shape) {
+    TOKRED_CHECK(want < 0 || t.size(dim) == want, name, " must be ", layout, " with size ", want,
+                 " in dimension ", dim, ", got shape ", shape_string(t));
+    ++dim;
+  }
+}
+
+// f32, f16 or bf16, and f64 where `allow_double`.
+inline DType float_dtype(const Tensor& t, const char* name, bool allow_double) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::Half: return DType::f16;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Double:
+      if (allow_double) return DType::f64;
+      [[fallthrough]];
+    default:
+      TOKRED_CHECK(false, name, " must be float32, float16 or bfloat16",
+                   allow_double ? " (or float64 on the CPU)" : "", ", got ",
+                   dtype_name(t.scalar_type()));
+  }
+  return DType::f32;
+}
+
+inline ScalarType accumulator_type(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// A fresh contiguous tensor on the device of `like`. The unboxed shim costs a third of new_empty.
+inline Tensor allocate(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
+  int64_t strides[8];
+  int64_t step = 1;
+  for (int64_t i = static_cast<int64_t>(shape.size()) - 1; i >= 0; --i) {
+    strides[i] = step;
+    step *= shape.begin()[i] > 0 ? shape.begin()[i] : 1;
+  }
+  int32_t device_type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(shape.size()), shape.begin(), strides,
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device_type,
+      like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+inline Tensor allocate_bytes(const Tensor& like, int64_t bytes) {
+  return allocate(like, {bytes > 0 ? bytes : 1}, ScalarType::Byte);
+}
+
+// The stride of a dimension, 0 where it has one element and is broadcast.
+inline int64_t broadcast_stride(const Tensor& t, int64_t dim) {
+  return t.size(dim) == 1 ? 0 : t.stride(dim);
+}
+
+// An optional per-token table [B, N] of the accumulator type of `like`.
+inline TokenTable token_table(const OptionalTensor& t, const char* name, const Tensor& like,
+                              int64_t batch, int64_t tokens) {
+  if (!t) return {};
+  check_shape(*t, name, {batch, tokens}, "[B, N]");
+  check_dtype(*t, name, accumulator_type(like));
+  check_same_device(*t, name, like, "x");
+  return {t->const_data_ptr(), t->stride(0), t->stride(1)};
+}
+
+}  // namespace tokred
