@@ -1,0 +1,43 @@
+// biased_attention backward: seven products of B H L N D multiply-adds where the forward pass has
+// two, because both kernels recompute the probabilities and their gradients.
+#include "launch.h"
+#include "sparse_attn_backward.cuh"
+
+namespace tokred::cuda {
+namespace {
+
+using namespace attention;
+
+template <class T, int kDim>
+void launch_backward(const AttentionBackwardParams& p, Stream stream) {
+  using Config = BackwardConfig<T, kDim>;
+  constexpr bool kFloat = Operand<T>::kPlanes == 3;
+  static_assert(sizeof(QueryGradShared<Config>) == grad_query_shared_bytes(kDim, kFloat));
+  static_assert(sizeof(KeyGradShared<Config>) == grad_key_shared_bytes(kDim, kFloat));
+  const AttentionShape shape = attention_shape(p.forward);
+  launch(attention_delta_kernel<T>, plan_delta(shape), stream, p);
+  launch(attention_grad_query_kernel<Config>, plan_grad_query(shape), stream, p);
+  const LaunchPlan plan = plan_grad_key(shape);
+  if constexpr (kDim <= 128) {
+    launch(attention_grad_key_kernel<Config>, plan, stream, p);
+  } else {
+    launch(attention_grad_key_kernel<BackwardConfig<T, kDim, KeyGrads::value>>, plan, stream, p);
+    launch(attention_grad_key_kernel<BackwardConfig<T, kDim, KeyGrads::key>>, plan, stream, p);
+  }
+}
+
+}  // namespace
+
+void biased_attention_backward(const AttentionBackwardParams& p, Stream stream) {
+  const AttentionParams& f = p.forward;
+  if (f.batch == 0 || f.heads_q == 0) return;
+  visit_dtype(f.dtype, [&]<class T>() {
+    switch (backward_head_dim(f.head_dim > f.value_dim ? f.head_dim : f.value_dim)) {
+      case 64: return launch_backward<T, 64>(p, stream);
+      case 128: return launch_backward<T, 128>(p, stream);
+      default: return launch_backward<T, 256>(p, stream);
+    }
+  });
+}
+
+}  // namespace tokred::cuda
