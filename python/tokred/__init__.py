@@ -1,0 +1,55 @@
+"""Token reduction kernels: matching, merging and attention over fewer tokens.
+
+The functional API below calls torch.ops.tokred.*, on CPU and CUDA tensors. The same ops in plain
+torch are in tokred.reference, the published methods in tokred.methods, and `tokred.patch` puts a
+method into a timm or transformers model.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from . import _library
+
+_library.load()
+
+from .ops import (  # noqa: E402  (the ops must exist before their wrappers)
+    biased_attention,
+    bipartite_soft_matching,
+    compose,
+    match,
+    merge,
+    num_out,
+    threshold_matching,
+    unmerge,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "biased_attention",
+    "bipartite_soft_matching",
+    "compose",
+    "match",
+    "merge",
+    "num_out",
+    "patch",
+    "threshold_matching",
+    "unmerge",
+]
+
+_LAZY_MODULES = ("methods", "models", "patching", "reference")
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what is not needed to run an op when it is first asked for."""
+    if name == "patch":
+        return importlib.import_module("tokred.patching").patch
+    if name in _LAZY_MODULES:
+        return importlib.import_module(f"tokred.{name}")
+    raise AttributeError(f"module 'tokred' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_LAZY_MODULES})

@@ -1,0 +1,316 @@
+"""python -m tokred demo: token merging in DINOv2 ViT-S/14 on real photographs.
+
+A table of what merging r tokens in each of the twelve layers saves and what it costs, measured in
+turns with the unpatched model, and for each photograph a picture of the merged patches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import tokred
+from tokred.models.dinov2 import PATCH_SIZE, MissingModelError, load_dinov2
+
+if TYPE_CHECKING:
+    import numpy as np
+
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+PHOTOGRAPHS = ("astronaut", "coffee", "chelsea", "rocket")
+NEEDED = {
+    "transformers": "transformers",
+    "skimage": "scikit-image",
+    "matplotlib": "matplotlib",
+    "rich": "rich",
+}
+GOOD_COSINE = 0.99
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one run of the demo measures: r per layer by image size, and how often."""
+
+    photographs: tuple[str, ...]
+    r: dict[int, tuple[int, ...]]
+    repeats: dict[int, int]
+
+
+FULL = Plan(
+    PHOTOGRAPHS,
+    {224: (4, 8, 12, 16), 518: (20, 40, 60, 80, 100, 110)},
+    {224: 5, 518: 2},
+)
+QUICK = Plan(PHOTOGRAPHS[:1], {224: (8, 16), 518: (100,)}, {224: 1, 518: 1})
+
+
+@dataclass(frozen=True)
+class Photograph:
+    name: str
+    image: np.ndarray  # uint8 [S, S, 3]
+    pixels: Tensor  # f32 [1, 3, S, S], normalised
+
+
+@dataclass(frozen=True)
+class Row:
+    """One r at one image size, over all photographs."""
+
+    image_size: int
+    r: int
+    tokens: int
+    ms_unpatched: float
+    ms_merged: float
+    speed_up: float
+    cls_cosine: float
+    cls_cosine_worst: float
+    patch_cosine: float
+
+
+def main(arguments: Sequence[str] = ()) -> int:
+    """Runs the demo; the exit code is 2 where something must be installed first."""
+    parser = argparse.ArgumentParser(prog="python -m tokred demo", description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder to write")
+    parser.add_argument("--quick", action="store_true", help="one photograph, under a minute")
+    options = parser.parse_args(arguments)
+    try:
+        _require_packages()
+        run(QUICK if options.quick else FULL, options.output)
+    except MissingModelError as error:
+        print(f"tokred demo: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(plan: Plan, output: Path) -> list[Row]:
+    """Measures, prints the table, writes results.json and one PNG per photograph."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    rows: list[Row] = []
+    panels: dict[str, list[list]] = {name: [] for name in plan.photographs}
+    with (
+        Progress(*columns, TimeElapsedColumn(), console=console) as progress,
+        torch.inference_mode(),
+    ):
+        steps = sum(len(amounts) for amounts in plan.r.values()) + 1
+        task = progress.add_task("loading DINOv2 ViT-S/14", total=steps)
+        model = load_dinov2()
+        progress.advance(task)
+        for size, amounts in plan.r.items():
+            photographs = list(_photographs(plan.photographs, size))
+            for photograph in photographs:
+                caption = f"{size} px, {_tokens(size) - 1} patches"
+                panels[photograph.name].append([(caption, photograph.image)])
+            for r in amounts:
+                progress.update(task, description=f"{size} px, r = {r} in each layer")
+                row, maps = _measure(model, photographs, r, plan.repeats[size])
+                rows.append(row)
+                for photograph, token_map in zip(photographs, maps, strict=True):
+                    panels[photograph.name][-1].append(_panel(photograph, token_map, row))
+                progress.advance(task)
+    pictures = [_save(output, name, lines) for name, lines in panels.items()]
+    results = output / "results.json"
+    results.write_text(json.dumps(_report(rows, plan), indent=2) + "\n")
+    console.print(_table(rows))
+    console.print(_verdict(rows))
+    console.print("written:", ", ".join(str(path) for path in (*pictures, results)))
+    return rows
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Both models on one photograph, one after the other, in seconds."""
+
+    unpatched: float
+    merged: float
+    tokens: int
+    token_map: Tensor  # i32 [N0]
+    cosine: Tensor  # f32 [N0], of each original token
+
+
+def _turn(model: torch.nn.Module, photograph: Photograph, r: int) -> Turn:
+    def forward() -> Tensor:
+        return model(photograph.pixels).last_hidden_state
+
+    expected, unpatched = _timed(forward)
+    with tokred.patch(model, "tome", r=r, trace_source=True) as handle:
+        merged, patched = _timed(forward)
+        cosine = functional.cosine_similarity(handle.unmerge(merged), expected, dim=-1)
+        return Turn(unpatched, patched, merged.shape[1], handle.token_map[0], cosine[0])
+
+
+def _measure(
+    model: torch.nn.Module, photographs: list[Photograph], r: int, repeats: int
+) -> tuple[Row, list[Tensor]]:
+    """One row, and the token map of each photograph.
+
+    Both models run in turns on one image at a time, so that whatever else the machine does slows
+    both. Times are medians over photographs and repeats, after one turn to warm up.
+    """
+    _turn(model, photographs[0], r)
+    turns = [[_turn(model, photograph, r) for _ in range(repeats)] for photograph in photographs]
+    unpatched = statistics.median(turn.unpatched for each in turns for turn in each)
+    merged = statistics.median(turn.merged for each in turns for turn in each)
+    cosines = torch.stack([each[0].cosine for each in turns])
+    row = Row(
+        image_size=photographs[0].pixels.shape[-1],
+        r=r,
+        tokens=turns[0][0].tokens,
+        ms_unpatched=unpatched * 1e3,
+        ms_merged=merged * 1e3,
+        speed_up=unpatched / merged,
+        cls_cosine=cosines[:, 0].mean().item(),
+        cls_cosine_worst=cosines[:, 0].min().item(),
+        patch_cosine=cosines[:, 1:].mean().item(),
+    )
+    return row, [each[0].token_map for each in turns]
+
+
+def _timed(function: Callable[[], Tensor]) -> tuple[Tensor, float]:
+    start = time.perf_counter()
+    result = function()
+    return result, time.perf_counter() - start
+
+
+def _photographs(names: Sequence[str], size: int) -> Iterator[Photograph]:
+    """The centre square of each photograph of scikit-image, at size x size pixels."""
+    import numpy as np
+    from skimage import data
+    from skimage.transform import resize
+
+    for name in names:
+        try:
+            image = getattr(data, name)()
+        except (OSError, ImportError, ValueError) as error:
+            raise MissingModelError(
+                f"scikit-image has no photograph {name!r} here ({error}): run "
+                "`pip install --force-reinstall scikit-image`"
+            ) from error
+        side = min(image.shape[:2])
+        top, left = ((extent - side) // 2 for extent in image.shape[:2])
+        square = image[top : top + side, left : left + side]
+        scaled = resize(square, (size, size), anti_aliasing=True).astype(np.float32)
+        pixels = (torch.from_numpy(scaled) - torch.tensor(MEAN)) / torch.tensor(STD)
+        shown = (scaled * 255).round().astype(np.uint8)
+        yield Photograph(name, shown, pixels.permute(2, 0, 1)[None].contiguous())
+
+
+def _panel(photograph: Photograph, token_map: Tensor, row: Row) -> tuple[str, np.ndarray]:
+    from tokred.figures import merged_regions
+
+    grid = row.image_size // PATCH_SIZE
+    groups = token_map[1:].reshape(grid, grid).cpu().numpy()
+    caption = f"r = {row.r}: {row.tokens - 1} regions"
+    return caption, merged_regions(photograph.image, groups, side=592)
+
+
+def _save(output: Path, name: str, rows: list[list]) -> Path:
+    from tokred.figures import save_panels
+
+    path = output / f"{name}.png"
+    save_panels(path, f"{name}: patches merged by DINOv2 ViT-S/14 with ToMe", rows)
+    return path
+
+
+def _tokens(size: int) -> int:
+    return (size // PATCH_SIZE) ** 2 + 1
+
+
+def _table(rows: list[Row]) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    title = "DINOv2 ViT-S/14 with ToMe in its 12 layers, float32, one image at a time"
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    headings = ("pixels", "r", "tokens", "SDPA ms", "tokred ms", "speed-up", "CLS cos", "patch cos")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    previous = rows[0]
+    for row in rows:
+        if row.image_size != previous.image_size:
+            table.add_section()
+        previous = row
+        table.add_row(
+            str(row.image_size),
+            str(row.r),
+            f"{_tokens(row.image_size)} → {row.tokens}",
+            f"{row.ms_unpatched:.0f}",
+            f"{row.ms_merged:.0f}",
+            f"{row.speed_up:.2f}×",
+            f"{row.cls_cosine:.4f}",
+            f"{row.patch_cosine:.4f}",
+        )
+    return table
+
+
+def _verdict(rows: list[Row]) -> str:
+    """The fastest faithful r, and the first r that pays, by image size."""
+    lines = []
+    for size in sorted({row.image_size for row in rows}):
+        here = [row for row in rows if row.image_size == size]
+        faithful = [row for row in here if row.cls_cosine >= GOOD_COSINE]
+        paying = next((row for row in here if row.speed_up > 1), None)
+        even = f"r = {paying.r} is the first measured that pays" if paying else "no r pays"
+        if faithful:
+            best = max(faithful, key=lambda row: row.speed_up)
+            top = f"{best.speed_up:.2f}× at CLS cosine {best.cls_cosine:.4f} (r = {best.r})"
+        else:
+            top = f"no r keeps a CLS cosine of {GOOD_COSINE}"
+        lines.append(f"{size} px: {top}; {even}")
+    return "\n".join(lines)
+
+
+def _report(rows: list[Row], plan: Plan) -> dict[str, Any]:
+    return {
+        "machine": {
+            "cpu": _cpu_name(),
+            "threads": torch.get_num_threads(),
+            "platform": platform.platform(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+        },
+        "versions": {
+            "tokred": tokred.__version__,
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+            "python": platform.python_version(),
+        },
+        "photographs": list(plan.photographs),
+        "repeats": {str(size): count for size, count in plan.repeats.items()},
+        "rows": [asdict(row) for row in rows],
+    }
+
+
+def _cpu_name() -> str:
+    """The processor's name, where Linux tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _require_packages() -> None:
+    missing = [package for module, package in NEEDED.items() if not _installed(module)]
+    if missing:
+        raise MissingModelError(
+            f"the demo needs {', '.join(missing)}: run `pip install {' '.join(missing)}`"
+        )
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None

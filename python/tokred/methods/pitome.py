@@ -1,0 +1,150 @@
+"""PiToMe: merge inside dense clusters only, found by an energy score per token.
+
+Accelerating Transformers with Spectrum-Preserving Token Merging (NeurIPS 2024, arXiv 2405.16148).
+
+The groups are the published ones. Inside the output, protected tokens keep their position order
+instead of the order of their energy, which no later layer depends on beyond its own ranking.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch.nn import functional
+
+import tokred
+
+from .tome import Plan
+
+# Rows of the similarity matrix that exist at a time.
+TILE_ROWS = 256
+
+
+def energy(metric: torch.Tensor, margin: float, kind: str = "vision") -> torch.Tensor:
+    """How dense the neighbourhood of each token is: mean_j phi(cos(i, j)).
+
+    Args:
+        metric: [B, N, C].
+        margin: similarities below it hardly count; the published values fall from layer to layer.
+        kind: "vision", phi(c) = ELU(c - margin); "text", phi(c) = the normal density of 1 - c
+            with standard deviation 1 - margin.
+
+    Returns:
+        f32 [B, N], high for tokens with many near-duplicates. O(B N^2 C) time; the similarity
+        matrix exists TILE_ROWS rows at a time.
+
+    Raises:
+        ValueError: an unknown kind, or a text margin of 1 or more.
+    """
+    if kind not in ("vision", "text"):
+        raise ValueError(f'kind must be "vision" or "text", not {kind!r}')
+    if kind == "text" and not margin < 1:
+        raise ValueError(f"margin must be below 1 for the text energy, not {margin}")
+    unit = functional.normalize(metric.float(), dim=-1)
+    rows = []
+    for tile in unit.split(TILE_ROWS, dim=1):
+        cosine = tile @ unit.transpose(1, 2)
+        if kind == "vision":
+            rows.append(functional.elu(cosine - margin).mean(-1))
+        else:
+            deviation = 1 - margin
+            density = torch.exp(-0.5 * ((1 - cosine) / deviation) ** 2)
+            rows.append(density.mean(-1) / (deviation * math.sqrt(2 * math.pi)))
+    return torch.cat(rows, dim=1)
+
+
+def pitome_plan(
+    metric: torch.Tensor,
+    num_prefix: int,
+    ratio: float,
+    margin: float = 0.9,
+    variant: str = "pitome",
+    kind: str = "vision",
+) -> tuple[torch.Tensor, int] | None:
+    """The map of one layer.
+
+    Args:
+        metric: [B, N, C], the keys averaged over the heads.
+        num_prefix: the first tokens that must not take part.
+        ratio: the share of the other T = N - num_prefix tokens to keep, from 0.5 to 1;
+            r = floor(T - T ratio).
+        margin, kind: as in energy.
+        variant: "pitome": the 2r tokens of highest energy are mergeable, every second of them
+            (vision) or the first half (text) goes to its most similar partner in the rest, all
+            others are protected; "bsm": all tokens are split by the parity of their energy rank
+            and the r most similar pairs merge.
+
+    Returns:
+        (token_map i32 [B, N], N - r), or None where r comes to 0. O(B N^2 C) time.
+
+    Raises:
+        ValueError: a ratio outside [0.5, 1], an unknown variant or kind.
+    """
+    if not 0.5 <= ratio <= 1:
+        raise ValueError(
+            f"ratio is the share of tokens to keep: at most half can merge, so it must be in "
+            f"[0.5, 1], not {ratio}"
+        )
+    if variant not in ("pitome", "bsm"):
+        raise ValueError(f'variant must be "pitome" or "bsm", not {variant!r}')
+    tokens = metric.shape[1]
+    rest = max(tokens - num_prefix, 0)
+    # A ratio such as 0.9 is a shade above or below its decimal: rounding off keeps floor exact.
+    r = min(math.floor(round(rest - rest * ratio, 9)), rest // 2)
+    if r == 0:
+        return None
+    score = energy(metric[:, num_prefix:], margin, kind)
+    order = score.argsort(dim=1, descending=True, stable=True).to(torch.int32) + num_prefix
+    if variant == "pitome" and kind == "text":
+        sources, destinations = order[:, :r], order[:, r : 2 * r]
+    else:
+        mergeable = order[:, : 2 * r] if variant == "pitome" else order
+        sources, destinations = mergeable[:, 0::2], mergeable[:, 1::2]
+    token_map = tokred.bipartite_soft_matching(
+        metric,
+        r,
+        num_prefix,
+        sources=sources.contiguous(),
+        destinations=destinations.contiguous(),
+    )
+    return token_map, tokens - r
+
+
+@dataclass(frozen=True)
+class PiToMe:
+    """Options of tokred.patch(model, "pitome", ...).
+
+    ratio is the share of tokens each layer keeps. The margin of layer l of L is
+    margin - margin_drop * l / L, with margin_drop = margin by default; published are 0.75 for DeiT
+    and MAE, 0.9 for AugReg and CLIP models. The first bsm_layers layers use the "bsm" variant and
+    the others the full one: the first half by default, as published for DeiT.
+    """
+
+    ratio: float = 0.9
+    margin: float = 0.75
+    margin_drop: float | None = None
+    bsm_layers: int | None = None
+
+    adapters = ("timm", "transformers")
+
+    def plans(self, num_layers: int) -> list[Plan | None]:
+        """One plan per layer, None where the layer merges nothing."""
+        if self.ratio == 1:
+            return [None] * num_layers
+        drop = self.margin if self.margin_drop is None else self.margin_drop
+        bsm_layers = num_layers // 2 if self.bsm_layers is None else self.bsm_layers
+        return [
+            partial(
+                pitome_plan,
+                ratio=self.ratio,
+                margin=self.margin - drop * layer / num_layers,
+                variant="bsm" if layer < bsm_layers else "pitome",
+            )
+            for layer in range(num_layers)
+        ]
+
+
+OPTIONS = PiToMe

@@ -1,0 +1,68 @@
+"""Adapters: where in a model family the layers are, and how a method gets into them."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from tokred.patching import Overrides, Settings
+
+_SUPPORTED = {
+    "timm": "timm models made of vision_transformer.Block",
+    "transformers": "transformers' ViT, DeiT, DINOv2, SigLIP and CLIP vision models",
+    "diffusers": "diffusers models made of BasicTransformerBlock",
+}
+
+
+def attach(
+    model: nn.Module,
+    method: Any,
+    settings: Settings,
+    overrides: Overrides,
+    check_only: bool = False,
+) -> list[Any]:
+    """Installs the method into every stack of layers that its adapters find in the model.
+
+    Returns:
+        One state per stack (none with check_only, which installs nothing).
+
+    Raises:
+        ValueError: no adapter finds a layer.
+    """
+    states = []
+    found = False
+    for name in method.adapters:
+        adapter = importlib.import_module(f"tokred.models.{name}")
+        for stack in adapter.stacks(model, method, settings):
+            found = True
+            if not check_only:
+                states.append(stack.install(method, settings, overrides))
+    if not found:
+        supported = "; ".join(_SUPPORTED[name] for name in method.adapters)
+        raise ValueError(
+            f"{type(model).__name__} has no layer that {type(method).__name__} can be put into; "
+            f"supported are: {supported}"
+        )
+    return states
+
+
+def layer_lists(model: nn.Module, is_layer: Any) -> Iterator[tuple[str, list[nn.Module]]]:
+    """(name, layers) of every Sequential or ModuleList of which all children are such layers."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Sequential | nn.ModuleList) and len(module):
+            layers = list(module)
+            if all(is_layer(layer) for layer in layers):
+                yield name, layers
+
+
+def ancestors(model: nn.Module, name: str) -> Iterator[nn.Module]:
+    """The modules around `name`, from the innermost out, `model` last."""
+    parts = name.split(".")
+    for length in range(len(parts) - 1, 0, -1):
+        yield model.get_submodule(".".join(parts[:length]))
+    if name:
+        yield model

@@ -1,0 +1,174 @@
+"""timm: VisionTransformer and everything else that is built of its Block."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+import tokred
+from tokred.patching import Overrides, Settings, TokenState
+
+from . import ancestors, layer_lists
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A run of Blocks, and the model that pools what they give (None where it is not there)."""
+
+    blocks: list[nn.Module]
+    num_prefix: int
+    owner: nn.Module | None
+
+    def install(self, method: Any, settings: Settings, overrides: Overrides) -> TokenState:
+        state = TokenState(method.plans(len(self.blocks)), self.num_prefix, settings)
+        for layer, block in enumerate(self.blocks):
+            overrides.replace(block, "forward", _block_forward, state, layer, block)
+            overrides.replace(block.attn, "forward", _attention_forward, state, block.attn)
+            if state.plans[layer] is not None:
+                overrides.hook(block.attn.k_norm, partial(_keep_metric, state))
+        pool = getattr(self.owner, "attn_pool", None)
+        if pool is not None and settings.prop_attn:
+            overrides.replace(pool, "forward", _attention_pool_forward, state)
+        if settings.weighted_pool:
+            overrides.replace(self.owner, "pool", _weighted_pool, state)
+        return state
+
+
+def stacks(model: nn.Module, method: Any, settings: Settings) -> Iterator[Stack]:
+    """The stacks of Blocks in the model.
+
+    Raises:
+        ValueError: a Block whose attention is not timm's own; a model that checkpoints gradients,
+            whose pooling cannot take fewer tokens, or whose prefix tokens are not known.
+    """
+    if "timm" not in sys.modules:
+        return
+    from timm.layers import Attention
+    from timm.models.vision_transformer import Block
+
+    def is_block(module: nn.Module) -> bool:
+        return isinstance(module, Block) and type(module).forward is Block.forward
+
+    for name, blocks in layer_lists(model, is_block):
+        for block in blocks:
+            if type(block.attn).forward is not Attention.forward:
+                raise ValueError(
+                    f"the blocks of {name or type(model).__name__} attend with "
+                    f"{type(block.attn).__name__}, which has no published way to merge tokens; "
+                    "only timm.layers.Attention is supported"
+                )
+        owner = next((m for m in ancestors(model, name) if hasattr(m, "num_prefix_tokens")), None)
+        _check_owner(owner, settings)
+        yield Stack(blocks, _num_prefix(owner, settings), owner)
+
+
+def _num_prefix(owner: nn.Module | None, settings: Settings) -> int:
+    if settings.num_prefix is not None:
+        return settings.num_prefix
+    if owner is None:
+        raise ValueError(
+            "the module does not say how many class and register tokens come first: pass "
+            "num_prefix to tokred.patch"
+        )
+    return owner.num_prefix_tokens
+
+
+def _check_owner(owner: nn.Module | None, settings: Settings) -> None:
+    if getattr(owner, "grad_checkpointing", False):
+        raise ValueError(
+            "merging does not work with gradient checkpointing, which runs blocks out of turn: "
+            "call model.set_grad_checkpointing(False)"
+        )
+    pool = getattr(owner, "attn_pool", None)
+    if pool is not None and (
+        type(pool).__name__ != "AttentionPoolLatent" or pool.pos_embed is not None
+    ):
+        raise ValueError(
+            f"the pooling head {type(pool).__name__} of {type(owner).__name__} needs every token; "
+            "AttentionPoolLatent without position embeddings is supported"
+        )
+    if settings.weighted_pool and getattr(owner, "global_pool", None) != "avg":
+        raise ValueError('weighted_pool needs a timm model with global_pool="avg"')
+
+
+def _keep_metric(state: TokenState, module: nn.Module, args: Any, keys: torch.Tensor) -> None:
+    state.metric = keys.detach().mean(1)
+
+
+def _block_forward(
+    state: TokenState,
+    layer: int,
+    block: nn.Module,
+    original: Callable,
+    x: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+) -> torch.Tensor:
+    if layer == 0:
+        state.begin(x)
+    if state.plans[layer] is None:
+        return original(x, attn_mask=attn_mask, is_causal=is_causal)
+    _refuse_masks(attn_mask, is_causal)
+    x = x + block.drop_path1(block.ls1(block.attn(block.norm1(x))))
+    x = state.reduce(x, layer)
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+
+def _attention_forward(
+    state: TokenState,
+    attn: nn.Module,
+    original: Callable,
+    x: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+) -> torch.Tensor:
+    bias = state.key_bias()
+    if bias is None:
+        return original(x, attn_mask=attn_mask, is_causal=is_causal)
+    _refuse_masks(attn_mask, is_causal)
+    if attn.training and attn.attn_drop.p > 0:
+        raise ValueError(
+            f"proportional attention has no dropout, but attn_drop is {attn.attn_drop.p}: set it "
+            "to 0, call model.eval(), or patch with prop_attn=False"
+        )
+    batch, tokens, _ = x.shape
+    qkv = attn.qkv(x).reshape(batch, tokens, 3, attn.num_heads, attn.head_dim)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    out, _ = tokred.biased_attention(q, k, v, key_bias=bias, scale=attn.scale)
+    out = attn.norm(out.transpose(1, 2).reshape(batch, tokens, attn.attn_dim))
+    if attn.gate is not None:
+        out = out * attn.gate(x).sigmoid()
+    return attn.proj_drop(attn.proj(out))
+
+
+def _refuse_masks(attn_mask: torch.Tensor | None, is_causal: bool) -> None:
+    if attn_mask is not None or is_causal:
+        raise ValueError("layers that see merged tokens take no attn_mask and no is_causal")
+
+
+def _attention_pool_forward(
+    state: TokenState, original: Callable, x: torch.Tensor, attn_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    bias = state.key_bias()
+    if bias is not None:
+        # The pool may have been given the patches without the prefix.
+        bias = bias[:, None, :, -x.shape[1] :].to(x.dtype)
+        attn_mask = bias if attn_mask is None else attn_mask + bias
+    return original(x, attn_mask=attn_mask)
+
+
+def _weighted_pool(
+    state: TokenState, original: Callable, x: torch.Tensor, pool_type: str | None = None
+) -> torch.Tensor:
+    if state.size is None or pool_type not in (None, "avg"):
+        return original(x, pool_type)
+    patches = x[:, state.num_prefix :]
+    weight = state.size[:, state.num_prefix :, None]
+    return ((patches * weight).sum(1) / weight.sum(1)).to(x.dtype)

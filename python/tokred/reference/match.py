@@ -1,0 +1,205 @@
+"""Bipartite matching, in plain torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NORM_EPS = 1e-12
+
+
+def similarity(a: Tensor, b: Tensor, metric: str) -> Tensor:
+    """Scores of all pairs, [B, Na, Nb], in float32 or, for float64 inputs, float64."""
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    a, b = a.to(dtype), b.to(dtype)
+    dot = a @ b.transpose(1, 2)
+    if metric == "dot":
+        return dot
+    if metric == "l2":
+        return 2 * dot - a.square().sum(-1)[:, :, None] - b.square().sum(-1)[:, None, :]
+    norm_a, norm_b = (t.norm(dim=-1).clamp(min=NORM_EPS) for t in (a, b))
+    cosine = dot / norm_a[:, :, None] / norm_b[:, None, :]
+    return cosine if metric == "cosine" else (1 + cosine) / 2
+
+
+def match(
+    a: Tensor,
+    b: Tensor,
+    mask_a: Tensor | None = None,
+    mask_b: Tensor | None = None,
+    weight_a: Tensor | None = None,
+    weight_b: Tensor | None = None,
+    metric: str = "cosine",
+    band: int = -1,
+) -> tuple[Tensor, Tensor]:
+    """See tokred.match. The score has the precision of the computation."""
+    score = similarity(a, b, metric)
+    rows, columns = (torch.arange(n, device=a.device) for n in score.shape[1:])
+    if weight_a is not None:
+        score = score * weight_a[:, :, None]
+    if weight_b is not None:
+        score = score * weight_b[:, None, :]
+    skipped = score.isnan()
+    if mask_a is not None:
+        skipped = skipped | ~mask_a[:, :, None]
+    if mask_b is not None:
+        skipped = skipped | ~mask_b[:, None, :]
+    if band >= 0:
+        skipped = skipped | ((rows[:, None] - columns).abs() > band)
+    score = score.masked_fill(skipped, -torch.inf)
+
+    nobody = score.new_full((*score.shape[:2], 1), -torch.inf)
+    best = torch.cat([score, nobody], 2).amax(2)
+    winners = torch.where(score == best[..., None], columns, len(columns))
+    index = torch.cat([winners, torch.full_like(nobody, len(columns), dtype=torch.long)], 2).amin(2)
+    return best, index.masked_fill(best == -torch.inf, -1).int()
+
+
+def _sets(
+    metric: Tensor, num_prefix: int, sources: Tensor | None, destinations: Tensor | None
+) -> tuple[Tensor, Tensor, int]:
+    """The two sides as i64 [B, n], and how many tokens may leave at most."""
+    batch, tokens, _ = metric.shape
+    if sources is not None and destinations is not None:
+        sides = [torch.atleast_2d(side).long() for side in (sources, destinations)]
+        limit = sides[0].shape[1]
+    else:
+        position = torch.arange(min(num_prefix, tokens), tokens, device=metric.device)
+        sides = [position[position % 2 == parity][None] for parity in (0, 1)]
+        limit = len(position) // 2
+    return sides[0].expand(batch, -1), sides[1].expand(batch, -1), limit
+
+
+def _match_sets(
+    metric: Tensor, mask: Tensor | None, sources: Tensor, destinations: Tensor
+) -> tuple[Tensor, Tensor]:
+    rows, masks = [], []
+    for side in (sources, destinations):
+        valid = (side >= 0) & (side < metric.shape[1])
+        position = torch.where(valid, side, 0)
+        rows.append(metric.gather(1, position[..., None].expand(-1, -1, metric.shape[2])))
+        masks.append(valid if mask is None else valid & mask.gather(1, position))
+    return match(*rows, *masks)
+
+
+@dataclass
+class _Item:
+    """One batch item: scores and indices by source row, masks by position."""
+
+    score: list[float]
+    index: list[int]
+    sources: list[int]
+    destinations: list[int]
+    masked: list[bool]
+
+
+def _rank(item: _Item, prefix: int) -> list[int]:
+    """The rows of the sources that may leave, best first: matched, then masked, then unmatched."""
+    fixed = {*range(prefix), *item.destinations}
+    first_row: dict[int, int] = {}
+    for row, token in enumerate(item.sources):
+        if 0 <= token < len(item.masked) and token not in fixed:
+            first_row.setdefault(token, row)
+
+    def key(row: int) -> tuple[int, float]:
+        if item.index[row] >= 0:
+            return 0, -item.score[row]
+        return (1, 0.0) if item.masked[item.sources[row]] else (2, 0.0)
+
+    return sorted(first_row.values(), key=key)
+
+
+def _plan_item(
+    item: _Item, num_prefix: int, order: str, limit: int, threshold: float | None
+) -> tuple[list[int], int]:
+    """The map of one item, and its number of slots."""
+    tokens = len(item.masked)
+    prefix = min(num_prefix, tokens)
+    ranked = _rank(item, prefix)
+    dropped = set()
+    if threshold is None:
+        leaving = ranked[:limit]
+    else:
+        strong = [t for t in ranked if item.index[t] >= 0 and item.score[t] > threshold]
+        leaving = strong[:limit]
+        dropped = {t for t in range(tokens) if item.masked[t]}
+
+    home = list(range(tokens))  # the token whose slot this token goes to, -1 for none
+    for row in leaving:
+        partner = item.index[row]
+        home[item.sources[row]] = item.destinations[partner] if partner >= 0 else -1
+    if order == "position":
+        sequence = [t for t in home if t not in dropped]
+    else:
+        survivors = [t for t in ranked if t not in leaving]
+        survivors = [item.sources[t] for t in (sorted(survivors) if num_prefix else survivors)]
+        destinations = [t for t in item.destinations if prefix <= t < tokens]
+        placed = {*range(prefix), *(item.sources[t] for t in ranked), *destinations}
+        others = [t for t in range(tokens) if t not in placed]
+        sequence = [*range(prefix), *others, *survivors, *destinations]
+        sequence = [t for t in sequence if t not in dropped]
+    slot: dict[int, int] = {-1: -1}
+    for token in sequence:
+        slot.setdefault(token, len(slot) - 1)
+    num_out = len(slot) - 1
+    capacity = num_out if threshold is not None else tokens - limit
+    token_map = [slot.get(t, -1) for t in home]
+    return [s if s < capacity else -1 for s in token_map], num_out
+
+
+def _plan(
+    metric: Tensor,
+    r: int | None,
+    threshold: float | None,
+    num_prefix: int,
+    mask: Tensor | None,
+    order: str,
+    sources: Tensor | None,
+    destinations: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    if metric.shape[1] == 0:
+        empty = torch.zeros(metric.shape[0], 0, dtype=torch.int32, device=metric.device)
+        return empty, empty.sum(1, dtype=torch.int32)
+    source_rows, destination_rows, limit = _sets(metric, num_prefix, sources, destinations)
+    score, index = _match_sets(metric, mask, source_rows, destination_rows)
+    if mask is None:
+        mask = torch.ones(metric.shape[:2], dtype=torch.bool)
+    if threshold is not None:
+        threshold = torch.tensor(threshold, dtype=score.dtype).item()
+    limit = limit if r is None else min(r, limit)
+    tables = (score, index, source_rows, destination_rows, ~mask)
+    plans = [
+        _plan_item(_Item(*columns), num_prefix, order, limit, threshold)
+        for columns in zip(*(t.tolist() for t in tables), strict=True)
+    ]
+    token_map = torch.tensor([plan[0] for plan in plans], dtype=torch.int32, device=metric.device)
+    counts = torch.tensor([plan[1] for plan in plans], dtype=torch.int32, device=metric.device)
+    return token_map.reshape(metric.shape[:2]), counts
+
+
+def bipartite_soft_matching(
+    metric: Tensor,
+    r: int,
+    num_prefix: int = 0,
+    mask: Tensor | None = None,
+    order: str = "tome",
+    sources: Tensor | None = None,
+    destinations: Tensor | None = None,
+) -> Tensor:
+    """See tokred.bipartite_soft_matching; sources and destinations go together here."""
+    return _plan(metric, r, None, num_prefix, mask, order, sources, destinations)[0]
+
+
+def threshold_matching(
+    metric: Tensor,
+    threshold: float,
+    num_prefix: int = 0,
+    mask: Tensor | None = None,
+    order: str = "tome",
+    sources: Tensor | None = None,
+    destinations: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See tokred.threshold_matching; sources and destinations go together here."""
+    return _plan(metric, None, threshold, num_prefix, mask, order, sources, destinations)
