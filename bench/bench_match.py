@@ -1,0 +1,128 @@
+"""Bipartite matching beside its torch formulations, tomesd and flash-kmeans.
+
+match: the best partner of every row of a among the rows of b. plan: the whole ToMe plan with its
+class token, r = N / 4. plan_2d: tomesd's plan, one destination in every 2x2 cell, half the
+tokens merged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.util import find_spec
+
+from torch import Tensor
+
+import tokred
+from tokred.methods.tomesd import random2d_plan
+
+from .harness import Case, agreement, tokens
+from .machine import DTYPES, Run
+
+SHAPES = ((64, 577, 64), (8, 4096, 64))
+MORE_SHAPES = ((64, 197, 64), (16, 1024, 64))
+DISTRIBUTIONS = ("randn", "correlated", "ties")
+# The similarities of one pair of rows, rounded twice, in the coarsest step of the dtype.
+TOLERANCE = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 4e-2}
+
+
+def torch_match(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    a = a / a.norm(dim=-1, keepdim=True)
+    b = b / b.norm(dim=-1, keepdim=True)
+    score, index = (a @ b.transpose(-1, -2)).max(dim=-1)
+    return score, index
+
+
+def torch_plan(metric: Tensor, r: int, num_prefix: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """ToMe's plan (arXiv 2210.09461) as indices: kept sources, leaving sources, their partners."""
+    metric = metric / metric.norm(dim=-1, keepdim=True)
+    similarity = metric[:, ::2] @ metric[:, 1::2].transpose(-1, -2)
+    if num_prefix:
+        similarity[:, 0] = float("-inf")
+    best, partner = similarity.max(dim=-1)
+    ranked = best.argsort(dim=-1, descending=True)
+    leaving, kept = ranked[:, :r], ranked[:, r:]
+    if num_prefix:
+        kept = kept.sort(dim=-1).values
+    return kept, leaving, partner.gather(1, leaving)
+
+
+def flash_kmeans_match(a: Tensor, b: Tensor) -> tuple[None, Tensor]:
+    """Indices only. The kernel wants b normalised; the norm of a row of a changes no choice."""
+    from flash_kmeans.assign_euclid_triton import cosine_assign_triton
+
+    return None, cosine_assign_triton(a, b / b.norm(dim=-1, keepdim=True))
+
+
+def match_case(shape: tuple[int, ...], dtype: str, distribution: str, device: str) -> Case:
+    batch, count, channels = shape
+    sources, destinations = (count + 1) // 2, count // 2
+    element = DTYPES[dtype].itemsize
+
+    def build() -> dict[str, Callable]:
+        x = tokens(shape, dtype, device, distribution)
+        a, b = x[:, ::2], x[:, 1::2]
+        candidates = {"torch": partial(torch_match, a, b)}
+        if device == "cuda" and find_spec("flash_kmeans"):
+            candidates["flash-kmeans"] = partial(flash_kmeans_match, a, b)
+        return {"tokred.match": partial(tokred.match, a, b), **candidates}
+
+    def examine(outputs: dict) -> dict:
+        scored = {name: out for name, out in outputs.items() if out[0] is not None}
+        return agreement(TOLERANCE[dtype])(scored)
+
+    return Case("match", "match", shape, dtype, build, distribution,
+                bytes_moved=batch * (count * channels * element + sources * 8),
+                flops=2 * batch * sources * destinations * channels,
+                ceiling=f"gemm_{dtype}", examine=examine)
+
+
+def plan_case(shape: tuple[int, ...], dtype: str, distribution: str, device: str) -> Case:
+    batch, count, channels = shape
+    r = count // 4
+
+    def build() -> dict[str, Callable]:
+        x = tokens(shape, dtype, device, distribution)
+        return {
+            "tokred.bipartite_soft_matching":
+                partial(tokred.bipartite_soft_matching, x, r, num_prefix=1),
+            "torch": partial(torch_plan, x, r, num_prefix=1),
+        }
+
+    return Case("match", "plan", shape, dtype, build, distribution,
+                bytes_moved=batch * count * (channels * DTYPES[dtype].itemsize + 4),
+                flops=2 * batch * (count // 2) * ((count + 1) // 2) * channels,
+                ceiling=f"gemm_{dtype}")
+
+
+def plan_2d_case(shape: tuple[int, ...], dtype: str, distribution: str, device: str) -> Case:
+    from tomesd.merge import bipartite_soft_matching_random2d
+
+    batch, count, channels = shape
+    side, r = int(count**0.5), count // 2
+
+    def build() -> dict[str, Callable]:
+        x = tokens(shape, dtype, device, distribution)
+        return {
+            "tokred.methods.tomesd": partial(random2d_plan, x, side, side, r),
+            "tomesd": partial(bipartite_soft_matching_random2d, x, side, side, 2, 2, r,
+                              no_rand=True),
+        }
+
+    return Case("match", "plan_2d", shape, dtype, build, distribution,
+                bytes_moved=batch * count * (channels * DTYPES[dtype].itemsize + 4),
+                flops=2 * batch * (count * 3 // 4) * (count // 4) * channels,
+                ceiling=f"gemm_{dtype}")
+
+
+def cases(run: Run) -> Iterator[Case]:
+    shapes = SHAPES if run.quick else SHAPES + MORE_SHAPES
+    for dtype in run.dtypes():
+        for shape in shapes:
+            for distribution in DISTRIBUTIONS[:1] if run.quick else DISTRIBUTIONS:
+                yield match_case(shape, dtype, distribution, run.device)
+    for dtype in run.dtypes()[:1] if run.quick else run.dtypes():
+        for shape in shapes:
+            yield plan_case(shape, dtype, "correlated", run.device)
+        if find_spec("tomesd"):
+            yield plan_2d_case((2, 4096, 320), dtype, "randn", run.device)

@@ -1,0 +1,51 @@
+"""Builds the CPU library and the emulated device under ASan and UBSan, and runs the op tests there.
+
+Run by `make sanitize`. Exits with the tests' status.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "sanitize"
+TESTS = ["test_match.py", "test_bipartite.py", "test_merge.py", "test_sparse_attn.py"]
+
+
+def build() -> None:
+    """Configures and builds both libraries with the sanitizers on."""
+    options = ["TOKRED_SANITIZE=address,undefined", "TOKRED_SIMT=ON", "TOKRED_CUDA=OFF"]
+    defines = [f"-D{option}" for option in (f"Python_EXECUTABLE={sys.executable}", *options)]
+    subprocess.check_call(["cmake", "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja", *defines])
+    subprocess.check_call(["cmake", "--build", str(BUILD), "--target", "tokred", "tokred_simt"])
+
+
+def runtime(name: str) -> str:
+    """The path of a sanitizer's shared library, as the compiler knows it."""
+    compiler = os.environ.get("CXX", "g++")
+    return subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip()
+
+
+def main() -> int:
+    """Builds, then runs the op tests with the sanitizers loaded before Python."""
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    build()
+    environment = os.environ | {
+        "LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libubsan.so')}",
+        # Python never frees some of its memory; ODR checks trip over the per-ISA copies of tables.
+        "ASAN_OPTIONS": "detect_leaks=0:detect_odr_violation=0:halt_on_error=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+        "TOKRED_LIBRARY_FOLDER": str(BUILD),
+        "TOKRED_SIMT_LIBRARY": str(BUILD / "libtokred_simt.so"),
+    }
+    tests = [str(ROOT / "tests" / name) for name in TESTS]
+    selection = "not compile and not export and not opcheck"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", selection, *tests]
+    return subprocess.call(command, env=environment, cwd=ROOT)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

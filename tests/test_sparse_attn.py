@@ -1,0 +1,342 @@
+"""biased_attention against its float64 oracle, and its gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from conftest import (
+    FLOATS,
+    Backend,
+    assert_as_accurate,
+    assert_bitwise_equal,
+    flat,
+    generator,
+    label,
+    move,
+)
+from torch import Tensor
+
+import tokred
+from tokred import reference
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes and options of one call."""
+
+    batch: int = 2
+    heads_q: int = 4
+    heads_kv: int = 2
+    queries: int = 19
+    keys: int = 23
+    head_dim: int = 16
+    value_dim: int = 16
+    dtype: torch.dtype = torch.float32
+    bias: str = "none"
+    causal: bool = False
+    mask: str = "none"
+    magnitude: float = 1.0
+    scale: float | None = None
+
+    def inputs(self) -> tuple:
+        rng = generator(1)
+        heads, keys = (self.batch, self.heads_kv), self.keys
+        q = torch.randn(self.batch, self.heads_q, self.queries, self.head_dim, generator=rng)
+        k = torch.randn(*heads, keys, self.head_dim, generator=rng)
+        v = torch.randn(*heads, keys, self.value_dim, generator=rng)
+        shapes = {"full": (*heads, keys), "shared": (1, 1, keys), "holes": (self.batch, 1, keys)}
+        bias = None
+        if self.bias != "none":
+            bias = torch.rand(shapes[self.bias], generator=rng).mul(5).add(1).log()
+            bias[..., ::3] = -torch.inf if self.bias == "holes" else 0.5
+            bias = bias.to(torch.promote_types(self.dtype, torch.float32))
+        shapes = {
+            "keys": (self.batch, 1, 1, keys),
+            "heads": (1, self.heads_q, 1, keys),
+            "pairs": (1, 1, self.queries, keys),
+            "full": (self.batch, self.heads_q, self.queries, keys),
+        }
+        mask = None
+        if self.mask != "none":
+            mask = torch.rand(shapes[self.mask], generator=rng) < 0.6
+            mask[:, :, :1] &= self.mask != "full"
+        return (
+            (q * self.magnitude).to(self.dtype),
+            k.to(self.dtype),
+            v.to(self.dtype),
+            bias,
+            self.causal,
+            self.scale,
+            mask,
+        )
+
+
+BIASES, MASKS = ("none", "full", "shared", "holes"), ("none", "keys", "heads", "pairs", "full")
+SIZES = [
+    Case(),
+    Case(1, 1, 1, 1, 1, 1, 1),
+    Case(1, 9, 3, 33, 70, 64, 64, bias="full"),
+    Case(2, 4, 1, 1, 129, 32, 48, bias="shared"),
+    Case(1, 2, 2, 70, 33, 80, 80, causal=True),
+    Case(1, 2, 1, 17, 65, 24, 8, causal=True, bias="holes"),
+    Case(1, 2, 1, 5, 0, 8, 8),
+    Case(1, 2, 1, 0, 5, 8, 8),
+    Case(0, 2, 1, 4, 5, 8, 8),
+    Case(1, 1, 1, 9, 40, 256, 256),
+    Case(1, 1, 1, 40, 9, 7, 5),
+]
+LARGE = [
+    Case(1, 3, 3, 197, 197, 64, 64, bias="full"),
+    Case(1, 1, 1, 300, 1000, 64, 64, causal=True),
+]
+CASES = [
+    *(replace(case, dtype=dtype) for case in [*SIZES, *LARGE] for dtype in FLOATS),
+    *(replace(case, dtype=torch.float64) for case in SIZES[:6]),
+    *(
+        Case(bias=bias, mask=mask, causal=causal)
+        for bias in BIASES
+        for mask in MASKS
+        for causal in (False, True)
+    ),
+    *(Case(bias="holes", mask=m, causal=True, dtype=d) for m in MASKS for d in FLOATS[1:]),
+    *(Case(magnitude=m, bias="full", dtype=d) for m in (1e-3, 30, 300) for d in FLOATS),
+    *(Case(scale=s, bias="full") for s in (0.0, 1.0, -0.3)),
+]
+
+
+def widened(inputs: tuple) -> tuple:
+    return tuple(
+        t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in inputs
+    )
+
+
+def in_half_precision(inputs: tuple) -> Tensor:
+    """Plain torch as tensor cores do it: float32 logits, probabilities rounded before the PV."""
+    q, k, v = inputs[:3]
+    eye = torch.eye(k.shape[2], dtype=torch.float32).expand(*v.shape[:2], -1, -1)
+    weights, _ = reference.biased_attention(q.float(), k.float(), eye, *inputs[3:])
+    group = q.shape[1] // k.shape[1]
+    rounded = weights.to(v.dtype).float() @ v.float().repeat_interleave(group, 1)
+    return rounded.to(v.dtype)
+
+
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_against_float64(backend: Backend, case: Case) -> None:
+    if backend.name in ("simt", "cuda") and case.dtype == torch.float64:
+        pytest.skip("float64 is for the CPU")
+    inputs = case.inputs()
+    out, lse = backend.run("biased_attention", *inputs)
+    exact, exact_lse = reference.biased_attention(*widened(inputs))
+    plain, plain_lse = reference.biased_attention(*inputs)
+    if case.dtype in FLOATS[1:]:
+        plain = in_half_precision(inputs)
+    assert out.dtype == case.dtype and lse.dtype == plain_lse.dtype
+    eps = torch.finfo(lse.dtype).eps
+    largest = exact_lse.nan_to_num(0, 0, 0).abs().max().item() if lse.numel() else 0
+    assert_as_accurate(lse, exact_lse, plain_lse, 8 * eps * (1 + largest), "lse")
+    # A logit's rounding error moves the probabilities by as much, relatively.
+    slack = torch.finfo(case.dtype).eps + 8 * eps * (1 + largest)
+    assert_as_accurate(out, exact, plain, slack, "out")
+
+
+def test_sizes_as_bias_are_repeated_keys(backend: Backend) -> None:
+    """ToMe's proportional attention."""
+    q, k, v, *_ = Case(keys=9).inputs()
+    size = torch.randint(1, 5, (9,), generator=generator())
+    repeated = [t.repeat_interleave(size, dim=2) for t in (k, v)]
+    bias = size.float().log()[None, None]
+    weighted = backend.run("biased_attention", q, k, v, bias)
+    for a, b in zip(weighted, backend.run("biased_attention", q, *repeated), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_equals_torch_sdpa(backend: Backend) -> None:
+    q, k, v, bias, *_ = Case(bias="full").inputs()
+    k, v = (t.repeat_interleave(2, 1) for t in (k, v))
+    bias = bias.repeat_interleave(2, 1)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, bias[:, :, None])
+    torch.testing.assert_close(backend.run("biased_attention", q, k, v, bias)[0], expected)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_queries_without_keys_are_zero(backend: Backend, dtype: torch.dtype) -> None:
+    q, k, v, *_ = Case(queries=30, keys=20, dtype=dtype).inputs()
+    out, lse = backend.run("biased_attention", q, k, v, causal=True)
+    assert out[:, :, :10].eq(0).all() and lse[:, :, :10].eq(-torch.inf).all()
+    assert lse[:, :, 10:].isfinite().all()
+    hidden = torch.full((1, 1, 20), -torch.inf)
+    out, lse = backend.run("biased_attention", q, k, v, hidden)
+    assert out.eq(0).all() and lse.eq(-torch.inf).all()
+
+
+def test_views_equal_their_copies(kernels: Backend) -> None:
+    """One packed projection, its heads moved, as models hand it over; a broadcast mask and bias."""
+    rng = generator(4)
+    packed = torch.randn(2, 37, 3, 4, 16, generator=rng).permute(2, 0, 3, 1, 4)
+    mask = (torch.rand(2, 74, generator=rng) < 0.8)[:, ::2][:, None, None]
+    bias = torch.rand(37, 2, generator=rng).t()[:, None]
+    views = (*packed.unbind(0), bias, True, None, mask)
+    copies = [t.contiguous() if isinstance(t, Tensor) else t for t in views]
+    first = kernels.run("biased_attention", *views)
+    assert_bitwise_equal(first, kernels.run("biased_attention", *copies))
+    wide = (bias.expand(2, 4, 37), True, None, mask.expand(2, 4, 37, 37))
+    assert_bitwise_equal(first, kernels.run("biased_attention", *views[:3], *wide), "expanded")
+
+
+def test_two_dimensional_bias_and_mask() -> None:
+    q, k, v, *_ = Case().inputs()
+    bias, mask = torch.rand(2, 23), torch.rand(2, 23) < 0.5
+    short = tokred.biased_attention(q, k, v, bias, mask=mask)
+    full = tokred.biased_attention(q, k, v, bias[:, None], mask=mask[:, None, None])
+    assert_bitwise_equal(short, full)
+
+
+def gradients(backend: Backend, inputs: tuple, grad_out: Tensor, grad_lse: Tensor) -> list[Tensor]:
+    """Of q, k, v and, where there is one, key_bias."""
+    count = 3 if inputs[3] is None else 4
+    if backend.name == "simt":
+        q, k, v, bias, causal, scale, mask = inputs
+        results = torch.ops.tokred_simt.biased_attention(*inputs)
+        *grads, grad_bias = torch.ops.tokred_simt.biased_attention_backward(
+            grad_out, grad_lse, q, k, v, bias, *results, causal, scale, mask
+        )
+        return grads if bias is None else [*grads, grad_bias.sum_to_size(bias.shape)]
+    leaves = [move(t, backend.device).detach().requires_grad_() for t in inputs[:count]]
+    rest = move(inputs[count:], backend.device)
+    results = backend.function("biased_attention")(*leaves, *rest)
+    grads = torch.autograd.grad(results, leaves, move([grad_out, grad_lse], backend.device))
+    return [g.cpu() for g in grads]
+
+
+GRADIENT_CASES = [
+    Case(),
+    Case(1, 6, 2, 33, 40, 32, 24, bias="full"),
+    Case(bias="shared", causal=True),
+    Case(bias="holes", mask="full", causal=True),
+    Case(queries=30, keys=20, causal=True, mask="keys", bias="full"),
+    Case(1, 1, 1, 1, 1, 1, 1, bias="full"),
+    Case(1, 2, 1, 70, 9, 64, 64, mask="pairs"),
+    Case(1, 2, 1, 5, 0, 8, 8),
+    Case(magnitude=20, bias="full"),
+]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("case", GRADIENT_CASES, ids=label)
+def test_gradients_against_float64(kernels: Backend, case: Case, dtype: torch.dtype) -> None:
+    case = replace(case, dtype=dtype)
+    inputs = case.inputs()
+    rng = generator(6)
+    exact_out, exact_lse = reference.biased_attention(*widened(inputs))
+    grad_out = torch.randn(exact_out.shape, generator=rng).to(dtype)
+    grad_lse = torch.randn(exact_lse.shape, generator=rng)
+    oracle = Backend("reference")
+    exact = gradients(oracle, widened(inputs), grad_out.double(), grad_lse.double())
+    plain = gradients(oracle, inputs, grad_out, grad_lse)
+    actual = gradients(kernels, inputs, grad_out, grad_lse)
+    for name, a, e, p in zip(("q", "k", "v", "key_bias"), actual, exact, plain, strict=False):
+        assert a.shape == e.shape and a.dtype == p.dtype
+        # Half precision also rounds out, which delta reads, and on GPUs p and ds; float32 goes
+        # through tensor cores in pieces there.
+        unit = torch.finfo(dtype).eps * (8 if dtype == torch.float32 else 2)
+        slack = unit * (1 + case.magnitude) * e.abs().max().item() if e.numel() else 0
+        assert_as_accurate(a, e, p, slack, f"gradient of {name}")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(1, 4, 2, 3, 5, 4, 3, bias="full"),
+        Case(2, 2, 1, 3, 5, 4, 4, bias="shared", causal=True),
+        Case(1, 2, 2, 5, 3, 4, 4, mask="full", causal=True),
+        Case(1, 2, 1, 3, 6, 4, 4, bias="holes", mask="keys"),
+    ],
+    ids=label,
+)
+def test_gradcheck(one_thread: None, case: Case) -> None:
+    q, k, v, bias, causal, scale, mask = replace(case, dtype=torch.float64).inputs()
+    hidden = bias is not None and bias.isinf().any()
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    if bias is not None and not hidden:
+        leaves.append(bias.requires_grad_())
+
+    def function(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None = bias) -> tuple:
+        out, lse = tokred.biased_attention(q, k, v, key_bias, causal, scale, mask)
+        return out, lse.masked_fill(lse == -torch.inf, 0)
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+def test_only_what_requires_grad_gets_one() -> None:
+    q, k, v, bias, *_ = Case(bias="full").inputs()
+    out, _ = tokred.biased_attention(q, k.requires_grad_(), v, bias)
+    out.sum().backward()
+    assert k.grad is not None and q.grad is None and v.grad is None and bias.grad is None
+    with torch.no_grad():
+        assert not tokred.biased_attention(q, k, v)[0].requires_grad
+
+
+def test_transposed_gradients_are_accepted() -> None:
+    q, k, v, *_ = Case().inputs()
+    q.requires_grad_()
+    out, lse = tokred.biased_attention(q, k, v)
+    weight = torch.randn(2, 19, 4 * 16)
+    (out.transpose(1, 2).flatten(2) * weight).sum().backward(retain_graph=True)
+    grad = weight.unflatten(2, (4, 16)).transpose(1, 2).contiguous()
+    expected = torch.autograd.grad(tokred.biased_attention(q, k, v)[0], q, grad)[0]
+    torch.testing.assert_close(q.grad, expected)
+    lse.sum().backward()  # an expanded gradient, with stride 0 everywhere
+
+
+def test_autocast_casts_all_but_the_bias() -> None:
+    q, k, v, bias, *_ = Case(bias="full").inputs()
+    q.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out, lse = tokred.biased_attention(q, k, v, bias)
+        half = tokred.biased_attention(*(t.bfloat16() for t in (q, k, v)), bias)
+    assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32
+    assert_bitwise_equal((out, lse), half)
+    out.sum().backward()
+    assert q.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_batch_does_not_matter(kernels: Backend, dtype: torch.dtype) -> None:
+    case = Case(4, 4, 2, 21, 50, 32, 32, dtype, bias="full", mask="keys", causal=True)
+    inputs = case.inputs()
+    grad_out = torch.randn(4, 4, 21, 32, generator=generator()).to(dtype)
+    grad_lse = torch.randn(4, 4, 21, generator=generator())
+
+    def run(index: slice | Tensor) -> list[Tensor]:
+        part = tuple(t[index] if isinstance(t, Tensor) else t for t in inputs)
+        outputs = flat(kernels.run("biased_attention", *part))
+        return outputs + gradients(kernels, part, grad_out[index], grad_lse[index])
+
+    whole = run(slice(None))
+    assert_bitwise_equal(run(slice(None)), whole, "again")
+    order = torch.randperm(4, generator=generator())
+    assert_bitwise_equal(run(order), [t[order] for t in whole], "permuted")
+    one = slice(2, 3)
+    assert_bitwise_equal(run(one), [t[one] for t in whole], "alone")
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(1, 4, 2, 70, 133, 64, 64, bias="full", mask="pairs"),
+        Case(1, 2, 1, 33, 40, 20, 28, causal=True),
+    ],
+    ids=label,
+)
+def test_isa_and_threads_do_not_matter(on_every_cpu, case: Case, dtype: torch.dtype) -> None:
+    inputs = replace(case, dtype=dtype).inputs()
+    out, lse = tokred.biased_attention(*inputs)
+    grads = torch.randn_like(out), torch.randn_like(lse)
+    results = on_every_cpu(
+        lambda: [*tokred.biased_attention(*inputs), *gradients(Backend("cpu"), inputs, *grads)]
+    )
+    for name, result in results.items():
+        assert_bitwise_equal(result, next(iter(results.values())), name)
