@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import sys
 from collections import Counter
 from pathlib import Path
-
-import json
 
 import pytest
 import torch

@@ -130,30 +130,37 @@ void prepare_columns(const MatchParams& p, int64_t item) {
   *columns.count = count;
 }
 
-// Packs source rows [row0, row0 + block) as lanes, scaled; rows that take no part become zeros.
+// Packs the source rows [row0, row0 + 16) as the lanes of [C][16], scaled; rows that take no part
+// become zeros.
 template <class T>
-void pack_rows(const MatchParams& p, int64_t item, int64_t row0, int64_t block, const Scratch& s) {
+void pack_panel(const MatchParams& p, int64_t item, int64_t row0, int64_t i0, const Scratch& s) {
+  constexpr int64_t kChannels = 64;  // transposed at a time
   const bool normalise = p.metric == Metric::cosine || p.metric == Metric::half_cosine;
-  for (int64_t i = 0; i < block; ++i) {
-    float* lane = s.panels + i / kLanes * kLanes * p.channels + i % kLanes;
-    const int64_t position = row0 + i < p.a.count ? row_position(p.a, item, row0 + i) : -1;
+  const T* rows[kLanes];
+  float scale[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const int64_t i = i0 + lane, t = row0 + i;
+    const int64_t position = t < p.a.count ? row_position(p.a, item, t) : -1;
+    rows[lane] = position < 0 ? nullptr : row_data<T>(p.a, item, position);
+    scale[lane] = 1.0f;
     s.best[i] = -__builtin_inff();
     s.index[i] = -1;
     s.offset[i] = 0.0f;
-    s.weight[i] = 1.0f;
-    if (position < 0) {
-      for (int64_t c = 0; c < p.channels; ++c) lane[c * kLanes] = 0.0f;
-      continue;
+    s.weight[i] = position < 0 ? 1.0f : row_weight(p.a, item, position);
+    if (position < 0 || p.metric == Metric::dot) continue;
+    const float squared = squared_norm(rows[lane], p.channels);
+    if (normalise) scale[lane] = inverse_norm(squared);
+    if (p.metric == Metric::l2) s.offset[i] = -squared;
+  }
+  for (int64_t c = 0; c < p.channels; c += kChannels) {
+    const int64_t channels = p.channels - c < kChannels ? p.channels - c : kChannels;
+    alignas(64) float chunk[kLanes * kChannels];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      float* to = chunk + lane * channels;
+      if (rows[lane]) pack_row(rows[lane] + c, channels, to);
+      for (int64_t i = 0; i < channels; ++i) to[i] = rows[lane] ? to[i] * scale[lane] : 0.0f;
     }
-    const T* x = row_data<T>(p.a, item, position);
-    float scale = 1.0f;
-    if (p.metric != Metric::dot) {
-      const float squared = squared_norm(x, p.channels);
-      if (normalise) scale = inverse_norm(squared);
-      if (p.metric == Metric::l2) s.offset[i] = -squared;
-    }
-    s.weight[i] = row_weight(p.a, item, position);
-    for (int64_t c = 0; c < p.channels; ++c) lane[c * kLanes] = to_float(x[c]) * scale;
+    transpose(chunk, kLanes, channels, s.panels + i0 * p.channels + c * kLanes);
   }
 }
 
@@ -161,9 +168,7 @@ void pack_rows(const MatchParams& p, int64_t item, int64_t row0, int64_t block, 
 TOKRED_INLINE const float* as_floats(const float* x, float*, int64_t) { return x; }
 template <class T>
 TOKRED_INLINE const float* as_floats(const T* x, float* converted, int64_t channels) {
-  int64_t c = 0;
-  for (; c + kLanes <= channels; c += kLanes) store(converted + c, load_as(x + c));
-  for (; c < channels; ++c) converted[c] = to_float(x[c]);
+  pack_row(x, channels, converted);
   return converted;
 }
 
@@ -249,7 +254,7 @@ template <class T>
 void match_block(const MatchParams& p, int64_t item, int64_t row0, int64_t block, const Scratch& s) {
   const int64_t valid = p.a.count - row0 < block ? p.a.count - row0 : block;
   const int64_t rows_used = (valid + kRowStep - 1) / kRowStep * kRowStep;
-  pack_rows<T>(p, item, row0, rows_used, s);
+  for (int64_t i = 0; i < rows_used; i += kLanes) pack_panel<T>(p, item, row0, i, s);
   const Columns columns = columns_of(p, item);
   const bool general = p.band >= 0 || p.a.weight || p.b.weight;
   for (int64_t j0 = 0; j0 < *columns.count; j0 += kChunk) {
