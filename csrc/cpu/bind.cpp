@@ -1,9 +1,7 @@
 // The CPU implementations of torch.ops.tokred.*.
 #include <torch/csrc/stable/ops.h>
 
-#include "../ops/match.h"
-#include "../ops/merge.h"
-#include "../ops/sparse_attn.h"
+#include "../ops/register.h"
 #include "dispatch.h"
 #include "kernels.h"
 #include "pages.h"
@@ -31,49 +29,40 @@ struct Cpu {
   void will_write(void* data, int64_t bytes) const { advise_huge_pages(data, bytes); }
 
   int64_t match_workspace(const MatchParams& p) const {
-    return select(generic::match_workspace, avx2::match_workspace, avx512::match_workspace)(p, parallel);
+    return run(generic::match_workspace, avx2::match_workspace, avx512::match_workspace, p);
   }
-  void match(const MatchParams& p) const {
-    select(generic::match, avx2::match, avx512::match)(p, parallel);
-  }
+  void match(const MatchParams& p) const { run(generic::match, avx2::match, avx512::match, p); }
   void bipartite_soft_matching(const BipartiteParams& p) const {
-    select(generic::bipartite_soft_matching, avx2::bipartite_soft_matching,
-           avx512::bipartite_soft_matching)(p, parallel);
+    run(generic::bipartite_soft_matching, avx2::bipartite_soft_matching,
+        avx512::bipartite_soft_matching, p);
   }
-  void merge(const MergeParams& p) const {
-    select(generic::merge, avx2::merge, avx512::merge)(p, parallel);
-  }
+  void merge(const MergeParams& p) const { run(generic::merge, avx2::merge, avx512::merge, p); }
   void merge_backward(const MergeBackwardParams& p) const {
-    select(generic::merge_backward, avx2::merge_backward, avx512::merge_backward)(p, parallel);
+    run(generic::merge_backward, avx2::merge_backward, avx512::merge_backward, p);
   }
   void unmerge(const UnmergeParams& p) const {
-    select(generic::unmerge, avx2::unmerge, avx512::unmerge)(p, parallel);
+    run(generic::unmerge, avx2::unmerge, avx512::unmerge, p);
   }
   void compose(const ComposeParams& p) const {
-    select(generic::compose, avx2::compose, avx512::compose)(p, parallel);
+    run(generic::compose, avx2::compose, avx512::compose, p);
   }
   void biased_attention(const AttentionParams& p) const {
-    select(generic::biased_attention, avx2::biased_attention, avx512::biased_attention)(p, parallel);
+    run(generic::biased_attention, avx2::biased_attention, avx512::biased_attention, p);
   }
   void biased_attention_backward(const AttentionBackwardParams& p) const {
-    select(generic::biased_attention_backward, avx2::biased_attention_backward,
-           avx512::biased_attention_backward)(p, parallel);
+    run(generic::biased_attention_backward, avx2::biased_attention_backward,
+        avx512::biased_attention_backward, p);
+  }
+
+ private:
+  template <class R, class P>
+  R run(R (*generic)(const P&, const Parallel&), R (*avx2)(const P&, const Parallel&),
+        R (*avx512)(const P&, const Parallel&), const P& params) const {
+    return select(generic, avx2, avx512)(params, parallel);
   }
 };
 
 }  // namespace
 }  // namespace tokred
 
-STABLE_TORCH_LIBRARY_IMPL(tokred, CPU, m) {
-  using namespace tokred;
-  m.impl("match", TORCH_BOX(&match<Cpu>));
-  m.impl("bipartite_soft_matching", TORCH_BOX(&bipartite_soft_matching<Cpu>));
-  m.impl("threshold_matching", TORCH_BOX(&threshold_matching<Cpu>));
-  m.impl("merge", TORCH_BOX(&merge<Cpu>));
-  m.impl("merge_out", TORCH_BOX(&merge_out<Cpu>));
-  m.impl("merge_backward", TORCH_BOX(&merge_backward<Cpu>));
-  m.impl("unmerge", TORCH_BOX(&unmerge<Cpu>));
-  m.impl("compose", TORCH_BOX(&compose<Cpu>));
-  m.impl("biased_attention", TORCH_BOX(&biased_attention<Cpu>));
-  m.impl("biased_attention_backward", TORCH_BOX(&biased_attention_backward<Cpu>));
-}
+STABLE_TORCH_LIBRARY_IMPL(tokred, CPU, m) { tokred::register_ops<tokred::Cpu>(m); }

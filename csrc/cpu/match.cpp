@@ -57,8 +57,8 @@ TOKRED_INLINE int64_t aligned(int64_t bytes) { return (bytes + kAlign - 1) / kAl
 
 int64_t columns_bytes(const MatchParams& p) { return aligned(16 * p.b.count + 4); }
 int64_t scratch_bytes(const MatchParams& p, int64_t block) {
-  return aligned(4 * block * p.channels) + aligned(4 * kChunk * p.channels) + 4 * aligned(4 * block) +
-         aligned(plan_scratch_bytes(p.a.count, p.a.tokens));
+  return aligned(4 * block * p.channels) + aligned(4 * kChunk * p.channels) +
+         4 * aligned(4 * block) + aligned(plan_scratch_bytes(p.a.count, p.a.tokens));
 }
 
 char* workspace_start(const MatchParams& p) {
@@ -251,7 +251,8 @@ TOKRED_INLINE void update_best(const MatchParams& p, const Scratch& s, int64_t b
 }
 
 template <class T>
-void match_block(const MatchParams& p, int64_t item, int64_t row0, int64_t block, const Scratch& s) {
+void match_block(const MatchParams& p, int64_t item, int64_t row0, int64_t block,
+                 const Scratch& s) {
   const int64_t valid = p.a.count - row0 < block ? p.a.count - row0 : block;
   const int64_t rows_used = (valid + kRowStep - 1) / kRowStep * kRowStep;
   for (int64_t i = 0; i < rows_used; i += kLanes) pack_panel<T>(p, item, row0, i, s);

@@ -30,7 +30,8 @@ struct Slot {
   }
   A entry(const TokenTable& table, int64_t token) const {
     if (!table.data) return A(1);
-    return static_cast<const A*>(table.data)[item * table.stride_batch + token * table.stride_token];
+    return static_cast<const A*>(
+        table.data)[item * table.stride_batch + token * table.stride_token];
   }
   A size(int64_t token) const { return entry(p.size, token); }
   A weight(int64_t token) const { return entry(p.weight, token); }

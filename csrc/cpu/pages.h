@@ -15,8 +15,9 @@ inline void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int6
   constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
   if (bytes < static_cast<int64_t>(8 * kHugePage)) return;
   // Only whole pages inside the output: the rest of the first and last page belongs to others.
-  const auto begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) & ~(kHugePage - 1);
-  const auto end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) & ~(kHugePage - 1);
+  const auto first = reinterpret_cast<uintptr_t>(data);
+  const auto begin = (first + kHugePage - 1) & ~(kHugePage - 1);
+  const auto end = (first + static_cast<uintptr_t>(bytes)) & ~(kHugePage - 1);
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }

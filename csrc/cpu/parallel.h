@@ -28,9 +28,8 @@ inline void parallel_tasks(const Parallel& parallel, int64_t tasks, const F& f) 
   } context{f, tasks};
   parallel.run(workers, [](void* raw, int64_t worker) {
     auto& context = *static_cast<Context*>(raw);
-    for (int64_t task; (task = context.next.fetch_add(1, std::memory_order_relaxed)) < context.tasks;) {
-      context.f(task, worker);
-    }
+    const auto take = [&] { return context.next.fetch_add(1, std::memory_order_relaxed); };
+    for (int64_t task = take(); task < context.tasks; task = take()) context.f(task, worker);
   }, &context);
 }
 

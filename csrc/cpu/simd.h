@@ -181,6 +181,10 @@ TOKRED_INLINE T sum(Vec<T> v) {
   return lane[0];
 }
 
+#ifdef __AVX2__
+inline constexpr int kNearestEven = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+#endif
+
 // bf16 and f16 are stored as their bit patterns.
 struct bf16 {
   uint16_t bits;
@@ -226,7 +230,7 @@ TOKRED_INLINE void from_float(float x, bf16& out) {
 }
 TOKRED_INLINE void from_float(float x, f16& out) {
 #ifdef __F16C__
-  out.bits = static_cast<uint16_t>(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  out.bits = static_cast<uint16_t>(_cvtss_sh(x, kNearestEven));
 #else
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
@@ -312,12 +316,12 @@ TOKRED_INLINE void store_as(bf16* p, f32x16 v) {
 TOKRED_INLINE void store_as(f16* p, f32x16 v) {
 #if defined(__AVX512F__)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_cvtps_ph((__m512)v.r[0], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+                      _mm512_cvtps_ph((__m512)v.r[0], kNearestEven));
 #elif defined(__F16C__)
 #pragma GCC unroll 2
   for (int i = 0; i < f32x16::kRegisters; ++i) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8 * i),
-                     _mm256_cvtps_ph((__m256)v.r[i], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+                     _mm256_cvtps_ph((__m256)v.r[i], kNearestEven));
   }
 #else
   float lane[kLanes];

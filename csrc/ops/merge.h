@@ -14,8 +14,8 @@ inline MergeMode parse_merge_mode(std::string_view name) {
   for (int32_t i = 0; i < 7; ++i) {
     if (name == kNames[i]) return static_cast<MergeMode>(i);
   }
-  TOKRED_CHECK(false, "mode must be one of sum, mean, plain_mean, amax, amin, prune, maxnorm, got '",
-               std::string(name), "'");
+  TOKRED_CHECK(false, "mode must be one of sum, mean, plain_mean, amax, amin, prune, maxnorm, ",
+               "got '", std::string(name), "'");
   return MergeMode::sum;
 }
 
