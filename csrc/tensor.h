@@ -126,9 +126,23 @@ inline Tensor allocate(const Tensor& like, std::initializer_list<int64_t> shape,
   return Tensor(handle);
 }
 
-inline Tensor allocate_bytes(const Tensor& like, int64_t bytes) {
-  return allocate(like, {bytes > 0 ? bytes : 1}, ScalarType::Byte);
-}
+// Memory for one call: on the stack where kernels run on the host and need little, because an
+// allocation costs as much as a small op.
+class Scratch {
+ public:
+  Scratch(const Tensor& like, int64_t bytes, bool on_host) {
+    if (!on_host || bytes > kInlineBytes) tensor_ = allocate(like, {bytes}, ScalarType::Byte);
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  void* data() { return tensor_ ? tensor_->mutable_data_ptr() : inline_; }
+
+ private:
+  static constexpr int64_t kInlineBytes = 16 << 10;
+  alignas(64) char inline_[kInlineBytes];
+  OptionalTensor tensor_;
+};
 
 // The stride of a dimension, 0 where it has one element and is broadcast.
 inline int64_t broadcast_stride(const Tensor& t, int64_t dim) {

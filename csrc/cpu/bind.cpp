@@ -20,7 +20,8 @@ Parallel torch_pool() {
 
 // A front end calls these on whatever it has checked; see ops/.
 struct Cpu {
-  static constexpr bool kDouble = true;
+  static constexpr bool kDouble = true;  // float64 too
+  static constexpr bool kHost = true;    // kernels run on the host, before the call returns
   Parallel parallel = torch_pool();
 
   explicit Cpu(const Tensor&) {}

@@ -175,7 +175,7 @@ void unmerge(const UnmergeParams& p, const Parallel& parallel) {
           const T* y = static_cast<const T*>(p.y) + item * p.y_stride_batch;
           copy_row(x, y + slot * p.y_stride_token, p.channels, stream);
         } else {
-          std::memset(x, 0, static_cast<size_t>(p.channels) * sizeof(T));
+          fill_zero(x, p.channels * static_cast<int64_t>(sizeof(T)));
         }
       }
       if (stream) stream_fence();

@@ -88,7 +88,7 @@ void extreme_backward(const Slot<T>& slot, const Gradients<T>& grad, int64_t cha
 template <class T>
 void prune_backward(const Slot<T>& slot, const Gradients<T>& grad, int64_t channels) {
   const int64_t keeper = slot.heaviest();
-  std::memcpy(grad.x(keeper), grad.grad_y, static_cast<size_t>(channels) * sizeof(T));
+  copy_bytes(grad.x(keeper), grad.grad_y, channels * static_cast<int64_t>(sizeof(T)));
 }
 
 template <class T>
@@ -164,11 +164,11 @@ void merge_backward_all(const MergeBackwardParams& p, const Parallel& parallel) 
   list_members(f, parallel);
   // Tokens without a slot, and members that no rule below writes, have gradient 0.
   parallel_tasks(parallel, f.batch, [&](int64_t item, int64_t) {
-    const auto rows = static_cast<size_t>(f.tokens);
-    const auto row_bytes = static_cast<size_t>(f.channels) * sizeof(T);
-    std::memset(static_cast<T*>(p.grad_x) + item * f.tokens * f.channels, 0, rows * row_bytes);
-    std::memset(static_cast<A*>(p.grad_size) + item * f.tokens, 0, rows * sizeof(A));
-    std::memset(static_cast<A*>(p.grad_weight) + item * f.tokens, 0, rows * sizeof(A));
+    const int64_t numbers = f.tokens * f.channels;
+    constexpr int64_t kBytes = sizeof(T), kWideBytes = sizeof(A);
+    fill_zero(static_cast<T*>(p.grad_x) + item * numbers, numbers * kBytes);
+    fill_zero(static_cast<A*>(p.grad_size) + item * f.tokens, f.tokens * kWideBytes);
+    fill_zero(static_cast<A*>(p.grad_weight) + item * f.tokens, f.tokens * kWideBytes);
   });
   constexpr int64_t kSlots = 32;
   const int64_t chunks = (f.num_out + kSlots - 1) / kSlots;

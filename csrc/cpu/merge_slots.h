@@ -115,11 +115,11 @@ TOKRED_INLINE void copy_row(T* to, const T* from, int64_t channels,
       _mm256_stream_si256(reinterpret_cast<__m256i*>(target + i), low);
       _mm256_stream_si256(reinterpret_cast<__m256i*>(target + i + 32), high);
     }
-    std::memcpy(target + i, source + i, static_cast<size_t>(bytes - i));
+    copy_bytes(target + i, source + i, bytes - i);
     return;
   }
 #endif
-  std::memcpy(to, from, static_cast<size_t>(bytes));
+  copy_bytes(to, from, bytes);
 }
 TOKRED_INLINE void stream_fence() {
 #ifdef __AVX2__

@@ -7,6 +7,7 @@ namespace tokred::cuda {
 
 struct Kernels {
   static constexpr bool kDouble = false;
+  static constexpr bool kHost = false;
   Stream stream = nullptr;
 
   void will_write(void*, int64_t) const {}

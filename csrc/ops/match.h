@@ -98,10 +98,10 @@ std::tuple<Tensor, Tensor> match(const Tensor& a, const Tensor& b, const Optiona
   Backend backend(a);
   Tensor score = allocate(a, {p.batch, p.a.count}, ScalarType::Float);
   Tensor index = allocate(a, {p.batch, p.a.count}, ScalarType::Int);
-  Tensor workspace = allocate_bytes(a, backend.match_workspace(p));
+  Scratch workspace(a, backend.match_workspace(p), Backend::kHost);
   p.score = static_cast<float*>(score.mutable_data_ptr());
   p.index = static_cast<int32_t*>(index.mutable_data_ptr());
-  p.workspace = workspace.mutable_data_ptr();
+  p.workspace = workspace.data();
   if (p.batch > 0 && p.a.count > 0) backend.match(p);
   return {score, index};
 }
@@ -153,10 +153,10 @@ std::pair<Tensor, Tensor> run_bipartite(BipartiteParams& p, const Tensor& metric
   Tensor num_out = allocate(metric, {p.by_threshold ? m.batch : 0}, ScalarType::Int);
   Tensor score = allocate(metric, {m.batch, m.a.count}, ScalarType::Float);
   Tensor index = allocate(metric, {m.batch, m.a.count}, ScalarType::Int);
-  Tensor workspace = allocate_bytes(metric, backend.match_workspace(m));
+  Scratch workspace(metric, backend.match_workspace(m), Backend::kHost);
   m.score = static_cast<float*>(score.mutable_data_ptr());
   m.index = static_cast<int32_t*>(index.mutable_data_ptr());
-  m.workspace = workspace.mutable_data_ptr();
+  m.workspace = workspace.data();
   p.token_map = static_cast<int32_t*>(token_map.mutable_data_ptr());
   p.num_out = p.by_threshold ? static_cast<int32_t*>(num_out.mutable_data_ptr()) : nullptr;
   if (m.batch > 0) backend.bipartite_soft_matching(p);

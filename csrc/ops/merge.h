@@ -56,12 +56,13 @@ MergeParams merge_inputs(const Tensor& x, const Tensor& token_map, int64_t num_o
   return p;
 }
 
-// Scratch for the members of every slot; the tensor owns the memory p points to.
-inline Tensor merge_scratch(MergeParams& p, const Tensor& x) {
-  Tensor scratch = allocate(x, {p.batch * (p.num_out + 1 + p.tokens)}, ScalarType::Int);
-  p.indptr = static_cast<int32_t*>(scratch.mutable_data_ptr());
+// Bytes for the members of every slot.
+inline int64_t members_bytes(const MergeParams& p) {
+  return p.batch * (p.num_out + 1 + p.tokens) * static_cast<int64_t>(sizeof(int32_t));
+}
+inline void set_members(MergeParams& p, void* memory) {
+  p.indptr = static_cast<int32_t*>(memory);
   p.members = p.indptr + p.batch * (p.num_out + 1);
-  return scratch;
 }
 
 inline void set_merge_outputs(MergeParams& p, const Tensor& y, const Tensor& size_out) {
@@ -83,7 +84,8 @@ std::tuple<Tensor, Tensor> merge(const Tensor& x, const Tensor& token_map, int64
   Tensor y = allocate(x, {p.batch, num_out, p.channels}, x.scalar_type());
   Tensor size_out = allocate(x, {p.batch, num_out}, accumulator_type(x));
   set_merge_outputs(p, y, size_out);
-  Tensor scratch = merge_scratch(p, x);
+  Scratch members(x, members_bytes(p), Backend::kHost);
+  set_members(p, members.data());
   backend.will_write(p.y, p.batch * num_out * p.channels * static_cast<int64_t>(x.element_size()));
   backend.merge(p);
   return {y, size_out};
@@ -104,7 +106,8 @@ void merge_out(const Tensor& x, const Tensor& token_map, const OptionalTensor& s
   check_same_device(out_size, "out_size", x, "x");
   set_merge_outputs(p, out, out_size);
   Backend backend(x);
-  Tensor scratch = merge_scratch(p, x);
+  Scratch members(x, members_bytes(p), Backend::kHost);
+  set_members(p, members.data());
   backend.merge(p);
 }
 
@@ -135,7 +138,8 @@ std::tuple<Tensor, Tensor, Tensor> merge_backward(const Tensor& grad_y, const Te
   p.grad_x = grad_x.mutable_data_ptr();
   p.grad_size = grad_size_in.mutable_data_ptr();
   p.grad_weight = grad_weight.mutable_data_ptr();
-  Tensor scratch = merge_scratch(p.forward, x);
+  Scratch members(x, members_bytes(p.forward), Backend::kHost);
+  set_members(p.forward, members.data());
   backend.merge_backward(p);
   return {grad_x, grad_size_in, grad_weight};
 }
