@@ -45,7 +45,10 @@ def parse_r(num_layers: int, r: Schedule) -> list[Amount]:
 def resolve(amount: Amount, tokens: int, num_prefix: int) -> int:
     """The number of tokens to merge out of `tokens`: never more than half of what may merge."""
     r = int(tokens * amount) if isinstance(amount, float) else amount
-    return min(r, max(tokens - num_prefix, 0) // 2)
+    limit = max(tokens - num_prefix, 0) // 2
+    # A branch, not min(): under torch.compile with symbolic shapes it becomes one guard a layer,
+    # where minima would nest from layer to layer and take minutes to simplify.
+    return r if r <= limit else limit
 
 
 def _inflected(num_layers: int, r: tuple[int, float]) -> list[Amount]:
