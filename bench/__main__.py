@@ -13,14 +13,15 @@ from . import ceilings
 from .harness import Row, run_case, store
 from .machine import Run, start_run
 
-BENCHES = ("match", "merge", "sparse_attn", "overhead", "models")
+BENCHES = ("topk", "score", "decode", "block_sparse", "match", "merge", "sparse_attn", "overhead",
+           "models")
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--quick", action="store_const", const="quick", dest="mode",
-                      help="the main shapes, under three minutes on two cores (the default)")
+                      help="the main shapes, about five minutes on two cores (the default)")
     mode.add_argument("--full", action="store_const", const="full", dest="mode",
                       help="more shapes, dtypes and input distributions, longer sampling")
     parser.add_argument("--only", default=",".join(BENCHES), metavar="NAMES",

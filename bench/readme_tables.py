@@ -1,9 +1,10 @@
 """Writes the measured tables of README.md from bench/results: `python -m bench.readme_tables`.
 
-A table stands between <!-- table:NAME --> and <!-- /table -->; NAME is a bench (match, merge,
-sparse_attn, models, overhead, ceilings) of the quick run, NAME:full of the full one, or demo: the
-demo's report, kept as bench/results/demo.json. Running it twice changes nothing; --check only says
-whether the README is up to date.
+A table stands between <!-- table:NAME --> and <!-- /table -->; NAME is a bench (topk, score,
+decode, block_sparse, match, merge, sparse_attn, models, overhead, ceilings) of the quick run,
+NAME:full of the full one, methods, or demo and demo_text: the demo's reports, kept as demo.json and
+text.json in bench/results. Running it twice changes nothing; --check only says whether the README
+is up to date.
 """
 
 from __future__ import annotations
@@ -119,6 +120,10 @@ def ceilings_table(rows: Sequence[Row]) -> str:
 
 
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
+    "topk": op_table,
+    "score": op_table,
+    "decode": op_table,
+    "block_sparse": op_table,
     "match": op_table,
     "merge": op_table,
     "sparse_attn": op_table,
@@ -150,6 +155,44 @@ def demo_table(path: Path) -> str:
     return table(header, lines) + "\n"
 
 
+def demo_text_table(path: Path) -> str:
+    """What `make demo` wrote to its text.json."""
+    if not path.exists():
+        return "*Not measured yet: `make demo`.*\n"
+    report = json.loads(path.read_text())
+    count = report["plan"]["tokens"]
+    quality = [
+        ["every key", str(count), f"{report['dense_perplexity']:.3f}", "1"],
+        *(
+            [f"`{row['method']}`", str(row["keys"]), f"{row['perplexity']:.3f}",
+             f"{row['to_dense']:.4f}"]
+            for row in report["perplexity"]
+        ),
+    ]
+    speed = [
+        [row["method"], str(row["context"]), f"{row['tokens_per_second']:.1f}",
+         f"**{row['speed_up']:.2f}×**"]
+        for row in report["speed"]
+    ]
+    return "\n\n".join([
+        table([f"perplexity of {count} tokens", "keys", "perplexity", "to dense"], quality),
+        table(["decoding", "context", "tokens / s", "to SDPA"], speed),
+    ]) + "\n"
+
+
+def methods_table() -> str:
+    """The registry of tokred.methods."""
+    from tokred.methods import METHODS
+
+    lines = [
+        [f"`{m.name}`", f"[{m.title}](https://arxiv.org/abs/{m.arxiv})",
+         m.summary + ("" if m.status == "exact" else f" ({m.status})")]
+        for m in METHODS.values()
+    ]
+    rows = [["method", "paper", "what it does"], ["---"] * 3, *lines]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows) + "\n"
+
+
 def caption(row: Row) -> str:
     torch_version = row.versions.get("torch", "?")
     threads = "" if row.device == "cuda" else f", {row.threads} threads"
@@ -160,9 +203,15 @@ def render(name: str, results: Path = RESULTS) -> str:
     """All machines' tables of one name, one under the other."""
     if name == "demo":
         return demo_table(results / "demo.json")
+    if name == "demo_text":
+        return demo_text_table(results / "text.json")
+    if name == "methods":
+        return methods_table()
     bench, _, mode = name.partition(":")
     if bench not in TABLES:
-        raise ValueError(f"table:{name}: the name must be demo or one of {', '.join(TABLES)}")
+        raise ValueError(
+            f"table:{name}: the name must be demo, demo_text, methods or one of {', '.join(TABLES)}"
+        )
     parts = []
     for path in sorted(results.glob(f"*-{mode or 'quick'}.jsonl")):
         rows = [row for row in load(path) if row.bench == bench]

@@ -6,7 +6,10 @@
 
 #include "cuda/plan_match.h"
 #include "cuda/plan_merge.h"
+#include "cuda/plan_score.h"
 #include "cuda/plan_sparse_attn.h"
+#include "cuda/plan_sparse_decode.h"
+#include "cuda/plan_topk.h"
 
 extern "C" const char* tokred_cpu_isa();
 extern "C" const char* tokred_best_cpu_isa();
@@ -56,6 +59,73 @@ py::dict plans_of_attention(const AttentionShape& shape) {
                   "grad_key"_a = describe(plan_grad_key(shape)));
 }
 
+// The launches of attention over lists (or over all keys, as one list), and how keys are split.
+py::dict plans_of_lists(const ListShape& shape) {
+  py::dict plans("grad_query"_a = describe(plan_list_grad_query(
+                     shape, list_grad_query_blocks(shape))),
+                 "grad_key"_a = describe(plan_list_grad_key(shape)));
+  if (!is_decode(shape)) {
+    plans["forward"] = describe(plan_list_forward(shape));
+    return py::dict("plans"_a = plans, "workspace_bytes"_a = 0);
+  }
+  const int64_t items = decode_launch_items(shape);
+  plans["decode"] = describe(plan_decode(shape, items));
+  const bool splits = decode_splits(shape.length) > 1;
+  if (splits) plans["combine"] = describe(plan_combine(shape, items));
+  return py::dict("plans"_a = plans, "items"_a = decode_items(shape),
+                  "split_length"_a = decode_split_length(shape.length),
+                  "workspace_bytes"_a = decode_workspace_bytes(shape));
+}
+
+// The launches of the score stem; blocks are of 64 tokens, and similarities among the queries.
+py::dict plans_of_score(const ScoreShape& s) {
+  const int lanes = score_lanes(s.head_dim);
+  const int64_t heads = s.batch * s.heads_kv, blocks = divide_up(s.keys, 64);
+  return py::dict(
+      "qk_score"_a = describe(plan_qk_score(heads, s.keys, lanes)),
+      "qk_score_dims"_a = describe(plan_qk_score(heads, s.keys, kGatherLanes)),
+      "qk_score_mean"_a = describe(plan_qk_score(s.batch, s.keys, lanes)),
+      "reduce_heads"_a = describe(plan_score_elements(heads * s.queries * blocks)),
+      "softmax"_a = describe(plan_softmax_rows(s.batch * s.heads_q * s.queries)),
+      "block_pool"_a = describe(plan_block_pool(s.batch, s.heads_kv, s.keys, blocks)),
+      "block_pool_whole"_a = describe(plan_block_pool(s.batch, s.heads_kv, s.keys, 1)),
+      "block_score"_a = describe(plan_block_score(heads, s.rows(), blocks, lanes)),
+      "attention_rows"_a = describe(plan_attention_rows(s)),
+      "attention_columns"_a = describe(plan_attention_columns(s)),
+      "similarity_stats"_a = describe(plan_similarity_stats(s.batch, s.queries, s.is_float, false)),
+      "similarity_stats_async"_a = describe(plan_similarity_stats(s.batch, s.queries, false, true)),
+      "transition_stats"_a = describe(plan_transition(s.batch * s.queries)));
+}
+
+// The launches of topk in order, of which the longest merge stands for all, and the scratch.
+py::dict plans_of_topk(int64_t lists, int64_t columns, int64_t k, bool has_top_p) {
+  const TopkShape shape{lists, columns, k, has_top_p};
+  py::dict plans;
+  switch (topk_path(shape)) {
+    case TopkPath::warp: plans["warps"] = describe(plan_topk_warps(lists)); break;
+    case TopkPath::small: plans["small"] = describe(plan_topk_blocks(lists, kSmallTopk)); break;
+    case TopkPath::wide: plans["wide"] = describe(plan_topk_blocks(lists, kWideTopk)); break;
+    case TopkPath::split:
+      plans["parts"] = describe(plan_topk_parts(shape));
+      plans["finish"] = describe(plan_topk_blocks(lists, kWideTopk));
+      break;
+    case TopkPath::sorted:
+      plans["sort"] = describe(plan_sort_chunks(lists, columns));
+      plans["merge"] = describe(plan_merge_runs(lists, columns, kSortChunkKeys, shape.most()));
+      plans["write"] = describe(plan_sorted(lists));
+      break;
+  }
+  return plans;
+}
+
+// The launches of compact, inverse_transform_sample and of a gather of `rows` rows of `columns`
+// units.
+py::dict plans_of_rows(int64_t rows, int64_t columns) {
+  return py::dict("compact"_a = describe(plan_compact(rows, columns)),
+                  "sample"_a = describe(plan_sample(rows)),
+                  "gather"_a = describe(plan_gather(gather_blocks(rows, columns), 1)));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -83,4 +153,30 @@ PYBIND11_MODULE(_C, m) {
       },
       "batch"_a, "heads_q"_a, "heads_kv"_a, "queries"_a, "keys"_a, "head_dim"_a, "value_dim"_a,
       "is_float"_a = false, "name -> {grid, block, shared_bytes}");
+  m.def(
+      "plan_decode",
+      [](int64_t batch, int64_t heads_q, int64_t heads_kv, int64_t queries, int64_t keys,
+         int64_t head_dim, int64_t value_dim, bool is_float, int64_t list_heads, int64_t length,
+         int64_t block_q) {
+        const AttentionShape shape{batch,    heads_q,   heads_kv, queries, keys,
+                                   head_dim, value_dim, is_float};
+        if (list_heads == 0) return plans_of_lists(dense_list(shape));
+        return plans_of_lists({shape, list_heads, length, block_q < queries ? block_q : queries});
+      },
+      "batch"_a, "heads_q"_a, "heads_kv"_a, "queries"_a, "keys"_a, "head_dim"_a, "value_dim"_a,
+      "is_float"_a = false, "list_heads"_a = 0, "length"_a = 0, "block_q"_a = 1,
+      "Of one launch each: plans (name -> {grid, block, shared_bytes}), items, split_length and "
+      "workspace_bytes; without list_heads (Hkv or Hq), of dense attention.");
+  m.def(
+      "plan_score",
+      [](int64_t batch, int64_t heads_q, int64_t heads_kv, int64_t queries, int64_t keys,
+         int64_t head_dim, bool is_float) {
+        return plans_of_score({batch, heads_q, heads_kv, queries, keys, head_dim, is_float});
+      },
+      "batch"_a, "heads_q"_a, "heads_kv"_a, "queries"_a, "keys"_a, "head_dim"_a,
+      "is_float"_a = false, "name -> {grid, block, shared_bytes}");
+  m.def("plan_topk", &plans_of_topk, "lists"_a, "columns"_a, "k"_a, "has_top_p"_a = false,
+        "name -> {grid, block, shared_bytes}");
+  m.def("plan_rows", &plans_of_rows, "rows"_a, "columns"_a,
+        "name -> {grid, block, shared_bytes}");
 }

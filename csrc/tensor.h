@@ -6,6 +6,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -108,22 +109,46 @@ inline ScalarType accumulator_type(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// The value that `text` names among (name, value) pairs.
+template <class E>
+E parse_choice(std::string_view text, const char* name,
+               std::initializer_list<std::pair<const char*, E>> choices) {
+  std::string names;
+  for (const auto& [choice, value] : choices) {
+    if (text == choice) return value;
+    names += (names.empty() ? "" : ", ") + std::string(choice);
+  }
+  TOKRED_CHECK(false, name, " must be one of ", names, ", got '", std::string(text), "'");
+  return choices.begin()->second;
+}
+
+inline Metric parse_metric(std::string_view name) {
+  return parse_choice<Metric>(name, "metric",
+                              {{"cosine", Metric::cosine},
+                               {"dot", Metric::dot},
+                               {"l2", Metric::l2},
+                               {"half_cosine", Metric::half_cosine}});
+}
+
 // A fresh contiguous tensor on the device of `like`. The unboxed shim costs a third of new_empty.
-inline Tensor allocate(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
+inline Tensor allocate(const Tensor& like, const int64_t* shape, int64_t dims, ScalarType type) {
   int64_t strides[8];
   int64_t step = 1;
-  for (int64_t i = static_cast<int64_t>(shape.size()) - 1; i >= 0; --i) {
+  for (int64_t i = dims - 1; i >= 0; --i) {
     strides[i] = step;
-    step *= shape.begin()[i] > 0 ? shape.begin()[i] : 1;
+    step *= shape[i] > 0 ? shape[i] : 1;
   }
   int32_t device_type = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(shape.size()), shape.begin(), strides,
+      dims, shape, strides,
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device_type,
       like.get_device_index(), &handle));
   return Tensor(handle);
+}
+inline Tensor allocate(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
+  return allocate(like, shape.begin(), static_cast<int64_t>(shape.size()), type);
 }
 
 // Memory for one call: on the stack where kernels run on the host and need little, because an

@@ -15,7 +15,21 @@ from tokred import _C
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "sanitize"
 ISAS = ("generic", "avx2", "avx512")
-TESTS = ["test_match.py", "test_bipartite.py", "test_merge.py", "test_sparse_attn.py"]
+TESTS = [
+    "test_match.py",
+    "test_bipartite.py",
+    "test_merge.py",
+    "test_topk.py",
+    "test_topk_gather.py",
+    "test_score.py",
+    "test_score_attention.py",
+    "test_score_similarity.py",
+    "test_sparse_attn.py",
+    "test_sparse_decode.py",
+    "test_sparse_lists.py",
+    "test_block_sparse.py",
+    "test_positions.py",
+]
 
 
 def build() -> None:

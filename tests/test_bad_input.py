@@ -86,7 +86,7 @@ ATTENTION = [
         {},
         "q must be contiguous in its last dimension",
     ),
-    (attention, (WIDE, WIDE, WIDE), {}, "the head dimensions"),
+    (attention, (WIDE, WIDE, WIDE), {}, "the head dimension of q"),
     (attention, (Q, K, K), {"key_bias": BIAS.half()}, "key_bias must be float32"),
     (attention, (Q, K, K), {"key_bias": BIAS[..., :6]}, "key_bias must be"),
     (attention, (Q, K, K), {"key_bias": BIAS[:, None]}, "key_bias must"),
@@ -96,8 +96,84 @@ ATTENTION = [
     (attention, (Q, K, K), {"scale": float("nan")}, "scale must be finite"),
 ]
 
+PLACE = torch.zeros(1, 5, 1, dtype=torch.int32), torch.zeros(1, 7, 1, dtype=torch.int32)
+POSITIONS = [
+    (attention, (Q, K, K), {"query_position": PLACE[0]}, "must be given together"),
+    (
+        attention,
+        (Q, K, K),
+        {"query_position": PLACE[0].long(), "key_position": PLACE[1]},
+        "query_position must be int32",
+    ),
+    (
+        attention,
+        (Q, K, K),
+        {"query_position": PLACE[0], "key_position": PLACE[0]},
+        "key_position must be",
+    ),
+    (
+        attention,
+        (Q, K, K),
+        {"query_position": PLACE[0], "key_position": PLACE[1].expand(1, 7, 2)},
+        "key_position must have the 1 columns|key_position must be contiguous",
+    ),
+]
 
-BAD = [*MATCH, *BIPARTITE, *MERGE, *ATTENTION]
+LISTS = torch.zeros(2, 2, 5, 3, dtype=torch.int32)
+ANGLES = torch.zeros(3, 4)
+sparse, blocks = tokred.sparse_attention, tokred.block_sparse_attention
+SPARSE = [
+    (sparse, (Q, K, K, LISTS.long()), {}, "indices must be int32"),
+    (sparse, (Q, K, K, LISTS[0]), {}, "indices must have 4 dimensions"),
+    (sparse, (Q, K, K, LISTS[:1]), {}, "indices must be"),
+    (sparse, (Q, K, K, LISTS[:, :, :4]), {}, "indices must be"),
+    (sparse, (Q, K, K, LISTS.expand(2, 2, 5, 3).repeat(1, 2, 1, 1)[:, :3]), {}, "indices must be"),
+    (sparse, (Q, K, K, LISTS[..., ::2]), {}, "indices must be contiguous"),
+    (sparse, (Q, K, K, LISTS), {"block_q": 0}, "block_q must be at least 1"),
+    (sparse, (Q, K, K, LISTS), {"block_q": 2}, "indices must be"),
+    (sparse, (Q[:, :3], K, K, LISTS), {}, "the heads of q must be a multiple"),
+    (sparse, (Q, K.half(), K, LISTS), {}, "k must have the dtype of q"),
+    (sparse, (Q, K, K, LISTS), {"mask": MASK[..., :6]}, "mask must be"),
+    (sparse, (Q, K, K, LISTS), {"key_bias": BIAS.double()}, "key_bias must be float32"),
+    (sparse, (Q, K, K, LISTS), {"scale": float("inf")}, "scale must be finite"),
+    (sparse, (Q, K, K, LISTS), {"rope_cos": ANGLES}, "must be given together"),
+    (sparse, (Q, K, K, LISTS), {"rope_cos": ANGLES[:2], "rope_sin": ANGLES}, "rope_cos must be"),
+    (
+        sparse,
+        (Q, K, K, LISTS),
+        {"rope_cos": ANGLES, "rope_sin": ANGLES.double()},
+        "rope_sin must be float32",
+    ),
+    (
+        sparse,
+        (Q[..., :7].clone(), K[..., :7].clone(), K, LISTS),
+        {"rope_cos": ANGLES, "rope_sin": ANGLES},
+        "even head dimension",
+    ),
+]
+
+GRID = torch.ones(2, 4, 3, 3, dtype=torch.bool)
+STATE = torch.zeros(2, 4, 5)
+BLOCKS = [
+    (blocks, (Q, K, K, GRID.float(), 2, 3), {}, "block_mask must be bool"),
+    (blocks, (Q, K, K, GRID[0], 2, 3), {}, "block_mask must"),
+    (blocks, (Q, K, K, GRID[:, :3], 2, 3), {}, "block_mask must"),
+    (blocks, (Q, K, K, GRID[:, :, :2], 2, 3), {}, "block_mask must"),
+    (blocks, (Q, K, K, GRID, 2, 2), {}, "block_mask must"),
+    (blocks, (Q, K, K, GRID, 0, 3), {}, "block_q must be at least 1"),
+    (blocks, (Q, K, K, GRID, 2, -1), {}, "block_k must be at least 1"),
+    (blocks, (Q, K, K[:, :1], GRID, 2, 3), {}, "v must have"),
+    (blocks, (Q, K, K, GRID, 2, 3), {"mask": MASK.float()}, "mask must be bool"),
+    (blocks, (Q, K, K, GRID, 2, 3), {"key_bias": BIAS[..., :6]}, "key_bias must be"),
+    (tokred.combine_states, (Q, STATE, Q[..., :4], STATE), {}, "out_b must"),
+    (tokred.combine_states, (Q, STATE, Q.half(), STATE), {}, "out_b must have the dtype"),
+    (tokred.combine_states, (Q[0], STATE, Q, STATE), {}, "out_a must"),
+    (tokred.combine_states, (Q, STATE[:1], Q, STATE), {}, "lse_a must"),
+    (tokred.combine_states, (Q, STATE, Q, STATE.double()), {}, "lse_b must be float32"),
+    (tokred.combine_states, (Q, STATE, Q, STATE.mT), {}, "lse_b must"),
+]
+
+BAD = [*MATCH, *BIPARTITE, *MERGE, *ATTENTION, *POSITIONS, *SPARSE, *BLOCKS]
 IDS = [f"{function.__name__}: {message}" for function, _, _, message in BAD]
 
 

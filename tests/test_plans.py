@@ -74,3 +74,130 @@ def test_attention(is_float: bool) -> None:
                 batch, heads_q, heads_kv, queries, keys, dim, value_dim, is_float
             )
             check(plans, {name: batch * heads_kv for name in ("forward", "grad_query", "grad_key")})
+
+
+@pytest.mark.parametrize("is_float", [False, True])
+def test_attention_over_lists(is_float: bool) -> None:
+    heads = ((1, 1), (9, 3), (32, 1), (8, 8))
+    dims = ((1, 1), (64, 64), (96, 32), (128, 128), (256, 256))
+    for batch, queries, (heads_q, heads_kv), (dim, value_dim) in shapes(heads, dims):
+        if batch * queries * heads_q > MAX_TOKENS:
+            continue
+        for list_heads, length, block_q in itertools.product(
+            {heads_kv, heads_q}, (0, 1, 2048, 131072), (1, 16, 1000)
+        ):
+            lists = -(-queries // block_q)
+            if batch * list_heads * lists * length > 2 * MAX_TOKENS:
+                continue
+            plan = _C.plan_decode(
+                *(batch, heads_q, heads_kv, queries, 1370, dim, value_dim, is_float),
+                *(list_heads, length, block_q),
+            )
+            blocks = batch * list_heads * lists
+            check(plan["plans"], {"grad_query": min(blocks, 2**30)})
+            if "forward" in plan["plans"]:
+                check(plan["plans"], {"forward": blocks})
+            if "decode" in plan["plans"]:
+                # Either one launch does, or what its splits leave is kept within bounds.
+                at_once = plan["plans"]["decode"]["grid"][0]
+                assert at_once == plan["items"] or plan["workspace_bytes"] <= 64 << 20
+
+
+def test_splits_of_decode() -> None:
+    """One long sequence fills a large device, and nothing but the keys decides."""
+    shape = (32, 8, 1)
+    for keys, least in ((2048, 64), (131072, 264)):
+        dense = _C.plan_decode(1, *shape, keys, 128, 128)
+        listed = _C.plan_decode(1, *shape, 10**6, 128, 128, list_heads=8, length=keys)
+        assert dense["plans"]["decode"] == listed["plans"]["decode"]
+        items, splits, _ = dense["plans"]["decode"]["grid"]
+        assert items * splits >= least
+        for batch, heads in ((1, (9, 3, 1)), (64, shape), (5, (8, 8, 8))):
+            other = _C.plan_decode(batch, *heads, keys, 64, 64)
+            assert other["plans"]["decode"]["grid"][1] == splits
+    for keys in (0, 1, 127, 128, 129, 10**5, 2**31 - 1):
+        plan = _C.plan_decode(1, *shape, keys, 128, 128)
+        splits = plan["plans"]["decode"]["grid"][1]
+        assert (splits - 1) * plan["split_length"] < max(keys, 1) <= splits * plan["split_length"]
+        assert ("combine" in plan["plans"]) == (splits > 1)
+        items = plan["plans"]["decode"]["grid"][0]
+        assert items == 8 or plan["workspace_bytes"] * 2 > 64 << 20
+        assert plan["workspace_bytes"] == (items * splits * 4 * 130 * 4 if splits > 1 else 0)
+
+
+@pytest.mark.parametrize("is_float", [False, True])
+def test_score(is_float: bool) -> None:
+    for batch, tokens, (heads_q, heads_kv), dim in shapes(
+        ((1, 1), (9, 3), (32, 1), (8, 8)), (1, 64, 80, 128, 256)
+    ):
+        if batch * tokens * heads_q > MAX_TOKENS:
+            continue
+        for queries, keys in {(1, tokens), (tokens, 1), (32, tokens), (tokens, 577)}:
+            if batch * queries * heads_q > MAX_TOKENS or batch * keys * heads_q > MAX_TOKENS:
+                continue
+            heads = batch * heads_kv
+            blocks, rows = -(-keys // 64), queries * (heads_q // heads_kv)
+            covered = {
+                # No chunk of keys or tile of rows may be missing.
+                "qk_score": heads * -(-keys // 512),
+                "qk_score_dims": heads * -(-keys // 256),
+                "qk_score_mean": batch * -(-keys // 512),
+                "reduce_heads": -(-heads * queries * blocks // 256),
+                "softmax": min(batch * heads_q * queries, 2**30),
+                "block_pool": -(-heads * blocks // 8),
+                "block_score": heads * -(-rows // 64) * -(-blocks // 128),
+                "attention_rows": heads * -(-rows // 128) * -(-keys // 512),
+                "attention_columns": batch * heads_q * -(-keys // 128),
+                "similarity_stats": batch * -(-queries // 64),
+                "transition_stats": -(-batch * queries // 8),
+            }
+            check(_C.plan_score(batch, heads_q, heads_kv, queries, keys, dim, is_float), covered)
+
+
+def test_few_keys_get_short_chunks() -> None:
+    """So that one sequence fills the device; many long ones need fewer blocks."""
+    for keys, batch, blocks in ((4096, 1, 512), (32768, 1, 1024), (32768, 8, 8192)):
+        assert _C.plan_score(batch, 32, 8, 1, keys, 128)["qk_score"]["grid"] == (blocks, 1, 1)
+
+
+def test_long_blocks_are_shared_by_warps() -> None:
+    plans = _C.plan_score(8, 8, 8, 1, 32768, 128)
+    assert plans["block_pool"]["grid"] == (8 * 8 * 512 // 8, 1, 1)
+    assert plans["block_pool_whole"]["grid"] == (8 * 8, 1, 1)
+
+
+@pytest.mark.parametrize("k", [1, 64, 256, 257, 512, 513, 2048, 4096, 4097, 131072])
+@pytest.mark.parametrize("has_top_p", [False, True])
+def test_topk(k: int, has_top_p: bool) -> None:
+    for lists, columns in shapes():
+        plans = _C.plan_topk(lists, columns, k, has_top_p)
+        chunks, most = -(-columns // 4096), min(k, columns)
+        runs = -(-columns // 8192)  # of two chunks each, cut to what is wanted
+        # No list, no chunk and no run may be missing, unless blocks loop.
+        covered = {
+            "warps": -(-lists // 8), "small": lists, "wide": lists, "parts": lists,
+            "finish": lists, "write": lists, "sort": lists * chunks,
+            "merge": lists * runs * -(-min(8192, most) // 2048),
+        }  # fmt: skip
+        check(plans, {name: min(covered[name], 2**30) for name in plans})
+
+
+def test_topk_takes_the_path_of_its_size() -> None:
+    for (lists, columns, k, has_top_p), path, blocks in (
+        ((18432, 289, 64, False), "warps", 2304),
+        ((18432, 289, 64, True), "small", 18432),
+        ((256, 131072, 2048, False), "wide", 256),
+        ((8, 131072, 2048, False), "parts", 128),
+        ((1, 1 << 20, 2048, False), "parts", 128),
+        ((4, 131072, 16384, False), "sort", 128),
+        ((4, 4096, 8192, False), "wide", 4),
+    ):
+        plans = _C.plan_topk(lists, columns, k, has_top_p)
+        assert plans[path]["grid"] == (blocks, 1, 1)
+
+
+def test_rows() -> None:
+    for rows, columns in shapes():
+        plans = _C.plan_rows(rows, columns)
+        groups = 256 // min(32, max(2, columns))
+        check(plans, {"compact": rows, "sample": rows, "gather": -(-rows // groups)})

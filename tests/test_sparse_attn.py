@@ -200,7 +200,7 @@ def gradients(backend: Backend, inputs: tuple, grad_out: Tensor, grad_lse: Tenso
         q, k, v, bias, causal, scale, mask = inputs
         results = torch.ops.tokred_simt.biased_attention(*inputs)
         *grads, grad_bias = torch.ops.tokred_simt.biased_attention_backward(
-            grad_out, grad_lse, q, k, v, bias, *results, causal, scale, mask
+            grad_out, grad_lse, q, k, v, bias, *results, causal, scale, mask, None, None
         )
         return grads if bias is None else [*grads, grad_bias.sum_to_size(bias.shape)]
     leaves = [move(t, backend.device).detach().requires_grad_() for t in inputs[:count]]

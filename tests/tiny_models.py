@@ -188,3 +188,56 @@ def final_norm(model: nn.Module, x: Tensor) -> Tensor:
     names = ("norm", "layernorm", "post_layernorm")
     norm = next(getattr(model, n) for n in names if hasattr(model, n))
     return x if isinstance(model, transformers.CLIPVisionModel) else norm(x)
+
+
+# Language models.
+
+LM = dict(vocab_size=97, hidden_size=72, intermediate_size=96, num_hidden_layers=2)
+LM_HEADS = dict(num_attention_heads=9, num_key_value_heads=3, head_dim=8)
+DSA = dict(
+    moe_intermediate_size=32,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_group=1,
+    topk_group=1,
+    n_shared_experts=1,
+    first_k_dense_replace=1,
+    q_lora_rank=32,
+    kv_lora_rank=16,
+    qk_rope_head_dim=8,
+    qk_nope_head_dim=16,
+    v_head_dim=12,
+    index_topk=4,
+    index_n_heads=2,
+    index_head_dim=16,
+)
+
+
+def tiny_lm(name: str, **options: Any) -> nn.Module:
+    """A random language model of transformers, whose weights make every step matter."""
+    config = getattr(transformers, f"{name}Config")
+    heads_of = DSA if name in ("DeepseekV32", "GlmMoeDsa") else LM_HEADS
+    torch.manual_seed(0)
+    kind = name.removesuffix("Text")
+    model = getattr(transformers, f"{kind}ForCausalLM")(config(**{**LM, **heads_of, **options}))
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def left_padded(batch: int = 2, length: int = 13, padding: int = 4) -> tuple[Tensor, Tensor]:
+    """(input_ids, attention_mask) [batch, length]; the last row starts with padding."""
+    ids = torch.randint(3, 97, (batch, length), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[-1, :padding] = 0
+    return ids, mask
+
+
+def generated(model: nn.Module, ids: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
+    """Five tokens of greedy decoding."""
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, **options}
+    mask = torch.ones_like(ids) if mask is None else mask
+    return model.generate(ids, attention_mask=mask, **options)

@@ -54,6 +54,81 @@ struct Cpu {
     run(generic::biased_attention_backward, avx2::biased_attention_backward,
         avx512::biased_attention_backward, p);
   }
+  int64_t topk_workspace(const TopkParams& p) const {
+    return run(generic::topk_workspace, avx2::topk_workspace, avx512::topk_workspace, p);
+  }
+  void topk(const TopkParams& p) const {
+    run(generic::topk, avx2::topk, avx512::topk, p);
+  }
+  void compact(const CompactParams& p) const {
+    run(generic::compact, avx2::compact, avx512::compact, p);
+  }
+  void gather_tokens(const GatherParams& p) const {
+    run(generic::gather_tokens, avx2::gather_tokens, avx512::gather_tokens, p);
+  }
+  int64_t inverse_transform_sample_workspace(const InverseTransformParams& p) const {
+    return run(generic::inverse_transform_sample_workspace,
+        avx2::inverse_transform_sample_workspace, avx512::inverse_transform_sample_workspace, p);
+  }
+  void inverse_transform_sample(const InverseTransformParams& p) const {
+    run(generic::inverse_transform_sample, avx2::inverse_transform_sample,
+        avx512::inverse_transform_sample, p);
+  }
+  int64_t qk_score_workspace(const QkScoreParams& p) const {
+    return run(generic::qk_score_workspace, avx2::qk_score_workspace,
+        avx512::qk_score_workspace, p);
+  }
+  void qk_score(const QkScoreParams& p) const {
+    run(generic::qk_score, avx2::qk_score, avx512::qk_score, p);
+  }
+  void block_pool(const BlockPoolParams& p) const {
+    run(generic::block_pool, avx2::block_pool, avx512::block_pool, p);
+  }
+  int64_t block_score_workspace(const BlockScoreParams& p) const {
+    return run(generic::block_score_workspace, avx2::block_score_workspace,
+        avx512::block_score_workspace, p);
+  }
+  void block_score(const BlockScoreParams& p) const {
+    run(generic::block_score, avx2::block_score, avx512::block_score, p);
+  }
+  void attention_rows(const AttentionRowsParams& p) const {
+    run(generic::attention_rows, avx2::attention_rows, avx512::attention_rows, p);
+  }
+  void attention_columns(const AttentionColumnsParams& p) const {
+    run(generic::attention_columns, avx2::attention_columns, avx512::attention_columns, p);
+  }
+  int64_t similarity_stats_workspace(const SimilarityStatsParams& p) const {
+    return run(generic::similarity_stats_workspace, avx2::similarity_stats_workspace,
+        avx512::similarity_stats_workspace, p);
+  }
+  void similarity_stats(const SimilarityStatsParams& p) const {
+    run(generic::similarity_stats, avx2::similarity_stats, avx512::similarity_stats, p);
+  }
+  void transition_stats(const TransitionParams& p) const {
+    run(generic::transition_stats, avx2::transition_stats, avx512::transition_stats, p);
+  }
+  int64_t attention_workspace(const AttentionParams& p) const {
+    return run(generic::attention_workspace, avx2::attention_workspace,
+        avx512::attention_workspace, p);
+  }
+  int64_t sparse_attention_workspace(const SparseAttentionParams& p) const {
+    return run(generic::sparse_attention_workspace, avx2::sparse_attention_workspace,
+        avx512::sparse_attention_workspace, p);
+  }
+  void sparse_attention(const SparseAttentionParams& p) const {
+    run(generic::sparse_attention, avx2::sparse_attention, avx512::sparse_attention, p);
+  }
+  int64_t sparse_attention_backward_workspace(const SparseAttentionBackwardParams& p) const {
+    return run(generic::sparse_attention_backward_workspace,
+        avx2::sparse_attention_backward_workspace, avx512::sparse_attention_backward_workspace, p);
+  }
+  void sparse_attention_backward(const SparseAttentionBackwardParams& p) const {
+    run(generic::sparse_attention_backward, avx2::sparse_attention_backward,
+        avx512::sparse_attention_backward, p);
+  }
+  void combine_states(const CombineParams& p) const {
+    run(generic::combine_states, avx2::combine_states, avx512::combine_states, p);
+  }
 
  private:
   template <class R, class P>

@@ -3,7 +3,9 @@
 
 #include "../ops/match_params.h"
 #include "../ops/merge_params.h"
+#include "../ops/score_params.h"
 #include "../ops/sparse_attn_params.h"
+#include "../ops/topk_params.h"
 #include "parallel.h"
 
 namespace tokred::generic {

@@ -162,6 +162,17 @@ template <class T>
 TOKRED_INLINE Vec<T> min(Vec<T> a, Vec<T> b) {
   return select_greater(b, a, a, b);
 }
+#ifdef __AVX2__
+TOKRED_INLINE f32x16 min(f32x16 a, f32x16 b) {
+  return map<f32x16>([&](int i) {
+#ifdef __AVX512F__
+    return (f32x16::N)_mm512_min_ps((__m512)a.r[i], (__m512)b.r[i]);
+#else
+    return (f32x16::N)_mm256_min_ps((__m256)a.r[i], (__m256)b.r[i]);
+#endif
+  });
+}
+#endif
 // x where v is a number, y where it is NaN.
 template <class T>
 TOKRED_INLINE Vec<T> select_number(Vec<T> v, Vec<T> x, Vec<T> y) {

@@ -4,6 +4,7 @@
 // them and for all heads of the group.
 #include "../ops/sparse_attn_params.h"
 #include "parallel.h"
+#include "sparse_attn_decode.h"
 #include "sparse_attn_tile.h"
 
 namespace tokred::TOKRED_ISA {
@@ -16,7 +17,7 @@ struct Forward {
 
   const AttentionParams& p;
   const Visibility see;
-  const int64_t batch, kv_head, first_row, panels;
+  const int64_t batch, head, kv_head, first_row, end_row, panels;
   alignas(64) Acc query[kPanelNumbers];   // [panel][head_dim][16], scaled
   alignas(64) Acc out[kPanelNumbers];     // [panel][value_dim][16]
   alignas(64) Acc top[kMaxPanels * kLanes];    // greatest logit so far
@@ -25,13 +26,16 @@ struct Forward {
   alignas(64) Acc logits[kTilePanels<Acc> * kLogits];
   KeyBlock<T> block;
 
-  Forward(const AttentionParams& params, int64_t b, int64_t h, int64_t row, int64_t max_panels)
-      : p(params), see(params, b, h), batch(b), kv_head(h), first_row(row),
-        panels(smaller(max_panels, divide_up(see.rows - row, kLanes))) {
-    const auto rows = query_rows<const T>(p.q, batch, kv_head, see.group);
+  // Rows [row, end) of the heads that `group` and h stand for; see Visibility.
+  Forward(const AttentionParams& params, int64_t b, int64_t h, int64_t group, int64_t row,
+          int64_t end)
+      : p(params), see(Visibility(params, b, h, group).of_rows(row)), batch(b), head(h),
+        kv_head(h * group / (p.heads_q / p.heads_kv)), first_row(row), end_row(end),
+        panels(divide_up(end - row, kLanes)) {
+    const auto rows = query_rows<const T>(p.q, batch, head, group);
     for (int64_t panel = 0; panel < panels; ++panel) {
       const int64_t at = panel_row(panel);
-      pack_panel<T>([&](int lane) { return at + lane < see.rows ? rows[at + lane] : nullptr; },
+      pack_panel<T>([&](int lane) { return at + lane < end_row ? rows[at + lane] : nullptr; },
                     p.head_dim, static_cast<Acc>(p.scale), query + panel * p.head_dim * kLanes);
     }
     for (int64_t i = 0; i < panels * p.value_dim * kLanes; ++i) out[i] = 0;
@@ -40,23 +44,26 @@ struct Forward {
 
   int64_t panel_row(int64_t panel) const { return first_row + panel * kLanes; }
   int64_t last_row(int64_t panel) const {
-    return smaller(panel_row(panel) + kLanes, see.rows) - 1;
+    return smaller(panel_row(panel) + kLanes, end_row) - 1;
   }
 
   void run() {
-    const int64_t end = smaller(see.limit(last_row(panels - 1)) + 1, p.keys);
+    const int64_t end = smaller(see.limit(end_row - 1) + 1, p.keys);
     for (int64_t key = 0; key < end;) {
-      key = block.fill(p, see, batch, kv_head, key, end);
+      key = block.choose(see, key, end);
       if (block.count > 0) attend_block();
     }
     for (int64_t panel = 0; panel < panels; ++panel) finish(panel);
   }
 
   void attend_block() {
-    const auto show = [&](int64_t panel) {
+    Shown shown[kMaxPanels];
+    const bool any = show_panels(panels, shown, [&](int64_t panel) {
       return see.shown(panel_row(panel), last_row(panel), block.first, block.last);
-    };
-    visit_panels<Acc>(panels, show, [&](int64_t panel, int64_t count, const Shown* shown) {
+    });
+    if (!any) return;
+    block.pack(p, batch, kv_head);
+    visit_panels<Acc>(panels, shown, [&](int64_t panel, int64_t count) {
       multiply<Layout::row_step>(
           block.k, p.head_dim, block.count, query + panel * p.head_dim * kLanes,
           p.head_dim * kLanes, count, p.head_dim, [&](int64_t key, int i, Vec<Acc> sum) {
@@ -64,7 +71,7 @@ struct Forward {
           });
       for (int64_t i = 0; i < count; ++i) {
         Acc* tile_logits = logits + i * kLogits;
-        if (shown[i] == Shown::some) {
+        if (shown[panel + i] == Shown::some) {
           hide_keys<T>(see, block, panel_row(panel + i), tile_logits);
         }
         exponentiate(tile_logits, (panel + i) * kLanes);
@@ -117,9 +124,9 @@ struct Forward {
     }
     const int64_t count = last_row(panel) - panel_row(panel) + 1;
     const HeadTensor out_tensor{p.out, p.out_stride_batch, p.out_stride_head, p.out_stride_token};
-    const auto out_rows = query_rows<T>(out_tensor, batch, kv_head, see.group);
+    const auto out_rows = query_rows<T>(out_tensor, batch, head, see.group);
     const auto lse_rows = query_rows<Acc>(contiguous(p.lse, p.heads_q, p.queries, 1), batch,
-                                          kv_head, see.group);
+                                          head, see.group);
     const int64_t row = panel_row(panel);
     unpack_panel<T>(numerator, count, p.value_dim, Acc{1},
                     [&](int64_t lane) { return out_rows[row + lane]; });
@@ -135,15 +142,16 @@ struct Forward {
 }  // namespace
 
 void biased_attention(const AttentionParams& p, const Parallel& parallel) {
-  const int64_t rows = p.queries * (p.heads_q / p.heads_kv);
-  const int64_t heads = p.batch * p.heads_kv;
-  const int64_t panels = panels_per_task(p, rows, parallel.threads);
-  const int64_t blocks = divide_up(rows, panels * kLanes);
+  if (is_decode(p)) return sparse_attention(over_all_keys(p), parallel);
+  const int64_t group = row_group(p), heads = p.heads_q / group, rows = p.queries * group;
+  if (p.batch == 0 || rows == 0) return;
+  const Tasks tasks(p, rows, Visibility(p, 0, 0, group).rows_in_strip(), parallel.threads);
   visit_dtype(p.dtype, [&]<class T>() {
-    parallel_tasks(parallel, heads * blocks, [&](int64_t task, int64_t) {
+    parallel_tasks(parallel, p.batch * heads * tasks.in_head, [&](int64_t task, int64_t) {
       // Under causality the last rows cost most: they go first.
-      const int64_t head = task / blocks, row = (blocks - 1 - task % blocks) * panels * kLanes;
-      Forward<T>(p, head / p.heads_kv, head % p.heads_kv, row, panels).run();
+      const int64_t head = task / tasks.in_head, part = tasks.in_head - 1 - task % tasks.in_head;
+      const int64_t first = tasks.first(part), end = tasks.end(part);
+      if (first < end) Forward<T>(p, head / heads, head % heads, group, first, end).run();
     });
   });
 }

@@ -7,7 +7,7 @@
 namespace tokred::TOKRED_ISA {
 namespace {
 
-// The (query, head) rows of one kv head in everything that the gradients read.
+// The rows of `group` heads, see Visibility, in everything that the gradients read.
 template <class T>
 struct QueryRows {
   using Acc = Accumulator<T>;
@@ -15,19 +15,18 @@ struct QueryRows {
   Rows<const Acc> lse, grad_lse;
   Rows<Acc> delta;
 
-  QueryRows(const AttentionBackwardParams& b, int64_t batch, int64_t kv_head) {
+  QueryRows(const AttentionBackwardParams& b, int64_t batch, int64_t head, int64_t group) {
     const AttentionParams& p = b.forward;
-    const int64_t group = p.heads_q / p.heads_kv;
     const HeadTensor o{p.out, p.out_stride_batch, p.out_stride_head, p.out_stride_token};
     const auto table = [&](const void* data) {
       return contiguous(data, p.heads_q, p.queries, 1);
     };
-    q = query_rows<const T>(p.q, batch, kv_head, group);
-    out = query_rows<const T>(o, batch, kv_head, group);
-    grad_out = query_rows<const T>(b.grad_out, batch, kv_head, group);
-    lse = query_rows<const Acc>(table(p.lse), batch, kv_head, group);
-    grad_lse = query_rows<const Acc>(table(b.grad_lse), batch, kv_head, group);
-    delta = query_rows<Acc>(table(b.delta), batch, kv_head, group);
+    q = query_rows<const T>(p.q, batch, head, group);
+    out = query_rows<const T>(o, batch, head, group);
+    grad_out = query_rows<const T>(b.grad_out, batch, head, group);
+    lse = query_rows<const Acc>(table(p.lse), batch, head, group);
+    grad_lse = query_rows<const Acc>(table(b.grad_lse), batch, head, group);
+    delta = query_rows<Acc>(table(b.delta), batch, head, group);
   }
 
   // With lse +inf, the weights of a row that saw nothing are exp(logit - inf) = 0.
@@ -52,7 +51,7 @@ struct QueryPass {
   const Visibility see;
   const QueryRows<T> rows;
   const Rows<T> grad_rows;
-  const int64_t batch, kv_head, first_row, panels;
+  const int64_t batch, kv_head, first_row, end_row, panels;
   alignas(64) Acc query[kPanelNumbers];     // [panel][head_dim][16], scaled
   alignas(64) Acc grad_out[kPanelNumbers];  // [panel][value_dim][16]
   alignas(64) Acc grad_query[kPanelNumbers];
@@ -61,26 +60,27 @@ struct QueryPass {
   alignas(64) Acc weights[kTilePanels<Acc> * kWeights];
   KeyBlock<T> block;
 
-  QueryPass(const AttentionBackwardParams& b, int64_t batch_index, int64_t head, int64_t row,
-            int64_t max_panels)
-      : p(b.forward), see(p, batch_index, head), rows(b, batch_index, head),
+  QueryPass(const AttentionBackwardParams& b, int64_t batch_index, int64_t head, int64_t group,
+            int64_t row, int64_t end)
+      : p(b.forward), see(Visibility(p, batch_index, head, group).of_rows(row)),
+        rows(b, batch_index, head, group),
         grad_rows(query_rows<T>(contiguous(b.grad_q, p.heads_q, p.queries, p.head_dim),
-                                batch_index, head, see.group)),
-        batch(batch_index), kv_head(head), first_row(row),
-        panels(smaller(max_panels, divide_up(see.rows - row, kLanes))) {
+                                batch_index, head, group)),
+        batch(batch_index), kv_head(head * group / (p.heads_q / p.heads_kv)), first_row(row),
+        end_row(end), panels(divide_up(end - row, kLanes)) {
     for (int64_t panel = 0; panel < panels; ++panel) load_panel(panel);
     for (int64_t i = 0; i < panels * p.head_dim * kLanes; ++i) grad_query[i] = 0;
   }
 
   int64_t panel_row(int64_t panel) const { return first_row + panel * kLanes; }
   int64_t last_row(int64_t panel) const {
-    return smaller(panel_row(panel) + kLanes, see.rows) - 1;
+    return smaller(panel_row(panel) + kLanes, end_row) - 1;
   }
 
   void load_panel(int64_t panel) {
     const int64_t first = panel_row(panel);
     const auto lanes_of = [&](const Rows<const T>& x) {
-      return [=, this](int lane) { return first + lane < see.rows ? x[first + lane] : nullptr; };
+      return [=, this](int lane) { return first + lane < end_row ? x[first + lane] : nullptr; };
     };
     pack_panel<T>(lanes_of(rows.q), p.head_dim, static_cast<Acc>(p.scale),
                   query + panel * p.head_dim * kLanes);
@@ -90,7 +90,7 @@ struct QueryPass {
       const int64_t row = first + lane, at = panel * kLanes + lane;
       lse[at] = kInfinity<Acc>;
       delta[at] = 0;
-      if (row >= see.rows) continue;
+      if (row >= end_row) continue;
       lse[at] = rows.safe_lse(row);
       delta[at] = rows.make_delta(row, p.value_dim);
       *rows.delta[row] = delta[at];
@@ -98,17 +98,10 @@ struct QueryPass {
   }
 
   void run() {
-    const int64_t end = smaller(see.limit(last_row(panels - 1)) + 1, p.keys);
+    const int64_t end = smaller(see.limit(end_row - 1) + 1, p.keys);
     for (int64_t key = 0; key < end;) {
-      key = block.fill(p, see, batch, kv_head, key, end);
-      if (block.count == 0) continue;
-      const auto show = [&](int64_t panel) {
-        return see.shown(panel_row(panel), last_row(panel), block.first, block.last);
-      };
-      visit_panels<Acc>(panels, show, [&](int64_t panel, int64_t count, const Shown* shown) {
-        weigh(panel, count, shown);
-        add_gradient(panel, count);
-      });
+      key = block.choose(see, key, end);
+      if (block.count > 0) add_block();
     }
     for (int64_t panel = 0; panel < panels; ++panel) {
       const int64_t row = panel_row(panel);
@@ -116,6 +109,19 @@ struct QueryPass {
                       p.head_dim, static_cast<Acc>(p.scale),
                       [&](int64_t lane) { return grad_rows[row + lane]; });
     }
+  }
+
+  void add_block() {
+    Shown shown[kMaxPanels];
+    const bool any = show_panels(panels, shown, [&](int64_t panel) {
+      return see.shown(panel_row(panel), last_row(panel), block.first, block.last);
+    });
+    if (!any) return;
+    block.pack(p, batch, kv_head);
+    visit_panels<Acc>(panels, shown, [&](int64_t panel, int64_t count) {
+      weigh(panel, count, shown + panel);
+      add_gradient(panel, count);
+    });
   }
 
   // weights = p
@@ -159,9 +165,9 @@ struct KeyPass {
 
   const AttentionBackwardParams& backward;
   const AttentionParams& p;
-  const Visibility see;
-  const QueryRows<T> rows;
-  const int64_t batch, kv_head, first_key, panels;
+  const int64_t batch, kv_head, group, first_key, end_key, panels;
+  Visibility see;     // of the heads whose rows stream past at the moment
+  QueryRows<T> rows;
   bool dead[kMaxPanels];                // no row sees any of the panel's keys
   alignas(64) Acc key[kPanelNumbers];   // [panel][head_dim][16], scaled
   alignas(64) Acc value[kPanelNumbers];  // [panel][value_dim][16]
@@ -170,30 +176,30 @@ struct KeyPass {
   alignas(64) Acc bias[kMaxPanels * kLanes];
   alignas(64) Acc grad_bias[kMaxPanels * kLanes];
   alignas(64) Acc weights[kTilePanels<Acc> * kWeights];
-  int64_t block_first, block_count;
+  int64_t block_count, block_row[kBlock];
   alignas(64) Acc lse[kBlock];
   alignas(64) Acc delta[kBlock];
   alignas(64) Acc q[kBlock * kMaxHeadDim];
   alignas(64) Acc grad_out[kBlock * kMaxHeadDim];
 
-  KeyPass(const AttentionBackwardParams& b, int64_t batch_index, int64_t head, int64_t first,
-          int64_t max_panels)
-      : backward(b), p(b.forward), see(p, batch_index, head), rows(b, batch_index, head),
-        batch(batch_index), kv_head(head), first_key(first),
-        panels(smaller(max_panels, divide_up(p.keys - first, kLanes))) {
-    for (int64_t panel = 0; panel < panels; ++panel) load_panel(panel);
+  // Keys [first, end) of a kv head.
+  KeyPass(const AttentionBackwardParams& b, int64_t batch_index, int64_t head, int64_t rows_group,
+          int64_t first, int64_t end)
+      : backward(b), p(b.forward), batch(batch_index), kv_head(head), group(rows_group),
+        first_key(first), end_key(end), panels(divide_up(end - first, kLanes)),
+        see(p, batch, 0, group), rows(b, batch, 0, group) {
     for (int64_t i = 0; i < panels * p.head_dim * kLanes; ++i) grad_key[i] = 0;
     for (int64_t i = 0; i < panels * p.value_dim * kLanes; ++i) grad_value[i] = 0;
     for (int64_t i = 0; i < panels * kLanes; ++i) grad_bias[i] = 0;
   }
 
   int64_t panel_key(int64_t panel) const { return first_key + panel * kLanes; }
-  int64_t last_key(int64_t panel) const { return smaller(panel_key(panel) + kLanes, p.keys) - 1; }
+  int64_t last_key(int64_t panel) const { return smaller(panel_key(panel) + kLanes, end_key) - 1; }
 
   void load_panel(int64_t panel) {
     const int64_t first = panel_key(panel);
     const auto visible = [&](int lane) {
-      return first + lane < p.keys && !see.hides_key(first + lane);
+      return first + lane < end_key && !see.hides_key(first + lane);
     };
     const auto lanes_of = [&](const HeadTensor& x) {
       return [&, this](int lane) {
@@ -212,26 +218,38 @@ struct KeyPass {
   }
 
   void run() {
-    for (block_first = 0; block_first < see.rows; block_first += kBlock) {
-      block_count = smaller(kBlock, see.rows - block_first);
-      const int64_t last = block_first + block_count - 1;
-      if (first_key > see.limit(last)) continue;
-      load_block();
-      const auto show = [&](int64_t panel) {
-        return dead[panel] ? Shown::none
-                           : see.shown(block_first, last, panel_key(panel), last_key(panel));
-      };
-      visit_panels<Acc>(panels, show, [&](int64_t panel, int64_t count, const Shown* shown) {
-        weigh(panel, count, shown);
-        add_gradients(panel, count);
-      });
+    const int64_t shares = p.heads_q / p.heads_kv / group;
+    for (int64_t head = kv_head * shares; head < (kv_head + 1) * shares; ++head) {
+      see = Visibility(p, batch, head, group).of_keys(first_key);
+      rows = QueryRows<T>(backward, batch, head, group);
+      for (int64_t panel = 0; panel < panels; ++panel) load_panel(panel);
+      for (int64_t row = 0; row < see.rows;) {
+        row = choose_visible(see.row_blocks, row, see.rows, [](int64_t) { return false; },
+                             block_row, block_count);
+        if (block_count > 0) add_block();
+      }
     }
     for (int64_t panel = 0; panel < panels; ++panel) finish(panel);
   }
 
+  void add_block() {
+    Shown shown[kMaxPanels];
+    const bool any = show_panels(panels, shown, [&](int64_t panel) {
+      if (dead[panel]) return Shown::none;
+      return see.shown(block_row[0], block_row[block_count - 1], panel_key(panel),
+                       last_key(panel));
+    });
+    if (!any) return;
+    load_block();
+    visit_panels<Acc>(panels, shown, [&](int64_t panel, int64_t count) {
+      weigh(panel, count, shown + panel);
+      add_gradients(panel, count);
+    });
+  }
+
   void load_block() {
     for (int64_t i = 0; i < block_count; ++i) {
-      const int64_t row = block_first + i;
+      const int64_t row = block_row[i];
       lse[i] = rows.safe_lse(row);
       delta[i] = *rows.delta[row];
       pack_row(rows.q[row], p.head_dim, q + i * p.head_dim);
@@ -249,7 +267,7 @@ struct KeyPass {
     for (int64_t i = 0; i < count; ++i) {
       Acc* tile_weights = weights + i * kWeights;
       if (shown[i] == Shown::some) {
-        hide_rows<T>(see, block_first, block_count, panel_key(panel + i), tile_weights);
+        hide_listed_rows(see, block_row, block_count, panel_key(panel + i), tile_weights);
       }
       for (int64_t row = 0; row < block_count; ++row) {
         Acc* at = tile_weights + row * kLanes;
@@ -304,15 +322,14 @@ struct KeyPass {
   }
 };
 
-// Runs Pass over blocks of panels of `count` rows or keys a kv head.
+// Runs Pass over every task of `heads` heads.
 template <class Pass>
-void run_pass(const AttentionBackwardParams& b, int64_t count, const Parallel& parallel) {
-  const AttentionParams& p = b.forward;
-  const int64_t panels = panels_per_task(p, count, parallel.threads);
-  const int64_t blocks = divide_up(count, panels * kLanes);
-  parallel_tasks(parallel, p.batch * p.heads_kv * blocks, [&](int64_t task, int64_t) {
-    const int64_t head = task / blocks, first = task % blocks * panels * kLanes;
-    Pass(b, head / p.heads_kv, head % p.heads_kv, first, panels).run();
+void run_pass(const AttentionBackwardParams& b, int64_t heads, int64_t group, const Tasks& tasks,
+              const Parallel& parallel) {
+  parallel_tasks(parallel, b.forward.batch * heads * tasks.in_head, [&](int64_t task, int64_t) {
+    const int64_t head = task / tasks.in_head, part = task % tasks.in_head;
+    const int64_t first = tasks.first(part), end = tasks.end(part);
+    if (first < end) Pass(b, head / heads, head % heads, group, first, end).run();
   });
 }
 
@@ -320,9 +337,14 @@ void run_pass(const AttentionBackwardParams& b, int64_t count, const Parallel& p
 
 void biased_attention_backward(const AttentionBackwardParams& b, const Parallel& parallel) {
   const AttentionParams& p = b.forward;
+  const int64_t group = row_group(p), rows = p.queries * group;
+  if (p.batch == 0 || p.heads_q == 0) return;
+  const Visibility see(p, 0, 0, group);
+  const Tasks row_tasks(p, rows, see.rows_in_strip(), parallel.threads);
+  const Tasks key_tasks(p, p.keys, see.keys_in_strip(), parallel.threads);
   visit_dtype(p.dtype, [&]<class T>() {
-    run_pass<QueryPass<T>>(b, p.queries * (p.heads_q / p.heads_kv), parallel);
-    run_pass<KeyPass<T>>(b, p.keys, parallel);
+    run_pass<QueryPass<T>>(b, p.heads_q / group, group, row_tasks, parallel);
+    run_pass<KeyPass<T>>(b, p.heads_kv, group, key_tasks, parallel);
   });
 }
 

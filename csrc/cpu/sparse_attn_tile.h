@@ -7,19 +7,14 @@
 #include "../ops/sparse_attn_params.h"
 #include "register_tile.h"
 #include "row.h"
+#include "sparse_attn_visible.h"
 #include "vexp.h"
 
 namespace tokred::TOKRED_ISA {
 
-// Rows of a streaming block: a multiple of every tile height. Part of the result's definition,
-// because the softmax is rescaled once a block.
-inline constexpr int kBlock = 96;
 inline constexpr int64_t kMaxPanels = 8;
 // The numbers of all panels of a task: 128 rows of up to 128 dimensions, or 64 rows of up to 256.
 inline constexpr int64_t kPanelNumbers = kMaxPanels * kLanes * 128;
-
-inline constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Panels that a task owns, fewer where the threads would otherwise go idle. Results do not depend
 // on it: panels share nothing but the blocks they read.
@@ -69,58 +64,25 @@ TOKRED_INLINE Acc key_bias(const AttentionParams& p, int64_t batch, int64_t kv_h
   return static_cast<const Acc*>(p.key_bias)[offset + key * p.bias_stride_key];
 }
 
-// ---- Who sees whom ------------------------------------------------------------------------------
+// How `count` rows (keys) of each of so many heads are cut into tasks of whole panels, none of
+// which reaches into another strip.
+struct Tasks {
+  int64_t count, strip, panels, in_strip, in_head;
 
-enum class Shown { none, some, all };
-
-// One kv head of one batch entry: which of its (query, head) rows sees which key.
-struct Visibility {
-  const bool* mask;
-  int64_t stride_head, stride_query, stride_key;
-  int64_t group, rows, keys;
-  int64_t first_limit;  // the last key that query 0 sees; every later query sees one more
-  bool causal;
-
-  Visibility(const AttentionParams& p, int64_t batch, int64_t kv_head)
-      : mask(p.mask.data), stride_head(p.mask.stride[1]), stride_query(p.mask.stride[2]),
-        stride_key(p.mask.stride[3]), group(p.heads_q / p.heads_kv), rows(p.queries * group),
-        keys(p.keys), first_limit(p.keys - p.queries), causal(p.causal) {
-    if (mask) mask += batch * p.mask.stride[0] + kv_head * group * stride_head;
+  Tasks(const AttentionParams& p, int64_t rows, int64_t strip_rows, int64_t threads)
+      : count(rows), strip(greater(strip_rows, 1)), panels(panels_per_task(p, rows, threads)) {
+    const int64_t strip_panels = divide_up(strip, kLanes);
+    in_strip = divide_up(strip_panels, panels);
+    if (strip < count) panels = divide_up(strip_panels, in_strip);
+    in_head = divide_up(count, strip) * in_strip;
   }
-
-  // The last key that causality leaves to a row; may be negative.
-  int64_t limit(int64_t row) const { return causal ? first_limit + row / group : keys - 1; }
-  // Whether the mask treats all rows alike; such hidden keys are dropped when keys are packed.
-  bool by_key() const { return mask && stride_query == 0 && (group == 1 || stride_head == 0); }
-  bool hides_key(int64_t key) const { return by_key() && !mask[key * stride_key]; }
-  const bool* row_mask(int64_t row, int64_t key) const {
-    return mask + row / group * stride_query + row % group * stride_head + key * stride_key;
+  int64_t first(int64_t task) const {
+    return task / in_strip * strip + task % in_strip * panels * kLanes;
   }
-
-  // How much of a rectangle is visible, but for keys that are hidden from all rows.
-  Shown shown(int64_t first_row, int64_t last_row, int64_t first_key, int64_t last_key) const {
-    if (first_key > limit(last_row)) return Shown::none;
-    bool all = last_key <= limit(first_row);
-    if (mask && !by_key()) {
-      int64_t visible = 0;
-      for (int64_t row = first_row; row <= last_row; ++row) {
-        visible += count(row_mask(row, first_key), last_key - first_key + 1);
-      }
-      if (visible == 0) return Shown::none;
-      all = all && visible == (last_row - first_row + 1) * (last_key - first_key + 1);
-    }
-    return all ? Shown::all : Shown::some;
-  }
-
- private:
-  int64_t count(const bool* first, int64_t keys_here) const {
-    int visible = 0;
-    if (stride_key == 1) {
-      for (int64_t key = 0; key < keys_here; ++key) visible += first[key];
-    } else {
-      for (int64_t key = 0; key < keys_here; ++key) visible += first[key * stride_key];
-    }
-    return visible;
+  // May be less than the first, in the last strip.
+  int64_t end(int64_t task) const {
+    const int64_t strip_end = smaller((task / in_strip + 1) * strip, count);
+    return smaller(first(task) + panels * kLanes, strip_end);
   }
 };
 
@@ -165,25 +127,33 @@ template <class T>
 struct KeyBlock {
   using Acc = Accumulator<T>;
   int64_t count, first, last;
+  int64_t index[kBlock];  // of the keys, ascending
   alignas(64) Acc bias[kBlock];
-  alignas(64) Acc offset[kBlock];  // of the key from the first
   alignas(64) Acc k[kBlock * kMaxHeadDim];
   alignas(64) Acc v[kBlock * kMaxHeadDim];
 
   // Takes the keys from `key` on that some row may see; returns where to go on.
   int64_t fill(const AttentionParams& p, const Visibility& see, int64_t batch, int64_t kv_head,
                int64_t key, int64_t end) {
-    for (count = 0; key < end && count < kBlock; ++key) {
-      if (see.hides_key(key)) continue;
-      if (count == 0) first = key;
-      last = key;
-      bias[count] = key_bias<Acc>(p, batch, kv_head, key);
-      offset[count] = static_cast<Acc>(key - first);
-      pack_row(key_row<T>(p.k, batch, kv_head, key), p.head_dim, k + count * p.head_dim);
-      pack_row(key_row<T>(p.v, batch, kv_head, key), p.value_dim, v + count * p.value_dim);
-      ++count;
-    }
+    key = choose(see, key, end);
+    pack(p, batch, kv_head);
     return key;
+  }
+  // The two steps of it, for those who look at the chosen keys first.
+  int64_t choose(const Visibility& see, int64_t key, int64_t end) {
+    const bool by_key = see.by_key();
+    key = choose_visible(see.key_blocks, key, end, [&](int64_t i) {
+      return by_key && !see.mask[i * see.stride_key];
+    }, index, count);
+    if (count > 0) first = index[0], last = index[count - 1];
+    return key;
+  }
+  void pack(const AttentionParams& p, int64_t batch, int64_t kv_head) {
+    for (int64_t i = 0; i < count; ++i) {
+      bias[i] = key_bias<Acc>(p, batch, kv_head, index[i]);
+      pack_row(key_row<T>(p.k, batch, kv_head, index[i]), p.head_dim, k + i * p.head_dim);
+      pack_row(key_row<T>(p.v, batch, kv_head, index[i]), p.value_dim, v + i * p.value_dim);
+    }
   }
 };
 
@@ -191,54 +161,34 @@ struct KeyBlock {
 template <class T>
 TOKRED_INLINE void hide_keys(const Visibility& see, const KeyBlock<T>& block, int64_t first_row,
                              Accumulator<T>* logits) {
-  using Acc = Accumulator<T>;
-  const int64_t last_row = see.rows - 1;
-  alignas(64) Acc limit[kLanes];
-  for (int lane = 0; lane < kLanes; ++lane) {
-    const int64_t row = first_row + lane < last_row ? first_row + lane : last_row;
-    limit[lane] = static_cast<Acc>(see.limit(row) - block.first);
-    if (!see.mask || see.by_key()) continue;
-    const bool* visible = see.row_mask(row, block.first);
-    for (int64_t key = 0; key < block.count; ++key) {
-      Acc& logit = logits[key * kLanes + lane];
-      logit = visible[key * see.stride_key] ? logit : -kInfinity<Acc>;
-    }
-  }
-  for (int64_t key = 0; key < block.count; ++key) {
-    Acc* logit = logits + key * kLanes;
-    store(logit, select_greater(splat(block.offset[key]), load(limit), splat(-kInfinity<Acc>),
-                                load(logit)));
-  }
+  hide_listed_keys(see, block.index, block.count, first_row, logits);
 }
 
-// The same where the rows are the block and the lanes are the keys from first_key on.
+// The same where up to kBlock rows are the block and the lanes are the keys from first_key on.
 template <class T>
 TOKRED_INLINE void hide_rows(const Visibility& see, int64_t first_row, int64_t count,
                              int64_t first_key, Accumulator<T>* logits) {
-  using Acc = Accumulator<T>;
-  const int64_t keys = smaller(kLanes, see.keys - first_key);
-  alignas(64) Acc lane_number[kLanes];
-  for (int lane = 0; lane < kLanes; ++lane) lane_number[lane] = static_cast<Acc>(lane);
-  for (int64_t row = 0; row < count; ++row) {
-    Acc* logit = logits + row * kLanes;
-    if (see.mask && !see.by_key()) {
-      const bool* visible = see.row_mask(first_row + row, first_key);
-      for (int64_t lane = 0; lane < keys; ++lane) {
-        logit[lane] = visible[lane * see.stride_key] ? logit[lane] : -kInfinity<Acc>;
-      }
-    }
-    const Acc limit = static_cast<Acc>(see.limit(first_row + row) - first_key);
-    store(logit, select_greater(load(lane_number), splat(limit), splat(-kInfinity<Acc>),
-                                load(logit)));
-  }
+  int64_t rows[kBlock];
+  for (int64_t i = 0; i < count; ++i) rows[i] = first_row + i;
+  hide_listed_rows(see, rows, count, first_key, logits);
 }
 
-// visit(panel, count, shown) for the panels that show(panel) does not call hidden, `count`
-// neighbours together where a tile takes them.
-template <class Acc, class Show, class Visit>
-TOKRED_INLINE void visit_panels(int64_t panels, const Show& show, const Visit& visit) {
-  Shown shown[kMaxPanels];
-  for (int64_t panel = 0; panel < panels; ++panel) shown[panel] = show(panel);
+// What show(panel) says of each panel; whether any is visible at all.
+template <class Show>
+TOKRED_INLINE bool show_panels(int64_t panels, Shown (&shown)[kMaxPanels], const Show& show) {
+  bool any = false;
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    shown[panel] = show(panel);
+    any = any || shown[panel] != Shown::none;
+  }
+  return any;
+}
+
+// visit(panel, count) for the panels that are not hidden, `count` neighbours together where a tile
+// takes them.
+template <class Acc, class Visit>
+TOKRED_INLINE void visit_panels(int64_t panels, const Shown (&shown)[kMaxPanels],
+                                const Visit& visit) {
   for (int64_t panel = 0, count; panel < panels; panel += count) {
     count = 1;
     if (shown[panel] == Shown::none) continue;
@@ -246,7 +196,7 @@ TOKRED_INLINE void visit_panels(int64_t panels, const Show& show, const Visit& v
            shown[panel + count] != Shown::none) {
       ++count;
     }
-    visit(panel, count, shown + panel);
+    visit(panel, count);
   }
 }
 

@@ -3,7 +3,9 @@
 
 #include "../ops/match_params.h"
 #include "../ops/merge_params.h"
+#include "../ops/score_params.h"
 #include "../ops/sparse_attn_params.h"
+#include "../ops/topk_params.h"
 
 namespace tokred::cuda {
 
@@ -18,5 +20,29 @@ void unmerge(const UnmergeParams&, Stream);
 void compose(const ComposeParams&, Stream);
 void biased_attention(const AttentionParams&, Stream);
 void biased_attention_backward(const AttentionBackwardParams&, Stream);
+
+// Workspaces are in bytes.
+int64_t topk_workspace(const TopkParams&);
+void topk(const TopkParams&, Stream);
+void compact(const CompactParams&, Stream);
+void gather_tokens(const GatherParams&, Stream);
+int64_t inverse_transform_sample_workspace(const InverseTransformParams&);
+void inverse_transform_sample(const InverseTransformParams&, Stream);
+int64_t qk_score_workspace(const QkScoreParams&);
+void qk_score(const QkScoreParams&, Stream);
+void block_pool(const BlockPoolParams&, Stream);
+int64_t block_score_workspace(const BlockScoreParams&);
+void block_score(const BlockScoreParams&, Stream);
+void attention_rows(const AttentionRowsParams&, Stream);
+void attention_columns(const AttentionColumnsParams&, Stream);
+int64_t similarity_stats_workspace(const SimilarityStatsParams&);
+void similarity_stats(const SimilarityStatsParams&, Stream);
+void transition_stats(const TransitionParams&, Stream);
+int64_t attention_workspace(const AttentionParams&);
+int64_t sparse_attention_workspace(const SparseAttentionParams&);
+void sparse_attention(const SparseAttentionParams&, Stream);
+int64_t sparse_attention_backward_workspace(const SparseAttentionBackwardParams&);
+void sparse_attention_backward(const SparseAttentionBackwardParams&, Stream);
+void combine_states(const CombineParams&, Stream);
 
 }  // namespace tokred::cuda

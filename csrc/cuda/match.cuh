@@ -166,12 +166,11 @@ struct RowMatcher {
     }
   }
 
-  __device__ __forceinline__ void run() {
-    int64_t begin = 0, end = p.b.count;
-    if (Config::kGeneral && p.band >= 0) {
-      begin = max(int64_t{0}, row0 - p.band) / kMatchColumns * kMatchColumns;
-      end = min(end, row0 + Config::kRows + p.band);
-    }
+  // update(dots, column0) for every tile of columns in [begin, end), in order; it may overwrite the
+  // dots. The terms of the tile's rows and columns are in shared memory then. Warps without rows
+  // only help with loading.
+  template <class Update>
+  __device__ __forceinline__ void sweep(int64_t begin, int64_t end, Update update) {
     const int64_t steps = (max(begin, end) - begin + kMatchColumns - 1) / kMatchColumns * chunks;
     Loader<Config, Config::kRows> load_a;
     Loader<Config, kMatchColumns> load_b;
@@ -190,8 +189,6 @@ struct RowMatcher {
       if constexpr (Config::kAsync) cp_async_wait<0>();
     };
 
-    BestMatch<kRowTiles> best;
-    best.clear();
     Dots dots;
     const bool busy = row0 + warp_row < p.a.count;
     __syncthreads();  // whoever used this memory before is done
@@ -212,10 +209,21 @@ struct RowMatcher {
       if (busy) multiply(dots, s.a[chunks > 1 ? stage : 0], s.b[stage], warp_row);
       if (chunk == chunks - 1) {
         __syncthreads();  // the terms are there
-        if (busy) update(best, dots, column0);
+        if (busy) update(dots, column0);
       }
       if constexpr (!Config::kAsync) __syncthreads();  // the tile may be overwritten
     }
+  }
+
+  __device__ __forceinline__ void run() {
+    int64_t begin = 0, end = p.b.count;
+    if (Config::kGeneral && p.band >= 0) {
+      begin = max(int64_t{0}, row0 - p.band) / kMatchColumns * kMatchColumns;
+      end = min(end, row0 + Config::kRows + p.band);
+    }
+    BestMatch<kRowTiles> best;
+    best.clear();
+    sweep(begin, end, [&](const Dots& dots, int64_t column0) { update(best, dots, column0); });
     write(best);
   }
 };

@@ -50,31 +50,40 @@ constexpr int forward_value_dim(int dim, bool is_float) {
 constexpr int backward_head_dim(int64_t dim) { return dim <= 64 ? 64 : dim <= 128 ? 128 : 256; }
 
 // Shared memory of a block, in bytes; the structs that use it are checked against these.
+// Last comes a byte a thread, for what it found out about a tile.
 constexpr int64_t forward_shared_bytes(int dim, bool is_float) {
   const AttentionTiles t = forward_tiles(dim, is_float);
   const int value_dim = forward_value_dim(dim, is_float);
   const int64_t stage = attention_tile_bytes(dim, t.columns, t.planes) +
                         attention_tile_bytes(value_dim, t.columns, t.planes) + 4 * t.columns;
-  return attention_tile_bytes(dim, t.rows(), t.planes) + t.stages * stage + 12 * t.rows();
+  return attention_tile_bytes(dim, t.rows(), t.planes) + t.stages * stage + 12 * t.rows() +
+         t.threads();
 }
 constexpr int64_t grad_query_shared_bytes(int dim, bool is_float) {
   const AttentionTiles t = backward_tiles(dim, is_float);
   const int64_t stage = 2 * attention_tile_bytes(dim, t.columns, t.planes) + 4 * t.columns;
-  return 2 * attention_tile_bytes(dim, t.rows(), t.planes) + t.stages * stage + 24 * t.rows();
+  return 2 * attention_tile_bytes(dim, t.rows(), t.planes) + t.stages * stage + 24 * t.rows() +
+         t.threads();
 }
 constexpr int64_t grad_key_shared_bytes(int dim, bool is_float) {
   const AttentionTiles t = backward_tiles(dim, is_float);
   const int64_t stage = 2 * attention_tile_bytes(dim, t.columns, t.planes) + 24 * t.columns;
-  return 2 * attention_tile_bytes(dim, t.rows(), t.planes) + t.stages * stage + 4 * t.rows();
+  return 2 * attention_tile_bytes(dim, t.rows(), t.planes) + t.stages * stage + 4 * t.rows() +
+         t.threads();
 }
 
 // What the plans depend on.
 struct AttentionShape {
   int64_t batch, heads_q, heads_kv, queries, keys, head_dim, value_dim;
   bool is_float;
+  bool by_head = false;  // query heads have blocks of rows of their own: rows do not interleave
 
   constexpr int64_t dim() const { return head_dim > value_dim ? head_dim : value_dim; }
-  constexpr int64_t rows() const { return queries * (heads_q / heads_kv); }
+  // Of a key head.
+  constexpr int64_t row_blocks(int rows) const {
+    const int64_t group = heads_q / heads_kv;
+    return by_head ? group * divide_up(queries, rows) : divide_up(queries * group, rows);
+  }
 };
 
 // A block for tiles.rows() query rows of one key head and one part of the value columns. Example:
@@ -84,7 +93,7 @@ constexpr LaunchPlan plan_forward(const AttentionShape& s) {
   const int dim = forward_head_dim(s.dim(), s.is_float);
   const AttentionTiles tiles = forward_tiles(dim, s.is_float);
   const int64_t parts = divide_up(s.value_dim, forward_value_dim(dim, s.is_float));
-  return {{s.batch * s.heads_kv * parts * divide_up(s.rows(), tiles.rows()), 1, 1},
+  return {{s.batch * s.heads_kv * parts * s.row_blocks(tiles.rows()), 1, 1},
           tiles.threads(), forward_shared_bytes(dim, s.is_float)};
 }
 
@@ -92,7 +101,7 @@ constexpr LaunchPlan plan_forward(const AttentionShape& s) {
 constexpr LaunchPlan plan_grad_query(const AttentionShape& s) {
   const int dim = backward_head_dim(s.dim());
   const AttentionTiles tiles = backward_tiles(dim, s.is_float);
-  return {{s.batch * s.heads_kv * divide_up(s.rows(), tiles.rows()), 1, 1}, tiles.threads(),
+  return {{s.batch * s.heads_kv * s.row_blocks(tiles.rows()), 1, 1}, tiles.threads(),
           grad_query_shared_bytes(dim, s.is_float)};
 }
 

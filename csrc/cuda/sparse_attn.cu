@@ -3,6 +3,7 @@
 // an H200. Bytes: q and out once, k and v once a block of rows, mostly from L2.
 #include "launch.h"
 #include "sparse_attn.cuh"
+#include "sparse_attn_launch.h"
 
 namespace tokred::cuda {
 namespace {
@@ -11,16 +12,22 @@ using namespace attention;
 
 template <class T, int kDim>
 void launch_forward(const AttentionParams& p, Stream stream) {
-  using Config = ForwardConfig<T, kDim>;
   constexpr bool kFloat = Operand<T>::kPlanes == 3;
-  static_assert(sizeof(ForwardShared<Config>) == forward_shared_bytes(kDim, kFloat));
-  launch(biased_attention_kernel<Config>, plan_forward(attention_shape(p)), stream, p);
+  static_assert(sizeof(ForwardShared<ForwardConfig<T, kDim>>) ==
+                forward_shared_bytes(kDim, kFloat));
+  const LaunchPlan plan = plan_forward(attention_shape(p));
+  if (hides_pairs(p)) {
+    launch(biased_attention_kernel<ForwardConfig<T, kDim, true>>, plan, stream, p);
+  } else {
+    launch(biased_attention_kernel<ForwardConfig<T, kDim>>, plan, stream, p);
+  }
 }
 
 }  // namespace
 
 void biased_attention(const AttentionParams& p, Stream stream) {
   if (p.batch == 0 || p.heads_q == 0 || p.queries == 0) return;
+  if (is_decode_attention(p)) return decode_attention(dense_lists(p), stream);
   visit_dtype(p.dtype, [&]<class T>() {
     constexpr bool kFloat = Operand<T>::kPlanes == 3;
     switch (forward_head_dim(p.head_dim > p.value_dim ? p.head_dim : p.value_dim, kFloat)) {

@@ -1,6 +1,7 @@
 // Gradients of attention with a per-key bias. Probabilities are recomputed from lse; one kernel
-// owns rows of queries (grad_q), one owns keys (grad_k, grad_v, grad_bias), so that every sum has
-// one owner and a fixed order. Both need delta, which a first kernel computes.
+// owns rows of queries (grad_q: sparse_attn_backward_query.cuh), one owns keys (grad_k, grad_v,
+// grad_bias), so that every sum has one owner and a fixed order. Both need delta, which a first
+// kernel computes.
 #pragma once
 
 #include "block.cuh"
@@ -11,10 +12,13 @@ namespace tokred::cuda::attention {
 // What an owner of keys sums. Where registers are short, grad_k and grad_v take a launch each.
 enum class KeyGrads { all, key, value };
 
-template <class StorageType, int kHeadDim, KeyGrads kGrads = KeyGrads::all>
+// kSparse: with positions or a block mask, which dense attention should not have to make room for.
+template <class StorageType, int kHeadDim, KeyGrads kGrads = KeyGrads::all,
+          bool kHidesPairs = false>
 struct BackwardConfig {
   using T = StorageType;
   static constexpr int kDim = kHeadDim;
+  static constexpr bool kSparse = kHidesPairs;
   static constexpr bool kWantsKey = kGrads != KeyGrads::value;
   static constexpr bool kWantsValue = kGrads != KeyGrads::key;
   static constexpr AttentionTiles kTiles = backward_tiles(kDim, Operand<T>::kPlanes == 3);
@@ -34,10 +38,11 @@ struct QueryInfo {
   int last_key;
 };
 
-__device__ __forceinline__ QueryInfo query_info(const AttentionBackwardParams& p,
-                                                const HeadView& view, int64_t index) {
+template <class View>
+__device__ __forceinline__ QueryInfo query_info(const AttentionBackwardParams& p, const View& view,
+                                                int64_t index) {
   const auto row = static_cast<uint32_t>(index);
-  if (row >= view.rows) return {0, kInfinity, 0.0f, -1};
+  if (!view.exists(row)) return {0, kInfinity, 0.0f, -1};
   const AttentionParams& f = p.forward;
   const int64_t flat = view.flat_row(f, row);
   const float lse = static_cast<const float*>(f.lse)[flat];
@@ -46,13 +51,16 @@ __device__ __forceinline__ QueryInfo query_info(const AttentionBackwardParams& p
           view.last_key(f, row)};
 }
 
-// The probability that the row of `info` gives to a key.
+// The probability that the row of `info` gives to a key. In sparse attention `hidden` also stands
+// for the mask.
+template <class C>
 __device__ __forceinline__ float probability(float product, float scale, float bias, int64_t key,
-                                             const QueryInfo& info, const AttentionParams& p) {
+                                             const QueryInfo& info, const AttentionParams& p,
+                                             bool hidden) {
   float logit = fmaf(product, scale, bias);
-  if (p.causal || p.mask.data) {
-    bool visible = bias != -kInfinity && key <= info.last_key;
-    if (visible && p.mask.data && !masks_keys_only(p)) {
+  if (C::kSparse || p.causal || p.mask.data) {
+    bool visible = bias != -kInfinity && key <= info.last_key && !hidden;
+    if (!C::kSparse && visible && p.mask.data && !masks_keys_only(p)) {
       visible = p.mask.data[info.mask_offset + key * p.mask.stride[3]];
     }
     if (!visible) logit = -kInfinity;
@@ -120,95 +128,28 @@ __global__ void __launch_bounds__(256)
   }
 }
 
-template <class C>
-struct QueryGradShared {
-  typename C::Owned query, grad_out;
-  typename C::Streamed key[C::kStages], value[C::kStages];
-  float bias[C::kStages][C::kColumns];
-  QueryInfo info[C::kRows];
-};
-
-// Adds one tile of keys to grad_q.
-template <class C>
-__device__ __forceinline__ void add_keys(typename C::Sums& grad_q, const QueryGradShared<C>& shared,
-                                         const AttentionParams& p, int tile, float scale) {
-  const int stage = tile % C::kStages;
-  typename C::Products product, grad;
-  multiply_owned<C>(product, shared.query, shared.key[stage]);
-  multiply_owned<C>(grad, shared.grad_out, shared.value[stage]);
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const QueryInfo info = shared.info[warp_id() * 16 + half * 8 + lane_id() / 4];
-#pragma unroll
-    for (int j = 0; j < C::kColumns / 8; ++j) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int column = 8 * j + lane_id() % 4 * 2 + e;
-        float& x = product[0][j][2 * half + e];
-        x = probability(x, scale, shared.bias[stage][column], int64_t{tile} * C::kColumns + column,
-                        info, p);
-        x = grad_logit(x, grad[0][j][2 * half + e], info.delta);
-      }
-    }
-  }
-  accumulate(grad_q, product, shared.key[stage]);
-}
-
-template <class C>
-__global__ void __launch_bounds__(C::kThreads)
-    attention_grad_query_kernel(const __grid_constant__ AttentionBackwardParams p) {
-  using T = typename C::T;
-  auto& shared = shared_memory<QueryGradShared<C>>();
-  const AttentionParams& f = p.forward;
-  const int64_t rows = f.queries * (f.heads_q / f.heads_kv);
-  const int64_t row_blocks = (rows + C::kRows - 1) / C::kRows;
-  const HeadView view(f, blockIdx.x / row_blocks);
-  // The last rows see the most keys under the causal rule, so they start first.
-  const int64_t first_row = (row_blocks - 1 - blockIdx.x % row_blocks) * C::kRows;
-  const auto last_row = static_cast<uint32_t>(min(first_row + C::kRows, rows) - 1);
-  const int64_t end = max(view.last_key(f, last_row) + 1, 0);
-  const int tiles = static_cast<int>((end + C::kColumns - 1) / C::kColumns);
-  const auto scale = static_cast<float>(f.scale);
-  const RowSource<T> keys(f.k, view.batch, view.head, 0, f.head_dim);
-  const RowSource<T> values(f.v, view.batch, view.head, 0, f.value_dim);
-  const int thread = static_cast<int>(threadIdx.x);
-
-  const auto load = [&](int tile) {
-    const int64_t first_key = int64_t{tile} * C::kColumns;
-    const int stage = tile % C::kStages;
-    load_keys<C::kThreads>(shared.key[stage], keys, f, view, first_key);
-    load_keys<C::kThreads>(shared.value[stage], values, f, view, first_key);
-    cp_async_commit();
-    if (thread < C::kColumns) {
-      shared.bias[stage][thread] = view.key_bias_log2(f, first_key + thread);
-    }
-  };
-  const RowSource<T> queries(f.q, view.batch, 0, 0, f.head_dim);
-  const RowSource<T> grads(p.grad_out, view.batch, 0, 0, f.value_dim);
-  load_queries<C::kThreads>(shared.query, queries, view, first_row);
-  load_queries<C::kThreads>(shared.grad_out, grads, view, first_row);
-  if (thread < C::kRows) shared.info[thread] = query_info(p, view, first_row + thread);
-
-  typename C::Sums grad_q;
-  zero(grad_q);
-  if (C::kStages > 1 && tiles > 0) load(0);
-  for (int tile = 0; tile < tiles; ++tile) {
+// Streams the tiles from `tile` on: load(tile, stage), and visit(tile, stage) by each warp that has
+// to; next(from, fresh) is TileWindow::next.
+template <class C, class Next, class Load, class Visit>
+__device__ __forceinline__ void visit_tiles(TileNumber<C::kSparse> tiles, VisitedTile<C::kSparse> tile,
+                                            Next next, Load load, Visit visit) {
+  if (C::kStages > 1 && tile.number() < tiles) load(tile.number(), 0);
+  for (int step = 0; tile.number() < tiles; ++step) {
+    const int stage = step % C::kStages;
     if (C::kStages == 1) {
       __syncthreads();
-      load(tile);
+      load(tile.number(), 0);
     }
     cp_async_wait<0>();
     __syncthreads();
-    if (C::kStages > 1 && tile + 1 < tiles) load(tile + 1);
-    add_keys<C>(grad_q, shared, f, tile, scale * kLog2E);
-  }
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int64_t row = first_row + warp_id() * 16 + half * 8 + lane_id() / 4;
-    if (row >= rows) continue;
-    T* out = static_cast<T*>(p.grad_q) +
-             view.flat_row(f, static_cast<uint32_t>(row)) * f.head_dim;
-    store_sums(out, static_cast<int>(f.head_dim), grad_q, half, scale);
+    VisitedTile<C::kSparse> following = tile;
+    if constexpr (C::kStages > 1) {
+      following = next(tile.number() + 1, false);
+      if (following.number() < tiles) load(following.number(), (step + 1) % C::kStages);
+    }
+    if (tile.visible()) visit(tile, stage);
+    if constexpr (C::kStages == 1) following = next(tile.number() + 1, false);
+    tile = following;
   }
 }
 
@@ -218,6 +159,7 @@ struct KeyGradShared {
   typename C::Streamed query[C::kStages], grad_out[C::kStages];
   QueryInfo info[C::kStages][C::kColumns];
   float bias[C::kRows];
+  TileWindow<C::kThreads> window;
 };
 
 template <class C>
@@ -226,11 +168,48 @@ struct KeyGradSums {
   float bias[2];
 };
 
+// The pairs of keys and query rows that the mask hides, or positions, or the block mask where
+// blocks end inside.
+template <class C>
+__device__ __forceinline__ auto find_hidden_queries(const KeyGradShared<C>& shared,
+                                                    const AttentionParams& p, const RowView<C::kSparse>& view,
+                                                    int64_t first_key, VisitedTile<C::kSparse> tile,
+                                                    int stage) {
+  HiddenPairs<1, C::kColumns> hidden;
+  const auto key = [&](int half) {
+    return min(first_key + warp_id() * 16 + half * 8 + lane_id() / 4, p.keys - 1);
+  };
+  const int64_t batch = opaque(view.batch);
+  const auto query = [&](int column) {
+    return min(view.query(tile.number() * C::kColumns + column), p.queries - 1);
+  };
+  if (p.mask.data && !masks_keys_only(p)) {
+    hidden.add([&](int, int half) { return key(half) * p.mask.stride[3]; },
+               [&](int column) { return p.mask.data + shared.info[stage][column].mask_offset; },
+               [](int64_t column, const bool* row) { return row[column]; });
+  }
+  if (p.positions.columns > 0) {
+    hidden.add([&](int, int half) { return key_position(p.positions, batch, key(half)); },
+               [&](int column) { return query_position(p.positions, batch, query(column)); },
+               [](Position key, Position query) { return sees(query, key); });
+  }
+  if (tile.hides()) {
+    const int64_t head = view.query_head(tile.number() * C::kColumns);
+    hidden.add([&](int, int half) { return block_column(p, key(half)); },
+               [&](int column) { return block_row(p, batch, head, query(column)); },
+               [](int64_t column, const bool* row) { return row[column]; });
+  }
+  return hidden;
+}
+
 // Adds one tile of query rows: products have a key a row and a query row a column.
 template <class C>
 __device__ __forceinline__ void add_queries(KeyGradSums<C>& sums, const KeyGradShared<C>& shared,
-                                            const AttentionParams& p, int64_t first_key, int stage,
+                                            const AttentionParams& p, const RowView<C::kSparse>& view,
+                                            int64_t first_key, VisitedTile<C::kSparse> tile, int stage,
                                             float scale) {
+  HiddenPairs<1, C::kColumns> hidden;
+  if constexpr (C::kSparse) hidden = find_hidden_queries<C>(shared, p, view, first_key, tile, stage);
   typename C::Products weight, grad;
   multiply_owned<C>(weight, shared.key, shared.query[stage]);
   if constexpr (C::kWantsKey) multiply_owned<C>(grad, shared.value, shared.grad_out[stage]);
@@ -243,7 +222,8 @@ __device__ __forceinline__ void add_queries(KeyGradSums<C>& sums, const KeyGradS
       for (int half = 0; half < 2; ++half) {
         const int row = warp_id() * 16 + half * 8 + lane_id() / 4;
         float& x = weight[0][j][2 * half + e];
-        x = probability(x, scale, shared.bias[row], first_key + row, info, p);
+        x = probability<C>(x, scale, shared.bias[row], first_key + row, info, p,
+                        hidden.at(0, half, j, e));
         if constexpr (C::kWantsKey) {
           float& g = grad[0][j][2 * half + e];
           g = grad_logit(x, g, info.delta);
@@ -256,10 +236,10 @@ __device__ __forceinline__ void add_queries(KeyGradSums<C>& sums, const KeyGradS
   if constexpr (C::kWantsKey) accumulate(sums.key, grad, shared.query[stage]);
 }
 
-template <class C>
+template <class C, class View>
 __device__ __forceinline__ void store_key_grads(const KeyGradSums<C>& sums,
                                                 const AttentionBackwardParams& p,
-                                                const HeadView& view, int64_t first_key) {
+                                                const View& view, int64_t first_key) {
   using T = typename C::T;
   const AttentionParams& f = p.forward;
 #pragma unroll
@@ -281,29 +261,38 @@ __device__ __forceinline__ void store_key_grads(const KeyGradSums<C>& sums,
 }
 
 template <class C>
-__global__ void __launch_bounds__(C::kThreads)
+__global__ void __launch_bounds__(C::kThreads, C::kSparse ? 2 : 0)
     attention_grad_key_kernel(const __grid_constant__ AttentionBackwardParams p) {
   using T = typename C::T;
   auto& shared = shared_memory<KeyGradShared<C>>();
   const AttentionParams& f = p.forward;
   const int64_t key_blocks = (f.keys + C::kRows - 1) / C::kRows;
-  const HeadView view(f, blockIdx.x / key_blocks);
+  const RowView<C::kSparse> view(f, blockIdx.x / key_blocks,
+                                 padding<C::kSparse>(f, C::kColumns));
   const int64_t first_key = blockIdx.x % key_blocks * int64_t{C::kRows};
   // Under the causal rule the first query that sees a key of this block.
   const int64_t first_query = f.causal ? max(first_key - (f.keys - f.queries), int64_t{0}) : 0;
-  const int64_t first_tile = first_query * view.group / C::kColumns;
-  const int64_t tiles = (int64_t{view.rows} + C::kColumns - 1) / C::kColumns;
+  const TileNumber<C::kSparse> first_tile =
+      first_query * (view.padded ? 1 : view.group) / C::kColumns;
+  const TileNumber<C::kSparse> tiles = (int64_t{view.rows} + C::kColumns - 1) / C::kColumns;
   const RowSource<T> queries(f.q, view.batch, 0, 0, f.head_dim);
   const RowSource<T> grads(p.grad_out, view.batch, 0, 0, f.value_dim);
   const int thread = static_cast<int>(threadIdx.x);
 
-  const auto load = [&](int64_t tile) {
-    const int stage = static_cast<int>(tile % C::kStages);
-    load_queries<C::kThreads>(shared.query[stage], queries, view, tile * C::kColumns);
-    load_queries<C::kThreads>(shared.grad_out[stage], grads, view, tile * C::kColumns);
+  const auto next_tile = [&](TileNumber<C::kSparse> from, bool fresh) {
+    return shared.window.template next<C::kSparse>(f, from, tiles, fresh, [&](uint32_t tile,
+                                                                              int warp) {
+      const uint32_t row = tile * C::kColumns;
+      const int64_t key = first_key + 16 * warp;
+      return look_at_blocks(f, view, row, min(row + C::kColumns, view.rows) - 1, key, key + 15);
+    });
+  };
+  const auto load = [&](TileNumber<C::kSparse> tile, int stage) {
+    load_queries<C::kThreads>(shared.query[stage], queries, view, int64_t{tile} * C::kColumns);
+    load_queries<C::kThreads>(shared.grad_out[stage], grads, view, int64_t{tile} * C::kColumns);
     cp_async_commit();
     if (thread < C::kColumns) {
-      shared.info[stage][thread] = query_info(p, view, tile * C::kColumns + thread);
+      shared.info[stage][thread] = query_info(p, view, int64_t{tile} * C::kColumns + thread);
     }
   };
   const RowSource<T> keys(f.k, view.batch, view.head, 0, f.head_dim);
@@ -316,18 +305,11 @@ __global__ void __launch_bounds__(C::kThreads)
   zero(sums.key);
   zero(sums.value);
   sums.bias[0] = sums.bias[1] = 0.0f;
-  if (C::kStages > 1 && first_tile < tiles) load(first_tile);
-  for (int64_t tile = first_tile; tile < tiles; ++tile) {
-    if (C::kStages == 1) {
-      __syncthreads();
-      load(tile);
-    }
-    cp_async_wait<0>();
-    __syncthreads();
-    if (C::kStages > 1 && tile + 1 < tiles) load(tile + 1);
-    add_queries<C>(sums, shared, f, first_key, static_cast<int>(tile % C::kStages),
+  const VisitedTile<C::kSparse> first = next_tile(first_tile, true);
+  visit_tiles<C>(tiles, first, next_tile, load, [&](VisitedTile<C::kSparse> tile, int stage) {
+    add_queries<C>(sums, shared, f, view, first_key, tile, stage,
                    static_cast<float>(f.scale) * kLog2E);
-  }
+  });
   store_key_grads<C>(sums, p, view, first_key);
 }
 

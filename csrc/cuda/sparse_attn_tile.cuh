@@ -6,15 +6,10 @@
 
 #include "../ops/sparse_attn_params.h"
 #include "chunk.cuh"
-#include "plan_sparse_attn.h"
 #include "ptx.cuh"
-#include "warp.cuh"
+#include "sparse_attn_visible.cuh"
 
 namespace tokred::cuda::attention {
-
-inline constexpr float kLog2E = 1.4426950408889634f;
-inline constexpr float kLn2 = 0.6931471805599453f;
-inline constexpr float kInfinity = __builtin_huge_valf();
 
 template <class T>
 struct Operand {
@@ -27,9 +22,9 @@ struct Operand<float> {
   static constexpr int kPlanes = 3;
 };
 
-template <class T, int kRowCount, int kDim>
+template <class T, int kRowCount, int kHeadDim>
 struct Tile {
-  static constexpr int kRows = kRowCount;
+  static constexpr int kRows = kRowCount, kDim = kHeadDim;
   static constexpr int kPitch = attention_pitch(kDim);
   alignas(16) typename Operand<T>::Element plane[Operand<T>::kPlanes][kRows][kPitch];
 };
@@ -79,15 +74,16 @@ __device__ __forceinline__ void load_eight(float (&x)[8], const T* source, int c
 
 // Fills a tile with rows of `dim` elements; row(r) is where row r lies, or null for a row of zeros.
 // Complete once the copies have been waited for and the block has met. `anywhere` is any address
-// that copies of nothing may name.
+// that copies of nothing may name; `thread` counts the kThreads that call.
 template <int kThreads, class T, int kRows, int kDim, class Row>
 __device__ __forceinline__ void load_tile(Tile<T, kRows, kDim>& tile, const T* anywhere, int dim,
-                                          bool aligned, Row row) {
+                                          bool aligned, Row row,
+                                          int thread = static_cast<int>(threadIdx.x)) {
   constexpr int kPlanes = Operand<T>::kPlanes, kChunks = kDim / 8;
   // As far as registers allow.
   [[maybe_unused]] constexpr int kUnroll = kPlanes == 1 ? 2 : kDim <= 128 ? 2 : 1;
 #pragma unroll kUnroll
-  for (int i = static_cast<int>(threadIdx.x); i < kRows * kChunks; i += kThreads) {
+  for (int i = thread; i < kRows * kChunks; i += kThreads) {
     const int r = i / kChunks, column = i % kChunks * 8;
     const T* source = row(r);
     const int count = source ? max(0, min(dim - column, 8)) : 0;
@@ -235,63 +231,7 @@ __device__ __forceinline__ void store_pair(T* row, int column, int dim, float x,
   if (column + 1 < dim) row[column + 1] = from_float<T>(y);
 }
 
-// Rows, keys and what they see -------------------------------------------------------------------
-
-// The shape as the plans take it.
-inline AttentionShape attention_shape(const AttentionParams& p) {
-  return {p.batch, p.heads_q, p.heads_kv, p.queries, p.keys, p.head_dim, p.value_dim,
-          p.dtype == DType::f32};
-}
-
-// Whether the mask says the same to every query, so that it is a property of the key.
-__device__ __forceinline__ bool masks_keys_only(const AttentionParams& p) {
-  return p.mask.data && p.mask.stride[1] == 0 && p.mask.stride[2] == 0;
-}
-
-// One key head, and the query rows that read it: row r is query r / group of head
-// head * group + r % group, so that the heads of a group share every key tile. There are
-// L * group < 2^32 rows.
-struct HeadView {
-  int64_t batch, head;
-  uint32_t group, rows;
-  const bool* key_mask;  // of this head's keys; null where all exist
-  const float* key_bias;
-
-  __device__ HeadView(const AttentionParams& p, int64_t index)
-      : batch(index / p.heads_kv), head(index % p.heads_kv),
-        group(static_cast<uint32_t>(p.heads_q / p.heads_kv)),
-        rows(static_cast<uint32_t>(p.queries * group)), key_mask(nullptr), key_bias(nullptr) {
-    if (masks_keys_only(p)) key_mask = p.mask.data + batch * p.mask.stride[0];
-    if (p.key_bias) {
-      key_bias = static_cast<const float*>(p.key_bias) + batch * p.bias_stride_batch +
-                 head * p.bias_stride_head;
-    }
-  }
-
-  __device__ int64_t query(uint32_t row) const { return row / group; }
-  __device__ int64_t query_head(uint32_t row) const { return head * group + row % group; }
-
-  // Where a row of a contiguous [B, Hq, L] lies.
-  __device__ int64_t flat_row(const AttentionParams& p, uint32_t row) const {
-    return (batch * p.heads_q + query_head(row)) * p.queries + query(row);
-  }
-  // Where a row of a mask that differs by query lies.
-  __device__ int64_t mask_offset(const MaskView& mask, uint32_t row) const {
-    return batch * mask.stride[0] + query_head(row) * mask.stride[1] + query(row) * mask.stride[2];
-  }
-  // The last key that a row sees under the causal rule.
-  __device__ int last_key(const AttentionParams& p, uint32_t row) const {
-    return static_cast<int>(p.causal ? query(row) + p.keys - p.queries : p.keys - 1);
-  }
-  __device__ bool key_exists(const AttentionParams& p, int64_t key) const {
-    return key < p.keys && (!key_mask || key_mask[key * p.mask.stride[3]]);
-  }
-  // log2(e) * key_bias, and -inf for a key that does not exist.
-  __device__ float key_bias_log2(const AttentionParams& p, int64_t key) const {
-    if (!key_exists(p, key)) return -kInfinity;
-    return key_bias ? kLog2E * key_bias[key * p.bias_stride_key] : 0.0f;
-  }
-};
+// Rows and keys ----------------------------------------------------------------------------------
 
 // The rows of a head of k or v, or of a batch item of q or grad_out (head 0), from a column on.
 template <class T>
@@ -308,9 +248,9 @@ struct RowSource {
         columns(static_cast<int>(columns - column)), aligned(is_aligned<T>(t)) {}
 };
 
-template <int kThreads, class T, int kRows, int kDim>
+template <int kThreads, class T, int kRows, int kDim, class View>
 __device__ __forceinline__ void load_keys(Tile<T, kRows, kDim>& tile, const RowSource<T>& source,
-                                          const AttentionParams& p, const HeadView& view,
+                                          const AttentionParams& p, const View& view,
                                           int64_t first_key) {
   load_tile<kThreads>(tile, source.first, source.columns, source.aligned, [&](int r) {
     const int64_t key = first_key + r;
@@ -318,13 +258,13 @@ __device__ __forceinline__ void load_keys(Tile<T, kRows, kDim>& tile, const RowS
   });
 }
 
-template <int kThreads, class T, int kRows, int kDim>
+template <int kThreads, class T, int kRows, int kDim, class View>
 __device__ __forceinline__ void load_queries(Tile<T, kRows, kDim>& tile,
-                                             const RowSource<T>& source, const HeadView& view,
+                                             const RowSource<T>& source, const View& view,
                                              int64_t first_row) {
   load_tile<kThreads>(tile, source.first, source.columns, source.aligned, [&](int r) {
     const auto row = static_cast<uint32_t>(first_row + r);
-    return row < view.rows ? source.first + view.query_head(row) * source.tensor.stride_head +
+    return view.exists(row) ? source.first + view.query_head(row) * source.tensor.stride_head +
                                  view.query(row) * source.tensor.stride_token
                            : nullptr;
   });

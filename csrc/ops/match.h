@@ -9,20 +9,8 @@
 
 namespace tokred {
 
-inline Metric parse_metric(std::string_view name) {
-  if (name == "cosine") return Metric::cosine;
-  if (name == "dot") return Metric::dot;
-  if (name == "l2") return Metric::l2;
-  if (name == "half_cosine") return Metric::half_cosine;
-  TOKRED_CHECK(false, "metric must be one of cosine, dot, l2, half_cosine, got '",
-               std::string(name), "'");
-  return Metric::cosine;
-}
-
 inline Order parse_order(std::string_view name) {
-  TOKRED_CHECK(name == "tome" || name == "position", "order must be tome or position, got '",
-               std::string(name), "'");
-  return name == "tome" ? Order::tome : Order::position;
+  return parse_choice<Order>(name, "order", {{"tome", Order::tome}, {"position", Order::position}});
 }
 
 // All tokens of x [B, N, C] as a set; callers narrow it to their rows.

@@ -5,12 +5,7 @@
 
 namespace tokred {
 
-// half_cosine is (1 + cosine) / 2: never negative, so that multiplicative weights keep its order.
-enum class Metric : int32_t { cosine, dot, l2, half_cosine };
 enum class Order : int32_t { tome, position };
-
-// A row's norm is clamped to this from below, so a zero row has similarity 0 to everything.
-inline constexpr float kNormEps = 1e-12f;
 
 // One side of a matching: `count` rows of a [B, N, C] tensor whose channels are contiguous.
 // Row t stands at position rows[t], or first + step * t where rows is null.

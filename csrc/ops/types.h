@@ -7,6 +7,12 @@ namespace tokred {
 
 enum class DType : int32_t { f32, f16, bf16, f64 };
 
+// half_cosine is (1 + cosine) / 2: never negative, so that multiplicative weights keep its order.
+enum class Metric : int32_t { cosine, dot, l2, half_cosine };
+
+// A row's norm is clamped to this from below, so a zero row has similarity 0 to everything.
+inline constexpr float kNormEps = 1e-12f;
+
 // A bool [.., .., .., N] mask read through strides; 0 broadcasts. Null data means "all true".
 struct MaskView {
   const bool* data = nullptr;

@@ -1,8 +1,8 @@
-"""Token reduction kernels: matching, merging and attention over fewer tokens.
+"""Token reduction kernels: scoring, choosing, matching, merging, and attention over fewer tokens.
 
 The functional API below calls torch.ops.tokred.*, on CPU and CUDA tensors. The same ops in plain
-torch are in tokred.reference, the published methods in tokred.methods, and `tokred.patch` puts a
-method into a timm or transformers model.
+torch are in tokred.reference, attention modules in tokred.nn, the published methods in
+tokred.methods, and `tokred.patch` puts a method into a timm, transformers or diffusers model.
 """
 
 from __future__ import annotations
@@ -15,31 +15,65 @@ from . import _library
 _library.load()
 
 from .ops import (  # noqa: E402  (the ops must exist before their wrappers)
+    SimilarityStats,
+    attention_columns,
+    attention_rows,
     biased_attention,
     bipartite_soft_matching,
+    block_pool,
+    block_score,
+    block_sparse_attention,
+    combine_states,
+    compact,
     compose,
+    gather_tokens,
+    inverse_transform_sample,
     match,
     merge,
     num_out,
+    pagerank,
+    qk_score,
+    similarity_stats,
+    sparse_attention,
     threshold_matching,
+    topk,
+    topk_with_counts,
+    transition_stats,
     unmerge,
 )
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "SimilarityStats",
+    "attention_columns",
+    "attention_rows",
     "biased_attention",
     "bipartite_soft_matching",
+    "block_pool",
+    "block_score",
+    "block_sparse_attention",
+    "combine_states",
+    "compact",
     "compose",
+    "gather_tokens",
+    "inverse_transform_sample",
     "match",
     "merge",
     "num_out",
+    "pagerank",
     "patch",
+    "qk_score",
+    "similarity_stats",
+    "sparse_attention",
     "threshold_matching",
+    "topk",
+    "topk_with_counts",
+    "transition_stats",
     "unmerge",
 ]
 
-_LAZY_MODULES = ("methods", "models", "patching", "reference")
+_LAZY_MODULES = ("methods", "models", "nn", "patching", "reference")
 
 
 def __getattr__(name: str) -> Any:

@@ -44,16 +44,18 @@ def info(arguments: list[str]) -> int:
 
 
 def methods(arguments: list[str]) -> int:
-    """The published methods that tokred.patch knows."""
+    """The published methods, with those marked whose papers leave formulas open."""
     from .methods import METHODS
 
     for method in METHODS.values():
-        print(f"{method.name:10s} arXiv:{method.arxiv}  {method.title}\n{'':10s} {method.summary}")
+        status = "" if method.status == "exact" else f" ({method.status})"
+        print(f"{method.name:18s} arXiv:{method.arxiv}  {method.title}{status}")
+        print(f"{'':18s} {method.summary}")
     return 0
 
 
 def demo(arguments: list[str]) -> int:
-    """Token merging on a real model and real photographs."""
+    """Token merging on photographs and sparse attention on text, in real models."""
     from .demo import main
 
     return main(arguments) or 0

@@ -55,3 +55,19 @@ def call(op: Any, *args: Any) -> Any:
 def detached(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """The tensor without its history, for ops that have no gradient."""
     return tensor.detach() if tensor is not None and tensor.requires_grad else tensor
+
+
+def refuse_grad(op: str, **tensors: torch.Tensor | None) -> None:
+    """Refuses inputs whose gradient an inference-only op would drop.
+
+    Raises:
+        ValueError: naming the argument that requires grad while gradients are recorded.
+    """
+    if not torch.is_grad_enabled():
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(
+                f"{op} has no gradient, but {name} requires grad: detach it, or call {op} under "
+                "torch.no_grad()"
+            )

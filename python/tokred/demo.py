@@ -1,4 +1,5 @@
-"""python -m tokred demo: token merging in DINOv2 ViT-S/14 on real photographs.
+"""python -m tokred demo: token merging in DINOv2 ViT-S/14 on real photographs, and then, in
+demo_text.py, sparse attention in SmolLM2-135M on real text.
 
 A table of what merging r tokens in each of the twelve layers saves and what it costs, measured in
 turns with the unpatched model, and for each photograph a picture of the merged patches.
@@ -24,7 +25,9 @@ from torch import Tensor
 from torch.nn import functional
 
 import tokred
-from tokred.models.dinov2 import PATCH_SIZE, MissingModelError, load_dinov2
+from tokred import demo_text
+from tokred.models.dinov2 import PATCH_SIZE, load_dinov2
+from tokred.models.offline import MissingModelError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -84,11 +87,15 @@ def main(arguments: Sequence[str] = ()) -> int:
     """Runs the demo; the exit code is 2 where something must be installed first."""
     parser = argparse.ArgumentParser(prog="python -m tokred demo", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder to write")
-    parser.add_argument("--quick", action="store_true", help="one photograph, under a minute")
+    parser.add_argument("--quick", action="store_true", help="one photograph, a little text")
+    parser.add_argument("--only", choices=("images", "text"), help="one half of the demo")
     options = parser.parse_args(arguments)
     try:
         _require_packages()
-        run(QUICK if options.quick else FULL, options.output)
+        if options.only != "text":
+            run(QUICK if options.quick else FULL, options.output)
+        if options.only != "images":
+            demo_text.run(demo_text.QUICK if options.quick else demo_text.FULL, options.output)
     except MissingModelError as error:
         print(f"tokred demo: {error}", file=sys.stderr)
         return 2

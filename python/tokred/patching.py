@@ -4,8 +4,12 @@
         features = model(images)
         every_patch = handle.unmerge(features_before_pooling)
 
-Only attributes of module instances are replaced (their `forward`), never classes, and leaving the
-block puts every one of them back, also after an exception.
+    with tokred.patch(language_model, "token_select", k=1024):
+        language_model.generate(tokens)
+
+Only attributes of instances are replaced (the `forward` of modules, and a language model's choice
+of attention), never classes, and leaving the block puts every one of them back, also after an
+exception.
 """
 
 from __future__ import annotations
@@ -32,11 +36,17 @@ def patch(
     num_prefix: int | None = None,
     **options: Any,
 ) -> Patch:
-    """A context manager inside which `model` runs with fewer tokens.
+    """A context manager inside which `model` runs with fewer tokens, or attends to fewer keys.
 
-    Works on timm VisionTransformers (and any module tree with timm Blocks) and on the ViT, DeiT,
-    DINOv2, SigLIP and CLIP vision models of transformers; "tomesd" on diffusers' transformer
-    blocks. In training and in eval mode, with any batch, under torch.compile(fullgraph=True).
+    Methods that merge work on timm VisionTransformers (and any module tree with timm Blocks) and on
+    the ViT, DeiT, DINOv2, SigLIP and CLIP vision models of transformers; "tomesd" on diffusers'
+    transformer blocks. In training and in eval mode, with any batch, under
+    torch.compile(fullgraph=True).
+
+    Methods that choose keys, such as "token_select", work on transformers' language models with
+    full causal attention, with left padding and with any cache. They keep all tokens, and the four
+    arguments from prop_attn to num_prefix are not for them.
+
     Patches nest: the innermost one counts, and they are undone in the reverse order.
 
     Args:
@@ -55,13 +65,19 @@ def patch(
         A Patch: `with` enters it, any number of times; the value of the `with` is itself.
 
     Raises:
-        ValueError: an unknown method; a model without layers the method can work on.
+        ValueError: an unknown method, or one of functions alone; a model without layers the method
+            can work on.
         TypeError: an option the method does not have.
 
     Not supported, with an error that says so: attention masks, attention dropout in training,
     gradient checkpointing and attention weights in layers that see merged tokens.
     """
-    options_class = methods.get(method).load().OPTIONS
+    module = methods.get(method).load()
+    options_class = getattr(module, "OPTIONS", None)
+    if options_class is None:
+        raise ValueError(
+            f"{method!r} cannot be put into a model: use the functions of {module.__name__}"
+        )
     names = [field.name for field in dataclasses.fields(options_class)]
     unknown = sorted(set(options) - set(names))
     if unknown:
@@ -77,16 +93,17 @@ def patch(
 class Settings:
     """The options every method has; patch() documents them."""
 
-    prop_attn: bool
-    trace_source: bool
-    weighted_pool: bool
-    num_prefix: int | None
+    prop_attn: bool = True
+    trace_source: bool = False
+    weighted_pool: bool = False
+    num_prefix: int | None = None
 
 
 class Overrides:
-    """Attributes set on module instances, and hooks, all of which undo() takes back."""
+    """Attributes set on instances, and hooks, all of which undo() takes back."""
 
     def __init__(self) -> None:
+        self._assigned: list[tuple[Any, str, Any, Any]] = []
         self._replaced: list[tuple[nn.Module, str, Any, Any]] = []
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -98,6 +115,11 @@ class Overrides:
         replacement.tokred_original = original
         self._replaced.append((module, name, module.__dict__.get(name), replacement))
         setattr(module, name, replacement)
+
+    def assign(self, owner: Any, name: str, value: Any) -> None:
+        """Sets an attribute of anything, such as a config."""
+        self._assigned.append((owner, name, getattr(owner, name), value))
+        setattr(owner, name, value)
 
     def hook(self, module: nn.Module, function: Callable[..., None]) -> None:
         """Calls function(module, args, output) after each of module's forward passes."""
@@ -115,6 +137,14 @@ class Overrides:
                     f"{type(module).__name__}.{name} was replaced after this patch was applied: "
                     "leave nested patches in the reverse order of entering them"
                 )
+        for owner, name, _, value in self._assigned:
+            if getattr(owner, name) != value:
+                raise RuntimeError(
+                    f"{type(owner).__name__}.{name} was changed inside the patch, from {value!r} "
+                    f"to {getattr(owner, name)!r}: change it back before leaving"
+                )
+        for owner, name, previous, _ in reversed(self._assigned):
+            setattr(owner, name, previous)
         for module, name, previous, _ in reversed(self._replaced):
             if previous is None:
                 delattr(module, name)
@@ -122,6 +152,7 @@ class Overrides:
                 setattr(module, name, previous)
         for hook in self._hooks:
             hook.remove()
+        self._assigned.clear()
         self._replaced.clear()
         self._hooks.clear()
 
@@ -255,7 +286,7 @@ class Patch:
     def _latest(self) -> TokenState:
         state = self._state()
         if not isinstance(state, TokenState):
-            raise RuntimeError("this method unmerges in every block and leaves no token state")
+            raise RuntimeError("this method leaves all tokens in place: there is no token state")
         if not state.ran:
             raise RuntimeError("no forward pass has run inside the patch yet")
         return state

@@ -214,6 +214,7 @@ inline float __uint_as_float(unsigned x) { return simt::bits<float>(x); }
 inline float __int_as_float(int x) { return simt::bits<float>(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
+inline int __clzll(unsigned long long x) { return x ? __builtin_clzll(x) : 64; }
 inline int __ffs(unsigned x) { return __builtin_ffs(int(x)); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }

@@ -77,6 +77,8 @@ inline void cp_async_commit() { simt::copy_commit(); }
 template <int N>
 void cp_async_wait() { simt::copy_wait(N); }
 
+inline int64_t opaque(int64_t x) { return x; }
+inline uint32_t opaque(uint32_t x) { return x; }
 inline float exp2_approx(float x) { return std::exp2(x); }
 
 }  // namespace tokred::cuda

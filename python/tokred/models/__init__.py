@@ -15,6 +15,7 @@ _SUPPORTED = {
     "timm": "timm models made of vision_transformer.Block",
     "transformers": "transformers' ViT, DeiT, DINOv2, SigLIP and CLIP vision models",
     "diffusers": "diffusers models made of BasicTransformerBlock",
+    "causal_lm": "transformers' language models with full causal attention",
 }
 
 

@@ -10,14 +10,13 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+
+from .offline import MissingModelError, broken_torchvision_hidden
 
 if TYPE_CHECKING:
     from transformers import Dinov2Model
@@ -35,10 +34,6 @@ _RENAMED = {
 }
 
 
-class MissingModelError(RuntimeError):
-    """The weights cannot be had on this machine; the message says what to install."""
-
-
 def load_dinov2(cache: Path | None = None) -> Dinov2Model:
     """DINOv2 ViT-S/14 in float32 and eval mode, 22 M parameters, position embeddings for 518 px
     that transformers interpolates for every other size.
@@ -53,7 +48,7 @@ def load_dinov2(cache: Path | None = None) -> Dinov2Model:
     _require("safetensors", "safetensors")
     from safetensors.torch import load_file
 
-    with _broken_torchvision_hidden():
+    with broken_torchvision_hidden():
         from transformers import Dinov2Config, Dinov2Model
 
     config = Dinov2Config(
@@ -67,25 +62,6 @@ def load_dinov2(cache: Path | None = None) -> Dinov2Model:
     model = Dinov2Model(config).eval()
     model.load_state_dict(load_file(_converted(cache or _default_cache())))
     return model
-
-
-@contextmanager
-def _broken_torchvision_hidden() -> Iterator[None]:
-    """Lets transformers do without a torchvision that does not import.
-
-    PyPI's torchvision is built for CUDA and cannot be imported beside a CPU-only torch, and
-    transformers imports it wherever it is installed.
-    """
-    try:
-        importlib.import_module("torchvision")
-    except Exception:
-        sys.modules["torchvision"] = None  # type: ignore[assignment]
-        try:
-            yield
-        finally:
-            sys.modules.pop("torchvision", None)
-    else:
-        yield
 
 
 def _default_cache() -> Path:

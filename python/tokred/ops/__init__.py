@@ -2,15 +2,38 @@
 
 from .match import bipartite_soft_matching, match, num_out, threshold_matching
 from .merge import compose, merge, unmerge
-from .sparse_attn import biased_attention
+from .score import block_pool, block_score, qk_score
+from .score_attention import attention_columns, attention_rows, pagerank
+from .score_similarity import SimilarityStats, similarity_stats, transition_stats
+from .sparse_attn import biased_attention, combine_states
+from .sparse_attn_blocks import block_sparse_attention
+from .sparse_attn_lists import sparse_attention
+from .topk import compact, gather_tokens, inverse_transform_sample, topk, topk_with_counts
 
 __all__ = [
+    "SimilarityStats",
+    "attention_columns",
+    "attention_rows",
     "biased_attention",
     "bipartite_soft_matching",
+    "block_pool",
+    "block_score",
+    "block_sparse_attention",
+    "combine_states",
+    "compact",
     "compose",
+    "gather_tokens",
+    "inverse_transform_sample",
     "match",
     "merge",
     "num_out",
+    "pagerank",
+    "qk_score",
+    "similarity_stats",
+    "sparse_attention",
     "threshold_matching",
+    "topk",
+    "topk_with_counts",
+    "transition_stats",
     "unmerge",
 ]

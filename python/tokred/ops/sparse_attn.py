@@ -1,4 +1,4 @@
-"""Attention over a chosen part: wrapper, fake kernels, gradients, autocast and flop counts."""
+"""Attention over all keys, with weights and masks, and the union of two attentions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .._library import call
+from .._library import call, refuse_grad
+from .sparse_attn_shared import (
+    broadcast_bias,
+    broadcast_mask,
+    fake_attention,
+    fake_gradients,
+    incoming,
+    register_autocast,
+    wanted,
+)
 
 _ops = torch.ops.tokred
 
@@ -21,6 +30,8 @@ def biased_attention(
     causal: bool = False,
     scale: float | None = None,
     mask: Tensor | None = None,
+    query_position: Tensor | None = None,
+    key_position: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention with a per-key log-weight: softmax(scale q k^T + key_bias) v, tile by tile.
 
@@ -29,8 +40,13 @@ def biased_attention(
     float64) and never stored, as in FlashAttention (arXiv:2205.14135). Query head h reads key head
     h // (Hq // Hkv).
 
+    Positions hide keys without an L x N mask: query i sees key j only where key_position[j, c] <=
+    query_position[i, c] for every column c. One column is any order of tokens; (position,
+    iteration) is duo-causal attention; (entry, -exit) of a depth-first walk is a tree whose nodes
+    see their ancestors and themselves, for speculative decoding.
+
     Args:
-        q: [B, Hq, L, D] float32, float16, bfloat16, or float64 on the CPU; any outer strides, the
+        q: [B, Hq, L, D] float32, float16 or bfloat16, or float64 on the CPU; any outer strides, the
             last dimension contiguous, D at most 256.
         k: [B, Hkv, N, D], Hq a multiple of Hkv. v: [B, Hkv, N, Dv].
         key_bias: float32 (float64 beside float64 q) [B | 1, Hkv | 1, N], or [B, N]; -inf hides a
@@ -38,6 +54,8 @@ def biased_attention(
         causal: query i sees the keys j <= i + N - L: the last query sees them all.
         scale: 1 / sqrt(D) where None.
         mask: bool [B | 1, Hq | 1, L | 1, N], or [B, N]; True is visible.
+        query_position, key_position: int32 [B | 1, L, c] and [B | 1, N, c] with c = 1 or 2, or
+            [B | 1, L] and [B | 1, N] for one column; together or not at all.
 
     Returns:
         out [B, Hq, L, Dv] in the dtype of q, and lse float32 [B, Hq, L], the log of the sum of the
@@ -49,15 +67,50 @@ def biased_attention(
 
     Complexity: 2 B Hq L N (D + Dv) flops, memory linear in L and N.
     """
-    if key_bias is not None and key_bias.dim() == 2:
-        key_bias = key_bias[:, None]
-    if mask is not None and mask.dim() == 2:
-        mask = mask[:, None, None]
-    return call(_ops.biased_attention.default, q, k, v, key_bias, causal, scale, mask)
+    if query_position is not None and query_position.dim() == 2:
+        query_position = query_position[..., None]
+    if key_position is not None and key_position.dim() == 2:
+        key_position = key_position[..., None]
+    return call(
+        _ops.biased_attention.default,
+        q,
+        k,
+        v,
+        broadcast_bias(key_bias),
+        causal,
+        scale,
+        broadcast_mask(mask),
+        query_position,
+        key_position,
+    )
 
 
-def _state_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
+def combine_states(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The attention over the union of two disjoint sets of keys, from the attention over each.
+
+    With m = max(lse_a, lse_b) and weights w = exp(lse - m), out is the weighted mean of the outs
+    and lse = m + log(w_a + w_b). So a prefix shared by a whole batch is attended to once, and
+    sequences are split between devices, as in FlashInfer (arXiv:2501.01005).
+
+    Args:
+        out_a, out_b: [B, H, L, D] float32, float16 or bfloat16, or float64 on the CPU, the last
+            dimension contiguous.
+        lse_a, lse_b: float32 (float64 beside float64) [B, H, L], as the attention ops return them.
+            -inf is the empty set: its out is not looked at.
+
+    Returns:
+        out in the dtype of out_a, and lse; 0 and -inf where both sets are empty.
+
+    Raises:
+        RuntimeError: naming the argument whose shape, dtype or device does not fit.
+        ValueError: an input requires grad.
+
+    Complexity: one pass.
+    """
+    refuse_grad("combine_states", out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
+    return _ops.combine_states.default(out_a, lse_a, out_b, lse_b)
 
 
 @torch.library.register_fake("tokred::biased_attention")
@@ -69,16 +122,10 @@ def _biased_attention_fake(
     causal: bool = False,
     scale: float | None = None,
     mask: Tensor | None = None,
+    query_position: Tensor | None = None,
+    key_position: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        torch._check(tensor.dim() == 4, lambda name=name: f"{name} must be [B, H, N, D]")
-        torch._check(tensor.shape[0] == q.shape[0], lambda: "q, k and v must have one batch size")
-    torch._check(k.shape[3] == q.shape[3], lambda: "k must have the head dimension of q")
-    torch._check(v.shape[1] == k.shape[1], lambda: "v must have the heads of k")
-    torch._check(v.shape[2] == k.shape[2], lambda: "v must have the keys of k")
-    torch._check(q.shape[1] % k.shape[1] == 0, lambda: "the heads of q must be a multiple of k's")
-    out = q.new_empty((*q.shape[:3], v.shape[3]))
-    return out, q.new_empty(q.shape[:3], dtype=_state_dtype(q))
+    return fake_attention(q, k, v)
 
 
 @torch.library.register_fake("tokred::biased_attention_backward")
@@ -94,59 +141,47 @@ def _biased_attention_backward_fake(
     causal: bool,
     scale: float | None,
     mask: Tensor | None,
+    query_position: Tensor | None,
+    key_position: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    bias_shape = (0,) if key_bias is None else k.shape[:3]
-    grad_bias = q.new_empty(bias_shape, dtype=_state_dtype(q))
-    return q.new_empty(q.shape), q.new_empty(k.shape), q.new_empty(v.shape), grad_bias
+    return fake_gradients(q, k, v, key_bias)
+
+
+@torch.library.register_fake("tokred::combine_states")
+def _combine_states_fake(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    torch._check(out_a.dim() == 4, lambda: f"out_a must be [B, H, L, D], got {out_a.dim()}-D")
+    torch._check(out_b.dim() == 4, lambda: f"out_b must be [B, H, L, D], got {out_b.dim()}-D")
+    return out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, key_bias, ctx.causal, ctx.scale, mask = inputs
-    ctx.save_for_backward(q, k, v, key_bias, mask, *output)
+    q, k, v, key_bias, ctx.causal, ctx.scale, mask, *positions = inputs
+    ctx.save_for_backward(q, k, v, key_bias, mask, *positions, *output)
 
 
 def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, key_bias, mask, out, lse = ctx.saved_tensors
-    if grad_out.stride(-1) != 1:
-        grad_out = grad_out.contiguous()
-    *grads, grad_bias = _ops.biased_attention_backward.default(
-        grad_out, grad_lse.contiguous(), q, k, v, key_bias, out, lse, ctx.causal, ctx.scale, mask
+    q, k, v, key_bias, mask, query_position, key_position, out, lse = ctx.saved_tensors
+    grads = _ops.biased_attention_backward.default(
+        *incoming(grad_out, grad_lse),
+        q,
+        k,
+        v,
+        key_bias,
+        out,
+        lse,
+        ctx.causal,
+        ctx.scale,
+        mask,
+        query_position,
+        key_position,
     )
-    if key_bias is not None:
-        grads.append(grad_bias.sum_to_size(key_bias.shape))
-    else:
-        grads.append(None)
-    wanted = [t is not None and t.requires_grad for t in (q, k, v, key_bias)]
-    return *(g if want else None for g, want in zip(grads, wanted, strict=True)), None, None, None
-
-
-def _register_autocast(device: str) -> None:
-    """Casts q, k and v as torch does for its own attention, and leaves key_bias in float32."""
-    key = getattr(torch._C.DispatchKey, "Autocast" + torch._C._dispatch_key_for_device(device))
-
-    def kernel(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        key_bias: Tensor | None = None,
-        causal: bool = False,
-        scale: float | None = None,
-        mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        dtype = torch.get_autocast_dtype(device)
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-            if q.dtype != torch.float64:
-                q, k, v = (t.to(dtype) for t in (q, k, v))
-            return _ops.biased_attention.default(q, k, v, key_bias, causal, scale, mask)
-
-    _ops.biased_attention.default.py_impl(key)(kernel)
-    _autocast_library.impl("biased_attention", kernel, key.name)
+    return *wanted(grads, q, k, v, key_bias), None, None, None, None, None
 
 
 torch.library.register_autograd("tokred::biased_attention", _backward, setup_context=_setup_context)
-_autocast_library = torch.library.Library("tokred", "IMPL")
-for _device in ("cpu", "cuda"):
-    _register_autocast(_device)
+register_autocast("biased_attention")
 
 
 @register_flop_formula(_ops.biased_attention)

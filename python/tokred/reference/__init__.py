@@ -6,14 +6,52 @@ rounded once; float64 inputs are computed in float64 throughout.
 
 from .match import bipartite_soft_matching, match, threshold_matching
 from .merge import compose, merge, unmerge
-from .sparse_attn import biased_attention
+from .score import (
+    attention_columns,
+    attention_rows,
+    block_pool,
+    block_score,
+    pagerank,
+    qk_score,
+    similarity_stats,
+    transition_stats,
+)
+from .sparse_attn import (
+    biased_attention,
+    block_sparse_attention,
+    combine_states,
+    sparse_attention,
+)
+from .topk import (
+    compact,
+    gather_tokens,
+    inverse_transform_sample,
+    topk,
+    topk_with_counts,
+)
 
 __all__ = [
+    "attention_columns",
+    "attention_rows",
     "biased_attention",
     "bipartite_soft_matching",
+    "block_pool",
+    "block_score",
+    "block_sparse_attention",
+    "combine_states",
+    "compact",
     "compose",
+    "gather_tokens",
+    "inverse_transform_sample",
     "match",
     "merge",
+    "pagerank",
+    "qk_score",
+    "similarity_stats",
+    "sparse_attention",
     "threshold_matching",
+    "topk",
+    "topk_with_counts",
+    "transition_stats",
     "unmerge",
 ]

@@ -14,6 +14,8 @@ def biased_attention(
     causal: bool = False,
     scale: float | None = None,
     mask: Tensor | None = None,
+    query_position: Tensor | None = None,
+    key_position: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See tokred.biased_attention. Differentiable in q, k, v and key_bias."""
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -31,6 +33,9 @@ def biased_attention(
         visible = visible.tril(keys - queries)
     if mask is not None:
         visible = visible & mask
+    if query_position is not None and key_position is not None:
+        ordered = key_position[:, None, None] <= query_position[:, None, :, None]
+        visible = visible & ordered.all(-1)
     logits = logits.masked_fill(~visible, -torch.inf)
 
     # A row of -inf is computed as a row of zeros, and its results replaced at the end.
@@ -39,3 +44,100 @@ def biased_attention(
     out = (logits.softmax(-1) @ per_query_head[1]).masked_fill(empty, 0)
     lse = logits.logsumexp(-1).masked_fill(empty[..., 0], -torch.inf)
     return out.to(q.dtype), lse
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_mask: Tensor,
+    block_q: int,
+    block_k: int,
+    causal: bool = False,
+    scale: float | None = None,
+    key_bias: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See tokred.block_sparse_attention. Differentiable in q, k, v and key_bias."""
+    query_block = torch.arange(q.shape[2], device=q.device) // block_q
+    key_block = torch.arange(k.shape[2], device=k.device) // block_k
+    visible = block_mask[:, :, query_block][..., key_block]
+    if mask is not None:
+        visible = visible & mask
+    return biased_attention(q, k, v, key_bias, causal, scale, visible)
+
+
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    scale: float | None = None,
+    key_bias: Tensor | None = None,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    block_q: int = 1,
+    rope_cos: Tensor | None = None,
+    rope_sin: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See tokred.sparse_attention. Differentiable in q, k, v and key_bias."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    (batch, heads, queries, head_dim), keys = q.shape, k.shape[2]
+    scale = head_dim**-0.5 if scale is None else scale
+
+    def per_query_head(t: Tensor) -> Tensor:
+        return t.expand(batch, -1, *t.shape[2:]).repeat_interleave(heads // t.shape[1], dim=1)
+
+    lists = per_query_head(indices.long())
+    lists = lists.repeat_interleave(min(block_q, max(queries, 1)), dim=2)[:, :, :queries]
+    # Whatever is hidden points at a key of zeros behind the last.
+    visible = (lists >= 0) & (lists < keys)
+    if causal:
+        last = torch.arange(queries, device=q.device) + keys - queries
+        visible = visible & (lists <= last[:, None])
+    lists = lists.where(visible, keys)
+    if mask is not None:
+        padded = torch.nn.functional.pad(mask.expand(batch, heads, queries, keys), (0, 1))
+        visible = visible & padded.gather(3, lists)
+
+    def listed(t: Tensor) -> Tensor:
+        """[B, Hkv | 1, N, C] to [B, Hq, L, K, C]."""
+        rows = torch.nn.functional.pad(per_query_head(t.to(dtype)), (0, 0, 0, 1))
+        at = lists.flatten(2)[..., None].expand(-1, -1, -1, t.shape[3])
+        return rows.gather(2, at).unflatten(2, lists.shape[2:])
+
+    if key_bias is not None:
+        bias = listed(key_bias[..., None])[..., 0]
+        visible = visible & (bias != -torch.inf)
+    lists = lists.where(visible, keys)
+    k_listed, v_listed = listed(k), listed(v)
+    if rope_cos is not None and rope_sin is not None:
+        cos, sin = (t[: lists.shape[3]].to(dtype) for t in (rope_cos, rope_sin))
+        left, right = k_listed.chunk(2, dim=-1)
+        k_listed = torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+    logits = scale * (k_listed @ q.to(dtype)[..., None])[..., 0]
+    if key_bias is not None:
+        logits = logits + bias
+    logits = logits.masked_fill(~visible, -torch.inf)
+
+    empty = ~visible.any(-1, keepdim=True)
+    logits = logits.masked_fill(empty, 0)
+    if lists.shape[3] == 0:
+        lse = logits.new_full(lists.shape[:3], -torch.inf)
+        return q.new_zeros(*q.shape[:3], v.shape[3]), lse
+    out = (logits.softmax(-1)[..., None, :] @ v_listed)[..., 0, :].masked_fill(empty, 0)
+    lse = logits.logsumexp(-1).masked_fill(empty[..., 0], -torch.inf)
+    return out.to(q.dtype), lse
+
+
+def combine_states(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See tokred.combine_states."""
+    greatest = torch.maximum(lse_a, lse_b)
+    base = greatest.masked_fill(greatest == -torch.inf, 0)
+    weights = [(lse - base).exp()[..., None] for lse in (lse_a, lse_b)]
+    total = weights[0] + weights[1]
+    parts = zip(weights, (out_a, out_b), strict=True)
+    out = sum((w * x.to(w.dtype)).masked_fill(w == 0, 0) for w, x in parts) / total
+    return out.masked_fill(total == 0, 0).to(out_a.dtype), base + total[..., 0].log()

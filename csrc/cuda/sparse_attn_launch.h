@@ -1,0 +1,20 @@
+// How the entries of the sparse_attn stem reach the decode kernels.
+#pragma once
+
+#include "kernels.h"
+
+namespace tokred::cuda {
+
+// Dense attention as one list of all keys: null indices.
+inline SparseAttentionParams dense_lists(const AttentionParams& p) {
+  return {p, {nullptr, 0, 0, 0, p.heads_kv, p.keys, p.queries}, {}};
+}
+
+// Whether biased_attention has so few rows that decode_attention takes it.
+bool is_decode_attention(const AttentionParams&);
+
+// Attention over lists of keys, or over all keys where the lists have no indices.
+void decode_attention(const SparseAttentionParams&, Stream);
+int64_t decode_attention_workspace(const SparseAttentionParams&);  // bytes
+
+}  // namespace tokred::cuda

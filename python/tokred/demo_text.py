@@ -1,0 +1,278 @@
+"""The second half of the demo: SmolLM2-135M attending to a few of its cached tokens.
+
+Perplexity of real text as fewer keys are attended to, tokens decoded per second at growing
+contexts, and text generated from prompts of different lengths in one batch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import tokred
+from tokred.models.offline import MissingModelError
+from tokred.models.smollm2 import load_smollm2
+
+PROMPTS = (
+    "The capital of France is",
+    "Water boils at one hundred degrees, and it freezes at",
+)
+FORCED = {"n_init": 4, "n_local": 32}  # what token_select keeps besides its choice
+GOOD_PERPLEXITY = 1.02
+
+
+@dataclass(frozen=True)
+class TextPlan:
+    """What one run measures."""
+
+    tokens: int  # of text, for the perplexity
+    keys: tuple[int, ...]
+    contexts: tuple[int, ...]
+    decode_keys: int
+    decoded: int  # tokens timed at each context
+    generated: int
+
+
+FULL = TextPlan(1024, (512, 256, 128, 64, 32), (1024, 2048, 4096, 8000), 256, 12, 16)
+QUICK = TextPlan(256, (128, 64), (256,), 64, 3, 4)
+
+
+@dataclass(frozen=True)
+class PerplexityRow:
+    method: str
+    keys: int
+    perplexity: float
+    to_dense: float  # its ratio to dense attention's
+
+
+@dataclass(frozen=True)
+class SpeedRow:
+    method: str
+    context: int
+    tokens_per_second: float
+    speed_up: float  # over SDPA
+
+
+@dataclass(frozen=True)
+class TextReport:
+    plan: TextPlan
+    dense_perplexity: float
+    perplexity: list[PerplexityRow]
+    speed: list[SpeedRow]
+    exact: bool  # with k >= N the logits are those of the dense kernel, bit for bit
+    generated: list[str]
+
+
+Patch = Callable[[], AbstractContextManager]
+
+
+def run(plan: TextPlan, output: Path) -> TextReport:
+    """Measures, prints two tables, writes text.json and text.png.
+
+    Raises:
+        MissingModelError: the model is not installed.
+    """
+    from rich.console import Console
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    console = Console()
+    console.print("SmolLM2-135M: loading and reading")
+    model, tokenizer = load_smollm2()
+    ids = _text_ids(tokenizer, max(plan.tokens, *plan.contexts) + plan.decoded + 1)
+    with torch.inference_mode():
+        dense, rows = _perplexities(model, ids[:, : plan.tokens], plan)
+        exact = _is_exact(model, ids[:, : plan.tokens])
+        speed = _speeds(model, ids, plan)
+        generated = _generate(model, tokenizer, plan)
+    report = TextReport(plan, dense, rows, speed, exact, generated)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "text.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
+    save_plot(report, output / "text.png")
+    for table in (_perplexity_table(report), _speed_table(report)):
+        console.print(table)
+    console.print(_verdict(report))
+    console.print("written:", ", ".join(str(output / name) for name in ("text.png", "text.json")))
+    return report
+
+
+def _text_ids(tokenizer: Any, count: int) -> Tensor:
+    """int64 [1, count]: the first tokens of Python's own reference, which comes with it."""
+    from pydoc_data.topics import topics
+
+    text = "\n".join(topics[name] for name in sorted(topics))
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    if ids.shape[1] < count:
+        raise MissingModelError(f"Python's reference has {ids.shape[1]} tokens, {count} are needed")
+    return ids[:, :count]
+
+
+@contextmanager
+def _dense(model: torch.nn.Module) -> Iterator[None]:
+    """The model on tokred's dense attention, until the block is left."""
+    from tokred.models.attention import register
+
+    before = model.config._attn_implementation
+    model.set_attn_implementation(register())
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _perplexities(
+    model: torch.nn.Module, ids: Tensor, plan: TextPlan
+) -> tuple[float, list[PerplexityRow]]:
+    def perplexity(patch: AbstractContextManager) -> float:
+        with patch:
+            return math.exp(model(ids, labels=ids).loss.item())
+
+    dense = perplexity(nullcontext())
+    rows = []
+    for keys in plan.keys:
+        select = max(keys - sum(FORCED.values()), 1)
+        for name, options in (
+            ("top_k_attention", {"k": keys}),
+            ("token_select", {"k": select, "prefill": "select", "chunk": 16, **FORCED}),
+        ):
+            value = perplexity(tokred.patch(model, name, **options))
+            rows.append(PerplexityRow(name, keys, value, value / dense))
+    return dense, rows
+
+
+def _is_exact(model: torch.nn.Module, ids: Tensor) -> bool:
+    with _dense(model):
+        expected = model(ids).logits
+    with tokred.patch(model, "top_k_attention", k=ids.shape[1]):
+        return torch.equal(model(ids).logits, expected)
+
+
+def _speeds(model: torch.nn.Module, ids: Tensor, plan: TextPlan) -> list[SpeedRow]:
+    """Decoding after real text, in turns, from the longest context down."""
+    from transformers import DynamicCache
+
+    patches: dict[str, Patch] = {
+        "SDPA": nullcontext,
+        "tokred, dense": lambda: _dense(model),
+        f"token_select, k = {plan.decode_keys}": lambda: tokred.patch(
+            model, "token_select", k=plan.decode_keys - sum(FORCED.values()), **FORCED
+        ),
+        f"tidal_decode, k = {plan.decode_keys}": lambda: tokred.patch(
+            model, "tidal_decode", k=plan.decode_keys
+        ),
+    }
+    cache = DynamicCache(config=model.config)
+    longest = max(plan.contexts)
+    with _dense(model):
+        for start in range(0, longest, 1024):
+            chunk = ids[:, start : min(start + 1024, longest)]
+            model(chunk, past_key_values=cache, logits_to_keep=1)
+    rows = []
+    for context in sorted(plan.contexts, reverse=True):
+        if context < longest:
+            cache.crop(context - longest)
+            longest = context
+        seconds: dict[str, list[float]] = {name: [] for name in patches}
+        for step in range(plan.decoded + 1):
+            for name, patch in patches.items():
+                with patch():
+                    begin = time.perf_counter()
+                    model(ids[:, context + step][:, None], past_key_values=cache)
+                    seconds[name].append(time.perf_counter() - begin)
+                cache.crop(-1)
+        rates = {name: 1 / statistics.median(times[1:]) for name, times in seconds.items()}
+        rows += [SpeedRow(n, context, rate, rate / rates["SDPA"]) for n, rate in rates.items()]
+    return sorted(rows, key=lambda row: row.context)
+
+
+def _generate(model: torch.nn.Module, tokenizer: Any, plan: TextPlan) -> list[str]:
+    """Both prompts in one batch, the shorter padded on the left, with few keys."""
+    inputs = tokenizer(list(PROMPTS), return_tensors="pt", padding=True)
+    with tokred.patch(model, "token_select", k=8, n_init=2, n_local=4):
+        ids = model.generate(**inputs, max_new_tokens=plan.generated, do_sample=False)
+    return tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+
+def save_plot(report: TextReport, path: Path) -> None:
+    """Perplexity over keys, and tokens per second over the context."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    quality, speed = figure.subplots(1, 2)
+    for method in dict.fromkeys(row.method for row in report.perplexity):
+        rows = [row for row in report.perplexity if row.method == method]
+        quality.plot([r.keys for r in rows], [r.perplexity for r in rows], "o-", label=method)
+    quality.axhline(report.dense_perplexity, color="black", linewidth=0.8, label="all keys")
+    quality.set_xscale("log", base=2)
+    quality.set_xlabel(f"keys attended to, of {report.plan.tokens}")
+    quality.set_ylabel("perplexity")
+    for method in dict.fromkeys(row.method for row in report.speed):
+        rows = [row for row in report.speed if row.method == method]
+        speed.plot([r.context for r in rows], [r.tokens_per_second for r in rows], "o-",
+                   label=method)  # fmt: skip
+    speed.set_xscale("log", base=2)
+    speed.set_ylim(bottom=0)
+    speed.set_xlabel("tokens in the cache")
+    speed.set_ylabel("tokens decoded per second")
+    for axes in (quality, speed):
+        axes.legend(fontsize=8)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle("SmolLM2-135M, float32", fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
+def _new_table(title: str, headings: tuple[str, ...]) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if i else "left", no_wrap=True)
+    return table
+
+
+def _perplexity_table(report: TextReport) -> Any:
+    title = f"Perplexity of {report.plan.tokens} tokens of text"
+    table = _new_table(title, ("method", "keys", "perplexity", "to dense"))
+    table.add_row("dense (SDPA)", str(report.plan.tokens), f"{report.dense_perplexity:.3f}", "1")
+    for row in report.perplexity:
+        ratio = f"{row.to_dense:.4f}"
+        table.add_row(row.method, str(row.keys), f"{row.perplexity:.3f}", ratio)
+    return table
+
+
+def _speed_table(report: TextReport) -> Any:
+    table = _new_table("Decoding, one sequence", ("method", "context", "tokens / s", "speed-up"))
+    for row in report.speed:
+        rate = f"{row.tokens_per_second:.1f}"
+        table.add_row(row.method, str(row.context), rate, f"{row.speed_up:.2f}×")
+    return table
+
+
+def _verdict(report: TextReport) -> str:
+    good = [row for row in report.perplexity if row.to_dense <= GOOD_PERPLEXITY]
+    few = min(good, key=lambda row: row.keys, default=None)
+    best = max(report.speed, key=lambda row: row.speed_up)
+    lines = [
+        f"{few.method} with {few.keys} keys stays within 2 % of the dense perplexity"
+        if few
+        else "no number of keys stays within 2 % of the dense perplexity",
+        f"{best.method}: {best.speed_up:.2f}× SDPA's tokens per second at {best.context} tokens",
+        "with k ≥ N the logits are " + ("those of dense attention, bit for bit" if report.exact
+                                        else "NOT those of dense attention"),
+        *(f"generated: {text!r}" for text in report.generated),
+    ]  # fmt: skip
+    return "\n".join(lines)

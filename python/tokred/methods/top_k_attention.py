@@ -1,0 +1,102 @@
+"""Top-k attention: every query of every head attends to the k keys of greatest logit.
+
+Memory-efficient Transformers via Top-k Attention (arXiv 2106.06899). It chooses with full
+knowledge, prompts included, and so shows how few keys a model needs; methods that score for less
+are measured against it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+import tokred
+
+if TYPE_CHECKING:
+    from tokred.models.attention import AttentionCall
+
+
+def top_k_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    num_keys: int,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    chunk: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """Attention of each query to its own num_keys keys.
+
+    Args:
+        q: [B, Hq, L, D]; k: [B, Hkv, N, D]; v: [B, Hkv, N, Dv].
+        causal: query i sees the keys j <= i + N - L.
+        mask: bool [B | 1, Hq | 1, L | 1, N], True is visible.
+        chunk: queries whose logits exist at a time.
+
+    Returns:
+        out [B, Hq, L, Dv], lse f32 [B, Hq, L]; with num_keys >= N exactly those of
+        tokred.biased_attention.
+    """
+    queries, keys = q.shape[2], k.shape[2]
+    if num_keys >= keys:
+        return tokred.biased_attention(q, k, v, causal=causal, scale=scale, mask=mask)
+    parts = []
+    for start in range(0, queries, chunk):
+        rows = slice(start, min(start + chunk, queries))
+        # Only the keys that a causal chunk can see.
+        seen = keys - queries + rows.stop if causal else keys
+        part_mask = mask
+        if mask is not None:
+            part_mask = (mask[:, :, rows] if mask.shape[2] > 1 else mask)[..., :seen]
+        inputs = (q[:, :, rows], k[:, :, :seen])
+        options = {"causal": causal, "scale": scale, "mask": part_mask}
+        logits = tokred.attention_rows(*inputs, softmax=False, **options)
+        indices = tokred.topk(logits, min(num_keys, seen), order="position")[1]
+        part = tokred.sparse_attention(*inputs, v[:, :, :seen], indices, block_q=1, **options)
+        parts.append(part)
+    outs, lses = zip(*parts, strict=True)
+    return torch.cat(outs, 2), torch.cat(lses, 2)
+
+
+class TopKState:
+    """What tokred.patch calls for every layer."""
+
+    def __init__(self, options: TopKAttention) -> None:
+        self.options = options
+
+    def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        if call.q.shape[2] > 1 and self.options.prefill == "dense":
+            return call.dense()
+        return top_k_attention(
+            call.q, call.k, call.v, self.options.k, call.causal, call.mask, call.scale
+        )
+
+
+@dataclass(frozen=True)
+class TopKAttention:
+    """Options of tokred.patch(model, "top_k_attention", ...).
+
+    k: keys a query attends to. prefill: "select", prompts choose too; or "dense".
+    """
+
+    k: int = 256
+    prefill: str = "select"
+
+    adapters = ("causal_lm",)
+    rotation = "cached"
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"k must be at least 1, got {self.k}")
+        if self.prefill not in ("select", "dense"):
+            raise ValueError(f'prefill must be "select" or "dense", got {self.prefill!r}')
+
+    def attention(self, num_layers: int) -> TopKState:
+        return TopKState(self)
+
+
+OPTIONS = TopKAttention

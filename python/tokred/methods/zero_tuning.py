@@ -1,0 +1,44 @@
+"""ZeroTuning: scale the attention to the first token, per head, without touching the kernel.
+
+ZeroTuning: Unlocking the Initial Token's Power to Enhance Large Language Models Without Training
+(arXiv 2505.11739).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rescale_first_token(
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    first_key: Tensor,
+    first_value: Tensor,
+    gamma: Tensor,
+    scale: float | None = None,
+) -> Tensor:
+    """Multiplies the probability of the first token by gamma and normalises again.
+
+    With p0 = exp(q . k0 scale - lse): out' = (out + (gamma - 1) p0 v0) / (1 + (gamma - 1) p0). Any
+    attention that returns its lse will do, sparse ones included, if it saw the first token.
+
+    Args:
+        out: [B, Hq, L, Dv] and lse: f32 [B, Hq, L] of the attention.
+        q: [B, Hq, L, D].
+        first_key: [B, Hkv, D]; first_value: [B, Hkv, Dv].
+        gamma: positive, [Hq] or a number of dimensions that broadcasts with [B, Hq, L].
+
+    Returns:
+        [B, Hq, L, Dv] in the dtype of out. A query that saw nothing (lse -inf) keeps its 0.
+    """
+    group = q.shape[1] // first_key.shape[1]
+    key, value = (t.float().repeat_interleave(group, 1) for t in (first_key, first_value))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    logit = scale * (q.float() * key[:, :, None]).sum(-1)
+    probability = torch.where(lse == -torch.inf, 0.0, torch.exp(logit - lse))
+    if gamma.dim() == 1:
+        gamma = gamma[:, None]
+    extra = ((gamma - 1) * probability)[..., None]
+    return ((out.float() + extra * value[:, :, None]) / (1 + extra)).to(out.dtype)

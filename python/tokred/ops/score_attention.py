@@ -1,0 +1,206 @@
+"""Importance from attention that is never stored: rows, columns and PageRank."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .._library import refuse_grad
+from .sparse_attn import biased_attention
+from .sparse_attn_shared import broadcast_mask
+
+_ops = torch.ops.tokred
+
+
+def attention_rows(
+    q: Tensor,
+    k: Tensor,
+    softmax: bool = True,
+    denominator: tuple[int, int | None] | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """The attention weights, or the logits, of a few queries: those of [CLS], or the last ones.
+
+    Args:
+        q: [B, Hq, L, D] float32, float16 or bfloat16, the last dimension contiguous, D at most 256.
+        k: [B, Hkv, N, D], Hq a multiple of Hkv.
+        softmax: False for the logits scale q . k, -inf where hidden.
+        denominator: (first, last): the keys whose exponentials are summed, last excluded and N
+            where None. All keys get their quotient, so those outside may exceed 1. Default: all.
+        causal: query i sees the keys j <= i + N - L.
+        scale: 1 / sqrt(D) where None.
+        mask: bool [B | 1, Hq | 1, L | 1, N], or [B, N]; True is visible.
+
+    Returns:
+        float32 [B, Hq, L, N]; with softmax, 0 where hidden and where no key of the denominator is
+        visible.
+
+    Raises:
+        RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
+        ValueError: q or k requires grad.
+
+    Complexity: 2 B Hq L N D flops, O(B Hq L N) memory: the result.
+    """
+    refuse_grad("attention_rows", q=q, k=k)
+    first, last = (0, None) if denominator is None else denominator
+    return _ops.attention_rows.default(
+        q, k, softmax, first, last, causal, scale, broadcast_mask(mask)
+    )
+
+
+def attention_columns(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None = None,
+    reduce: str = "sum",
+    weight: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """How much attention every key receives: column statistics of a matrix that is never stored.
+
+    With p(i, j) the attention weight of query i on key j, 0 where hidden, the result is the sum,
+    mean, max or (unbiased) variance over all L queries i of weight[i] p(i, j). The sum of a key is
+    the heavy-hitter score of H2O (arXiv:2306.14048); with a window of late queries, SnapKV's
+    (arXiv:2404.14469).
+
+    Args:
+        q: [B, Hq, L, D] float32, float16 or bfloat16, the last dimension contiguous, D at most 256.
+        k: [B, Hkv, N, D], Hq a multiple of Hkv.
+        lse: float32 [B, Hq, L], as `biased_attention` returns it for these q, k, causal, scale and
+            mask; computed here, in another pass over k, where None.
+        reduce: "sum", "mean" (by L), "max" or "variance" (0 where L is 1).
+        weight: float32 [B | 1, Hq | 1, L]; 1 where None.
+        causal, scale, mask: as in `biased_attention`.
+
+    Returns:
+        float32 [B, Hq, N].
+
+    Raises:
+        RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
+        ValueError: q or k requires grad.
+
+    Complexity: 2 B Hq L N D flops (twice that without lse), memory linear in L and N.
+    """
+    refuse_grad("attention_columns", q=q, k=k, weight=weight)
+    lse = _log_sum(q, k, causal, scale, mask) if lse is None else lse.detach()
+    return _ops.attention_columns.default(
+        q, k, lse, reduce, weight, causal, scale, broadcast_mask(mask)
+    )
+
+
+def pagerank(
+    q: Tensor,
+    k: Tensor,
+    iterations: int = 5,
+    damping: float = 0.0,
+    start: Tensor | None = None,
+    lse: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Importance by power iteration on each head's attention matrix P, which is never stored.
+
+    s <- (1 - damping) s P + damping / N, as often as asked. Zero-TPrune (arXiv:2305.17328) ranks a
+    vision transformer's tokens so, AIM (arXiv:2412.03248) a language model's.
+
+    Args:
+        q: [B, Hq, N, D] float32, float16 or bfloat16, the last dimension contiguous, D at most 256.
+        k: [B, Hkv, N, D], Hq a multiple of Hkv.
+        iterations: at least 1. damping: in [0, 1].
+        start: float32 [B | 1, Hq | 1, N]; 1 / N where None.
+        lse, causal, scale, mask: as in `attention_columns`.
+
+    Returns:
+        float32 [B, Hq, N].
+
+    Raises:
+        RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
+        ValueError: q or k requires grad.
+
+    Complexity: 2 B Hq N^2 D flops an iteration, memory linear in N.
+    """
+    refuse_grad("pagerank", q=q, k=k, start=start)
+    lse = _log_sum(q, k, causal, scale, mask) if lse is None else lse.detach()
+    return _ops.pagerank.default(
+        q, k, lse, iterations, damping, start, causal, scale, broadcast_mask(mask)
+    )
+
+
+def _log_sum(
+    q: Tensor, k: Tensor, causal: bool, scale: float | None, mask: Tensor | None
+) -> Tensor:
+    """The lse of the attention; one value a key is the least that the op can attend to."""
+    with torch.no_grad():
+        return biased_attention(q, k, k[..., :1], causal=causal, scale=scale, mask=mask)[1]
+
+
+def _check_heads(q: Tensor, k: Tensor) -> None:
+    torch._check(q.dim() == 4, lambda: f"q must be [B, Hq, L, D], got {q.dim()}-D")
+    torch._check(k.dim() == 4, lambda: f"k must be [B, Hkv, N, D], got {k.dim()}-D")
+    torch._check(k.shape[0] == q.shape[0], lambda: "k must have the batch size of q")
+    torch._check(k.shape[3] == q.shape[3], lambda: "k must have the head dimension of q")
+
+
+@torch.library.register_fake("tokred::attention_rows")
+def _attention_rows_fake(
+    q: Tensor,
+    k: Tensor,
+    softmax: bool = True,
+    first: int = 0,
+    last: int | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    _check_heads(q, k)
+    return q.new_empty((*q.shape[:3], k.shape[2]), dtype=torch.float32)
+
+
+@torch.library.register_fake("tokred::attention_columns")
+def _attention_columns_fake(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    reduce: str = "sum",
+    weight: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    _check_heads(q, k)
+    return q.new_empty((*q.shape[:2], k.shape[2]), dtype=torch.float32)
+
+
+@torch.library.register_fake("tokred::pagerank")
+def _pagerank_fake(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    iterations: int,
+    damping: float = 0.0,
+    start: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    _check_heads(q, k)
+    torch._check(q.shape[2] == k.shape[2], lambda: "q must have the tokens of k")
+    return q.new_empty((*q.shape[:2], k.shape[2]), dtype=torch.float32)
+
+
+@register_flop_formula([_ops.attention_rows, _ops.attention_columns])
+def _logit_flops(q, k, *args, **kwargs) -> int:
+    """Tensors arrive as their shapes; hidden pairs are counted."""
+    batch, heads, queries, head_dim = q
+    return 2 * batch * heads * queries * k[2] * head_dim
+
+
+@register_flop_formula(_ops.pagerank)
+def _pagerank_flops(q, k, lse, iterations, *args, **kwargs) -> int:
+    return iterations * _logit_flops(q, k)

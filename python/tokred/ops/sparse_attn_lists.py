@@ -1,0 +1,178 @@
+"""Attention over lists of keys: wrapper, fake kernels, gradients, autocast and flop counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .._library import call, refuse_grad
+from .sparse_attn_shared import (
+    broadcast_bias,
+    broadcast_mask,
+    fake_attention,
+    fake_gradients,
+    incoming,
+    register_autocast,
+    wanted,
+)
+
+_ops = torch.ops.tokred
+
+
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    scale: float | None = None,
+    key_bias: Tensor | None = None,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    block_q: int | None = None,
+    rope_cos: Tensor | None = None,
+    rope_sin: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention in which every query sees only the keys its list names; they are read in place.
+
+    Query i of head h attends to the keys indices[b, h', i // block_q]; a list belongs to one query
+    head, to a key head, or to all heads. Entries outside [0, N) are skipped, and a key listed twice
+    counts twice. What mask, causal and key_bias hide stays hidden: indices may point at masked or
+    future keys, as those of DeepSeek-V3.2 do.
+
+    Where all of N is listed in order the result is that of `biased_attention` up to rounding. With
+    rope_cos and rope_sin a listed key is rotated to its place in the list before it meets the
+    query, as TokenSelect (arXiv:2411.02886) does with keys cached unrotated: with h = D / 2,
+    k'[d] = k[d] cos[s, d] - k[d + h] sin[s, d] and k'[d + h] = k[d + h] cos[s, d] + k[d] sin[s, d]
+    for the entry at place s, in float32. Queries are taken as they are.
+
+    Args:
+        q: [B, Hq, L, D] float32, float16 or bfloat16, or float64 on the CPU; any outer strides, the
+            last dimension contiguous, D at most 256.
+        k: [B, Hkv, N, D], Hq a multiple of Hkv. v: [B, Hkv, N, Dv].
+        indices: int32 [B, Hq | Hkv | 1, ceil(L / block_q), K], the last dimension contiguous.
+        scale: 1 / sqrt(D) where None.
+        key_bias: float32 (float64 beside float64 q) [B | 1, Hkv | 1, N], or [B, N].
+        causal: query i sees the keys j <= i + N - L.
+        mask: bool [B | 1, Hq | 1, L | 1, N], or [B, N]; True is visible.
+        block_q: consecutive queries that share a list; where None, L if there is one list, else 1.
+        rope_cos, rope_sin: float32 [K or more, D / 2]; together or not at all, not with gradients.
+
+    Returns:
+        out [B, Hq, L, Dv] in the dtype of q, and lse float32 [B, Hq, L]; 0 and -inf where a query
+        sees no key. Differentiable in q, k, v and key_bias, through out and lse. Under autocast q,
+        k and v are cast.
+
+    Raises:
+        RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
+        ValueError: rope_cos and rope_sin beside inputs that require grad.
+
+    Complexity: 2 B Hq L K (D + Dv) flops; in decoding, one read of the listed keys and values for
+    all query heads of a key head.
+    """
+    if rope_cos is not None or rope_sin is not None:
+        refuse_grad("sparse_attention with rope_cos", q=q, k=k, v=v, key_bias=key_bias)
+    if block_q is None:
+        block_q = q.shape[2] if indices.dim() == 4 and indices.shape[2] == 1 < q.shape[2] else 1
+    return call(
+        _ops.sparse_attention.default,
+        q,
+        k,
+        v,
+        indices,
+        scale,
+        broadcast_bias(key_bias),
+        causal,
+        broadcast_mask(mask),
+        block_q,
+        rope_cos,
+        rope_sin,
+    )
+
+
+@torch.library.register_fake("tokred::sparse_attention")
+def _sparse_attention_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    scale: float | None = None,
+    key_bias: Tensor | None = None,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    block_q: int = 1,
+    rope_cos: Tensor | None = None,
+    rope_sin: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    torch._check(
+        indices.dim() == 4, lambda: f"indices must be [B, H, lists, K], got {indices.dim()}-D"
+    )
+    torch._check(indices.shape[0] == q.shape[0], lambda: "indices must have the batch size of q")
+    return fake_attention(q, k, v)
+
+
+@torch.library.register_fake("tokred::sparse_attention_backward")
+def _sparse_attention_backward_fake(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float | None,
+    key_bias: Tensor | None,
+    causal: bool,
+    mask: Tensor | None,
+    block_q: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return fake_gradients(q, k, v, key_bias)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, indices, ctx.scale, key_bias, ctx.causal, mask, ctx.block_q, *rotation = inputs
+    ctx.rotated = any(table is not None for table in rotation)
+    ctx.save_for_backward(q, k, v, indices, key_bias, mask, *output)
+
+
+def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    if ctx.rotated:
+        raise RuntimeError("tokred: sparse_attention has no gradient with rope_cos and rope_sin")
+    q, k, v, indices, key_bias, mask, out, lse = ctx.saved_tensors
+    grads = _ops.sparse_attention_backward.default(
+        *incoming(grad_out, grad_lse),
+        q,
+        k,
+        v,
+        indices,
+        out,
+        lse,
+        ctx.scale,
+        key_bias,
+        ctx.causal,
+        mask,
+        ctx.block_q,
+    )
+    grad_q, grad_k, grad_v, grad_bias = wanted(grads, q, k, v, key_bias)
+    return grad_q, grad_k, grad_v, None, None, grad_bias, None, None, None, None, None
+
+
+torch.library.register_autograd("tokred::sparse_attention", _backward, setup_context=_setup_context)
+register_autocast("sparse_attention")
+
+
+@register_flop_formula(_ops.sparse_attention)
+def _sparse_flops(q, k, v, indices, *args, **kwargs) -> int:
+    """Tensors arrive as their shapes; skipped entries are counted."""
+    batch, heads, queries, head_dim = q
+    return 2 * batch * heads * queries * indices[3] * (head_dim + v[3])
+
+
+@register_flop_formula(_ops.sparse_attention_backward)
+def _sparse_backward_flops(grad_out, grad_lse, q, k, v, indices, *args, **kwargs) -> int:
+    """The logits again, then the gradients of p, v, q and k."""
+    batch, heads, queries, head_dim = q
+    return 2 * batch * heads * queries * indices[3] * (3 * head_dim + 2 * v[3])

@@ -1,0 +1,256 @@
+"""Choosing entries of a row: wrappers and fake kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .._library import detached, refuse_grad
+
+_ops = torch.ops.tokred
+
+
+def topk(
+    scores: Tensor,
+    k: int,
+    lengths: Tensor | None = None,
+    order: str = "score",
+    row_k: Tensor | None = None,
+    num_sinks: int = 0,
+    num_locals: int = 0,
+    must_keep: Tensor | None = None,
+    top_p: float | None = None,
+    min_k: int = 1,
+    threshold: float | None = None,
+    block_size: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """The k best entries of every row, exactly, with forced entries, budgets and padding.
+
+    Entry j of a row takes part where j < length. It is forced where j < num_sinks,
+    j >= length - num_locals or must_keep[j]; otherwise it is a candidate where its score is above
+    -inf (NaN is not) and above the threshold, if there is one. The order is total: forced entries
+    before candidates, then score descending (NaN as -inf, -0 equal to 0), then index ascending.
+    The first min(k, row_k) entries are chosen, so forced entries count against k. What is left of
+    the k places has index -1 and value -inf.
+
+    With top_p only as many are chosen as it takes for their scores, which are probabilities then
+    (clamped to [0, 2^20]; NaN counts as 0), to exceed top_p: the entry that crosses it is chosen,
+    and at least min_k are. Rectified SpaAttn (arXiv:2511.19835) selects its blocks so.
+
+    Args:
+        scores: [..., N] float32, float16 or bfloat16 with at most three leading dimensions, the
+            last dimension contiguous. The tables below may have 1 where scores have more.
+        k: places of a row, at least 0; may exceed N.
+        lengths: int32 [...], entries of each row that take part; N where None.
+        order: "score": as above. "position": the chosen entries by ascending index.
+        row_k: int32 [...], the budget of each row, at most k of which count.
+        num_sinks, num_locals: first and last entries that are forced.
+        must_keep: bool [..., N], True is forced.
+        top_p: see above; min_k: the least number that it leaves.
+        threshold: candidates are above it; not NaN.
+        block_size: where positive, every segment of that many columns is a row of its own (the last
+            may be shorter, and there is at least one): results are [..., ceil(N / block_size), k].
+            Sinks and locals are those of the whole row.
+
+    Returns:
+        values float32 [..., k] and indices int32 [..., k], positions in the whole row. Not
+        differentiable: scores are detached; gather them by the indices for a gradient.
+
+    Raises:
+        RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
+
+    Complexity: radix selection, O(N) reads of the row (two passes), then O(k log k).
+    """
+    values, indices, _ = topk_with_counts(
+        scores, k, lengths, order, row_k, num_sinks, num_locals, must_keep, top_p, min_k,
+        threshold, block_size,
+    )  # fmt: skip
+    return values, indices
+
+
+def topk_with_counts(
+    scores: Tensor,
+    k: int,
+    lengths: Tensor | None = None,
+    order: str = "score",
+    row_k: Tensor | None = None,
+    num_sinks: int = 0,
+    num_locals: int = 0,
+    must_keep: Tensor | None = None,
+    top_p: float | None = None,
+    min_k: int = 1,
+    threshold: float | None = None,
+    block_size: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`topk`, and how many entries of every row were chosen.
+
+    Args, errors, complexity: as in `topk`.
+
+    Returns:
+        values float32 [..., k], indices int32 [..., k] and counts int32 [...] (with a block_size
+        [..., ceil(N / block_size)]): the chosen entries, after which the rows are padded.
+    """
+    return _ops.topk.default(
+        detached(scores), k, lengths, order, row_k, num_sinks, num_locals, must_keep, top_p, min_k,
+        threshold, block_size,
+    )  # fmt: skip
+
+
+def compact(
+    selected: Tensor,
+    threshold: float | None = None,
+    capacity: int | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The positions at which a row is true, or above a threshold, ascending.
+
+    Args:
+        selected: [..., N] bool, or float32, float16 or bfloat16 beside a threshold, at most three
+            leading dimensions, the last dimension contiguous.
+        threshold: for float rows, and only for them: an entry is selected where it is greater.
+        capacity: places of a row; N where None. Positions after the first `capacity` are left out.
+        lengths: int32 [...], entries of each row that take part; N where None.
+
+    Returns:
+        indices int32 [..., capacity], -1 behind the last, and counts int32 [...], how many were
+        written. Not differentiable.
+
+    Raises:
+        RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
+
+    Complexity: O(N) a row.
+    """
+    return _ops.compact.default(detached(selected), threshold, capacity, lengths)
+
+
+def gather_tokens(
+    tensors: Sequence[Tensor], indices: Tensor, token_dims: Sequence[int] | None = None
+) -> list[Tensor]:
+    """The listed tokens of several tensors (hidden states, positions, keys, values) in one call.
+
+    out[b, i] = tensor[b, indices[b, i]], and out[b, h, i] = tensor[b, h, indices[b, h, i]] for
+    tensors with heads; zeros where an index lies outside [0, N).
+
+    Args:
+        tensors: up to 16, each [B, N, ...] (token dimension 1) or [B, H, N, ...] (2), of any dtype;
+            what follows the token dimension contiguous.
+        indices: int32 [B, K], one list for all heads, or [B, H, K].
+        token_dims: 1 or 2 for each tensor; by default 2 for tensors of four or more dimensions.
+
+    Returns:
+        the tensors with K tokens, contiguous.
+
+    Raises:
+        RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
+        ValueError: an input requires grad; torch.gather is differentiable.
+
+    Complexity: reads and writes K tokens of every tensor.
+    """
+    tensors = list(tensors)
+    refuse_grad("gather_tokens", **{f"tensors[{i}]": t for i, t in enumerate(tensors)})
+    if token_dims is None:
+        token_dims = [1 if t.dim() < 4 else 2 for t in tensors]
+    return _ops.gather_tokens.default(tensors, indices, list(token_dims))
+
+
+def inverse_transform_sample(
+    scores: Tensor, num_samples: int, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Samples tokens at even steps of their cumulative score: Adaptive Token Sampling.
+
+    The sampling step of ATS (arXiv:2111.15667): the unmasked scores, ascending, have cumulative
+    sums, min-max normalised; sample i of n lies at y0 + i (1 - y0) / (n - 1), with y0 the smallest
+    positive one, and picks the token whose sum is nearest (the first of two). A token picked again
+    counts once, so fewer than num_samples may be left.
+
+    Args:
+        scores: [..., N] float32, float16 or bfloat16, at most three leading dimensions, the last
+            contiguous; negative scores and NaN count as 0.
+        num_samples: at least 0.
+        mask: bool [..., N]; False is never picked.
+
+    Returns:
+        indices int32 [..., num_samples], the distinct picks by ascending score (lower index first),
+        -1 behind them, and counts int32 [...]. Not differentiable: scores are detached.
+
+    Raises:
+        RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
+
+    Complexity: a sort of every row, O(N log N), and a search for every sample.
+    """
+    return _ops.inverse_transform_sample.default(detached(scores), num_samples, mask)
+
+
+def _check_rows(tensor: Tensor, name: str) -> None:
+    torch._check(
+        1 <= tensor.dim() <= 4,
+        lambda: f"{name} must be [..., N] with at most 3 leading dimensions, got {tensor.dim()}-D",
+    )
+
+
+@torch.library.register_fake("tokred::topk")
+def _topk_fake(
+    scores: Tensor,
+    k: int,
+    lengths: Tensor | None = None,
+    order: str = "score",
+    row_k: Tensor | None = None,
+    num_sinks: int = 0,
+    num_locals: int = 0,
+    must_keep: Tensor | None = None,
+    top_p: float | None = None,
+    min_k: int = 1,
+    threshold: float | None = None,
+    block_size: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_rows(scores, "scores")
+    torch._check(k >= 0, lambda: "k must be at least 0")
+    rows = list(scores.shape[:-1])
+    if block_size > 0:
+        rows.append(torch.sym_max(1, (scores.shape[-1] + block_size - 1) // block_size))
+    values = scores.new_empty((*rows, k), dtype=torch.float32)
+    indices = scores.new_empty((*rows, k), dtype=torch.int32)
+    return values, indices, scores.new_empty(rows, dtype=torch.int32)
+
+
+@torch.library.register_fake("tokred::compact")
+def _compact_fake(
+    selected: Tensor,
+    threshold: float | None = None,
+    capacity: int | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    _check_rows(selected, "selected")
+    rows = selected.shape[:-1]
+    places = selected.shape[-1] if capacity is None else capacity
+    torch._check(places >= 0, lambda: "capacity must be at least 0")
+    indices = selected.new_empty((*rows, places), dtype=torch.int32)
+    return indices, selected.new_empty(rows, dtype=torch.int32)
+
+
+@torch.library.register_fake("tokred::gather_tokens")
+def _gather_tokens_fake(
+    tensors: list[Tensor], indices: Tensor, token_dims: list[int]
+) -> list[Tensor]:
+    torch._check(
+        len(token_dims) == len(tensors), lambda: "token_dims must have one entry per tensor"
+    )
+    torch._check(indices.dim() in (2, 3), lambda: "indices must be [B, K] or [B, H, K]")
+    count = indices.shape[-1]
+    return [
+        t.new_empty((*t.shape[:dim], count, *t.shape[dim + 1 :]))
+        for t, dim in zip(tensors, token_dims, strict=True)
+    ]
+
+
+@torch.library.register_fake("tokred::inverse_transform_sample")
+def _inverse_transform_sample_fake(
+    scores: Tensor, num_samples: int, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    _check_rows(scores, "scores")
+    torch._check(num_samples >= 0, lambda: "num_samples must be at least 0")
+    rows = scores.shape[:-1]
+    indices = scores.new_empty((*rows, num_samples), dtype=torch.int32)
+    return indices, scores.new_empty(rows, dtype=torch.int32)

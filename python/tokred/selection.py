@@ -1,0 +1,57 @@
+"""Choosing keys by score, with sinks and locals outside the budget, in rows with padding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .ops import topk_with_counts
+
+
+def ends(visible: Tensor, num_sinks: int, num_locals: int) -> Tensor:
+    """The first num_sinks and the last num_locals visible entries of every row.
+
+    Args:
+        visible: bool [..., N], whatever the padding: left, right or both.
+
+    Returns:
+        bool [..., N].
+    """
+    rank = visible.cumsum(-1)
+    return visible & ((rank <= num_sinks) | (rank > rank[..., -1:] - num_locals))
+
+
+def choose(
+    scores: Tensor,
+    k: int,
+    num_sinks: int = 0,
+    num_locals: int = 0,
+    visible: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The k best entries of every row between the sinks and the locals, and these.
+
+    Args:
+        scores: [..., N] float32, float16 or bfloat16, at most three leading dimensions. Entries
+            that are not visible must be -inf.
+        k: entries chosen by score.
+        num_sinks, num_locals: first and last visible entries, chosen in any case.
+        visible: bool [..., N], sizes of 1 broadcast; None where rows have no padding.
+        lengths: int32 [...], entries of each row that take part, sizes of 1 broadcast.
+
+    Returns:
+        indices int32 [..., min(num_sinks + k + num_locals, N)], ascending, -1 behind the last, and
+        counts int32 [...].
+    """
+    places = min(num_sinks + k + num_locals, scores.shape[-1])
+    if visible is None:
+        _, indices, counts = topk_with_counts(
+            scores, places, lengths, "position", num_sinks=num_sinks, num_locals=num_locals
+        )
+        return indices, counts
+    if lengths is not None:
+        place = torch.arange(scores.shape[-1], device=scores.device)
+        visible = visible & (place < lengths[..., None])
+    forced = ends(visible, num_sinks, num_locals)
+    _, indices, counts = topk_with_counts(scores, places, lengths, "position", must_keep=forced)
+    return indices, counts

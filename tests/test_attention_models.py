@@ -1,0 +1,328 @@
+"""transformers' models on tokred's attention: every cache, padding, lists of keys, and errors."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import assert_bitwise_equal, generator
+from tiny_models import generated, left_padded, tiny_lm, transformers
+from torch import Tensor, nn
+from transformers.masking_utils import sdpa_mask, sliding_window_causal_mask_function
+
+import tokred
+from tokred.models import attention
+
+MODELS = {
+    "llama": lambda: tiny_lm("Llama"),
+    "qwen3": lambda: tiny_lm("Qwen3"),
+    "mistral": lambda: tiny_lm("Mistral", sliding_window=6),
+    "gemma3": lambda: tiny_lm(
+        "Gemma3Text", sliding_window=6, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "gpt-oss": lambda: tiny_lm(
+        "GptOss", sliding_window=6, num_local_experts=4, num_experts_per_tok=2
+    ),
+    "deepseek": lambda: tiny_lm("DeepseekV32"),
+    "glm-dsa": lambda: tiny_lm("GlmMoeDsa"),
+}
+
+
+@pytest.fixture(autouse=True)
+def registered(one_thread: None) -> None:
+    assert attention.register() == "tokred"
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    return MODELS[request.param]()
+
+
+def logits(model: nn.Module, implementation: str, *args: Any, **kwargs: Any) -> Tensor:
+    model.set_attn_implementation(implementation)
+    with torch.no_grad():
+        return model(*args, **kwargs).logits
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_logits_are_those_of_eager(model: nn.Module, padded: bool) -> None:
+    ids, mask = left_padded()
+    mask = mask if padded else None
+    expected = logits(model, "eager", ids, attention_mask=mask)
+    actual = logits(model, "tokred", ids, attention_mask=mask)
+    real = torch.ones_like(ids).bool() if mask is None else mask.bool()
+    torch.testing.assert_close(actual[real], expected[real], rtol=1e-4, atol=1e-4)
+    assert torch.isfinite(actual).all()
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_generation_is_that_of_eager(model: nn.Module, padded: bool, cache: str | None) -> None:
+    ids, mask = left_padded()
+    mask = mask if padded else None
+    results = []
+    for implementation in ("eager", "tokred"):
+        model.set_attn_implementation(implementation)
+        results.append(generated(model, ids, mask, cache_implementation=cache))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_prompt_in_two_parts(model: nn.Module, static: bool) -> None:
+    ids, mask = left_padded()
+    results = []
+    for implementation in ("eager", "tokred"):
+        if static:
+            cache = transformers.StaticCache(model.config, max_cache_len=20)
+        else:
+            cache = transformers.DynamicCache(config=model.config)
+        options = {"past_key_values": cache}
+        first = logits(model, implementation, ids[:, :5], attention_mask=mask[:, :5], **options)
+        second = logits(model, implementation, ids[:, 5:], attention_mask=mask, **options)
+        results.append(torch.cat([first, second], 1)[mask.bool()])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+
+
+def test_prefill_with_padding_makes_no_square_mask() -> None:
+    _, mask = left_padded()
+    seen = []
+
+    def record(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        seen.append(args[3])
+        return attention.attention_forward(module, *args, **kwargs)
+
+    transformers.AttentionInterface.register("tokred", record)
+    model = MODELS["llama"]()
+    ids, _ = left_padded()
+    logits(model, "tokred", ids, attention_mask=mask)
+    assert all(m.shape == (2, 1, 1, 13) for m in seen) and len(seen) == 2
+    seen.clear()
+    logits(model, "tokred", ids, attention_mask=torch.ones_like(mask))
+    assert seen == [None, None]
+    both_ways = attention.attention_mask(
+        2, 13, 13, mask_function=attention.bidirectional_mask_function, attention_mask=mask.bool()
+    )
+    assert both_ways.shape == (2, 1, 13, 13) and both_ways.stride(2) == 0
+
+
+def test_an_encoder_with_padding() -> None:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=64,
+    )  # fmt: skip
+    model = transformers.BertModel(config).eval()
+    ids, mask = left_padded()
+    results = []
+    for implementation in ("eager", "tokred"):
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            results.append(model(ids, attention_mask=mask).last_hidden_state[mask.bool()])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+
+
+def module_of(**attributes: Any) -> SimpleNamespace:
+    return SimpleNamespace(**{"is_causal": True, "layer_idx": 0, **attributes})
+
+
+def heads(queries: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
+    draw = generator(0)
+    return tuple(
+        torch.randn(2, count, length, 8, generator=draw)
+        for count, length in ((4, queries), (2, keys), (2, keys))
+    )
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(9, 9), (3, 9), (1, 9), (2, 3)])
+def test_a_sliding_window_without_a_mask(queries: int, keys: int) -> None:
+    q, k, v = heads(queries, keys)
+    rule = sliding_window_causal_mask_function(4)
+    full = sdpa_mask(2, queries, keys, keys - queries, mask_function=rule,
+                     allow_is_causal_skip=False)  # fmt: skip
+    expected = tokred.biased_attention(q, k, v, mask=full)[0].transpose(1, 2)
+    padding = None if queries in (1, keys) else torch.ones(1, 1, 1, keys, dtype=torch.bool)
+    out, _ = attention.attention_forward(module_of(), q, k, v, padding, sliding_window=4)
+    torch.testing.assert_close(out, expected)
+
+
+def test_attention_sinks_join_the_softmax() -> None:
+    q, k, v = heads(5, 5)
+    sinks = torch.randn(4, generator=generator(3))
+    out, _ = attention.attention_forward(module_of(), q, k, v, None, s_aux=sinks)
+    scores = q @ k.repeat_interleave(2, 1).transpose(2, 3) * 8**-0.5
+    scores = scores.masked_fill(~torch.ones(5, 5).tril().bool(), -torch.inf)
+    scores = torch.cat([scores, sinks[None, :, None, None].expand(2, 4, 5, 1)], -1)
+    weights = scores.softmax(-1)[..., :-1]
+    expected = (weights @ v.repeat_interleave(2, 1)).transpose(1, 2)
+    torch.testing.assert_close(out, expected)
+
+
+def test_lists_of_keys_obey_the_mask_and_causality() -> None:
+    q, k, v = heads(6, 6)
+    indices = torch.randint(-1, 7, (2, 6, 4), generator=generator(4), dtype=torch.int32)
+    listed = torch.zeros(2, 6, 7).scatter_add(
+        2, torch.where((indices >= 0) & (indices < 6), indices, 6).long(), torch.ones(2, 6, 4)
+    )[..., :6]
+    causal = torch.ones(6, 6).tril().bool()
+    padding = torch.ones(2, 1, 1, 6, dtype=torch.bool)
+    padding[1, ..., :2] = False
+    for mask, visible in ((None, causal), (padding, causal & padding)):
+        scores = q @ k.repeat_interleave(2, 1).transpose(2, 3) * 8**-0.5
+        # An index that is listed twice counts twice.
+        scores = (scores + listed.log()[:, None]).masked_fill(~visible, -torch.inf)
+        expected = scores.softmax(-1).nan_to_num(0) @ v.repeat_interleave(2, 1)
+        out, _ = attention.attention_forward(module_of(), q, k, v, mask, indices=indices)
+        torch.testing.assert_close(out, expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"softcap": 30.0}, "soft-capped"),
+        ({"position_bias": torch.zeros(1)}, "bias for every pair"),
+        ({"cache": object()}, "paged caches"),
+        ({"cu_seq_lens_q": torch.zeros(2)}, "packed sequences"),
+        ({"output_attentions": True}, "attention weights"),
+        ({"dropout": 0.1}, "dropout"),
+    ],
+)
+def test_what_the_kernels_lack_is_refused(options: dict, message: str) -> None:
+    q, k, v = heads(5, 5)
+    with pytest.raises(ValueError, match=message):
+        attention.attention_forward(module_of(), q, k, v, None, **options)
+    nothing = dict.fromkeys(options, 0.0 if "dropout" in options else None)
+    attention.attention_forward(module_of(), q, k, v, None, **nothing)
+
+
+def test_float_masks_are_refused() -> None:
+    q, k, v = heads(5, 5)
+    with pytest.raises(ValueError, match="attention_mask must be bool"):
+        attention.attention_forward(module_of(), q, k, v, torch.zeros(2, 1, 5, 5))
+
+
+def test_training_runs_and_gives_the_gradients_of_sdpa() -> None:
+    model = MODELS["llama"]()
+    ids, mask = left_padded()
+    grads = []
+    for implementation in ("eager", "tokred"):
+        model.set_attn_implementation(implementation)
+        model.zero_grad()
+        model(ids, attention_mask=mask).logits[mask.bool()].square().mean().backward()
+        grads.append(model.model.layers[0].self_attn.k_proj.weight.grad.clone())
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-3, atol=1e-4)
+
+
+# A method in the model.
+
+
+class Recorded:
+    """A method that attends densely and keeps what it was asked."""
+
+    adapters = ("causal_lm",)
+    rotation = "cached"
+
+    def __init__(self) -> None:
+        self.asked: list[attention.AttentionCall] = []
+
+    def attention(self, num_layers: int) -> Recorded:
+        self.num_layers = num_layers
+        return self
+
+    def attend(self, call: attention.AttentionCall) -> tuple[Tensor, Tensor]:
+        self.asked.append(call)
+        return call.dense()
+
+
+def patched(model: nn.Module, method: Any) -> Any:
+    return tokred.patching.Patch(model, method, tokred.patching.Settings())
+
+
+def test_a_method_is_asked_once_a_layer() -> None:
+    model, method = MODELS["llama"](), Recorded()
+    ids, mask = left_padded()
+    expected = logits(model, "tokred", ids, attention_mask=mask)
+    model.set_attn_implementation("sdpa")
+    with patched(model, method) as handle, torch.no_grad():
+        assert_bitwise_equal(model(ids, attention_mask=mask).logits, expected)
+        assert handle.states == [method]
+    assert method.num_layers == 2
+    assert [call.layer for call in method.asked] == [0, 1]
+    call = method.asked[0]
+    assert call.q.shape == (2, 9, 13, 8) and call.k.shape == (2, 3, 13, 8) and call.causal
+    assert torch.equal(call.visible(), mask.bool())
+    assert torch.equal(call.num_visible(), mask.cumsum(1))
+    with pytest.raises(RuntimeError, match="no token state"):
+        handle.counts  # noqa: B018
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+def test_compact_rotation_is_undone_exactly(queries: int) -> None:
+    """A dense method over unrotated keys gives the model's own logits, bit for bit."""
+    method = Recorded()
+    method.rotation = "compact"
+    model = MODELS["qwen3"]()
+    ids, mask = left_padded()
+    expected = generated(model, ids, mask)
+    model.set_attn_implementation("tokred")
+    results = []
+    for compact in (False, True):
+        cache = transformers.DynamicCache(config=model.config)
+        with torch.no_grad():
+            context = patched(model, method) if compact else torch.no_grad()
+            with context:
+                model(ids[:, :-queries], attention_mask=mask[:, :-queries], past_key_values=cache,
+                      position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, :-queries])  # fmt: skip
+                results.append(
+                    model(ids[:, -queries:], attention_mask=mask, past_key_values=cache,
+                          position_ids=(mask.cumsum(1) - 1)[:, -queries:]).logits
+                )  # fmt: skip
+    assert_bitwise_equal(results[1], results[0])
+    with patched(model, method):
+        assert torch.equal(generated(model, ids, mask), expected)
+
+
+def test_the_model_is_restored() -> None:
+    model = MODELS["llama"]()
+    model.set_attn_implementation("sdpa")
+    ids, _ = left_padded()
+    expected = logits(model, "sdpa", ids)
+    with pytest.raises(KeyError), patched(model, Recorded()):
+        assert model.config._attn_implementation == "tokred"
+        raise KeyError("from the user")
+    assert model.config._attn_implementation == "sdpa"
+    assert all("forward" not in m.__dict__ for m in model.modules())
+    with torch.no_grad():
+        assert_bitwise_equal(model(ids).logits, expected)
+
+
+def test_a_changed_implementation_is_noticed() -> None:
+    model = MODELS["llama"]()
+    ids, _ = left_padded()
+    patch = patched(model, Recorded())
+    patch.__enter__()
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(RuntimeError, match="did not hand its attention to tokred"):
+        model(ids)
+    with pytest.raises(RuntimeError, match="_attn_implementation was changed"):
+        patch.__exit__(None, None, None)
+    model.set_attn_implementation("tokred")
+    patch.__exit__(None, None, None)
+    assert "forward" not in model.model.layers[0].self_attn.__dict__
+
+
+def test_unsuitable_models_are_refused() -> None:
+    with pytest.raises(ValueError, match="no layer that"):
+        patched(tiny_lm("Gemma3Text", num_hidden_layers=2), Recorded())
+    with pytest.raises(ValueError, match="no layer that"):
+        patched(MODELS["deepseek"](), Recorded())
+    compact = Recorded()
+    compact.rotation = "compact"
+    scaling = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    with pytest.raises(ValueError, match="changes with the length"):
+        patched(tiny_lm("Llama", rope_parameters=scaling), compact)
+    with pytest.raises(ValueError, match="two halves"):
+        patched(tiny_lm("Cohere"), compact)
+    with pytest.raises(ValueError, match="merge tokens"):
+        tokred.patch(MODELS["llama"](), "token_select", trace_source=True)

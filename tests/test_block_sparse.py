@@ -1,0 +1,274 @@
+"""block_sparse_attention against its float64 oracle, and its gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from conftest import (
+    FLOATS,
+    Backend,
+    assert_as_accurate,
+    assert_bitwise_equal,
+    flat,
+    generator,
+    label,
+    move,
+)
+from test_sparse_attn import in_half_precision, widened
+from torch import Tensor
+
+import tokred
+from tokred import reference
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes and options of one call."""
+
+    block_q: int = 16
+    block_k: int = 16
+    batch: int = 2
+    heads_q: int = 4
+    heads_kv: int = 2
+    queries: int = 37
+    keys: int = 53
+    head_dim: int = 16
+    value_dim: int = 16
+    dtype: torch.dtype = torch.float32
+    mask_heads: str = "shared"
+    density: float = 0.5
+    causal: bool = False
+    pairs: bool = False
+
+    def inputs(self) -> tuple:
+        rng = generator(2)
+        q = torch.randn(self.batch, self.heads_q, self.queries, self.head_dim, generator=rng)
+        k = torch.randn(self.batch, self.heads_kv, self.keys, self.head_dim, generator=rng)
+        v = torch.randn(self.batch, self.heads_kv, self.keys, self.value_dim, generator=rng)
+        heads = {"shared": 1, "group": self.heads_kv, "query": self.heads_q}[self.mask_heads]
+        blocks = (-(-self.queries // self.block_q), -(-self.keys // self.block_k))
+        block_mask = torch.rand(self.batch, heads, *blocks, generator=rng) < self.density
+        if self.mask_heads == "group":
+            block_mask = block_mask.repeat_interleave(self.heads_q // self.heads_kv, 1)
+        bias = mask = None
+        if self.pairs:
+            bias = torch.randn(self.batch, self.heads_kv, self.keys, generator=rng)
+            bias[:, :, ::7] = -torch.inf
+            bias = bias.to(torch.promote_types(self.dtype, torch.float32))
+            shape = (self.batch, self.heads_q, self.queries, self.keys)
+            mask = torch.rand(shape, generator=rng) < 0.7
+        qkv = (t.to(self.dtype) for t in (q, k, v))
+        return (*qkv, block_mask, self.block_q, self.block_k, self.causal, None, bias, mask)
+
+
+SIZES = [(64, 64), (128, 128), (128, 32), (16, 16), (1, 1), (7, 5), (500, 500), (20, 100)]
+CASES = [
+    *(Case(*size, 1, 2, 1, 150, 200, mask_heads="query") for size in SIZES),
+    *(Case(*size, causal=True, pairs=True) for size in [(16, 16), (1, 1), (7, 5), (64, 1)]),
+    *(Case(*size, mask_heads="group") for size in [(16, 8), (8, 16), (5, 7)]),
+    Case(16, 16, 1, 9, 3, 40, 70, 64, 64, mask_heads="query", causal=True),
+    Case(16, 16, 1, 9, 3, 40, 70, 64, 48, pairs=True),
+    Case(32, 32, 1, 2, 2, 33, 65, 80, 128, mask_heads="query"),
+    Case(16, 32, 1, 1, 1, 70, 33, 8, 8, causal=True),
+    Case(16, 16, 1, 2, 1, 20, 40, 136, 200, causal=True, pairs=True),
+    Case(4, 4, 1, 1, 1, 1, 1, 1, 1, density=1.1),
+    Case(4, 4, 1, 2, 1, 5, 0, 8, 8),
+    Case(4, 4, 1, 2, 1, 0, 5, 8, 8),
+    Case(4, 4, 0, 2, 1, 5, 5, 8, 8),
+    *(Case(16, 16, mask_heads="query", pairs=True, dtype=dtype) for dtype in FLOATS[1:]),
+    *(Case(7, 5, 1, causal=True, dtype=dtype) for dtype in FLOATS[1:]),
+    *(Case(64, 64, 1, 2, 1, 150, 200, 64, 64, dtype=dtype) for dtype in FLOATS[1:]),
+    Case(dtype=torch.float64, mask_heads="query", pairs=True),
+]
+
+
+def as_mask(inputs: tuple) -> tuple:
+    """The arguments of biased_attention that say the same."""
+    q, k, v, block_mask, block_q, block_k, causal, scale, bias, mask = inputs
+    rows = block_mask.repeat_interleave(min(block_q, max(q.shape[2], 1)), 2)[:, :, : q.shape[2]]
+    visible = rows.repeat_interleave(min(block_k, max(k.shape[2], 1)), 3)[..., : k.shape[2]]
+    return q, k, v, bias, causal, scale, visible if mask is None else visible & mask
+
+
+def gradients(backend: Backend, inputs: tuple, grad_out: Tensor, grad_lse: Tensor) -> list[Tensor]:
+    """Of q, k, v and, where there is one, key_bias."""
+    q, k, v, *rest, bias, mask = inputs
+    if backend.name == "simt":
+        results = torch.ops.tokred_simt.block_sparse_attention(*inputs)
+        *grads, grad_bias = torch.ops.tokred_simt.block_sparse_attention_backward(
+            grad_out, grad_lse, q, k, v, *rest[:3], *results, *rest[3:], bias, mask
+        )
+        return grads if bias is None else [*grads, grad_bias.sum_to_size(bias.shape)]
+    tensors = [q, k, v] if bias is None else [q, k, v, bias]
+    leaves = [move(t, backend.device).detach().requires_grad_() for t in tensors]
+    rest, mask = move(rest, backend.device), move(mask, backend.device)
+    bias = None if bias is None else leaves[3]
+    results = backend.function("block_sparse_attention")(*leaves[:3], *rest, bias, mask)
+    grads = torch.autograd.grad(results, leaves, move([grad_out, grad_lse], backend.device))
+    return [g.cpu() for g in grads]
+
+
+def skip_double(backend: Backend, dtype: torch.dtype) -> None:
+    if backend.name in ("simt", "cuda") and dtype == torch.float64:
+        pytest.skip("float64 is for the CPU")
+
+
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_against_float64(backend: Backend, case: Case) -> None:
+    skip_double(backend, case.dtype)
+    inputs = case.inputs()
+    out, lse = backend.run("block_sparse_attention", *inputs)
+    exact, exact_lse = reference.biased_attention(*as_mask(widened(inputs)))
+    plain, plain_lse = reference.biased_attention(*as_mask(inputs))
+    if case.dtype in FLOATS[1:]:
+        plain = in_half_precision(as_mask(inputs))
+    assert out.dtype == case.dtype and lse.dtype == plain_lse.dtype
+    slack = 64 * torch.finfo(lse.dtype).eps
+    assert_as_accurate(lse, exact_lse, plain_lse, slack, "lse")
+    assert_as_accurate(out, exact, plain, torch.finfo(case.dtype).eps + slack, "out")
+
+
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_gradients_against_float64(kernels: Backend, case: Case) -> None:
+    skip_double(kernels, case.dtype)
+    inputs = case.inputs()
+    rng = generator(6)
+    exact_out, exact_lse = reference.block_sparse_attention(*widened(inputs))
+    grad_out = torch.randn(exact_out.shape, generator=rng).to(case.dtype)
+    grad_lse = torch.randn(exact_lse.shape, generator=rng)
+    grad_lse = grad_lse.to(torch.promote_types(case.dtype, torch.float32))
+    oracle = Backend("reference")
+    exact = gradients(oracle, widened(inputs), grad_out.double(), grad_lse.double())
+    plain = gradients(oracle, inputs, grad_out, grad_lse)
+    actual = gradients(kernels, inputs, grad_out, grad_lse)
+    for name, a, e, p in zip(("q", "k", "v", "key_bias"), actual, exact, plain, strict=False):
+        assert a.shape == e.shape and a.dtype == p.dtype
+        unit = torch.finfo(case.dtype).eps * (4 if case.dtype in FLOATS[1:] else 16)
+        slack = unit * e.abs().max().item() if e.numel() else 0
+        assert_as_accurate(a, e, p, slack, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("size", [(16, 16), (3, 3), (64, 64)], ids=str)
+def test_rows_without_blocks_are_zero(backend: Backend, size: tuple[int, int]) -> None:
+    inputs = Case(*size, queries=100, keys=70).inputs()
+    inputs[3].fill_(True)[:, :, 0] = False
+    out, lse = backend.run("block_sparse_attention", *inputs)
+    assert out[:, :, : size[0]].eq(0).all() and lse[:, :, : size[0]].eq(-torch.inf).all()
+    assert lse[:, :, size[0] :].isfinite().all()
+    inputs[3].fill_(False)
+    out, lse = backend.run("block_sparse_attention", *inputs)
+    assert out.eq(0).all() and lse.eq(-torch.inf).all()
+    if backend.name != "reference":
+        grads = gradients(backend, inputs, torch.ones_like(out), torch.ones_like(lse))
+        assert all(g.eq(0).all() for g in grads)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("size", [(64, 64), (16, 32), (7, 5), (1000, 1000)], ids=str)
+def test_all_true_is_dense(kernels: Backend, size: tuple[int, int], causal: bool) -> None:
+    """To the last bit; gradients too, where heads share their blocks."""
+    inputs = Case(*size, 1, 4, 2, 150, 133, density=1.1, causal=causal).inputs()
+    q, k, v, block_mask, block_q, block_k, *_ = inputs
+    grad_out = torch.randn(q.shape, generator=generator())
+    grad_lse = torch.randn(q.shape[:3], generator=generator())
+    dense = kernels.run("biased_attention", q, k, v, None, causal)
+    assert_bitwise_equal(kernels.run("block_sparse_attention", *inputs), dense)
+    by_head = block_mask.repeat(1, 4, 1, 1)
+    results = kernels.run("block_sparse_attention", q, k, v, by_head, block_q, block_k, causal)
+    assert_bitwise_equal(results, dense, "by head")
+    ops = torch.ops.tokred_simt if kernels.name == "simt" else torch.ops.tokred
+    arguments = move([grad_out, grad_lse, q, k, v, None, *dense], kernels.device)
+    rest = (causal, None, None, None, None)
+    expected = move(ops.biased_attention_backward(*arguments, *rest), "cpu")
+    actual = gradients(kernels, inputs, grad_out, grad_lse)
+    assert_bitwise_equal(actual, expected[:3], "gradients")
+
+
+def test_views_equal_their_copies(kernels: Backend) -> None:
+    q, k, v, *_ = Case().inputs()
+    mask = torch.rand(4, 8, 2, 3, generator=generator()).transpose(0, 3)[:, :, ::2] < 0.5
+    mask = mask[:1, :, :, ::1].expand(2, -1, -1, -1)[:, :4]
+    assert not mask.is_contiguous()
+    blocks = (torch.Size((37, 53)), mask.shape)
+    sizes = [-(-n // m) for n, m in zip(blocks[0], blocks[1][2:], strict=True)]
+    first = kernels.run("block_sparse_attention", q, k, v, mask, *sizes)
+    assert_bitwise_equal(
+        first, kernels.run("block_sparse_attention", q, k, v, mask.contiguous(), *sizes)
+    )
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(2, 2, 1, 4, 2, 3, 5, 4, 3, pairs=False),
+        Case(2, 3, 1, 4, 2, 5, 7, 4, 4, mask_heads="query", causal=True),
+        Case(16, 16, 1, 2, 1, 18, 20, 2, 2, mask_heads="query"),
+    ],
+    ids=label,
+)
+def test_gradcheck(one_thread: None, case: Case) -> None:
+    q, k, v, *rest, _, _ = replace(case, dtype=torch.float64).inputs()
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> tuple:
+        out, lse = tokred.block_sparse_attention(q, k, v, *rest)
+        return out, lse.masked_fill(lse == -torch.inf, 0)
+
+    assert torch.autograd.gradcheck(function, [t.requires_grad_() for t in (q, k, v)])
+
+
+@pytest.mark.parametrize("size", [(16, 16), (7, 5)], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_batch_does_not_matter(kernels: Backend, dtype: torch.dtype, size: tuple[int, int]) -> None:
+    case = Case(*size, batch=4, dtype=dtype, mask_heads="query", pairs=True, causal=True)
+    inputs = case.inputs()
+    grad_out = torch.randn(4, 4, 37, 16, generator=generator()).to(dtype)
+    grad_lse = torch.randn(4, 4, 37, generator=generator())
+
+    def run(index: slice | Tensor) -> list[Tensor]:
+        part = tuple(t[index] if isinstance(t, Tensor) else t for t in inputs)
+        outputs = flat(kernels.run("block_sparse_attention", *part))
+        return outputs + gradients(kernels, part, grad_out[index], grad_lse[index])
+
+    whole = run(slice(None))
+    order = torch.randperm(4, generator=generator())
+    assert_bitwise_equal(run(order), [t[order] for t in whole], "permuted")
+    assert_bitwise_equal(run(slice(2, 3)), [t[2:3] for t in whole], "alone")
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(64, 64, 1, 2, 1, 300, 200, 32, 32, mask_heads="query"),
+        Case(16, 40, 1, 4, 2, 133, 170, 20, 28, pairs=True, causal=True),
+        Case(7, 5, 1, 2, 1, 133, 170, causal=True),
+    ],
+    ids=label,
+)
+def test_isa_and_threads_do_not_matter(on_every_cpu, case: Case, dtype: torch.dtype) -> None:
+    inputs = replace(case, dtype=dtype).inputs()
+    out, lse = tokred.block_sparse_attention(*inputs)
+    grads = torch.randn_like(out), torch.randn_like(lse)
+
+    def run() -> list[Tensor]:
+        results = tokred.block_sparse_attention(*inputs)
+        return [*results, *gradients(Backend("cpu"), inputs, *grads)]
+
+    results = on_every_cpu(run)
+    for name, result in results.items():
+        assert_bitwise_equal(result, next(iter(results.values())), name)
+
+
+def test_memory_is_linear(one_thread: None) -> None:
+    """Forward and backward allocate what they return and little more, never L x N of anything."""
+    length, dim = 2048, 16
+    q, k, v = (torch.randn(1, 1, length, dim, requires_grad=True) for _ in range(3))
+    block_mask = torch.rand(1, 1, length // 64, length // 64, generator=generator()) < 0.1
+    with torch.profiler.profile(profile_memory=True) as profile:
+        out, _ = tokred.block_sparse_attention(q, k, v, block_mask, 64, 64)
+        out.backward(torch.ones_like(out))
+    allocated = sum(max(e.self_cpu_memory_usage, 0) for e in profile.events())
+    returned = 4 * out.nbytes
+    assert returned <= allocated < 4 * returned < length * length

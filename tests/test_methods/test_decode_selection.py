@@ -1,0 +1,166 @@
+"""Methods that choose keys for one decoded token, against their formulas written out in torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import assert_bitwise_equal
+from dense import attend, close, heads, listed, logits, repeat
+from torch import Tensor
+
+import tokred
+from tokred.methods import kinetics
+from tokred.methods.fasa import chunk_dims, dominant_dims, fasa_attention
+from tokred.methods.quest import page_bounds, quest_attention
+from tokred.methods.tidal_decode import TidalDecode
+from tokred.methods.top_k_attention import top_k_attention
+
+
+def top_visible(scores: Tensor, k: int) -> Tensor:
+    """bool like scores: its k greatest entries along the last dimension."""
+    chosen = scores.topk(min(k, scores.shape[-1]), dim=-1).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, chosen, True)
+
+
+def test_tidal_decode() -> None:
+    """Layers 0, 1, 2 and 4 are dense; 3 uses the choice of 2, and 5 that of 4."""
+    state = TidalDecode(k=20, sparse_layer_start=2, correction_layer=4).attention(6)
+    mask = torch.ones(2, 200, dtype=torch.bool)
+    mask[1, :30] = False
+    chosen = None
+    for layer in range(6):
+        q, k, v = heads(seed=layer)
+        padded = mask[:, None, None]
+        if layer in (2, 4):
+            chosen = top_visible(logits(q, k).masked_fill(~padded, -torch.inf), 20)
+        visible = chosen if layer in (3, 5) else padded
+        close(state.step(layer, q, k, v, mask)[0], attend(q, k, v, visible))
+
+
+def test_tidal_decode_needs_a_choice() -> None:
+    with pytest.raises(ValueError, match="layer 3 is sparse"):
+        TidalDecode().attention(6).step(3, *heads())
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_top_k_attention(causal: bool) -> None:
+    q, k, v = heads(queries=70, keys=90)
+    mask = torch.ones(2, 1, 1, 90, dtype=torch.bool)
+    mask[1, ..., :9] = False
+    visible = mask.expand(-1, 6, 70, -1)
+    if causal:
+        visible = visible & torch.ones(70, 90, dtype=torch.bool).tril(20)
+    scores = logits(q, k).masked_fill(~visible, -torch.inf)
+    out, _ = top_k_attention(q, k, v, 12, causal, mask)
+    close(out, attend(q, k, v, top_visible(scores, 12) & visible))
+    whole = top_k_attention(q, k, v, 90, causal, mask)
+    assert_bitwise_equal(whole, tokred.biased_attention(q, k, v, causal=causal, mask=mask))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_fasa(interleaved: bool) -> None:
+    """Calibration by overlap of top keys, then scores over the dominant chunks only."""
+    q, k, v = heads(queries=3, dim=16)
+    half = 8
+    pairs = [(2 * i, 2 * i + 1) if interleaved else (i, i + half) for i in range(half)]
+    parts = torch.stack([logits(q[..., list(p)], k[..., list(p)], 1.0) for p in pairs])
+    whole = top_visible(parts.sum(0), 30)
+    overlap = torch.stack([(top_visible(part, 30) & whole).sum(-1) / 30 for part in parts])
+    agreement = overlap.mean((1, 3))
+    chunks = agreement.topk(3, dim=0).indices.T.sort(-1).values
+    dims = dominant_dims(q, k, num_chunks=3, top=30, interleaved=interleaved)
+    kth = agreement.topk(4, dim=0).values
+    clear = kth[2] - kth[3] > 1e-6
+    assert clear.any()
+    assert torch.equal(dims[clear], chunk_dims(chunks, 16, interleaved)[clear])
+
+    query = q[:, :, :1]
+    mask = torch.ones(2, 200, dtype=torch.bool)
+    mask[0, 150:] = False
+    kept = torch.zeros(6, 16).scatter(1, dims.long(), 1.0)
+    scores = logits(query * kept[None, :, None], k).masked_fill(~mask[:, None, None], -torch.inf)
+    out, _ = fasa_attention(query, k, v, dims, num_keys=25, mask=mask)
+    close(out, attend(query, k, v, top_visible(scores, 25)))
+
+
+def group_mean(q: Tensor, k: Tensor) -> Tensor:
+    return logits(q, k)[:, :, 0].unflatten(1, (k.shape[1], -1)).mean(2)
+
+
+def kinetics_visible(q: Tensor, k: Tensor, length: int, row: int, variant: str) -> Tensor:
+    """bool [Hkv, N] for one row, by the published description."""
+    sink, local, topk, block = 4, 10, 3, 8
+    visible = torch.zeros(k.shape[1], k.shape[2], dtype=torch.bool)
+    mean = group_mean(q, k)[row]
+    if variant == "token":
+        topk = 24
+        if length <= sink + topk + local:
+            visible[:, :length] = True
+            return visible
+        visible[:, :sink] = visible[:, length - local : length] = True
+        visible[:, sink : length - local] |= top_visible(mean[:, sink : length - local], topk)
+        return visible
+    n_full = -(-(sink + local + topk * block) // block) * block
+    if length <= n_full:
+        visible[:, :length] = True
+        return visible
+    dynamic = (length - local - sink) // block * block
+    visible[:, :sink] = visible[:, sink + dynamic : length] = True
+    part = mean[:, sink : sink + dynamic]
+    if variant == "block":
+        chosen = top_visible(part.unflatten(-1, (-1, block)).mean(-1), topk)
+        visible[:, sink : sink + dynamic] |= chosen.repeat_interleave(block, -1)
+        return visible
+    stride = block // 2
+    windows = part.unfold(-1, block, stride).mean(-1)
+    for head in range(k.shape[1]):
+        starts = windows[head].topk(min(2 * topk, windows.shape[-1])).indices
+        tokens = sorted({int(s) * stride + i for s in starts for i in range(block)})
+        visible[head, [sink + t for t in tokens[: topk * block]]] = True
+    return visible
+
+
+@pytest.mark.parametrize("variant", ["token", "block", "strided"])
+def test_kinetics(variant: str) -> None:
+    q, k, v = heads(batch=6)
+    lengths = torch.tensor([200, 131, 57, 38, 9, 1], dtype=torch.int32)
+    if variant == "token":
+        indices = kinetics.token_topk(q, k, 24, 4, 10, lengths)
+    elif variant == "block":
+        indices = kinetics.block_topk(q, k, 3, 8, 4, 10, lengths)
+    else:
+        indices = kinetics.strided_topk(q, k, 3, 8, 4, 10, lengths)
+    rows = enumerate(lengths.tolist())
+    expected = torch.stack([kinetics_visible(q, k, n, row, variant) for row, n in rows])
+    assert torch.equal(listed(indices, 200), expected)
+    out, _ = kinetics.kinetics_attention(q, k, v, indices)
+    close(out, attend(q, k, v, repeat(expected, q)[:, :, None]))
+
+
+@pytest.mark.parametrize("reduce", ["none", "group_max"])
+def test_quest(reduce: str) -> None:
+    q, k, v = heads(keys=203)
+    mask = torch.ones(2, 203, dtype=torch.bool)
+    mask[1, :40] = False
+    neutral = torch.nn.functional.pad(k.masked_fill(~mask[:, None, :, None], 0), (0, 0, 0, 5))
+    hidden = torch.nn.functional.pad(~mask, (0, 5), value=True)
+    low = neutral.masked_fill(hidden[:, None, :, None], torch.inf).unflatten(2, (-1, 16)).amin(3)
+    high = neutral.masked_fill(hidden[:, None, :, None], -torch.inf).unflatten(2, (-1, 16)).amax(3)
+    query = q[:, :, 0, None]
+    score = torch.maximum(query * repeat(low, q), query * repeat(high, q)).sum(-1)
+    score = score.masked_fill(hidden.unflatten(1, (-1, 16)).all(-1)[:, None], -torch.inf)
+    if reduce == "group_max":
+        score = repeat(score.unflatten(1, (2, 3)).amax(2), q)
+    visible = top_visible(score, 4).repeat_interleave(16, -1)[..., :203] & mask[:, None]
+    out, _ = quest_attention(q, k, v, num_keys=64, reduce=reduce, mask=mask)
+    close(out, attend(q, k, v, visible[:, :, None]))
+    bounds = page_bounds(k, mask=mask)
+    assert torch.equal(quest_attention(q, k, v, 64, 16, bounds, reduce, mask)[0], out)
+
+
+def test_short_caches_are_attended_whole() -> None:
+    q, k, v = heads(keys=7)
+    dense = attend(q, k, v)
+    close(quest_attention(q, k, v)[0], dense)
+    close(fasa_attention(q, k, v, chunk_dims(torch.tensor([[0]] * 6), 16))[0], dense)
+    close(kinetics.kinetics_attention(q, k, v, kinetics.block_topk(q, k, 4))[0], dense)

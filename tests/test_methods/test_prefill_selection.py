@@ -1,0 +1,178 @@
+"""Methods that choose blocks or tokens for many queries, against their formulas in torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from dense import attend, close, heads, listed, logits
+from torch.nn import functional
+
+from tokred.methods import dhsa, landmark, paro_attention
+from tokred.methods.rectified_spattn import rectified_attention
+
+
+def dhsa_transcription(q, k, block, budget, edges, num_sinks, num_locals, window) -> torch.Tensor:
+    """bool [B, nQ, N], token by token."""
+    batch, _, tokens, _ = q.shape
+    query, key = q.double().mean(1), k.double().mean(1)
+    blocks = -(-tokens // block)
+    visible = torch.zeros(batch, blocks, tokens, dtype=torch.bool)
+    for b in range(batch):
+        for i in range(blocks):
+            rows = query[b, i * block : (i + 1) * block]
+            mean = rows.mean(0) * len(rows) ** 0.5
+            end = min((i + 1) * block, tokens)
+            score = []
+            for t in range(end):
+                c = max(e for e in range(len(edges) - 1) if edges[e] <= t)
+                chunk = key[b, edges[c] : edges[c + 1]]
+                value = float(mean @ (chunk.mean(0) * len(chunk) ** 0.5))
+                hidden = window is not None and t < end - window
+                forced = t < num_sinks or t >= end - num_locals
+                score.append((not forced, hidden and not forced, -value, t))
+            for _, hidden, _, t in sorted(score)[:budget]:
+                visible[b, i, t] = not hidden
+    return visible
+
+
+@pytest.mark.parametrize(("num_sinks", "window"), [(0, None), (3, None), (0, 40)])
+def test_dhsa(num_sinks: int, window: int | None) -> None:
+    q, k, v = heads(queries=100, keys=100, groups=(4, 2))
+    edges = [0, 7, 30, 31, 64, 90, 100]
+    boundaries = torch.tensor([edges], dtype=torch.int32)
+    options = {"num_sinks": num_sinks, "num_locals": 6, "window": window}
+    indices = dhsa.dhsa_indices(q, k, 16, 24, boundaries, **options)
+    expected = dhsa_transcription(q, k, 16, 24, edges, num_sinks, 6, window)
+    assert torch.equal(listed(indices, 100), expected)
+
+    causal = torch.ones(100, 100, dtype=torch.bool).tril()
+    visible = expected.repeat_interleave(16, 1)[:, :100] & causal
+    visible[:, -10:] = causal[-10:]
+    out = dhsa.dhsa_attention(
+        q, k, v, 16, instruction_tokens=10, budget=24, boundaries=boundaries, **options
+    )
+    close(out, attend(q, k, v, visible[:, None]))
+
+
+def test_dhsa_fixed_chunks_are_boundaries() -> None:
+    q, k, _ = heads(queries=70, keys=70)
+    boundaries = torch.tensor([[0, 32, 64, 70]], dtype=torch.int32)
+    given = dhsa.dhsa_indices(q, k, 16, 20, boundaries)
+    assert torch.equal(dhsa.dhsa_indices(q, k, 16, 20, chunk_size=32), given)
+
+
+@pytest.mark.parametrize("force_ends", [False, True])
+def test_dhsa_blocks(force_ends: bool) -> None:
+    q, k, _ = heads(queries=96, keys=96, groups=(2, 2))
+    mask = dhsa.dhsa_block_mask(q, k, 32, 8, density=0.3, force_ends=force_ends)
+    means = [x.double().unflatten(2, (-1, n)).mean(3) for x, n in ((q, 32), (k, 8))]
+    score = means[0] @ means[1].transpose(-1, -2)
+    expected = torch.zeros_like(mask)
+    for row in range(3):
+        seen = 4 * (row + 1)
+        part = score[:, :, row, :seen]
+        if force_ends:
+            part[..., 0] = part[..., -1] = torch.inf
+        expected[:, :, row, :seen].scatter_(-1, part.topk(min(3, seen)).indices, True)
+    assert torch.equal(mask, expected)
+
+
+def test_rectified_spattn() -> None:
+    block, top_p, drop_rate = 16, 0.3, 0.7
+    q, k, v = heads(queries=90, keys=90, groups=(3, 3))
+    always = torch.eye(6, dtype=torch.bool)
+
+    padded = [functional.pad(x.double(), (0, 0, 0, 6)).unflatten(2, (-1, block)) for x in (q, k, v)]
+    mean_q, mean_k, mean_v = (x.mean(3) for x in padded)
+    spread = [(x - x.mean(3, keepdim=True)).abs().mean(3) for x in padded[:2]]
+    raw = mean_q @ mean_k.transpose(-1, -2)
+    probability = (raw / 4).softmax(-1)
+    ordered, order = probability.sort(-1, descending=True)
+    need = ((ordered.cumsum(-1) <= top_p).sum(-1) + 1).clamp(min=int((1 - drop_rate) * 6))
+    first = torch.arange(6) < need[..., None]
+    critical = torch.zeros_like(first).scatter(-1, order, first) | always
+    error = spread[0] @ mean_k.transpose(-1, -2)
+    error = error.abs() + (mean_q @ spread[1].transpose(-1, -2)).abs()
+    exact = critical | ~(raw.abs() > error)
+    share = (probability * exact).sum(-1, keepdim=True)
+    pooled = (probability * ~exact) @ mean_v
+    visible = critical.repeat_interleave(block, 2).repeat_interleave(block, 3)[:, :, :90, :90]
+    dense = attend(q, k, v, visible).double()
+    rows = [x.repeat_interleave(block, 2)[:, :, :90] for x in (share, pooled)]
+    expected = (rows[0] * dense + rows[1]).float()
+    close(rectified_attention(q, k, v, block, top_p, drop_rate, always), expected)
+
+
+def test_paro_orders() -> None:
+    """A head whose attention is local in one order is best served by that order."""
+    permutation, inverse = paro_attention.axis_order("WFH", 2, 3, 4, num_text=2)
+    x = torch.arange(2 + 24)
+    assert torch.equal(x[permutation][inverse], x)
+    grid = x[2:].reshape(2, 3, 4)
+    assert torch.equal(x[permutation][2:], grid.permute(2, 0, 1).flatten())
+    frame = torch.arange(4).repeat_interleave(4)
+    features = functional.one_hot(torch.stack([frame, frame.reshape(4, 4).T.flatten()]), 4)
+    q = 40.0 * features.float()[None]
+    orders = paro_attention.choose_orders(q, q, 4, 2, 2, block=4)
+    assert orders[0][0] == "F" and orders[1][0] != "F"
+    with pytest.raises(ValueError, match="order must be one of"):
+        paro_attention.axis_order("FHX", 1, 1, 1)
+
+
+def test_paro_attention() -> None:
+    block = 16
+    q, k, v = heads(queries=72, keys=72, groups=(2, 2))
+    orders = [paro_attention.axis_order(order, 3, 4, 6)[0] for order in ("FHW", "WHF")]
+    permutations = torch.stack(orders)
+    index = permutations[None, :, :, None].expand_as(q)
+    permuted = [x.gather(2, index) for x in (q, k, v)]
+    probability = functional.pad(logits(*permuted[:2]).softmax(-1), (0, 8, 0, 8))
+    sums = probability.unflatten(-1, (-1, block)).sum(-1).unflatten(2, (-1, block)).sum(3)
+    close(paro_attention.block_sums(*permuted[:2], block), sums.float())
+    threshold = float(sums.median())
+    mask = paro_attention.calibrate_mask(*permuted[:2], block, threshold)
+    expected = sums.mean(0, keepdim=True) > threshold
+    expected[:, :, -1] = True
+    expected[..., -1] = True
+    assert torch.equal(mask, expected) and not mask.all()
+    visible = mask.repeat_interleave(block, 2).repeat_interleave(block, 3)[:, :, :72, :72]
+    dense = torch.empty_like(q).scatter(2, index, attend(*permuted, visible))
+    close(paro_attention.paro_attention(q, k, v, permutations, mask, block), dense)
+
+
+def landmark_transcription(q, k, v, block: int) -> torch.Tensor:
+    """Query by query, with both softmaxes written out."""
+    tokens = q.shape[2]
+    scores = logits(q, k)
+    is_landmark = torch.arange(tokens) % block == block - 1
+    out = torch.zeros(*q.shape, dtype=torch.float64)
+    values = v.repeat_interleave(q.shape[1] // v.shape[1], 1).double()
+    for i in range(tokens):
+        start = i // block * block
+        own = [j for j in range(start, i + 1) if not is_landmark[j]]
+        marks = [j for j in range(start) if is_landmark[j]]
+        weight = scores[:, :, i, own + marks].softmax(-1)
+        out[:, :, i] = (weight[..., : len(own), None] * values[:, :, own]).sum(2)
+        for place, mark in enumerate(marks):
+            inside = list(range(mark - block + 1, mark))
+            share = scores[:, :, i, inside].softmax(-1) * weight[..., len(own) + place, None]
+            out[:, :, i] += (share[..., None] * values[:, :, inside]).sum(2)
+    return out.float()
+
+
+def test_landmark() -> None:
+    q, k, v = heads(queries=38, keys=38, groups=(4, 2))
+    expected = landmark_transcription(q, k, v, 8)
+    close(landmark.landmark_attention(q, k, v, 8), expected)
+    # With all blocks retrieved a decode step is the last row.
+    for length in (38, 32, 5):
+        step = landmark.landmark_decode(q[:, :, length - 1 : length], k[:, :, :length],
+                                        v[:, :, :length], 8, num_blocks=10)  # fmt: skip
+        close(step, expected[:, :, length - 1 : length])
+
+
+def test_landmark_retrieves_the_best_blocks() -> None:
+    q, k, _ = heads(keys=9)
+    chosen = landmark.retrieve_blocks(q, k, 4)
+    expected = logits(q, k)[:, :, 0].topk(4).indices.sort(-1).values
+    assert torch.equal(chosen.long(), expected)
