@@ -99,9 +99,9 @@ __device__ __forceinline__ void to_weights(float (&logit)[C::kRowTiles][C::kKeys
   }
 }
 
-template <class C, class View>
+template <class C>
 __device__ __forceinline__ void finish(const ForwardState<C>& s, const AttentionParams& p,
-                                       const View& view, uint32_t first_row, int first_column) {
+                                       const HeadView& view, uint32_t first_row, int first_column) {
   using T = typename C::T;
 #pragma unroll
   for (int i = 0; i < C::kRowTiles; ++i) {
@@ -109,7 +109,7 @@ __device__ __forceinline__ void finish(const ForwardState<C>& s, const Attention
     for (int h = 0; h < 2; ++h) {
       const float sum = warp_sum<4>(s.sum[i][h]);
       const uint32_t row = first_row + lane_row<C>(i, h);
-      if (!view.exists(row)) continue;
+      if (row >= view.rows) continue;
       const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
       if (lane_id() % 4 == 0 && first_column == 0) {
         static_cast<float*>(p.lse)[view.flat_row(p, row)] =
@@ -133,7 +133,9 @@ struct ForwardBlock {
   const AttentionParams& p;
   ForwardShared<C>& shared;
   const int64_t row_blocks, value_parts;
-  const RowView<C::kSparse> view;
+  const HeadView key_view;
+  const TileRows mine;
+  const HeadView& view;  // of the rows
   const uint32_t first_row;
   const int first_column;
   uint32_t tiles;   // of keys
@@ -145,11 +147,13 @@ struct ForwardBlock {
   __device__ ForwardBlock(const AttentionParams& p, ForwardShared<C>& shared)
       : p(p), shared(shared), row_blocks(row_tiles<C::kSparse>(p, C::kRows)),
         value_parts((p.value_dim + C::kValueDim - 1) / C::kValueDim),
-        view(p, blockIdx.x / row_blocks / value_parts, padding<C::kSparse>(p, C::kRows)),
-        first_row(static_cast<uint32_t>((row_blocks - 1 - blockIdx.x % row_blocks) * C::kRows)),
+        key_view(p, blockIdx.x / row_blocks / value_parts),
+        mine(rows_of_tile<C::kSparse>(p, key_view, row_blocks - 1 - blockIdx.x % row_blocks,
+                                      C::kRows)),
+        view(mine.view), first_row(static_cast<uint32_t>(mine.first)),
         first_column(static_cast<int>(blockIdx.x / row_blocks % value_parts) * C::kValueDim),
-        keys(p.k, view.batch, view.head, 0, p.head_dim),
-        values(p.v, view.batch, view.head, first_column, p.value_dim) {
+        keys(p.k, view.batch, key_view.head, 0, p.head_dim),
+        values(p.v, view.batch, key_view.head, first_column, p.value_dim) {
     const uint32_t last_row = min(first_row + C::kRows, view.rows) - 1;
     const int64_t end = max(view.last_key(p, last_row) + 1, 0);
     tiles = static_cast<uint32_t>((end + C::kKeys - 1) / C::kKeys);
@@ -175,11 +179,12 @@ struct ForwardBlock {
   }
 
   // The tile to visit after, or with, `from`.
-  __device__ __forceinline__ VisitedTile<C::kSparse> next_tile(TileNumber<C::kSparse> from, bool fresh) {
+  __device__ __forceinline__ VisitedTile<C::kSparse> next_tile(TileNumber<C::kSparse> from,
+                                                               bool fresh) {
     constexpr int kWarpRows = 16 * C::kRowTiles;
     return shared.window.template next<C::kSparse>(p, from, tiles, fresh, [&](uint32_t tile,
                                                                               int warp) {
-      const uint32_t row = first_row + warp * kWarpRows;
+      const int64_t row = int64_t{first_row} + warp * kWarpRows;
       const int64_t key = int64_t{tile} * C::kKeys;
       return look_at_blocks(p, view, row, row + kWarpRows - 1, key, key + C::kKeys - 1);
     });
@@ -310,7 +315,7 @@ __global__ void __launch_bounds__(C::kThreads, 2)
   ForwardBlock<C> block(p, shared);
   const auto scale = static_cast<float>(p.scale) * kLog2E;
   // A warp without rows only helps with loading.
-  const bool has_rows = block.view.exists(block.first_row + warp_id() * C::kRowTiles * 16);
+  const bool has_rows = block.first_row + warp_id() * C::kRowTiles * 16 < block.view.rows;
   block.load_rows();
   VisitedTile<C::kSparse> tile = block.next_tile(0, true);
   if (C::kStages > 1 && tile.number() < block.tiles) {

@@ -17,7 +17,7 @@ void launch_gradients(const AttentionBackwardParams& p, const AttentionShape& sh
   static_assert(sizeof(KeyGradShared<Config>) == grad_key_shared_bytes(kDim, kFloat));
   launch(attention_grad_query_kernel<Config>, plan_grad_query(shape), stream, p);
   const LaunchPlan plan = plan_grad_key(shape);
-  if constexpr (kDim <= (kSparse ? 64 : 128)) {
+  if constexpr (kDim <= 128) {
     launch(attention_grad_key_kernel<Config>, plan, stream, p);
   } else {
     using Value = BackwardConfig<T, kDim, KeyGrads::value, kSparse>;

@@ -38,11 +38,10 @@ struct QueryInfo {
   int last_key;
 };
 
-template <class View>
-__device__ __forceinline__ QueryInfo query_info(const AttentionBackwardParams& p, const View& view,
-                                                int64_t index) {
+__device__ __forceinline__ QueryInfo query_info(const AttentionBackwardParams& p,
+                                                const HeadView& view, int64_t index) {
   const auto row = static_cast<uint32_t>(index);
-  if (!view.exists(row)) return {0, kInfinity, 0.0f, -1};
+  if (row >= view.rows) return {0, kInfinity, 0.0f, -1};
   const AttentionParams& f = p.forward;
   const int64_t flat = view.flat_row(f, row);
   const float lse = static_cast<const float*>(f.lse)[flat];
@@ -131,8 +130,9 @@ __global__ void __launch_bounds__(256)
 // Streams the tiles from `tile` on: load(tile, stage), and visit(tile, stage) by each warp that has
 // to; next(from, fresh) is TileWindow::next.
 template <class C, class Next, class Load, class Visit>
-__device__ __forceinline__ void visit_tiles(TileNumber<C::kSparse> tiles, VisitedTile<C::kSparse> tile,
-                                            Next next, Load load, Visit visit) {
+__device__ __forceinline__ void visit_tiles(TileNumber<C::kSparse> tiles,
+                                            VisitedTile<C::kSparse> tile, Next next, Load load,
+                                            Visit visit) {
   if (C::kStages > 1 && tile.number() < tiles) load(tile.number(), 0);
   for (int step = 0; tile.number() < tiles; ++step) {
     const int stage = step % C::kStages;
@@ -172,7 +172,7 @@ struct KeyGradSums {
 // blocks end inside.
 template <class C>
 __device__ __forceinline__ auto find_hidden_queries(const KeyGradShared<C>& shared,
-                                                    const AttentionParams& p, const RowView<C::kSparse>& view,
+                                                    const AttentionParams& p, const HeadView& view,
                                                     int64_t first_key, VisitedTile<C::kSparse> tile,
                                                     int stage) {
   HiddenPairs<1, C::kColumns> hidden;
@@ -180,8 +180,9 @@ __device__ __forceinline__ auto find_hidden_queries(const KeyGradShared<C>& shar
     return min(first_key + warp_id() * 16 + half * 8 + lane_id() / 4, p.keys - 1);
   };
   const int64_t batch = opaque(view.batch);
+  const TileRows rows = rows_of_tile<C::kSparse>(p, view, tile.number(), C::kColumns);
   const auto query = [&](int column) {
-    return min(view.query(tile.number() * C::kColumns + column), p.queries - 1);
+    return min(rows.view.query(static_cast<uint32_t>(rows.first + column)), p.queries - 1);
   };
   if (p.mask.data && !masks_keys_only(p)) {
     hidden.add([&](int, int half) { return key(half) * p.mask.stride[3]; },
@@ -194,7 +195,7 @@ __device__ __forceinline__ auto find_hidden_queries(const KeyGradShared<C>& shar
                [](Position key, Position query) { return sees(query, key); });
   }
   if (tile.hides()) {
-    const int64_t head = view.query_head(tile.number() * C::kColumns);
+    const int64_t head = rows.view.query_head(static_cast<uint32_t>(rows.first));
     hidden.add([&](int, int half) { return block_column(p, key(half)); },
                [&](int column) { return block_row(p, batch, head, query(column)); },
                [](int64_t column, const bool* row) { return row[column]; });
@@ -205,11 +206,13 @@ __device__ __forceinline__ auto find_hidden_queries(const KeyGradShared<C>& shar
 // Adds one tile of query rows: products have a key a row and a query row a column.
 template <class C>
 __device__ __forceinline__ void add_queries(KeyGradSums<C>& sums, const KeyGradShared<C>& shared,
-                                            const AttentionParams& p, const RowView<C::kSparse>& view,
-                                            int64_t first_key, VisitedTile<C::kSparse> tile, int stage,
-                                            float scale) {
+                                            const AttentionParams& p, const HeadView& view,
+                                            int64_t first_key, VisitedTile<C::kSparse> tile,
+                                            int stage, float scale) {
   HiddenPairs<1, C::kColumns> hidden;
-  if constexpr (C::kSparse) hidden = find_hidden_queries<C>(shared, p, view, first_key, tile, stage);
+  if constexpr (C::kSparse) {
+    hidden = find_hidden_queries<C>(shared, p, view, first_key, tile, stage);
+  }
   typename C::Products weight, grad;
   multiply_owned<C>(weight, shared.key, shared.query[stage]);
   if constexpr (C::kWantsKey) multiply_owned<C>(grad, shared.value, shared.grad_out[stage]);
@@ -236,10 +239,10 @@ __device__ __forceinline__ void add_queries(KeyGradSums<C>& sums, const KeyGradS
   if constexpr (C::kWantsKey) accumulate(sums.key, grad, shared.query[stage]);
 }
 
-template <class C, class View>
+template <class C>
 __device__ __forceinline__ void store_key_grads(const KeyGradSums<C>& sums,
                                                 const AttentionBackwardParams& p,
-                                                const View& view, int64_t first_key) {
+                                                const HeadView& view, int64_t first_key) {
   using T = typename C::T;
   const AttentionParams& f = p.forward;
 #pragma unroll
@@ -267,14 +270,16 @@ __global__ void __launch_bounds__(C::kThreads, C::kSparse ? 2 : 0)
   auto& shared = shared_memory<KeyGradShared<C>>();
   const AttentionParams& f = p.forward;
   const int64_t key_blocks = (f.keys + C::kRows - 1) / C::kRows;
-  const RowView<C::kSparse> view(f, blockIdx.x / key_blocks,
-                                 padding<C::kSparse>(f, C::kColumns));
+  const HeadView view(f, blockIdx.x / key_blocks);
   const int64_t first_key = blockIdx.x % key_blocks * int64_t{C::kRows};
   // Under the causal rule the first query that sees a key of this block.
   const int64_t first_query = f.causal ? max(first_key - (f.keys - f.queries), int64_t{0}) : 0;
+  const bool splits = C::kSparse && splits_heads(f);
   const TileNumber<C::kSparse> first_tile =
-      first_query * (view.padded ? 1 : view.group) / C::kColumns;
-  const TileNumber<C::kSparse> tiles = (int64_t{view.rows} + C::kColumns - 1) / C::kColumns;
+      splits ? 0 : first_query * view.group / C::kColumns;
+  const TileNumber<C::kSparse> tiles =
+      splits ? row_tiles<C::kSparse>(f, C::kColumns)
+             : (int64_t{view.rows} + C::kColumns - 1) / C::kColumns;
   const RowSource<T> queries(f.q, view.batch, 0, 0, f.head_dim);
   const RowSource<T> grads(p.grad_out, view.batch, 0, 0, f.value_dim);
   const int thread = static_cast<int>(threadIdx.x);
@@ -282,17 +287,18 @@ __global__ void __launch_bounds__(C::kThreads, C::kSparse ? 2 : 0)
   const auto next_tile = [&](TileNumber<C::kSparse> from, bool fresh) {
     return shared.window.template next<C::kSparse>(f, from, tiles, fresh, [&](uint32_t tile,
                                                                               int warp) {
-      const uint32_t row = tile * C::kColumns;
-      const int64_t key = first_key + 16 * warp;
-      return look_at_blocks(f, view, row, min(row + C::kColumns, view.rows) - 1, key, key + 15);
+      const TileRows rows = rows_of_tile<C::kSparse>(f, view, tile, C::kColumns);
+      const int64_t last_row = rows.first + C::kColumns - 1, key = first_key + 16 * warp;
+      return look_at_blocks(f, rows.view, rows.first, last_row, key, key + 15);
     });
   };
   const auto load = [&](TileNumber<C::kSparse> tile, int stage) {
-    load_queries<C::kThreads>(shared.query[stage], queries, view, int64_t{tile} * C::kColumns);
-    load_queries<C::kThreads>(shared.grad_out[stage], grads, view, int64_t{tile} * C::kColumns);
+    const TileRows rows = rows_of_tile<C::kSparse>(f, view, tile, C::kColumns);
+    load_queries<C::kThreads>(shared.query[stage], queries, rows.view, rows.first);
+    load_queries<C::kThreads>(shared.grad_out[stage], grads, rows.view, rows.first);
     cp_async_commit();
     if (thread < C::kColumns) {
-      shared.info[stage][thread] = query_info(p, view, int64_t{tile} * C::kColumns + thread);
+      shared.info[stage][thread] = query_info(p, rows.view, rows.first + thread);
     }
   };
   const RowSource<T> keys(f.k, view.batch, view.head, 0, f.head_dim);

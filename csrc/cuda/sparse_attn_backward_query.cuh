@@ -17,7 +17,7 @@ struct QueryGradShared {
 // The pairs that the mask hides, or positions, or the block mask where blocks end inside the tile.
 template <class C>
 __device__ __forceinline__ auto find_hidden_keys(const QueryGradShared<C>& shared,
-                                                 const AttentionParams& p, const RowView<C::kSparse>& view,
+                                                 const AttentionParams& p, const HeadView& view,
                                                  int64_t first_row, VisitedTile<C::kSparse> tile) {
   HiddenPairs<1, C::kColumns> hidden;
   const int64_t batch = opaque(view.batch);
@@ -54,7 +54,7 @@ __device__ __forceinline__ auto find_hidden_keys(const QueryGradShared<C>& share
 // Adds one tile of keys to grad_q.
 template <class C>
 __device__ __forceinline__ void add_keys(typename C::Sums& grad_q, const QueryGradShared<C>& shared,
-                                         const AttentionParams& p, const RowView<C::kSparse>& view,
+                                         const AttentionParams& p, const HeadView& view,
                                          int64_t first_row, VisitedTile<C::kSparse> tile, int stage,
                                          float scale) {
   HiddenPairs<1, C::kColumns> hidden;
@@ -88,21 +88,24 @@ __global__ void __launch_bounds__(C::kThreads, C::kSparse ? 2 : 0)
   auto& shared = shared_memory<QueryGradShared<C>>();
   const AttentionParams& f = p.forward;
   const int64_t row_blocks = row_tiles<C::kSparse>(f, C::kRows);
-  const RowView<C::kSparse> view(f, blockIdx.x / row_blocks, padding<C::kSparse>(f, C::kRows));
+  const HeadView key_view(f, blockIdx.x / row_blocks);
   // The last rows see the most keys under the causal rule, so they start first.
-  const int64_t first_row = (row_blocks - 1 - blockIdx.x % row_blocks) * C::kRows;
+  const TileRows mine = rows_of_tile<C::kSparse>(
+      f, key_view, row_blocks - 1 - blockIdx.x % row_blocks, C::kRows);
+  const HeadView& view = mine.view;
+  const int64_t first_row = mine.first;
   const auto last_row = static_cast<uint32_t>(min(first_row + C::kRows, int64_t{view.rows}) - 1);
   const int64_t end = max(view.last_key(f, last_row) + 1, 0);
   const auto tiles = static_cast<uint32_t>((end + C::kColumns - 1) / C::kColumns);
   const auto scale = static_cast<float>(f.scale);
-  const RowSource<T> keys(f.k, view.batch, view.head, 0, f.head_dim);
-  const RowSource<T> values(f.v, view.batch, view.head, 0, f.value_dim);
+  const RowSource<T> keys(f.k, view.batch, key_view.head, 0, f.head_dim);
+  const RowSource<T> values(f.v, view.batch, key_view.head, 0, f.value_dim);
   const int thread = static_cast<int>(threadIdx.x);
 
   const auto next_tile = [&](TileNumber<C::kSparse> from, bool fresh) {
     return shared.window.template next<C::kSparse>(f, from, tiles, fresh, [&](uint32_t tile,
                                                                               int warp) {
-      const auto row = static_cast<uint32_t>(first_row + 16 * warp);
+      const int64_t row = first_row + 16 * warp;
       const int64_t key = int64_t{tile} * C::kColumns;
       return look_at_blocks(f, view, row, row + 15, key, key + C::kColumns - 1);
     });
@@ -131,7 +134,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kSparse ? 2 : 0)
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int64_t row = first_row + warp_id() * 16 + half * 8 + lane_id() / 4;
-    if (!view.exists(static_cast<uint32_t>(row))) continue;
+    if (row >= view.rows) continue;
     T* out = static_cast<T*>(p.grad_q) +
              view.flat_row(f, static_cast<uint32_t>(row)) * f.head_dim;
     store_sums(out, static_cast<int>(f.head_dim), grad_q, half, scale);

@@ -81,7 +81,7 @@ __device__ __forceinline__ void load_tile(Tile<T, kRows, kDim>& tile, const T* a
                                           int thread = static_cast<int>(threadIdx.x)) {
   constexpr int kPlanes = Operand<T>::kPlanes, kChunks = kDim / 8;
   // As far as registers allow.
-  [[maybe_unused]] constexpr int kUnroll = kPlanes == 1 ? 2 : kDim <= 128 ? 2 : 1;
+  [[maybe_unused]] constexpr int kUnroll = kDim <= 128 ? 2 : 1;
 #pragma unroll kUnroll
   for (int i = thread; i < kRows * kChunks; i += kThreads) {
     const int r = i / kChunks, column = i % kChunks * 8;
@@ -164,7 +164,8 @@ __device__ __forceinline__ void multiply_by_rows(float (&out)[kRowTiles][kColumn
       for (int e = 0; e < 4; ++e) out[i][j][e] = 0.0f;
     }
   }
-  [[maybe_unused]] constexpr int kUnroll = Operand<T>::kPlanes == 1 ? kDim / 16 : 1;
+  [[maybe_unused]] constexpr int kUnroll =
+      Operand<T>::kPlanes == 1 ? (kDim <= 128 ? kDim / 16 : 2) : 1;
 #pragma unroll kUnroll
   for (int k = 0; k < kDim / 16; ++k) {
     Left<T> a[kRowTiles];
@@ -248,9 +249,9 @@ struct RowSource {
         columns(static_cast<int>(columns - column)), aligned(is_aligned<T>(t)) {}
 };
 
-template <int kThreads, class T, int kRows, int kDim, class View>
+template <int kThreads, class T, int kRows, int kDim>
 __device__ __forceinline__ void load_keys(Tile<T, kRows, kDim>& tile, const RowSource<T>& source,
-                                          const AttentionParams& p, const View& view,
+                                          const AttentionParams& p, const HeadView& view,
                                           int64_t first_key) {
   load_tile<kThreads>(tile, source.first, source.columns, source.aligned, [&](int r) {
     const int64_t key = first_key + r;
@@ -258,13 +259,13 @@ __device__ __forceinline__ void load_keys(Tile<T, kRows, kDim>& tile, const RowS
   });
 }
 
-template <int kThreads, class T, int kRows, int kDim, class View>
+template <int kThreads, class T, int kRows, int kDim>
 __device__ __forceinline__ void load_queries(Tile<T, kRows, kDim>& tile,
-                                             const RowSource<T>& source, const View& view,
+                                             const RowSource<T>& source, const HeadView& view,
                                              int64_t first_row) {
   load_tile<kThreads>(tile, source.first, source.columns, source.aligned, [&](int r) {
     const auto row = static_cast<uint32_t>(first_row + r);
-    return view.exists(row) ? source.first + view.query_head(row) * source.tensor.stride_head +
+    return row < view.rows ? source.first + view.query_head(row) * source.tensor.stride_head +
                                  view.query(row) * source.tensor.stride_token
                            : nullptr;
   });

@@ -26,52 +26,19 @@ __device__ __forceinline__ bool masks_keys_only(const AttentionParams& p) {
   return p.mask.data && p.mask.stride[1] == 0 && p.mask.stride[2] == 0;
 }
 
-// The queries of a head, and the same rounded up to whole tiles where heads have tiles of rows of
-// their own: where the block mask differs by head, so that none waits for the keys of another.
-// Else padded is 0.
-template <bool kPadded>
-struct Padding {
-  uint32_t padded, queries;
-};
-template <>
-struct Padding<false> {
-  static constexpr uint32_t padded = 0, queries = 0;
-};
-
-template <bool kPadded>
-__device__ __forceinline__ Padding<kPadded> padding(const AttentionParams& p, int tile_rows) {
-  if constexpr (kPadded) {
-    const bool by_head = p.blocks.mask.data && p.blocks.mask.stride[1] != 0;
-    const int64_t padded = by_head ? (p.queries + tile_rows - 1) / tile_rows * tile_rows : 0;
-    return {static_cast<uint32_t>(padded), static_cast<uint32_t>(p.queries)};
-  } else {
-    return {};
-  }
-}
-// How many tiles the rows of a key head take.
-template <bool kPadded>
-__device__ __forceinline__ int64_t row_tiles(const AttentionParams& p, int tile_rows) {
-  const int64_t padded = padding<kPadded>(p, tile_rows).padded;
-  const int64_t rows = (padded ? padded : p.queries) * (p.heads_q / p.heads_kv);
-  return (rows + tile_rows - 1) / tile_rows;
-}
-
 // One key head, and the query rows that read it: row r is query r / group of head
-// head * group + r % group, so that the heads of a group share every key tile; or, padded, query
-// r % padded of head head * group + r / padded. There are less than 2^32 rows.
-template <bool kPadded>
-struct RowView : Padding<kPadded> {
-  using Padding<kPadded>::padded, Padding<kPadded>::queries;
+// head * group + r % group, so that the heads of a group share every key tile. There are
+// L * group < 2^32 rows.
+struct HeadView {
   int64_t batch, head;
   uint32_t group, rows;
   const bool* key_mask;  // of this head's keys; null where all exist
   const float* key_bias;
 
-  __device__ RowView(const AttentionParams& p, int64_t index, Padding<kPadded> padding = {})
-      : Padding<kPadded>(padding), batch(index / p.heads_kv), head(index % p.heads_kv),
+  __device__ HeadView(const AttentionParams& p, int64_t index)
+      : batch(index / p.heads_kv), head(index % p.heads_kv),
         group(static_cast<uint32_t>(p.heads_q / p.heads_kv)),
-        rows(static_cast<uint32_t>((padded ? padded : p.queries) * group)), key_mask(nullptr),
-        key_bias(nullptr) {
+        rows(static_cast<uint32_t>(p.queries * group)), key_mask(nullptr), key_bias(nullptr) {
     if (masks_keys_only(p)) key_mask = p.mask.data + batch * p.mask.stride[0];
     if (p.key_bias) {
       key_bias = static_cast<const float*>(p.key_bias) + batch * p.bias_stride_batch +
@@ -79,19 +46,8 @@ struct RowView : Padding<kPadded> {
     }
   }
 
-  __device__ uint32_t divisor() const {
-    if constexpr (kPadded) return opaque(padded ? padded : group);
-    return group;
-  }
-  __device__ int64_t query(uint32_t row) const {
-    return padded ? row % divisor() : row / divisor();
-  }
-  __device__ int64_t query_head(uint32_t row) const {
-    return head * group + (padded ? row / divisor() : row % divisor());
-  }
-  __device__ bool exists(uint32_t row) const {
-    return row < rows && (!padded || row % divisor() < queries);
-  }
+  __device__ int64_t query(uint32_t row) const { return row / group; }
+  __device__ int64_t query_head(uint32_t row) const { return head * group + row % group; }
 
   // Where a row of a contiguous [B, Hq, L] lies.
   __device__ int64_t flat_row(const AttentionParams& p, uint32_t row) const {
@@ -103,8 +59,7 @@ struct RowView : Padding<kPadded> {
   }
   // The last key that a row sees under the causal rule.
   __device__ int last_key(const AttentionParams& p, uint32_t row) const {
-    const int64_t last = p.causal ? query(row) + p.keys - p.queries : p.keys - 1;
-    return static_cast<int>(padded ? min(last, p.keys - 1) : last);
+    return static_cast<int>(p.causal ? query(row) + p.keys - p.queries : p.keys - 1);
   }
   __device__ bool key_exists(const AttentionParams& p, int64_t key) const {
     return key < p.keys && (!key_mask || key_mask[key * p.mask.stride[3]]);
@@ -115,7 +70,37 @@ struct RowView : Padding<kPadded> {
     return key_bias ? kLog2E * key_bias[key * p.bias_stride_key] : 0.0f;
   }
 };
-using HeadView = RowView<false>;
+
+// A tile of the rows that read a key head. Where the block mask differs by query head, so that no
+// head should wait for the keys of another, heads have tiles of their own, and the view is that of
+// one query head; its keys are still those of the key head.
+struct TileRows {
+  HeadView view;
+  int64_t first;
+};
+__device__ __forceinline__ bool splits_heads(const AttentionParams& p) {
+  return p.blocks.mask.data && p.blocks.mask.stride[1] != 0;
+}
+template <bool kSparse>
+__device__ __forceinline__ int64_t row_tiles(const AttentionParams& p, int tile_rows) {
+  const int64_t group = p.heads_q / p.heads_kv;
+  if (kSparse && splits_heads(p)) return (p.queries + tile_rows - 1) / tile_rows * group;
+  return (p.queries * group + tile_rows - 1) / tile_rows;
+}
+template <bool kSparse>
+__device__ __forceinline__ TileRows rows_of_tile(const AttentionParams& p, const HeadView& keys,
+                                                 int64_t tile, int tile_rows) {
+  TileRows rows{keys, tile * tile_rows};
+  if (kSparse && splits_heads(p)) {
+    const uint32_t of_head = static_cast<uint32_t>((p.queries + tile_rows - 1) / tile_rows);
+    const auto number = static_cast<uint32_t>(tile);
+    rows.view.head = keys.head * keys.group + number / of_head;
+    rows.view.group = 1;
+    rows.view.rows = static_cast<uint32_t>(p.queries);
+    rows.first = int64_t{number % of_head} * tile_rows;
+  }
+  return rows;
+}
 
 // Single pairs -----------------------------------------------------------------------------------
 
@@ -196,24 +181,25 @@ __device__ __forceinline__ int64_t block_column(const AttentionParams& p, int64_
 
 inline constexpr unsigned kSomeVisible = 1, kSomeHidden = 2;
 
-// What the block mask says of rows and keys first .. last, the rows of one head or interleaved.
-// Where a block is much smaller than a rectangle, every rectangle counts as visible in part.
-template <class View>
-__device__ __forceinline__ unsigned look_at_blocks(const AttentionParams& p, const View& view,
-                                                   uint32_t first_row, uint32_t last_row,
+// What the block mask says of rows and keys first .. last. Where a block is much smaller than a
+// rectangle, every rectangle counts as visible in part.
+__device__ __forceinline__ unsigned look_at_blocks(const AttentionParams& p, const HeadView& view,
+                                                   int64_t first_row, int64_t last_row,
                                                    int64_t first_key, int64_t last_key) {
   constexpr uint32_t kMany = 64;
-  if (!view.exists(first_row) || first_key >= p.keys) return 0;
-  const int64_t last_query = min(view.query(last_row), p.queries - 1);
+  if (first_row >= view.rows || first_key >= p.keys) return 0;
+  last_row = min(last_row, int64_t{view.rows} - 1);
   last_key = min(last_key, p.keys - 1);
+  const int64_t last_query = view.query(static_cast<uint32_t>(last_row));
   if (p.causal && first_key > last_query + p.keys - p.queries) return 0;
-  const int64_t first_query = view.query(first_row);
+  const int64_t first_query = view.query(static_cast<uint32_t>(first_row));
   const uint32_t rows = block_of(last_query, p.blocks.block_q) -
                         block_of(first_query, p.blocks.block_q) + 1;
   const uint32_t columns = block_of(last_key, p.blocks.block_k) -
                            block_of(first_key, p.blocks.block_k) + 1;
   if (rows > kMany || columns > kMany || rows * columns > kMany) return kSomeVisible | kSomeHidden;
-  const bool* first = block_row(p, opaque(view.batch), view.query_head(first_row), first_query) +
+  const int64_t head = view.query_head(static_cast<uint32_t>(first_row));
+  const bool* first = block_row(p, opaque(view.batch), head, first_query) +
                       block_column(p, first_key);
   unsigned found = 0;
 #pragma unroll 1

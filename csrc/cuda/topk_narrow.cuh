@@ -34,7 +34,8 @@ __device__ __forceinline__ uint64_t block_max(uint64_t x, BlockScratch<uint64_t>
 
 // add(..) of x over the threads before this one, 0 before the first; `add` is associative.
 template <int kThreads, class Add>
-__device__ __forceinline__ uint64_t block_exclusive_scan(uint64_t x, BlockScratch<uint64_t>& scratch,
+__device__ __forceinline__ uint64_t block_exclusive_scan(uint64_t x,
+                                                         BlockScratch<uint64_t>& scratch,
                                                          Add add) {
   const auto scan = [&](uint64_t y) {
 #pragma unroll
