@@ -40,13 +40,13 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, block: int) ->
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
     counts = mask.sum(-1, dtype=torch.int32)
-    order = mask.int().argsort(-1, descending=True, stable=True).to(torch.int32)
-    nothing = torch.zeros_like(counts)
-    whole = BlockMask.from_kv_blocks(
-        nothing, order, counts, order, BLOCK_SIZE=block, seq_lengths=(q.shape[2], k.shape[2])
+    order = mask.int().argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+    # As blocks that a mask function could thin out: Inductor's C++ does not compile whole ones.
+    blocks = BlockMask.from_kv_blocks(
+        counts, order, BLOCK_SIZE=block, seq_lengths=(q.shape[2], k.shape[2])
     )
     compiled = torch.compile(flex_attention, dynamic=False)
-    return partial(compiled, q, k, v, block_mask=whole)
+    return partial(compiled, q, k, v, block_mask=blocks)
 
 
 def block_case(heads: int, tokens: int, dim: int, block: int, density: float, dtype: str,

@@ -65,7 +65,7 @@ def compact_case(shape: tuple[int, int], device: str) -> Case:
         mask = scores(shape, "float32", device, "randn") > 1
 
         def stable_sort() -> tuple[Tensor, Tensor]:
-            return mask.sort(-1, descending=True, stable=True).indices, mask.sum(-1)
+            return mask.sort(dim=-1, descending=True, stable=True).indices, mask.sum(-1)
 
         return {"tokred.compact": partial(tokred.compact, mask), "torch sort": stable_sort}
 
