@@ -83,9 +83,7 @@ def run(plan: TextPlan, output: Path) -> TextReport:
         MissingModelError: the model is not installed.
     """
     from rich.console import Console
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     console = Console()
     console.print("SmolLM2-135M: loading and reading")
     model, tokenizer = load_smollm2()
