@@ -30,8 +30,10 @@ def label(row: Row) -> str:
 
 
 def note(row: Row) -> str:
-    share = f"   {row.ceiling_share:.0%} of {row.ceiling_name.split('_')[0]}"
-    return f" {row.ratio_to_best_peer:.3g}×{share if row.ceiling_share else ''}"
+    if not row.ceiling_share:
+        return f" {row.ratio_to_best_peer:.3g}×"
+    share = f"{row.ceiling_share:.0%} of {row.ceiling_name.split('_')[0]}"
+    return f" {row.ratio_to_best_peer:.3g}×   {share}"
 
 
 def bars(rows: Sequence[Row], path: Path) -> None:

@@ -62,7 +62,7 @@ SCORE = [
     (score, (Q, K[..., :4]), {}, "k must have the head dimension"),
     (score, (Q, K[:1]), {}, "k must have the batch size"),
     (score, (Q[:, :3], K), {}, "the heads of q must be a multiple"),
-    (score, (Q[:, :, :0], K), {}, "q must have at least one query"),
+    (score, (Q[:, :, :0], K), {}, "q must have at least one head and one query"),
     (score, (Q, K, "median"), {}, "reduce must be one of"),
     (score, (Q, K), {"dims": DIMS[:3]}, "dims must be"),
     (score, (Q, K), {"dims": DIMS.long()}, "dims must be int32"),
