@@ -27,9 +27,6 @@ TESTS = [
     "test_score_similarity.py",
     "test_sparse_attn.py",
     "test_sparse_decode.py",
-    "test_sparse_lists.py",
-    "test_block_sparse.py",
-    "test_positions.py",
 ]
 
 

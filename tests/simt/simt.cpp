@@ -213,6 +213,7 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* 
   m.body = body;
   m.body_argument = context;
   m.shared = std::vector<uint16_t>((shared_bytes + 1) / 2);
+  m.shared.reserve(1);  // an address, also for kernels that have no use for it
   gridDim = grid;
   blockDim = block;
   for (unsigned i = 0; i < m.threads; ++i) {
