@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tokred
-from tokred.methods._lists import expand_blocks
+from tokred.selection import expand_blocks
 
 from .harness import Case, agreement
 from .machine import DTYPES, Run

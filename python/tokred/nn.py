@@ -17,7 +17,7 @@ from .ops import (
     sparse_attention,
     topk_with_counts,
 )
-from .selection import choose, ends
+from .selection import block_mask, choose, ends, expand_blocks
 
 __all__ = ["BlockSparseAttention", "TopKAttention"]
 
@@ -155,9 +155,7 @@ class TopKAttention(nn.Module):
         most = sum(-(-n // size) + 1 for n in (self.num_sinks, self.num_locals) if n)
         places = min(-(-self.k // size) + most, pooled.shape[2])
         _, blocks, _ = topk_with_counts(scores, places, order="position", must_keep=forced)
-        within = torch.arange(size, dtype=torch.int32, device=k.device)
-        indices = torch.where(blocks[..., None] < 0, -1, blocks[..., None] * size + within)
-        return indices.flatten(3)
+        return expand_blocks(blocks, size, keys)
 
 
 class BlockSparseAttention(nn.Module):
@@ -273,9 +271,7 @@ class BlockSparseAttention(nn.Module):
             k = round(self.density * total) if self.k is None else self.k
             free = scores.masked_fill(forced, -torch.inf)
             _, chosen, _ = topk_with_counts(free, min(k, total))
-        place = torch.where(chosen < 0, total, chosen).long()
-        kept = scores.new_zeros((*scores.shape[:-1], total + 1), dtype=torch.bool)
-        return kept.scatter(-1, place, True)[..., :total] | forced
+        return block_mask(chosen, total) | forced
 
 
 def _mean_queries(q: Tensor, k: Tensor, block_q: int, mask: Tensor | None) -> Tensor:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 import tokred
-
-from ._lists import expand_blocks
+from tokred.selection import expand_blocks
 
 
 def probe_query(q: Tensor) -> Tensor:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 import tokred
-
-from ._lists import block_mask
+from tokred.selection import block_mask
 
 
 def chunk_scores(

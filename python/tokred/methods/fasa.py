@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 import tokred
-
-from ._lists import block_mask
+from tokred.selection import block_mask
 
 if TYPE_CHECKING:
     from tokred.models.attention import AttentionCall

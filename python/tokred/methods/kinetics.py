@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 import tokred
+from tokred.selection import block_mask, expand_blocks
 
-from ._lists import block_mask, expand_blocks, key_lengths, range_list
+from ._lists import key_lengths, range_list
 
 
 def token_topk(
@@ -36,17 +37,6 @@ def token_topk(
     return tokred.topk(scores, width, per_row, **options)[1]
 
 
-def _with_ends(middle: Tensor, k: Tensor, sink: int, dynamic: Tensor, lengths: Tensor,
-               width_local: int) -> Tensor:  # fmt: skip
-    """`middle` i32 [B, Hkv, M] between the sinks and the tokens behind the dynamic part."""
-    batch, heads = middle.shape[:2]
-    zeros = torch.zeros_like(lengths)
-    first = range_list(zeros, lengths.clamp(max=sink), sink)
-    last = range_list((sink + dynamic).clamp(max=lengths), lengths, width_local)
-    ends = [t[:, None].expand(batch, heads, -1) for t in (first, last)]
-    return torch.cat([ends[0], middle, ends[1]], dim=-1)
-
-
 def _dynamic_tokens(
     lengths: Tensor, block_size: int, num_blocks: int, sink: int, local: int
 ) -> Tensor:
@@ -64,12 +54,24 @@ def _block_scores(q: Tensor, k: Tensor, sink: int, block_size: int) -> Tensor:
     return tokred.block_score(q, pooled, reduce="group_mean")[:, :, 0]
 
 
-def _all_or(chosen: Tensor, everything: Tensor, dynamic: Tensor) -> Tensor:
-    """Rows of `chosen`, or of `everything` where nothing is dynamic; both padded with -1."""
-    width = max(chosen.shape[-1], everything.shape[-1])
-    pad = [torch.nn.functional.pad(t, (0, width - t.shape[-1]), value=-1)
-           for t in (chosen, everything.expand(-1, chosen.shape[1], -1))]  # fmt: skip
-    return torch.where((dynamic > 0)[:, None, None], *pad)
+def _key_list(
+    middle: Tensor, k: Tensor, block_size: int, sink: int, local: int, num_blocks: int,
+    dynamic: Tensor, lengths: Tensor,
+) -> Tensor:  # fmt: skip
+    """`middle` i32 [B, Hkv, M] between the sinks and the tokens behind the dynamic part; in rows
+    where nothing is dynamic, all tokens. Padded with -1."""
+    shape = (*middle.shape[:2], -1)
+    none = torch.zeros_like(lengths)
+    first = range_list(none, lengths.clamp(max=sink), sink)
+    last = range_list((sink + dynamic).clamp(max=lengths), lengths, local + block_size - 1)
+    chosen = torch.cat([first[:, None].expand(shape), middle, last[:, None].expand(shape)], dim=-1)
+    width = min(sink + local + (num_blocks + 1) * block_size, k.shape[2])
+    everything = range_list(none, lengths, width)[:, None].expand(shape)
+    width = max(chosen.shape[-1], width)
+    padded = (
+        torch.nn.functional.pad(t, (0, width - t.shape[-1]), value=-1) for t in (chosen, everything)
+    )
+    return torch.where((dynamic > 0)[:, None, None], *padded)
 
 
 def block_topk(
@@ -93,10 +95,7 @@ def block_topk(
     per_row = (dynamic // block_size).to(torch.int32)[:, None]
     blocks = tokred.topk(scores, count, per_row, order="position")[1]
     middle = expand_blocks(blocks, block_size, k.shape[2], sink)
-    chosen = _with_ends(middle, k, sink, dynamic, lengths, local + block_size - 1)
-    width = min(sink + local + (topk_blocks + 1) * block_size, k.shape[2])
-    everything = range_list(torch.zeros_like(lengths), lengths, width)[:, None]
-    return _all_or(chosen, everything, dynamic)
+    return _key_list(middle, k, block_size, sink, local, topk_blocks, dynamic, lengths)
 
 
 def strided_topk(
@@ -132,10 +131,7 @@ def strided_topk(
     covered[..., 1:] |= starts
     kept = tokred.compact(covered, capacity=2 * topk_blocks)[0]
     middle = expand_blocks(kept, half, k.shape[2], sink)
-    listed = _with_ends(middle, k, sink, dynamic, lengths, local + block_size - 1)
-    width = min(sink + local + (topk_blocks + 1) * block_size, k.shape[2])
-    everything = range_list(torch.zeros_like(lengths), lengths, width)[:, None]
-    return _all_or(listed, everything, dynamic)
+    return _key_list(middle, k, block_size, sink, local, topk_blocks, dynamic, lengths)
 
 
 def kinetics_attention(

@@ -8,8 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 import tokred
-
-from ._lists import expand_blocks
+from tokred.selection import expand_blocks
 
 
 def page_bounds(

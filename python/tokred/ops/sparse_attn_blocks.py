@@ -10,10 +10,12 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .._library import call
 from .sparse_attn_shared import (
+    backward_flops,
     broadcast_bias,
     broadcast_mask,
     fake_attention,
     fake_gradients,
+    forward_flops,
     incoming,
     register_autocast,
     wanted,
@@ -231,12 +233,9 @@ register_autocast("block_sparse_attention")
 @register_flop_formula(_ops.block_sparse_attention)
 def _block_sparse_flops(q, k, v, *args, **kwargs) -> int:
     """Tensors arrive as their shapes, so hidden blocks are counted, as torch counts SDPA."""
-    batch, heads, queries, head_dim = q
-    return 2 * batch * heads * queries * k[2] * (head_dim + v[3])
+    return forward_flops(q, k[2], v)
 
 
 @register_flop_formula(_ops.block_sparse_attention_backward)
 def _block_sparse_backward_flops(grad_out, grad_lse, q, k, v, *args, **kwargs) -> int:
-    """The logits again, then the gradients of p, v, q and k."""
-    batch, heads, queries, head_dim = q
-    return 2 * batch * heads * queries * k[2] * (3 * head_dim + 2 * v[3])
+    return backward_flops(q, k[2], v)

@@ -10,10 +10,12 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .._library import call, refuse_grad
 from .sparse_attn_shared import (
+    backward_flops,
     broadcast_bias,
     broadcast_mask,
     fake_attention,
     fake_gradients,
+    forward_flops,
     incoming,
     register_autocast,
     wanted,
@@ -167,12 +169,9 @@ register_autocast("sparse_attention")
 @register_flop_formula(_ops.sparse_attention)
 def _sparse_flops(q, k, v, indices, *args, **kwargs) -> int:
     """Tensors arrive as their shapes; skipped entries are counted."""
-    batch, heads, queries, head_dim = q
-    return 2 * batch * heads * queries * indices[3] * (head_dim + v[3])
+    return forward_flops(q, indices[3], v)
 
 
 @register_flop_formula(_ops.sparse_attention_backward)
 def _sparse_backward_flops(grad_out, grad_lse, q, k, v, indices, *args, **kwargs) -> int:
-    """The logits again, then the gradients of p, v, q and k."""
-    batch, heads, queries, head_dim = q
-    return 2 * batch * heads * queries * indices[3] * (3 * head_dim + 2 * v[3])
+    return backward_flops(q, indices[3], v)

@@ -66,6 +66,18 @@ def wanted(
     return tuple(g if t is not None and t.requires_grad else None for g, t in pairs)
 
 
+def forward_flops(q: Sequence[int], pairs: int, v: Sequence[int]) -> int:
+    """Of queries of that shape that meet `pairs` keys each: logits and weighted sums."""
+    batch, heads, queries, head_dim = q
+    return 2 * batch * heads * queries * pairs * (head_dim + v[3])
+
+
+def backward_flops(q: Sequence[int], pairs: int, v: Sequence[int]) -> int:
+    """The logits again, then the gradients of p, v, q and k."""
+    batch, heads, queries, head_dim = q
+    return 2 * batch * heads * queries * pairs * (3 * head_dim + 2 * v[3])
+
+
 def register_autocast(name: str) -> None:
     """Casts q, k and v as torch does for its own attention, and leaves the rest as it is."""
     op = getattr(torch.ops.tokred, name).default

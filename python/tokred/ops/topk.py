@@ -61,7 +61,7 @@ def topk(
     Raises:
         RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
 
-    Complexity: radix selection, O(N) reads of the row (two passes), then O(k log k).
+    Complexity: O(N), one or two reads of the row as a rule, then O(k log k) to put k in order.
     """
     values, indices, _ = topk_with_counts(
         scores, k, lengths, order, row_k, num_sinks, num_locals, must_keep, top_p, min_k,
