@@ -155,6 +155,13 @@ def flat(results: Any) -> list[Tensor]:
     return [results] if isinstance(results, Tensor) else list(results)
 
 
+def widened(inputs: tuple) -> tuple:
+    """The inputs with their float tensors in float64."""
+    return tuple(
+        t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in inputs
+    )
+
+
 def assert_bitwise_equal(actual: Any, expected: Any, context: str = "") -> None:
     """Equal bits, NaN included; the message names the first element that differs."""
     for number, (a, b) in enumerate(zip(flat(actual), flat(expected), strict=True)):

@@ -15,6 +15,7 @@ from conftest import (
     generator,
     label,
     move,
+    widened,
 )
 from torch import Tensor
 
@@ -67,12 +68,6 @@ class Case:
             weight.to(wide) if self.weight else None,
             self.mode,
         )
-
-
-def widened(inputs: tuple) -> tuple:
-    return tuple(
-        t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in inputs
-    )
 
 
 TABLES = [(False, False), (True, False), (False, True), (True, True)]

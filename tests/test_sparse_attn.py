@@ -15,6 +15,7 @@ from conftest import (
     generator,
     label,
     move,
+    widened,
 )
 from torch import Tensor
 
@@ -104,12 +105,6 @@ CASES = [
     *(Case(magnitude=m, bias="full", dtype=d) for m in (1e-3, 30, 300) for d in FLOATS),
     *(Case(scale=s, bias="full") for s in (0.0, 1.0, -0.3)),
 ]
-
-
-def widened(inputs: tuple) -> tuple:
-    return tuple(
-        t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in inputs
-    )
 
 
 def in_half_precision(inputs: tuple) -> Tensor:

@@ -13,6 +13,7 @@ from conftest import (
     assert_bitwise_equal,
     generator,
     label,
+    widened,
 )
 from torch import Tensor
 
@@ -85,12 +86,6 @@ CASES = [
     ),
     *(Case(magnitude=m, bias=True, dtype=d) for m in (1e-3, 30, 300) for d in FLOATS),
 ]
-
-
-def widened(inputs: tuple) -> tuple:
-    return tuple(
-        t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in inputs
-    )
 
 
 @pytest.mark.parametrize("case", CASES, ids=label)

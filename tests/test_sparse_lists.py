@@ -15,6 +15,7 @@ from conftest import (
     generator,
     label,
     move,
+    widened,
 )
 from torch import Tensor
 
@@ -109,12 +110,6 @@ CASES = [
     *(Case(magnitude=m, bias="full", dtype=d) for m in (1e-3, 30, 300) for d in FLOATS),
     Case(queries=30, keys=20, causal=True, block_q=4),
 ]
-
-
-def widened(inputs: tuple) -> tuple:
-    return tuple(
-        t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in inputs
-    )
 
 
 @pytest.mark.parametrize("case", CASES, ids=label)
