@@ -112,6 +112,35 @@ inline constexpr const char* kSchemas[] = {
     "-> (Tensor, Tensor, Tensor, Tensor)",
     // out_* [B,H,L,D], lse_* f32 [B,H,L] -> out, lse
     "combine_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)",
+
+    // kv_pack: low-bit storage; the bytes are in ops/kv_layout.h ----------------------------------
+    // x [B,H,N,D] -> codes u8 [B,H,N,D*bits/8], params f16 [B,H,N | N/group_size,P]
+    "kv_pack(Tensor x, int bits, SymInt group_size, str axis, str scheme, bool rotate) "
+    "-> (Tensor, Tensor)",
+    // -> [B,H,N,D] in the dtype named
+    "kv_unpack(Tensor codes, Tensor params, int bits, SymInt group_size, str axis, str scheme, "
+    "bool rotated, str dtype) -> Tensor",
+    // x [B,H,L,D], codes and params of capacity S, window [B,H,W,D], lengths i32 [B],
+    // slots i32 [B,capacity]
+    "kv_append(Tensor x, Tensor(a!) codes, Tensor(b!) params, Tensor(c!)? window, SymInt length, "
+    "int bits, SymInt group_size, str axis, str scheme, bool rotated, Tensor? lengths=None, "
+    "Tensor? slots=None) -> ()",
+
+    // packed_attn: attention on packed keys and values ---------------------------------------------
+    // q [B,Hq,L,D], codes and params of k and v, residual_* [B,Hkv,W,D|Dv], lengths i32 [B],
+    // slots i32 [B,capacity], indices i32 [B,Hq|Hkv|1,L|1,K], mask bool [B|1,Hq|1,L|1,T],
+    // key_bias f32 [B|1,Hkv|1,T] -> out [B,Hq,L,Dv], lse f32 [B,Hq,L]
+    "packed_attention(Tensor q, Tensor k_codes, Tensor k_params, int k_bits, SymInt k_group_size, "
+    "str k_axis, str k_scheme, bool k_rotated, Tensor v_codes, Tensor v_params, int v_bits, "
+    "SymInt v_group_size, str v_axis, str v_scheme, bool v_rotated, Tensor? residual_k=None, "
+    "Tensor? residual_v=None, float? scale=None, Tensor? indices=None, Tensor? mask=None, "
+    "Tensor? key_bias=None, bool causal=False, SymInt? length=None, Tensor? lengths=None, "
+    "Tensor? slots=None) -> (Tensor, Tensor)",
+    // mask bool [B|1,T] -> f32 [B,Hq|Hkv|1,T]
+    "packed_qk_score(Tensor q, Tensor codes, Tensor params, int bits, SymInt group_size, "
+    "str axis, str scheme, bool rotated, Tensor? residual=None, str reduce=\"none\", "
+    "float? scale=None, SymInt? length=None, Tensor? lengths=None, Tensor? mask=None, "
+    "Tensor? slots=None) -> Tensor",
 };
 
 }  // namespace tokred

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import torchvision_stub
 from torch import Tensor
 
 import tokred
-from tokred import reference
+from tokred import PackedKV, reference
 
 try:
     from tokred import _C
@@ -31,10 +32,29 @@ SIMT_LIBRARY = Path(
 )
 
 
+# Their wrappers take more than the ops do.
+PACKED_OPS = ("kv_pack", "kv_unpack", "kv_append", "packed_attention", "packed_qk_score")
+
+
+def _wrapper_on_simt(op: str) -> Callable[..., Any]:
+    """The op's wrapper, calling the emulated device."""
+
+    wrapper = getattr(tokred, op)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with mock.patch.dict(wrapper.__globals__, {"_ops": torch.ops.tokred_simt}):
+            return wrapper(*args, **kwargs)
+
+    return call
+
+
 def move(value: Any, device: str) -> Any:
     """The value with every tensor in it on the device, strides kept."""
     if isinstance(value, tuple | list):
         return type(value)(move(v, device) for v in value)
+    if isinstance(value, PackedKV):
+        codes, params = move((value.codes, value.params), device)
+        return replace(value, codes=codes, params=params)
     if not isinstance(value, Tensor) or value.device.type == device:
         return value
     elements = value.untyped_storage().nbytes() // value.element_size()
@@ -55,6 +75,8 @@ class Backend:
     def function(self, op: str) -> Any:
         if self.name == "reference":
             return getattr(reference, op)
+        if self.name == "simt" and op in PACKED_OPS:
+            return _wrapper_on_simt(op)
         if self.name == "simt":
             return getattr(torch.ops.tokred_simt, op)
         return getattr(tokred, op)

@@ -129,6 +129,29 @@ struct Cpu {
   void combine_states(const CombineParams& p) const {
     run(generic::combine_states, avx2::combine_states, avx512::combine_states, p);
   }
+  void kv_pack(const KvPackParams& p) const {
+    run(generic::kv_pack, avx2::kv_pack, avx512::kv_pack, p);
+  }
+  void kv_unpack(const KvUnpackParams& p) const {
+    run(generic::kv_unpack, avx2::kv_unpack, avx512::kv_unpack, p);
+  }
+  void kv_append(const KvAppendParams& p) const {
+    run(generic::kv_append, avx2::kv_append, avx512::kv_append, p);
+  }
+  int64_t packed_attention_workspace(const PackedAttentionParams& p) const {
+    return run(generic::packed_attention_workspace, avx2::packed_attention_workspace,
+        avx512::packed_attention_workspace, p);
+  }
+  void packed_attention(const PackedAttentionParams& p) const {
+    run(generic::packed_attention, avx2::packed_attention, avx512::packed_attention, p);
+  }
+  int64_t packed_qk_score_workspace(const PackedScoreParams& p) const {
+    return run(generic::packed_qk_score_workspace, avx2::packed_qk_score_workspace,
+        avx512::packed_qk_score_workspace, p);
+  }
+  void packed_qk_score(const PackedScoreParams& p) const {
+    run(generic::packed_qk_score, avx2::packed_qk_score, avx512::packed_qk_score, p);
+  }
 
  private:
   template <class R, class P>

@@ -3,8 +3,7 @@
 
 #include "../ops/match_params.h"
 #include "../ops/merge_params.h"
-#include "../ops/score_params.h"
-#include "../ops/sparse_attn_params.h"
+#include "../ops/packed_attn_params.h"
 #include "../ops/topk_params.h"
 #include "parallel.h"
 

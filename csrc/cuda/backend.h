@@ -64,6 +64,17 @@ struct Kernels {
     cuda::sparse_attention_backward(p, stream);
   }
   void combine_states(const CombineParams& p) const { cuda::combine_states(p, stream); }
+  void kv_pack(const KvPackParams& p) const { cuda::kv_pack(p, stream); }
+  void kv_unpack(const KvUnpackParams& p) const { cuda::kv_unpack(p, stream); }
+  void kv_append(const KvAppendParams& p) const { cuda::kv_append(p, stream); }
+  int64_t packed_attention_workspace(const PackedAttentionParams& p) const {
+    return cuda::packed_attention_workspace(p);
+  }
+  void packed_attention(const PackedAttentionParams& p) const { cuda::packed_attention(p, stream); }
+  int64_t packed_qk_score_workspace(const PackedScoreParams& p) const {
+    return cuda::packed_qk_score_workspace(p);
+  }
+  void packed_qk_score(const PackedScoreParams& p) const { cuda::packed_qk_score(p, stream); }
 };
 
 }  // namespace tokred::cuda

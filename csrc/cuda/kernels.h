@@ -3,8 +3,7 @@
 
 #include "../ops/match_params.h"
 #include "../ops/merge_params.h"
-#include "../ops/score_params.h"
-#include "../ops/sparse_attn_params.h"
+#include "../ops/packed_attn_params.h"
 #include "../ops/topk_params.h"
 
 namespace tokred::cuda {
@@ -44,5 +43,12 @@ void sparse_attention(const SparseAttentionParams&, Stream);
 int64_t sparse_attention_backward_workspace(const SparseAttentionBackwardParams&);
 void sparse_attention_backward(const SparseAttentionBackwardParams&, Stream);
 void combine_states(const CombineParams&, Stream);
+void kv_pack(const KvPackParams&, Stream);
+void kv_unpack(const KvUnpackParams&, Stream);
+void kv_append(const KvAppendParams&, Stream);
+int64_t packed_attention_workspace(const PackedAttentionParams&);
+void packed_attention(const PackedAttentionParams&, Stream);
+int64_t packed_qk_score_workspace(const PackedScoreParams&);
+void packed_qk_score(const PackedScoreParams&, Stream);
 
 }  // namespace tokred::cuda

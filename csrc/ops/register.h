@@ -1,8 +1,10 @@
 // The implementations of all ops for one backend: what each library registers.
 #pragma once
 
+#include "kv_pack.h"
 #include "match.h"
 #include "merge.h"
+#include "packed_attn.h"
 #include "score.h"
 #include "score_attention.h"
 #include "sparse_attn.h"
@@ -40,6 +42,11 @@ void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("block_sparse_attention", TORCH_BOX(&block_sparse_attention<Backend>));
   m.impl("block_sparse_attention_backward", TORCH_BOX(&block_sparse_attention_backward<Backend>));
   m.impl("combine_states", TORCH_BOX(&combine_states<Backend>));
+  m.impl("kv_pack", TORCH_BOX(&kv_pack<Backend>));
+  m.impl("kv_unpack", TORCH_BOX(&kv_unpack<Backend>));
+  m.impl("kv_append", TORCH_BOX(&kv_append<Backend>));
+  m.impl("packed_attention", TORCH_BOX(&packed_attention<Backend>));
+  m.impl("packed_qk_score", TORCH_BOX(&packed_qk_score<Backend>));
 }
 
 }  // namespace tokred

@@ -1,4 +1,4 @@
-"""Token reduction kernels: scoring, choosing, matching, merging, and attention over fewer tokens.
+"""Token reduction kernels: scoring, choosing, matching, merging, packing, sparse attention.
 
 The functional API below calls torch.ops.tokred.*, on CPU and CUDA tensors. The same ops in plain
 torch are in tokred.reference, attention modules in tokred.nn, the published methods in
@@ -15,6 +15,8 @@ from . import _library
 _library.load()
 
 from .ops import (  # noqa: E402  (the ops must exist before their wrappers)
+    PackedKV,
+    PackFormat,
     SimilarityStats,
     attention_columns,
     attention_rows,
@@ -28,9 +30,14 @@ from .ops import (  # noqa: E402  (the ops must exist before their wrappers)
     compose,
     gather_tokens,
     inverse_transform_sample,
+    kv_append,
+    kv_pack,
+    kv_unpack,
     match,
     merge,
     num_out,
+    packed_attention,
+    packed_qk_score,
     pagerank,
     qk_score,
     similarity_stats,
@@ -45,6 +52,9 @@ from .ops import (  # noqa: E402  (the ops must exist before their wrappers)
 __version__ = "0.1.0"
 
 __all__ = [
+    "PackFormat",
+    "PackedCache",
+    "PackedKV",
     "SimilarityStats",
     "attention_columns",
     "attention_rows",
@@ -58,9 +68,14 @@ __all__ = [
     "compose",
     "gather_tokens",
     "inverse_transform_sample",
+    "kv_append",
+    "kv_pack",
+    "kv_unpack",
     "match",
     "merge",
     "num_out",
+    "packed_attention",
+    "packed_qk_score",
     "pagerank",
     "patch",
     "qk_score",
@@ -73,13 +88,15 @@ __all__ = [
     "unmerge",
 ]
 
-_LAZY_MODULES = ("methods", "models", "nn", "patching", "reference")
+_LAZY_MODULES = ("cache", "methods", "models", "nn", "patching", "reference")
 
 
 def __getattr__(name: str) -> Any:
     """Imports what is not needed to run an op when it is first asked for."""
     if name == "patch":
         return importlib.import_module("tokred.patching").patch
+    if name == "PackedCache":
+        return importlib.import_module("tokred.cache").PackedCache
     if name in _LAZY_MODULES:
         return importlib.import_module(f"tokred.{name}")
     raise AttributeError(f"module 'tokred' has no attribute {name!r}")

@@ -1,7 +1,9 @@
 """The functional API: one module per stem."""
 
+from .kv_pack import PackedKV, PackFormat, kv_append, kv_pack, kv_unpack
 from .match import bipartite_soft_matching, match, num_out, threshold_matching
 from .merge import compose, merge, unmerge
+from .packed_attn import packed_attention, packed_qk_score
 from .score import block_pool, block_score, qk_score
 from .score_attention import attention_columns, attention_rows, pagerank
 from .score_similarity import SimilarityStats, similarity_stats, transition_stats
@@ -11,6 +13,8 @@ from .sparse_attn_lists import sparse_attention
 from .topk import compact, gather_tokens, inverse_transform_sample, topk, topk_with_counts
 
 __all__ = [
+    "PackFormat",
+    "PackedKV",
     "SimilarityStats",
     "attention_columns",
     "attention_rows",
@@ -24,9 +28,14 @@ __all__ = [
     "compose",
     "gather_tokens",
     "inverse_transform_sample",
+    "kv_append",
+    "kv_pack",
+    "kv_unpack",
     "match",
     "merge",
     "num_out",
+    "packed_attention",
+    "packed_qk_score",
     "pagerank",
     "qk_score",
     "similarity_stats",

@@ -4,8 +4,10 @@ Written to be read, not to be fast. Half-precision inputs are computed in float3
 rounded once; float64 inputs are computed in float64 throughout.
 """
 
+from .kv_pack import kv_append, kv_pack, kv_unpack
 from .match import bipartite_soft_matching, match, threshold_matching
 from .merge import compose, merge, unmerge
+from .packed_attn import packed_attention, packed_qk_score
 from .score import (
     attention_columns,
     attention_rows,
@@ -43,8 +45,13 @@ __all__ = [
     "compose",
     "gather_tokens",
     "inverse_transform_sample",
+    "kv_append",
+    "kv_pack",
+    "kv_unpack",
     "match",
     "merge",
+    "packed_attention",
+    "packed_qk_score",
     "pagerank",
     "qk_score",
     "similarity_stats",

@@ -1,0 +1,255 @@
+"""Low-bit storage of keys and values: wrappers, fake kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._library import refuse_grad
+
+_ops = torch.ops.tokred
+
+_DTYPE_NAMES = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
+
+
+@dataclass(frozen=True)
+class PackFormat:
+    """How numbers become codes.
+
+    bits: 1, 2, 3, 4 or 8.
+    group_size: numbers that share a scale. Along channels a multiple of 16 that divides the head
+        dimension; along tokens any divisor of the tokens.
+    axis: "channel", groups of neighbouring channels of one token (KIVI's values), or "token",
+        groups of tokens of one channel (KIVI's keys).
+    scheme: "asymmetric" (scale and minimum, KIVI), "zero_point" (scale and integer zero),
+        "symmetric" (scale), or "fp8" (scale and e4m3 numbers).
+    rotated: rows are packed after a Hadamard rotation, which spreads outliers over the channels.
+    """
+
+    bits: int
+    group_size: int
+    axis: str = "channel"
+    scheme: str = "asymmetric"
+    rotated: bool = False
+
+    @property
+    def has_offset(self) -> bool:
+        return self.scheme in ("asymmetric", "zero_point")
+
+    def code_bytes(self, head_dim: int) -> int:
+        """Bytes of the codes of one token and head."""
+        return head_dim * self.bits // 8
+
+    def params_shape(self, tokens: int, head_dim: int) -> tuple[int, int]:
+        """Rows and columns of the params of one head."""
+        columns = head_dim if self.axis == "token" else head_dim // self.group_size
+        rows = tokens // self.group_size if self.axis == "token" else tokens
+        return rows, columns * (2 if self.has_offset else 1)
+
+    def token_bytes(self, head_dim: int) -> float:
+        """Bytes of one token and head, params included."""
+        rows, columns = self.params_shape(self.group_size, head_dim)
+        return self.code_bytes(head_dim) + 2 * rows * columns / self.group_size
+
+    def empty(
+        self,
+        batch: int,
+        heads: int,
+        tokens: int,
+        head_dim: int,
+        device: torch.device | str | None = None,
+    ) -> PackedKV:
+        """Zeroed room for so many packed tokens (a multiple of group_size along tokens)."""
+        shape = (batch, heads, tokens, self.code_bytes(head_dim))
+        codes = torch.zeros(shape, dtype=torch.uint8, device=device)
+        rows = (batch, heads, *self.params_shape(tokens, head_dim))
+        return PackedKV(codes, torch.zeros(rows, dtype=torch.float16, device=device), self)
+
+
+@dataclass(frozen=True)
+class PackedKV:
+    """Packed keys or values [B, H, N, D]; the bytes are described in csrc/ops/kv_layout.h.
+
+    codes: uint8 [B, H, N, D * bits / 8].
+    params: float16 [B, H, N, columns] along channels, [B, H, N / group_size, columns] along tokens;
+        a row holds the scales of its groups, then their offsets where the scheme has them.
+    Both may be views with any strides but in the last dimension.
+    """
+
+    codes: Tensor
+    params: Tensor
+    format: PackFormat
+
+    @property
+    def head_dim(self) -> int:
+        return self.codes.shape[3] * 8 // self.format.bits
+
+    @property
+    def num_tokens(self) -> int:
+        return self.codes.shape[2]
+
+    @property
+    def scale(self) -> Tensor:
+        groups = self.params.shape[3] // (2 if self.format.has_offset else 1)
+        return self.params[..., :groups]
+
+    @property
+    def minimum(self) -> Tensor | None:
+        """The offsets: minima, or integer zeros; None where the scheme has none."""
+        groups = self.params.shape[3] // 2
+        return self.params[..., groups:] if self.format.has_offset else None
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.params.nbytes
+
+    def arguments(self) -> tuple[Tensor, Tensor, int, int, str, str, bool]:
+        """What the ops take for it."""
+        f = self.format
+        return self.codes, self.params, f.bits, f.group_size, f.axis, f.scheme, f.rotated
+
+
+def kv_pack(
+    x: Tensor,
+    bits: int,
+    group_size: int,
+    axis: str = "channel",
+    scheme: str = "asymmetric",
+    rotate: bool = False,
+) -> PackedKV:
+    """Packs keys or values into codes of a few bits with a scale for every group.
+
+    asymmetric: scale = (max - min) / (2^bits - 1), code = round((x - min) / scale), as KIVI
+    (arXiv:2402.02750); zero_point: the range contains 0, which is a code; symmetric: scale =
+    max |x| / (2^(bits - 1) - 1); fp8: e4m3 numbers with scale = max |x| / 448. In float32, halves
+    to even; scales and offsets are stored in float16 and saturate at its range. A group of equal
+    numbers has scale 0 (asymmetric: they are stored exactly up to float16). NaN packs as 0
+    (asymmetric: as the minimum), inf as the greatest code, and neither moves the others' scale.
+
+    Args:
+        x: [B, H, N, D] float32, float16 or bfloat16; any outer strides, the last dimension
+            contiguous; D a multiple of 16 up to 256.
+        bits: 1, 2, 3, 4 or 8; at least 2 for symmetric, 8 for fp8.
+        group_size: along channels a multiple of 16 that divides D, along tokens a divisor of N.
+        axis: "channel" or "token".
+        scheme: "asymmetric", "zero_point", "symmetric" or "fp8".
+        rotate: rotates every row by a Hadamard matrix first (QuaRot, arXiv:2404.00456), as large
+            as the greatest power of two that divides D; `kv_unpack` and attention undo it.
+
+    Returns:
+        PackedKV. An element is off by at most half a scale, and the rounding of the params.
+
+    Raises:
+        RuntimeError: naming the argument whose shape, dtype or value does not fit.
+        ValueError: x requires grad.
+
+    Complexity: one read of x, one write of the codes.
+    """
+    refuse_grad("kv_pack", x=x)
+    codes, params = _ops.kv_pack.default(x, bits, group_size, axis, scheme, rotate)
+    return PackedKV(codes, params, PackFormat(bits, group_size, axis, scheme, rotate))
+
+
+def kv_unpack(packed: PackedKV, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What the codes stand for: [B, H, N, D] in float32, float16 or bfloat16.
+
+    Raises:
+        RuntimeError: codes and params that do not fit each other or the format.
+        ValueError: another dtype.
+
+    Complexity: one read of the codes, one write of the result. `packed_attention` does not need it.
+    """
+    if dtype not in _DTYPE_NAMES:
+        raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
+    return _ops.kv_unpack.default(*packed.arguments(), _DTYPE_NAMES[dtype])
+
+
+def kv_append(
+    x: Tensor,
+    packed: PackedKV,
+    length: int,
+    window: Tensor | None = None,
+    lengths: Tensor | None = None,
+    slots: Tensor | None = None,
+) -> None:
+    """Appends tokens to a packed cache, in place.
+
+    Beside the packed tokens a cache may keep its last ones in full precision, in a window of W
+    rows, token t in row t % W. Along channels these are the last W tokens, and every new token
+    packs the oldest. Along tokens the window fills up, and is packed as a whole when the next token
+    arrives (KIVI, arXiv:2402.02750). Tokens enter a rotated cache rotated, the window included.
+
+    Args:
+        x: [B, H, L, D], L any number; the last dimension contiguous.
+        packed: the cache's codes and params with room for N tokens, written.
+        length: tokens that it holds now, the window's included; where lengths is given, the
+            greatest of them.
+        window: [B, H, W, D] in the dtype of x, written; along tokens W is a multiple of group_size.
+        lengths: int32 [B], tokens of each row of the batch; not changed. Rows that have no room
+            left, or a negative length, are left as they are.
+        slots: int32 [B, capacity], where each row's tokens are in a pool that all rows share: codes
+            is then [1, H, S, ..]. Along tokens a page is a multiple of group_size slots in order.
+
+    Raises:
+        RuntimeError: no room for the tokens (the cache is unchanged), or naming the argument whose
+            shape, dtype, device or value does not fit.
+        ValueError: x requires grad.
+
+    Complexity: one read of x and of the window's rows that are packed.
+    """
+    refuse_grad("kv_append", x=x)
+    f = packed.format
+    _ops.kv_append.default(
+        x,
+        packed.codes,
+        packed.params,
+        window,
+        length,
+        f.bits,
+        f.group_size,
+        f.axis,
+        f.scheme,
+        f.rotated,
+        lengths,
+        slots,
+    )
+
+
+@torch.library.register_fake("tokred::kv_pack")
+def _kv_pack_fake(
+    x: Tensor, bits: int, group_size: int, axis: str, scheme: str, rotate: bool
+) -> tuple[Tensor, Tensor]:
+    torch._check(x.dim() == 4, lambda: f"x must be [B, H, N, D], got {x.dim()}-D")
+    batch, heads, tokens, head_dim = x.shape
+    form = PackFormat(bits, group_size, axis, scheme, rotate)
+    codes = x.new_empty((batch, heads, tokens, form.code_bytes(head_dim)), dtype=torch.uint8)
+    shape = (batch, heads, *form.params_shape(tokens, head_dim))
+    return codes, x.new_empty(shape, dtype=torch.float16)
+
+
+@torch.library.register_fake("tokred::kv_unpack")
+def _kv_unpack_fake(
+    codes: Tensor,
+    params: Tensor,
+    bits: int,
+    group_size: int,
+    axis: str,
+    scheme: str,
+    rotated: bool,
+    dtype: str,
+) -> Tensor:
+    torch._check(codes.dim() == 4, lambda: f"codes must be [B, H, N, bytes], got {codes.dim()}-D")
+    shape = (*codes.shape[:3], codes.shape[3] * 8 // bits)
+    return codes.new_empty(shape, dtype=getattr(torch, dtype))
+
+
+@torch.library.register_fake("tokred::kv_append")
+def _kv_append_fake(*args: Any, **kwargs: Any) -> None:
+    return None

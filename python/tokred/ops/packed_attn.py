@@ -1,0 +1,189 @@
+"""Attention and scores on packed keys and values: wrappers, fake kernels and flop counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .._library import refuse_grad
+from .kv_pack import PackedKV
+from .sparse_attn_shared import broadcast_bias, broadcast_mask, forward_flops
+
+_ops = torch.ops.tokred
+
+
+def packed_attention(
+    q: Tensor,
+    packed_k: PackedKV,
+    packed_v: PackedKV,
+    residual_k: Tensor | None = None,
+    residual_v: Tensor | None = None,
+    scale: float | None = None,
+    indices: Tensor | None = None,
+    mask: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    causal: bool = False,
+    length: int | None = None,
+    lengths: Tensor | None = None,
+    slots: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention that reads packed keys and values as they are: no unpacked copy is ever written.
+
+    Without length the tokens are the N packed ones, followed by the rows of the residuals; their
+    numbers may differ between keys and values, their sum may not. With length the arguments are a
+    cache as `kv_append` keeps it: packed tokens, and the last ones in the windows residual_k and
+    residual_v.
+
+    Tokens of three precisions (ARKV, arXiv:2603.08727) in one softmax: those in full precision are
+    the residual, those of low precision are packed, those evicted are masked.
+
+    Args:
+        q: [B, Hq, L, D] float32, float16 or bfloat16; any outer strides, the last dimension
+            contiguous.
+        packed_k: [B, Hkv, N, D], Hq a multiple of Hkv. packed_v: [B, Hkv, N, Dv]; its bits,
+            groups and scheme may be others.
+        residual_k, residual_v: [B, Hkv, W, D | Dv] in the dtype of q; rotated where the packed
+            tensor is (`kv_append` sees to it).
+        scale: 1 / sqrt(D) where None.
+        indices: int32 [B, Hq | Hkv | 1, L | 1, K]: attends to these tokens alone; others than
+            0 .. T - 1 are skipped, and a token listed twice counts twice.
+        mask: bool [B | 1, Hq | 1, L | 1, T], or [B, T]; True is visible.
+        key_bias: float32 [B | 1, Hkv | 1, T], or [B, T], added to the logits.
+        causal: query i sees the tokens t <= i + T - L.
+        length: tokens T in the cache.
+        lengths: int32 [B], the tokens of each row of the batch, at most length.
+        slots: int32 [B, capacity], where the packed tokens are in a pool [1, Hkv, S, ..] that all
+            rows share.
+
+    Returns:
+        out [B, Hq, L, Dv] in the dtype of q, and lse float32 [B, Hq, L]; 0 and -inf where a query
+        sees no token. As attention on the unpacked tensors, up to float32 rounding.
+
+    Raises:
+        RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
+        ValueError: q or a residual requires grad.
+
+    Complexity: 2 B Hq L T (D + Dv) flops (K in place of T with indices); in decoding, one read of
+    the codes and params for all query heads of a key head.
+    """
+    refuse_grad("packed_attention", q=q, residual_k=residual_k, residual_v=residual_v)
+    return _ops.packed_attention.default(
+        q,
+        *packed_k.arguments(),
+        *packed_v.arguments(),
+        residual_k,
+        residual_v,
+        scale,
+        indices,
+        broadcast_mask(mask),
+        broadcast_bias(key_bias),
+        causal,
+        length,
+        lengths,
+        slots,
+    )
+
+
+def packed_qk_score(
+    q: Tensor,
+    packed_k: PackedKV,
+    residual_k: Tensor | None = None,
+    reduce: str = "none",
+    scale: float | None = None,
+    length: int | None = None,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    slots: Tensor | None = None,
+) -> Tensor:
+    """`qk_score` on packed keys: what `topk` chooses from, before `packed_attention(indices=..)`.
+
+    Args:
+        q: [B, Hq, D] or [B, Hq, L, D]; packed_k, residual_k, length, lengths and slots as in
+            `packed_attention`.
+        reduce: "none", "group_mean", "group_max", "head_mean" or "softmax_vote"; see `qk_score`.
+        scale: 1 / sqrt(D) where None.
+        mask: bool [B | 1, T]; True is visible.
+
+    Returns:
+        float32 [B, Hq | Hkv | 1, T]; -inf (0 as a vote) for tokens that are hidden.
+
+    Raises:
+        RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
+        ValueError: q or residual_k requires grad.
+
+    Complexity: 2 B Hq T D flops, one read of the packed keys.
+    """
+    refuse_grad("packed_qk_score", q=q, residual_k=residual_k)
+    if q.dim() == 3:
+        q = q[:, :, None]
+    return _ops.packed_qk_score.default(
+        q, *packed_k.arguments(), residual_k, reduce, scale, length, lengths, mask, slots
+    )
+
+
+def _tokens(
+    codes: Tensor, residual: Tensor | None, length: int | None, slots: Tensor | None
+) -> int:
+    if length is not None:
+        return length
+    packed = codes.shape[2] if slots is None else slots.shape[1]
+    return packed + (0 if residual is None else residual.shape[2])
+
+
+@torch.library.register_fake("tokred::packed_attention")
+def _packed_attention_fake(
+    q: Tensor,
+    k_codes: Tensor,
+    k_params: Tensor,
+    k_bits: int,
+    k_group_size: int,
+    k_axis: str,
+    k_scheme: str,
+    k_rotated: bool,
+    v_codes: Tensor,
+    v_params: Tensor,
+    v_bits: int,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    torch._check(q.dim() == 4, lambda: f"q must be [B, Hq, L, D], got {q.dim()}-D")
+    for name, codes in (("k_codes", k_codes), ("v_codes", v_codes)):
+        torch._check(codes.dim() == 4, lambda name=name: f"{name} must be [B, Hkv, N, bytes]")
+    out = q.new_empty((*q.shape[:3], v_codes.shape[3] * 8 // v_bits))
+    return out, q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.register_fake("tokred::packed_qk_score")
+def _packed_qk_score_fake(
+    q: Tensor,
+    codes: Tensor,
+    params: Tensor,
+    bits: int,
+    group_size: int,
+    axis: str,
+    scheme: str,
+    rotated: bool,
+    residual: Tensor | None = None,
+    reduce: str = "none",
+    scale: float | None = None,
+    length: int | None = None,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    slots: Tensor | None = None,
+) -> Tensor:
+    torch._check(q.dim() == 4, lambda: f"q must be [B, Hq, L, D], got {q.dim()}-D")
+    heads = {"none": q.shape[1], "group_mean": codes.shape[1], "group_max": codes.shape[1]}
+    shape = (q.shape[0], heads.get(reduce, 1), _tokens(codes, residual, length, slots))
+    return q.new_empty(shape, dtype=torch.float32)
+
+
+@register_flop_formula(_ops.packed_attention)
+def _packed_attention_flops(q, k_codes, k_params, *args, **kwargs) -> int:
+    """Tensors arrive as their shapes, and so do the tokens of a cache: its capacity is counted."""
+    v_codes, v_bits = args[5], args[7]
+    indices = kwargs.get("indices", args[14] if len(args) > 14 else None)
+    pairs = indices[3] if indices is not None else k_codes[2]
+    return forward_flops(q, pairs, (*v_codes[:3], v_codes[3] * 8 // v_bits))

@@ -1,0 +1,199 @@
+"""Low-bit storage of keys and values, in plain torch; its bytes: csrc/ops/kv_layout.h."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokred.ops.kv_pack import PackedKV, PackFormat
+
+_MOST_PARAM = 65504.0
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """Rotates rows [.., D], as many channels at a time as the greatest power of two dividing D."""
+    size = x.shape[-1] & -x.shape[-1]
+    rows = x.unflatten(-1, (-1, size))
+    step = 1
+    while step < size:
+        pairs = rows.unflatten(-1, (-1, 2, step))
+        a, b = pairs[..., 0, :], pairs[..., 1, :]
+        rows = torch.stack([a + b, a - b], -2).flatten(-3)
+        step *= 2
+    return (rows * torch.tensor(size**-0.5, dtype=x.dtype, device=x.device)).flatten(-2)
+
+
+def code_places(head_dim: int, bits: int) -> tuple[list[int], list[int]]:
+    """The byte and the shift of every channel in a row of 1, 2, 4 or 8 bits."""
+    size, run, first = head_dim * bits // 8, 16, 0
+    places: list[tuple[int, int]] = []
+    while first < size:
+        while run > size - first:
+            run //= 2
+        places += [(first + i, bits * plane) for plane in range(8 // bits) for i in range(run)]
+        first += run
+    return [byte for byte, _ in places], [shift for _, shift in places]
+
+
+def _to_bytes(codes: Tensor, bits: int) -> Tensor:
+    """Codes [.., D] as rows of bytes."""
+    if bits == 3:
+        return torch.cat([_to_bytes(codes & 3, 2), _to_bytes(codes >> 2, 1)], -1)
+    byte, shift = (torch.tensor(x, device=codes.device) for x in code_places(codes.shape[-1], bits))
+    rows = codes.new_zeros(*codes.shape[:-1], codes.shape[-1] * bits // 8)
+    return rows.index_add(-1, byte, codes << shift)
+
+
+def _from_bytes(rows: Tensor, head_dim: int, bits: int) -> Tensor:
+    if bits == 3:
+        low, high = rows.split([head_dim // 4, head_dim // 8], -1)
+        return _from_bytes(low, head_dim, 2) + 4 * _from_bytes(high, head_dim, 1)
+    byte, shift = (torch.tensor(x, device=rows.device) for x in code_places(head_dim, bits))
+    return rows[..., byte] >> shift & (1 << bits) - 1
+
+
+def _grouped(x: Tensor, form: PackFormat) -> Tensor:
+    """[B, H, N, D] with the numbers of a group last."""
+    if form.axis == "channel":
+        return x.unflatten(3, (-1, form.group_size))
+    return x.unflatten(2, (-1, form.group_size)).transpose(3, 4)
+
+
+def _ungrouped(x: Tensor, form: PackFormat) -> Tensor:
+    return x.flatten(3) if form.axis == "channel" else x.transpose(3, 4).flatten(2, 3)
+
+
+def _quantize(x: Tensor, form: PackFormat) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes int64 [.., group], and the scale and offset [.., 1], of float32 groups."""
+    levels = 2**form.bits - 1
+    finite = x.isfinite()
+    low = torch.where(finite, x, torch.inf).amin(-1, keepdim=True)
+    high = torch.where(finite, x, -torch.inf).amax(-1, keepdim=True)
+    low, high = (torch.where(finite.any(-1, keepdim=True), t, 0.0) for t in (low, high))
+    offset = None
+    if form.scheme in ("asymmetric", "zero_point"):
+        if form.scheme == "zero_point":
+            low, high = low.clamp(max=0), high.clamp(min=0)
+        scale = (high - low) / levels
+        offset = low if form.scheme == "asymmetric" else (-low / scale).nan_to_num(0).round()
+    else:
+        greatest = torch.maximum(high, -low)
+        scale = greatest / (448 if form.scheme == "fp8" else 2 ** (form.bits - 1) - 1)
+
+    def ratio(numerator: Tensor) -> Tensor:
+        return (numerator / scale).masked_fill(scale == 0, 0).nan_to_num(0, torch.inf, -torch.inf)
+
+    if form.scheme == "asymmetric":
+        codes = ratio(x - low).clamp(0, levels).round()
+    elif form.scheme == "zero_point":
+        codes = (ratio(x).round() + offset).clamp(0, levels)
+    elif form.scheme == "symmetric":
+        half = 2 ** (form.bits - 1)
+        codes = ratio(x).round().clamp(-half, half - 1) + half
+    else:
+        numbers = ratio(x).clamp(-448, 448).to(torch.float8_e4m3fn)
+        codes = numbers.contiguous().view(torch.uint8)
+    return codes.long(), scale, offset
+
+
+def _pack(x: Tensor, form: PackFormat) -> tuple[Tensor, Tensor]:
+    """Codes and params of float32 rows that are rotated where the format is."""
+    codes, scale, offset = _quantize(_grouped(x, form), form)
+    params = scale if offset is None else torch.cat([scale, offset], -1)
+    # [B, H, rows, groups, 1 | 2] to a row of scales and then offsets.
+    params = params.clamp(-_MOST_PARAM, _MOST_PARAM).transpose(3, 4).flatten(3)
+    rows = _to_bytes(_ungrouped(codes, form), form.bits)
+    return rows.to(torch.uint8), params.to(torch.float16)
+
+
+def kv_pack(
+    x: Tensor,
+    bits: int,
+    group_size: int,
+    axis: str = "channel",
+    scheme: str = "asymmetric",
+    rotate: bool = False,
+) -> PackedKV:
+    """See tokred.kv_pack."""
+    form = PackFormat(bits, group_size, axis, scheme, rotate)
+    rows = hadamard(x.float()) if rotate else x.float()
+    return PackedKV(*_pack(rows, form), form)
+
+
+def kv_unpack(packed: PackedKV, dtype: torch.dtype = torch.float32) -> Tensor:
+    """See tokred.kv_unpack; also to float64."""
+    form, wide = packed.format, torch.promote_types(dtype, torch.float32)
+    numbers = _from_bytes(packed.codes.long(), packed.head_dim, form.bits)
+    if form.scheme == "fp8":
+        numbers = numbers.to(torch.uint8).view(torch.float8_e4m3fn)
+    codes = _grouped(numbers.to(wide), form)
+    scale = packed.scale.to(wide)[..., None]
+    if form.scheme == "asymmetric":
+        x = scale * codes + packed.minimum.to(wide)[..., None]
+    elif form.scheme == "zero_point":
+        x = scale * (codes - packed.minimum.to(wide)[..., None])
+    elif form.scheme == "symmetric":
+        x = scale * (codes - 2 ** (form.bits - 1))
+    else:
+        x = scale * codes
+    x = _ungrouped(x, form)
+    return (hadamard(x) if form.rotated else x).to(dtype)
+
+
+def packed_tokens(axis: str, window: int, tokens: int) -> int:
+    """How many of a cache's tokens are packed, the others being in its window."""
+    if window == 0:
+        return tokens
+    if axis == "token":
+        return max(tokens - 1, 0) // window * window
+    return max(tokens - window, 0)
+
+
+def kv_append(
+    x: Tensor,
+    packed: PackedKV,
+    length: int,
+    window: Tensor | None = None,
+    lengths: Tensor | None = None,
+    slots: Tensor | None = None,
+) -> None:
+    """See tokred.kv_append."""
+    form, new = packed.format, x.shape[2]
+    rows = 0 if window is None else window.shape[2]
+    capacity = packed.num_tokens if slots is None else slots.shape[1]
+    arriving = hadamard(x.float()) if form.rotated else x.float()
+    for item in range(x.shape[0]):
+        held = length if lengths is None else int(lengths[item])
+        first = packed_tokens(form.axis, rows, held)
+        last = packed_tokens(form.axis, rows, held + new)
+        if held < 0 or last > capacity:
+            continue
+        if last > first:
+            tokens = [
+                arriving[item, :, t - held] if t >= held else window[item, :, t % rows].float()
+                for t in range(first, last)
+            ]
+            codes, params = _pack(torch.stack(tokens, 1)[None], form)
+            _store(packed, item, range(first, last), codes[0], params[0], slots)
+        for t in range(max(last, held), held + new):
+            window[item, :, t % rows] = arriving[item, :, t - held].to(window.dtype)
+
+
+def _store(
+    packed: PackedKV,
+    item: int,
+    tokens: range,
+    codes: Tensor,
+    params: Tensor,
+    slots: Tensor | None,
+) -> None:
+    """Writes the rows of an item's tokens where they have a place."""
+    size = packed.format.group_size if packed.format.axis == "token" else 1
+    pool = 0 if slots is not None else item
+    for i, t in enumerate(tokens):
+        slot = t if slots is None else int(slots[item, t])
+        if not 0 <= slot < packed.num_tokens:
+            continue
+        packed.codes[pool, :, slot] = codes[:, i]
+        if t % size == 0:
+            packed.params[pool, :, slot // size] = params[:, i // size]
