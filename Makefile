@@ -37,6 +37,11 @@ $(VENV)/test: $(VENV)/demo
 	$(PIP) --no-deps --target $(VENV)/timm "timm>=1.0.20,<2" "torchvision==0.29.*"
 	touch $@
 
+# The peers of the benchmarks; ggml is built from its sources by bench/peers.
+$(VENV)/bench: $(VENV)/test
+	$(PIP) --no-deps "onnxruntime>=1.31,<2" flatbuffers
+	touch $@
+
 demo: build $(VENV)/demo
 	$(BIN)/python -m tokred demo
 
@@ -49,12 +54,12 @@ test: build $(VENV)/test lint
 sanitize: build $(VENV)/test
 	$(BIN)/python tests/sanitize.py
 
-bench: build $(VENV)/test
+bench: build $(VENV)/bench
 	$(BIN)/python -m bench --quick
 	$(BIN)/python -m bench.plot
 	$(BIN)/python -m bench.readme_tables
 
-bench-full: build $(VENV)/test
+bench-full: build $(VENV)/bench
 	$(BIN)/python -m bench --full
 	$(BIN)/python -m bench.plot
 	$(BIN)/python -m bench.readme_tables

@@ -13,8 +13,8 @@ from . import ceilings
 from .harness import Row, run_case, store
 from .machine import Run, start_run
 
-BENCHES = ("topk", "score", "decode", "block_sparse", "match", "merge", "sparse_attn", "overhead",
-           "models")
+BENCHES = ("topk", "score", "decode", "packed", "block_sparse", "match", "merge", "sparse_attn",
+           "overhead", "models")
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:

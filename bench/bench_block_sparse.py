@@ -1,7 +1,8 @@
 """Block-sparse attention beside compiled FlexAttention, and beside dense attention of our own.
 
 random: blocks kept at random, the diagonal always. causal: the same below the diagonal, beside our
-dense causal kernel and SDPA.
+dense causal kernel and SDPA. backward: gradients of q, k and v, at a quarter of the blocks, and of
+lists of a quarter of the keys for every 64 queries, beside our dense ones.
 """
 
 from __future__ import annotations
@@ -72,10 +73,38 @@ def block_case(heads: int, tokens: int, dim: int, block: int, density: float, dt
                 examine=None if causal else agreement(TOLERANCE[dtype]))
 
 
+def backward_case(heads: int, tokens: int, dim: int, device: str) -> Case:
+    def build() -> dict[str, Callable]:
+        generator = torch.Generator().manual_seed(0)
+        inputs = [x.to(device).requires_grad_()
+                  for x in torch.randn(3, 1, heads, tokens, dim, generator=generator)]  # fmt: skip
+        mask = random_blocks(heads, tokens // 64, 0.25, False).to(device)
+        keys = torch.rand(1, heads, tokens // 64, tokens, generator=generator)
+        lists = keys.argsort(-1)[..., : tokens // 4].sort(-1).values.to(device, torch.int32)
+        grad_out = torch.randn(1, heads, tokens, dim, generator=generator).to(device)
+
+        def backward_of(out: Tensor) -> Callable:
+            return partial(torch.autograd.grad, out, inputs, grad_out, retain_graph=True)
+
+        blocks = tokred.block_sparse_attention(*inputs, mask, 64, 64)[0]
+        listed = tokred.sparse_attention(*inputs, lists, block_q=64)[0]
+        return {
+            "tokred.block_sparse_attention": backward_of(blocks),
+            "tokred.sparse_attention": backward_of(listed),
+            "tokred.biased_attention, dense": backward_of(tokred.biased_attention(*inputs)[0]),
+            "SDPA, dense": backward_of(F.scaled_dot_product_attention(*inputs)),
+        }
+
+    return Case("block_sparse", "backward at 25%", (1, heads, tokens, dim), "float32", build,
+                bytes_moved=28 * heads * tokens * dim, flops=10 * heads * tokens**2 * dim // 4,
+                ceiling="gemm_float32")
+
+
 def cases(run: Run) -> Iterator[Case]:
     yield block_case(8, 4096, 128, 64, 0.23, "float32", run.device)
     yield block_case(8, 4096, 128, 128, 0.23, "float32", run.device)
     yield block_case(8, 8192, 128, 128, 0.25, "float32", run.device, causal=True)
+    yield backward_case(8, 2048, 64, run.device)
     if run.quick:
         return
     for density in (0.1, 0.5):

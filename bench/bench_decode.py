@@ -2,7 +2,8 @@
 
 32 query heads on 8 key heads, D = 128. dense: every key. sparse: 2048 given keys a key head. score:
 the logits alone, meaned over each group. step: score, choose 2048, attend; by token, by the means
-of pages of 64 kept beside the cache, and by 24 dimensions (FASA), beside dense attention.
+of pages of 64 kept beside the cache, and by 24 dimensions (FASA), beside dense attention. combine:
+two states of 32 heads and 2048 queries merged. tree: 64 draft tokens of a tree behind the cache.
 """
 
 from __future__ import annotations
@@ -171,6 +172,72 @@ def step_case(keys: int, dtype: str, device: str) -> Case:
     return Case("decode", "step", (1, HEADS_Q, HEADS_KV, keys, DIM, CHOSEN), dtype, build)
 
 
+def combine_case(dtype: str, device: str) -> Case:
+    shape = (1, HEADS_Q, 2048, DIM)
+
+    def build() -> dict[str, Callable]:
+        generator = torch.Generator().manual_seed(0)
+        a, b = torch.randn(2, *shape, generator=generator).to(device, DTYPES[dtype])
+        lse_a, lse_b = torch.randn(2, *shape[:3], generator=generator).to(device)
+
+        def written_out() -> Tensor:
+            share = torch.sigmoid(lse_b - lse_a)[..., None]
+            return a.float().lerp(b.float(), share).to(a.dtype)
+
+        ours = partial(tokred.combine_states, a, lse_a, b, lse_b)
+        return {"tokred.combine_states": ours, "torch": written_out}
+
+    rows = HEADS_Q * 2048
+    return Case("decode", "combine", shape, dtype, build,
+                bytes_moved=rows * (3 * DIM * DTYPES[dtype].itemsize + 12), ceiling="copy",
+                examine=agreement(TOLERANCE[dtype]))
+
+
+def tree_case(keys: int, drafts: int, device: str) -> Case:
+    """A binary tree of drafts: by position columns, beside a mask of all pairs."""
+
+    def build() -> dict[str, Callable]:
+        generator = torch.Generator().manual_seed(0)
+        q = torch.randn(1, HEADS_Q, drafts, DIM, generator=generator).to(device)
+        k, v = torch.randn(2, 1, HEADS_KV, keys, DIM, generator=generator).to(device)
+        parents = [(i - 1) // 2 for i in range(drafts)]
+        entry, leave = depth_first(parents)
+        at = torch.stack([torch.tensor(entry), -torch.tensor(leave)], -1).int()
+        past = torch.tensor([[-drafts, -4 * drafts]]).int().expand(keys - drafts, 2)
+        query, key = at[None].to(device), torch.cat([past, at])[None].to(device)
+        mask = (key[:, None] <= query[:, :, None]).all(-1)[:, None]
+        columns = {"query_position": query, "key_position": key}
+        return {
+            "tokred.biased_attention, positions": partial(
+                tokred.biased_attention, q, k, v, **columns
+            ),
+            "tokred.biased_attention, mask": partial(tokred.biased_attention, q, k, v, mask=mask),
+            "SDPA, enable_gqa, mask": partial(
+                F.scaled_dot_product_attention, q, k, v, attn_mask=mask, enable_gqa=True
+            ),
+        }
+
+    return Case("decode", "tree", (1, HEADS_Q, HEADS_KV, drafts, keys, DIM), "float32", build,
+                bytes_moved=keys * row_bytes("float32"), flops=4 * HEADS_Q * drafts * keys * DIM,
+                ceiling="gemm_float32", examine=agreement(1e-4))
+
+
+def depth_first(parents: list[int]) -> tuple[list[int], list[int]]:
+    """When a walk enters and leaves every node of a tree whose root is node 0."""
+    children: list[list[int]] = [[] for _ in parents]
+    for node, parent in enumerate(parents[1:], 1):
+        children[parent].append(node)
+    entry, leave, clock = [0] * len(parents), [0] * len(parents), 0
+    stack = [(0, False)]
+    while stack:
+        node, done = stack.pop()
+        clock += 1
+        (leave if done else entry)[node] = clock
+        if not done:
+            stack += [(node, True), *((child, False) for child in children[node])]
+    return entry, leave
+
+
 def cases(run: Run) -> Iterator[Case]:
     longest = 131072
     yield dense_case(longest, "bfloat16", run.device)
@@ -178,6 +245,8 @@ def cases(run: Run) -> Iterator[Case]:
     yield sparse_case(longest, "bfloat16", run.device)
     yield score_case(longest, "bfloat16", run.device)
     yield step_case(longest, "bfloat16", run.device)
+    yield combine_case("bfloat16", run.device)
+    yield tree_case(4096, 64, run.device)
     if run.quick:
         return
     for keys in (8192, 32768):

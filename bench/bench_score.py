@@ -1,7 +1,8 @@
 """Scores of tokens beside their torch formulations.
 
 columns: attention received by every key. similarity: mean cosine to all other tokens. pool: mean
-keys of pages of 16.
+keys of pages of 16. rows: the attention of the last 32 queries. pagerank: three steps along the
+attention graph, beside a stored N x N matrix. transition: what a layer does to its tokens.
 """
 
 from __future__ import annotations
@@ -85,10 +86,67 @@ def pool_case(heads: int, keys: int, dim: int, dtype: str, device: str) -> Case:
                 ceiling="read", examine=examine)
 
 
+def rows_case(heads: int, keys: int, dim: int, device: str) -> Case:
+    def build() -> dict[str, Callable]:
+        generator = torch.Generator().manual_seed(0)
+        q = torch.randn(1, heads, 32, dim, generator=generator).to(device)
+        k = torch.randn(1, heads, keys, dim, generator=generator).to(device)
+        return {
+            "tokred.attention_rows": partial(tokred.attention_rows, q, k),
+            "torch softmax": lambda: (dim**-0.5 * q @ k.transpose(-1, -2)).softmax(-1),
+        }
+
+    return Case("score", "rows", (1, heads, 32, keys, dim), "float32", build,
+                bytes_moved=4 * heads * keys * (dim + 32), flops=2 * heads * 32 * keys * dim,
+                ceiling="gemm_float32", examine=agreement(1e-4))
+
+
+def pagerank_case(heads: int, count: int, dim: int, device: str) -> Case:
+    def build() -> dict[str, Callable]:
+        generator = torch.Generator().manual_seed(0)
+        q, k = torch.randn(2, 1, heads, count, dim, generator=generator).to(device)
+        _, lse = tokred.biased_attention(q, k, k[..., :1])
+
+        def stored() -> Tensor:
+            attention = (dim**-0.5 * q @ k.transpose(-1, -2)).softmax(-1)
+            rank = torch.full((1, heads, 1, count), 1 / count, device=device)
+            for _ in range(3):
+                rank = rank @ attention
+            return rank[:, :, 0]
+
+        ours = partial(tokred.pagerank, q, k, 3, lse=lse)
+        return {"tokred.pagerank": ours, "torch, N x N stored": stored}
+
+    return Case("score", "pagerank", (1, heads, count, dim), "float32", build,
+                bytes_moved=8 * heads * count * dim, flops=6 * heads * count**2 * dim,
+                ceiling="gemm_float32", examine=agreement(1e-5))
+
+
+def transition_case(shape: tuple[int, int, int], device: str) -> Case:
+    def build() -> dict[str, Callable]:
+        before = tokens(shape, "float32", device)
+        after = before + 0.1 * tokens(shape, "float32", device, seed=1)
+
+        def written_out() -> tuple[Tensor, Tensor]:
+            ratio = after.norm(dim=-1) / before.norm(dim=-1)
+            return ratio, functional.cosine_similarity(before, after, dim=-1)
+
+        ours = partial(tokred.transition_stats, before, after)
+        return {"tokred.transition_stats": ours, "torch": written_out}
+
+    batch, count, channels = shape
+    return Case("score", "transition", shape, "float32", build,
+                bytes_moved=4 * batch * count * (2 * channels + 2), ceiling="read",
+                examine=agreement(1e-5))
+
+
 def cases(run: Run) -> Iterator[Case]:
     yield columns_case(1, 8, 4096, 64, "float32", run.device)
     yield similarity_case((8, 1024, 64), run.device)
     yield pool_case(8, 32768, 128, "bfloat16", run.device)
+    yield rows_case(8, 8192, 128, run.device)
+    yield pagerank_case(8, 2048, 64, run.device)
+    yield transition_case((64, 577, 768), run.device)
     if run.quick:
         return
     yield columns_case(8, 12, 577, 64, "float32", run.device)

@@ -1,7 +1,9 @@
 """Selection of the k greatest entries of rows beside torch.topk.
 
 topk: sorted by score, as torch gives them. select: in any order (ours: by position). compact: the
-positions where a mask is true, beside a stable sort, which needs no host copy either.
+positions where a mask is true, beside a stable sort, which needs no host copy either. gather: the
+hidden states, keys and values of chosen tokens in one call. sample: inverse transform sampling of
+token scores (ATS).
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from torch import Tensor
 
 import tokred
 
-from .harness import Case
+from .harness import Case, agreement
 from .machine import DTYPES, Run
 
 SORTED = (((8, 131072), 2048), ((1, 131072), 2048), ((32, 50257), 50))
@@ -73,6 +75,54 @@ def compact_case(shape: tuple[int, int], device: str) -> Case:
                 ceiling="read")
 
 
+def gather_case(batch: int, tokens: int, kept: int, device: str) -> Case:
+    """Hidden states [B, N, 768] and keys and values [B, 12, N, 64] in float32."""
+
+    def build() -> dict[str, Callable]:
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn(batch, tokens, 768, generator=generator).to(device)
+        k, v = torch.randn(2, batch, 12, tokens, 64, generator=generator).to(device)
+        order = torch.rand(batch, tokens, generator=generator).argsort(-1)[:, :kept]
+        indices = order.sort(-1).values.to(device, torch.int32)
+        wide = indices.long()
+
+        def torch_gather() -> list[Tensor]:
+            heads = wide[:, None, :, None].expand(-1, 12, -1, 64)
+            rows = hidden.gather(1, wide[..., None].expand(-1, -1, 768))
+            return [rows, k.gather(2, heads), v.gather(2, heads)]
+
+        ours = partial(tokred.gather_tokens, (hidden, k, v), indices)
+        return {"tokred.gather_tokens": ours, "torch gather": torch_gather}
+
+    return Case("topk", "gather", (batch, tokens, kept), "float32", build,
+                bytes_moved=2 * batch * kept * 3 * 768 * 4, ceiling="copy",
+                examine=agreement(0))
+
+
+def sample_case(rows: int, columns: int, samples: int, device: str) -> Case:
+    def build() -> dict[str, Callable]:
+        x = torch.rand(rows, columns, generator=torch.Generator().manual_seed(0)).to(device)
+
+        def nearest() -> Tensor:
+            ordered, order = x.sort(-1)
+            sums = ordered.cumsum(-1)
+            low, high = sums[:, :1], sums[:, -1:]
+            sums = (sums - low) / (high - low)
+            first = sums[:, 1:2]
+            step = (1 - first) / (samples - 1)
+            points = first + step * torch.arange(samples, device=device)
+            place = (points[..., None] - sums[:, None]).abs().argmin(-1)
+            repeated = place.diff(dim=-1, prepend=place.new_full((rows, 1), -1)) == 0
+            chosen = order.gather(1, place).masked_fill(repeated, -1)
+            return chosen.gather(1, repeated.int().argsort(dim=-1, stable=True))
+
+        ours = partial(tokred.inverse_transform_sample, x, samples)
+        return {"tokred.inverse_transform_sample": ours, "torch, all distances": nearest}
+
+    return Case("topk", "sample", (rows, columns, samples), "float32", build, "uniform",
+                4 * rows * (columns + samples), ceiling="read")
+
+
 def cases(run: Run) -> Iterator[Case]:
     for shape, k in SORTED:
         yield topk_case(shape, k, "float32", run.device, True)
@@ -80,6 +130,8 @@ def cases(run: Run) -> Iterator[Case]:
     for shape, k in UNSORTED:
         yield topk_case(shape, k, "float32", run.device, False)
     yield compact_case((8, 131072), run.device)
+    yield gather_case(64, 577, 288, run.device)
+    yield sample_case(64, 577, 196, run.device)
     if run.quick:
         return
     for distribution in DISTRIBUTIONS:

@@ -1,10 +1,10 @@
 """Writes the measured tables of README.md from bench/results: `python -m bench.readme_tables`.
 
 A table stands between <!-- table:NAME --> and <!-- /table -->; NAME is a bench (topk, score,
-decode, block_sparse, match, merge, sparse_attn, models, overhead, ceilings) of the quick run,
-NAME:full of the full one, methods, or demo and demo_text: the demo's reports, kept as demo.json and
-text.json in bench/results. Running it twice changes nothing; --check only says whether the README
-is up to date.
+decode, packed, block_sparse, match, merge, sparse_attn, models, overhead, ceilings) of the quick
+run, NAME:full of the full one, methods, or demo, demo_text and demo_cache: the demo's reports, kept
+as demo.json, text.json and text_cache.json in bench/results. Running it twice changes nothing;
+--check only says whether the README is up to date.
 """
 
 from __future__ import annotations
@@ -123,6 +123,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "topk": op_table,
     "score": op_table,
     "decode": op_table,
+    "packed": op_table,
     "block_sparse": op_table,
     "match": op_table,
     "merge": op_table,
@@ -180,6 +181,33 @@ def demo_text_table(path: Path) -> str:
     ]) + "\n"
 
 
+def demo_cache_table(path: Path) -> str:
+    """What `make demo` wrote to its text_cache.json."""
+    if not path.exists():
+        return "*Not measured yet: `make demo`.*\n"
+    report = json.loads(path.read_text())
+    ratio = {(row["bits"], row["variant"]): row["to_dense"] for row in report["perplexity"]}
+    variants = list(dict.fromkeys(variant for _, variant in ratio))
+    quality = [
+        [str(bits), *(f"{ratio[bits, variant]:.4f}" for variant in variants)]
+        for bits in dict.fromkeys(bits for bits, _ in ratio)
+    ]
+    contexts = list(dict.fromkeys(str(row["context"]) for row in report["speed"]))
+    sizes: dict[str, list[str]] = {}
+    for row in report["memory"]:
+        cells = sizes.setdefault(f"{row['bits']} bits", [])
+        cells.append(f"{row['bytes_per_token']:.0f} ({row['to_float16']:.2f}×)")
+    rates: dict[str, list[str]] = {}
+    for row in report["speed"]:
+        cells = rates.setdefault(row["cache"], [])
+        cells.append(f"{row['tokens_per_second']:.1f} (**{row['speed_up']:.2f}×**)")
+    return "\n\n".join([
+        table(["perplexity to dense, bits", *variants], quality),
+        table(["bytes per token (to float16) at", *contexts], [[n, *c] for n, c in sizes.items()]),
+        table(["tokens / s (to SDPA) at", *contexts], [[n, *c] for n, c in rates.items()]),
+    ]) + "\n"
+
+
 def methods_table() -> str:
     """The registry of tokred.methods."""
     from tokred.methods import METHODS
@@ -205,12 +233,15 @@ def render(name: str, results: Path = RESULTS) -> str:
         return demo_table(results / "demo.json")
     if name == "demo_text":
         return demo_text_table(results / "text.json")
+    if name == "demo_cache":
+        return demo_cache_table(results / "text_cache.json")
     if name == "methods":
         return methods_table()
     bench, _, mode = name.partition(":")
     if bench not in TABLES:
         raise ValueError(
-            f"table:{name}: the name must be demo, demo_text, methods or one of {', '.join(TABLES)}"
+            f"table:{name}: the name must be demo, demo_text, demo_cache, methods or one of "
+            + ", ".join(TABLES)
         )
     parts = []
     for path in sorted(results.glob(f"*-{mode or 'quick'}.jsonl")):

@@ -4,8 +4,10 @@
 
 #include <string>
 
+#include "cuda/plan_kv_pack.h"
 #include "cuda/plan_match.h"
 #include "cuda/plan_merge.h"
+#include "cuda/plan_packed_attn.h"
 #include "cuda/plan_score.h"
 #include "cuda/plan_sparse_attn.h"
 #include "cuda/plan_sparse_decode.h"
@@ -17,6 +19,7 @@ extern "C" bool tokred_set_cpu_isa(const char* name);
 
 namespace py = pybind11;
 using namespace py::literals;
+using namespace tokred;
 using namespace tokred::cuda;
 
 namespace {
@@ -53,10 +56,12 @@ py::dict plans_of_merge(int64_t batch, int64_t tokens, int64_t num_out) {
 }
 
 py::dict plans_of_attention(const AttentionShape& shape) {
-  return py::dict("forward"_a = describe(plan_forward(shape)),
-                  "delta"_a = describe(plan_delta(shape)),
-                  "grad_query"_a = describe(plan_grad_query(shape)),
-                  "grad_key"_a = describe(plan_grad_key(shape)));
+  py::dict plans("forward"_a = describe(plan_forward(shape)),
+                 "delta"_a = describe(plan_delta(shape)),
+                 "grad_query"_a = describe(plan_grad_query(shape)),
+                 "grad_key"_a = describe(plan_grad_key(shape)));
+  if (takes_wgmma(shape, true, 90)) plans["wgmma"] = describe(plan_wgmma(shape));
+  return plans;
 }
 
 // The launches of attention over lists (or over all keys, as one list), and how keys are split.
@@ -126,6 +131,33 @@ py::dict plans_of_rows(int64_t rows, int64_t columns) {
                   "gather"_a = describe(plan_gather(gather_blocks(rows, columns), 1)));
 }
 
+// The launches of kv_pack and kv_unpack, and of a kv_append of as many tokens to a cache with that
+// window (0: none) of which each item may hold any number.
+py::dict plans_of_packing(const PackFormat& f, int64_t heads, int64_t tokens, int64_t window) {
+  const int64_t most = most_packed(f.axis, window, tokens, -1);
+  py::dict plans("pack"_a = describe(plan_kv_pack(f, heads, tokens)),
+                 "unpack"_a = describe(plan_packed_rows(f.head_dim, heads * tokens)),
+                 "append"_a = describe(plan_kv_pack(f, heads, most)));
+  const int64_t newest = tokens < window ? tokens : window;
+  if (window > 0) plans["window"] = describe(plan_packed_rows(f.head_dim, heads * newest));
+  return plans;
+}
+
+// The launches of packed_attention over all tokens and of packed_qk_score, keys and values alike.
+py::dict plans_of_packed_attention(const AttentionShape& s, const PackFormat& f) {
+  const ListShape shape = dense_list(s);
+  const int64_t items = decode_launch_items(shape), heads = s.batch * s.heads_kv;
+  const int lanes = score_lanes(s.head_dim);
+  py::dict plans(
+      "decode"_a = describe(plan_packed_decode(shape, items, packed_stage(f, f))),
+      "score"_a = describe(plan_qk_score(heads, s.keys, lanes)),
+      "rotate_queries"_a = describe(plan_rotate_queries(s.batch * s.heads_q, lanes)));
+  if (decode_splits(s.keys) > 1) plans["combine"] = describe(plan_combine(shape, items));
+  if (rotates_later(s)) plans["rotate_out"] = describe(plan_rotate_out(s));
+  return py::dict("plans"_a = plans, "items"_a = decode_items(shape),
+                  "workspace_bytes"_a = decode_workspace_bytes(shape));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -175,6 +207,29 @@ PYBIND11_MODULE(_C, m) {
       },
       "batch"_a, "heads_q"_a, "heads_kv"_a, "queries"_a, "keys"_a, "head_dim"_a,
       "is_float"_a = false, "name -> {grid, block, shared_bytes}");
+  m.def(
+      "plan_packing",
+      [](int64_t heads, int64_t tokens, int64_t head_dim, int64_t group_size, bool along_tokens,
+         int64_t window) {
+        const auto axis = along_tokens ? GroupAxis::token : GroupAxis::channel;
+        return plans_of_packing({head_dim, group_size, 4, axis, PackScheme::asymmetric, false},
+                                heads, tokens, window);
+      },
+      "heads"_a, "tokens"_a, "head_dim"_a, "group_size"_a, "along_tokens"_a = false,
+      "window"_a = 0, "name -> {grid, block, shared_bytes}; heads are counted over the batch.");
+  m.def(
+      "plan_packed_attention",
+      [](int64_t batch, int64_t heads_q, int64_t heads_kv, int64_t queries, int64_t keys,
+         int64_t head_dim, int64_t bits, int64_t group_size, bool is_float) {
+        const PackFormat f{head_dim, group_size, static_cast<int32_t>(bits), GroupAxis::channel,
+                           PackScheme::asymmetric, false};
+        return plans_of_packed_attention(
+            {batch, heads_q, heads_kv, queries, keys, head_dim, head_dim, is_float}, f);
+      },
+      "batch"_a, "heads_q"_a, "heads_kv"_a, "queries"_a, "keys"_a, "head_dim"_a, "bits"_a = 4,
+      "group_size"_a = 16, "is_float"_a = false,
+      "Of one launch each: plans (name -> {grid, block, shared_bytes}), items and "
+      "workspace_bytes.");
   m.def("plan_topk", &plans_of_topk, "lists"_a, "columns"_a, "k"_a, "has_top_p"_a = false,
         "name -> {grid, block, shared_bytes}");
   m.def("plan_rows", &plans_of_rows, "rows"_a, "columns"_a,

@@ -44,6 +44,7 @@ inline const char* dtype_name(ScalarType type) {
     case ScalarType::Int: return "int32";
     case ScalarType::Long: return "int64";
     case ScalarType::Bool: return "bool";
+    case ScalarType::Byte: return "uint8";
     default: return "a dtype of another kind";
   }
 }
@@ -172,6 +173,21 @@ class Scratch {
 // The stride of a dimension, 0 where it has one element and is broadcast.
 inline int64_t broadcast_stride(const Tensor& t, int64_t dim) {
   return t.size(dim) == 1 ? 0 : t.stride(dim);
+}
+
+// An optional bool [B, N], or [B | 1, N] where a batch of one stands for all; null if absent.
+inline const bool* token_mask(const OptionalTensor& mask, const char* name, int64_t batch,
+                              int64_t tokens, bool broadcasts, const Tensor& like,
+                              const char* like_name, int64_t& stride_batch,
+                              int64_t& stride_token) {
+  if (!mask) return nullptr;
+  const bool one = broadcasts && mask->dim() == 2 && mask->size(0) == 1;
+  check_shape(*mask, name, {one ? 1 : batch, tokens}, broadcasts ? "[B | 1, N]" : "[B, N]");
+  check_dtype(*mask, name, ScalarType::Bool);
+  check_same_device(*mask, name, like, like_name);
+  stride_batch = one ? 0 : mask->stride(0);
+  stride_token = mask->stride(1);
+  return static_cast<const bool*>(mask->const_data_ptr());
 }
 
 // An optional per-token table [B, N] of the accumulator type of `like`.

@@ -27,6 +27,9 @@ TESTS = [
     "test_score_similarity.py",
     "test_sparse_attn.py",
     "test_sparse_decode.py",
+    "test_packed_attn.py",
+    "test_packed_lists.py",
+    "test_packed_score.py",
 ]
 
 

@@ -191,6 +191,21 @@ def test_the_demo_table_holds_what_the_demo_measured(results):
     assert "| 224 px, r = 8 | 161 | 50 ms | 40 ms | **1.25×** | 0.9985 | 0.9900 |" in filled
 
 
+def test_the_cache_table_holds_what_the_demo_measured(results):
+    text = "<!-- table:demo_cache -->\n<!-- /table -->\n"
+    assert "Not measured yet: `make demo`" in readme_tables.regenerate(text, results)
+    report = {
+        "perplexity": [{"bits": 4, "variant": "default", "to_dense": 1.0123}],
+        "memory": [{"bits": 4, "context": 1024, "bytes_per_token": 7000.4, "to_float16": 0.304}],
+        "speed": [{"cache": "4 bits", "context": 1024, "tokens_per_second": 31.25,
+                   "speed_up": 1.5}],
+    }  # fmt: skip
+    (results / "text_cache.json").write_text(json.dumps(report))
+    filled = readme_tables.regenerate(text, results)
+    for line in ("| 4 | 1.0123 |", "| 4 bits | 7000 (0.30×) |", "| 4 bits | 31.2 (**1.50×**) |"):
+        assert line in filled
+
+
 def test_tables_refuse_an_unknown_name(results):
     with pytest.raises(ValueError, match="table:nothing"):
         readme_tables.regenerate("<!-- table:nothing -->\n<!-- /table -->\n", results)

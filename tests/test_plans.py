@@ -74,6 +74,11 @@ def test_attention(is_float: bool) -> None:
                 batch, heads_q, heads_kv, queries, keys, dim, value_dim, is_float
             )
             check(plans, {name: batch * heads_kv for name in ("forward", "grad_query", "grad_key")})
+            by_wgmma = not is_float and dim == value_dim and dim in (64, 128)
+            assert ("wgmma" in plans) == by_wgmma
+            if by_wgmma:
+                blocks = batch * heads_kv * -(-queries * (heads_q // heads_kv) // 128)
+                assert plans["wgmma"]["grid"] == (blocks, 1, 1)
 
 
 @pytest.mark.parametrize("is_float", [False, True])
@@ -201,3 +206,53 @@ def test_rows() -> None:
         plans = _C.plan_rows(rows, columns)
         groups = 256 // min(32, max(2, columns))
         check(plans, {"compact": rows, "sample": rows, "gather": -(-rows // groups)})
+
+
+def test_packing() -> None:
+    for heads, tokens, dim, (along_tokens, group) in shapes(
+        (16, 64, 80, 128, 256), ((False, 16), (True, 1), (True, 32), (True, 1024))
+    ):
+        if (along_tokens and tokens % group) or heads * tokens * dim > 64 * MAX_TOKENS:
+            continue
+        rows = 256 // (8 if dim <= 64 else 16 if dim <= 128 else 32)
+        unit = group if along_tokens else rows
+        covered = {
+            # No row and no group may be missing.
+            "pack": heads * -(-tokens // unit),
+            "append": heads * -(-tokens // unit),
+            "unpack": -(-heads * tokens // rows),
+        }
+        if max(covered.values()) > MAX_GRID[0]:
+            continue
+        check(_C.plan_packing(heads, tokens, dim, group, along_tokens), covered)
+        window = 4 * group if along_tokens else 128
+        plans = _C.plan_packing(heads, tokens, dim, group, along_tokens, window)
+        covered["window"] = -(-heads * min(tokens, window) // rows)
+        check(plans, covered)
+
+
+def test_appending_a_token_is_small() -> None:
+    """No more blocks than groups of the window, which may have become full."""
+    plans = _C.plan_packing(8, 1, 128, 32, along_tokens=True, window=128)
+    assert plans["append"]["grid"] == (8 * 4, 1, 1) and plans["window"]["grid"] == (1, 1, 1)
+    plans = _C.plan_packing(8, 1, 128, 32, window=128)
+    assert plans["append"]["grid"] == (8, 1, 1)
+
+
+@pytest.mark.parametrize("is_float", [False, True])
+@pytest.mark.parametrize("bits", [1, 3, 8])
+def test_packed_attention(bits: int, is_float: bool) -> None:
+    heads = ((1, 1), (9, 3), (32, 1), (8, 8))
+    for batch, tokens, (heads_q, heads_kv), dim in shapes(heads, (16, 64, 80, 128, 256)):
+        for queries in {1, 512}:
+            if batch * queries * heads_q > MAX_TOKENS or batch * tokens * heads_q > MAX_TOKENS:
+                continue
+            plan = _C.plan_packed_attention(
+                batch, heads_q, heads_kv, queries, tokens, dim, bits, 16, is_float
+            )
+            check(plan["plans"], {"score": batch * heads_kv * -(-tokens // 512)})
+            assert ("rotate_out" in plan["plans"]) == (is_float and dim == 256)
+            at_once = plan["plans"]["decode"]["grid"][0]
+            rows = queries * heads_q // heads_kv
+            assert plan["items"] == batch * heads_kv * -(-rows // 16)
+            assert at_once == plan["items"] or plan["workspace_bytes"] <= 64 << 20

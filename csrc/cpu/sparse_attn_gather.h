@@ -102,42 +102,28 @@ class RowSight {
 };
 
 // Up to kGather entries of a list that some row sees and that weigh something.
-template <class T>
-struct Gathered {
-  using Acc = Accumulator<T>;
+template <class Acc>
+struct Chosen {
   int64_t count = 0;
   bool plain, seen_by_all;  // without biases and hidden pairs
   uint32_t seen[kGather];
   int32_t key[kGather], entry[kGather];
   alignas(64) Acc bias[kGather];
-  const T* k[kGather];  // valid up to whole_lanes(count)
-  const T* v[kGather];
 
-  // Takes entries of [first, end) from the first on; returns where to go on.
+  // Takes entries of [first, end) from the first on that find(key, place) finds as well; returns
+  // where to go on.
+  template <class Find>
   int64_t choose(const AttentionParams& p, const ListRows& at, const RowSight& sight,
-                 int64_t first, int64_t end) {
+                 int64_t first, int64_t end, const Find& find) {
     count = 0;
     plain = !p.key_bias && sight.hides_nothing();
     seen_by_all = true;
     if (p.keys == 0) return end;
     const int32_t* indices = at.indices;
-    first = indices ? take(p, at, sight, first, end, [=](int64_t i) { return indices[i]; })
-                    : take(p, at, sight, first, end, [](int64_t i) { return i; });
-    for (int64_t i = count; count > 0 && i < whole_lanes(count); ++i) {
-      k[i] = k[count - 1];
-      v[i] = v[count - 1];
-      bias[i] = 0;
-    }
+    first = indices ? take(p, at, sight, first, end, [=](int64_t i) { return indices[i]; }, find)
+                    : take(p, at, sight, first, end, [](int64_t i) { return i; }, find);
+    for (int64_t i = count; count > 0 && i < whole_lanes(count); ++i) bias[i] = 0;
     return first;
-  }
-
-  // Scattered rows lie in pages of their own. A prefetch waits for its page, and everything behind
-  // it with it; one after the other without anything between them, they are looked up side by side.
-  void find_pages() const {
-    for (int64_t i = 0; i < count; ++i) {
-      __builtin_prefetch(k[i]);
-      __builtin_prefetch(v[i]);
-    }
   }
 
   // logits[row][kGather] plus the biases, -inf where a row does not see a key and behind the last.
@@ -155,12 +141,9 @@ struct Gathered {
   }
 
  private:
-  template <class KeyOf>
+  template <class KeyOf, class Find>
   int64_t take(const AttentionParams& p, const ListRows& at, const RowSight& sight, int64_t first,
-               int64_t end, const KeyOf& key_of) {
-    const T* keys = key_row<T>(p.k, at.batch, at.kv_head, 0);
-    const T* values = key_row<T>(p.v, at.batch, at.kv_head, 0);
-    const int64_t key_stride = p.k.stride_token, value_stride = p.v.stride_token;
+               int64_t end, const KeyOf& key_of, const Find& find) {
     const int64_t first_key = at.first_key, end_key = at.end_key;
     int64_t taken = 0;
     for (; first < end && taken < kGather; ++first) {
@@ -170,16 +153,50 @@ struct Gathered {
         seen[taken] = sight(number);
         bias[taken] = key_bias<Acc>(p, at.batch, at.kv_head, number);
         if (seen[taken] == 0 || bias[taken] == -kInfinity<Acc>) continue;
-        seen_by_all = seen_by_all && seen[taken] == sight.all();
       }
+      if (!find(number, taken)) continue;
+      if (!plain) seen_by_all = seen_by_all && seen[taken] == sight.all();
       key[taken] = static_cast<int32_t>(number);
       entry[taken] = static_cast<int32_t>(first);
-      k[taken] = keys + number * key_stride;
-      v[taken] = values + number * value_stride;
       ++taken;
     }
     count = taken;
     return first;
+  }
+};
+
+// The same with the rows of keys and values.
+template <class T>
+struct Gathered : Chosen<Accumulator<T>> {
+  using Chosen<Accumulator<T>>::count;
+  const T* k[kGather];  // valid up to whole_lanes(count)
+  const T* v[kGather];
+
+  int64_t choose(const AttentionParams& p, const ListRows& at, const RowSight& sight,
+                 int64_t first, int64_t end) {
+    const T* keys = key_row<T>(p.k, at.batch, at.kv_head, 0);
+    const T* values = key_row<T>(p.v, at.batch, at.kv_head, 0);
+    const int64_t key_stride = p.k.stride_token, value_stride = p.v.stride_token;
+    first = Chosen<Accumulator<T>>::choose(p, at, sight, first, end,
+                                           [&](int64_t number, int64_t i) {
+      k[i] = keys + number * key_stride;
+      v[i] = values + number * value_stride;
+      return true;
+    });
+    for (int64_t i = count; count > 0 && i < whole_lanes(count); ++i) {
+      k[i] = k[count - 1];
+      v[i] = v[count - 1];
+    }
+    return first;
+  }
+
+  // Scattered rows lie in pages of their own. A prefetch waits for its page, and everything behind
+  // it with it; one after the other without anything between them, they are looked up side by side.
+  void find_pages() const {
+    for (int64_t i = 0; i < count; ++i) {
+      __builtin_prefetch(k[i]);
+      __builtin_prefetch(v[i]);
+    }
   }
 };
 

@@ -1,48 +1,10 @@
 // sparse_attention on the CPU, and the same over all keys for the decoding calls of
-// biased_attention. A list is cut into splits of kSplit entries, as in Flash-Decoding, whose
-// partial results are merged in order; splits are tasks where there are few lists.
-#include "parallel.h"
+// biased_attention.
 #include "sparse_attn_decode.h"
-#include "sparse_attn_gather.h"
+#include "sparse_attn_splits.h"
 
 namespace tokred::TOKRED_ISA {
 namespace {
-
-inline constexpr int64_t kSplit = 1024;  // entries; part of the result's definition
-
-// The partial result of some rows: out is a sum over keys of exp(logit - top) v.
-template <class Acc>
-struct Partial {
-  int64_t rows, stride;  // a row of out is `stride` numbers: whole_lanes(value_dim)
-  Acc *out, *top, *total;
-
-  Partial(Acc* memory, int64_t row_count, int64_t value_dim)
-      : rows(row_count), stride(whole_lanes(value_dim)), out(memory), top(out + rows * stride),
-        total(top + rows) {}
-  static constexpr int64_t numbers(int64_t rows, int64_t value_dim) {
-    return rows * (whole_lanes(value_dim) + 2);
-  }
-
-  void clear() {
-    fill_zero(out, rows * stride * static_cast<int64_t>(sizeof(Acc)));
-    for (int64_t row = 0; row < rows; ++row) top[row] = -kInfinity<Acc>, total[row] = 0;
-  }
-
-  // Adds keys that follow.
-  void merge(const Partial& other) {
-    for (int64_t row = 0; row < rows; ++row) {
-      const Acc greatest = other.top[row] > top[row] ? other.top[row] : top[row];
-      const Acc base = greatest > -kInfinity<Acc> ? greatest : 0;
-      const Vec<Acc> here = exp(splat(top[row] - base)), there = exp(splat(other.top[row] - base));
-      for (int64_t c = row * stride; c < (row + 1) * stride; c += kLanes) {
-        store(out + c, fma(load(out + c), here, load(other.out + c) * there));
-      }
-      const Vec<Acc> sum = fma(splat(total[row]), here, splat(other.total[row]) * there);
-      store_row(total + row, sum, 1);
-      top[row] = greatest;
-    }
-  }
-};
 
 template <class T>
 void write_result(const AttentionParams& p, const ListRows& at,
@@ -136,7 +98,7 @@ struct ListForward {
                   keys);
     }
     block.finish_logits(at.rows, weights);
-    exponentiate(block.count, result);
+    exponentiate(at.rows, block.count, weights, shrink, result);
     add_rows<T>(weights, kGather, at.rows, block.v, block.count, p.value_dim, shrink, result.out,
                 result.stride, Ahead<T>{next.v, next.count, p.value_dim});
   }
@@ -157,39 +119,7 @@ struct ListForward {
       }
     }
   }
-
-  // Turns logits into weights exp(logit - top), after moving top.
-  __attribute__((noinline)) void exponentiate(int64_t count, Partial<Acc>& result) {
-    for (int64_t row = 0; row < at.rows; ++row) {
-      Acc* logits = weights + row * kGather;
-      Vec<Acc> most = splat(result.top[row]);
-      for (int64_t i = 0; i < count; i += kLanes) most = max(load(logits + i), most);
-      Acc lane[kLanes];
-      store(lane, most);
-      Acc top = lane[0];
-      for (int i = 1; i < kLanes; ++i) top = lane[i] > top ? lane[i] : top;
-      // A row that has seen nothing yet: exp(-inf - 0), not exp(-inf + inf).
-      const Acc base = top > -kInfinity<Acc> ? top : 0;
-      Vec<Acc> sum_of = splat(Acc{0});
-      for (int64_t i = 0; i < count; i += kLanes) {
-        const Vec<Acc> weight = exp(load(logits + i) - splat(base));
-        store(logits + i, weight);
-        sum_of = sum_of + weight;
-      }
-      store(lane, exp(splat(result.top[row] - base)));
-      shrink[row] = lane[0];
-      result.total[row] = result.total[row] * lane[0] + sum(sum_of);
-      result.top[row] = top;
-    }
-  }
 };
-
-int64_t splits_of(const KeyLists& lists) { return greater(divide_up(lists.length, kSplit), 1); }
-
-// Few lists are cut into tasks by their splits; of many, each is a task. The result is the same.
-bool splits_are_tasks(const ListPlan& plan, const KeyLists& lists, int64_t threads) {
-  return splits_of(lists) > 1 && plan.tasks < 4 * threads;
-}
 
 template <class T, bool kRotated>
 __attribute__((noinline)) void run_split(const SparseAttentionParams& s, const ListRows& at,
@@ -201,53 +131,22 @@ __attribute__((noinline)) void run_split(const SparseAttentionParams& s, const L
 
 template <class T, bool kRotated>
 void run_lists(const SparseAttentionParams& s, const Parallel& parallel) {
-  using Acc = Accumulator<T>;
   const AttentionParams& p = s.attention;
-  const ListPlan plan(p, s.lists);
-  const int64_t splits = splits_of(s.lists);
-  if (!splits_are_tasks(plan, s.lists, parallel.threads)) {
-    parallel_tasks(parallel, plan.tasks, [&](int64_t task, int64_t) {
-      const ListRows at = plan(p, s.lists, task);
-      if (at.rows == 0) return;
-      alignas(64) Acc memory[2][Partial<Acc>::numbers(kMaxRows, kMaxHeadDim)];
-      Partial<Acc> result(memory[0], at.rows, p.value_dim), next(memory[1], at.rows, p.value_dim);
-      run_split<T, kRotated>(s, at, 0, result);
-      for (int64_t split = 1; split < splits; ++split) {
-        run_split<T, kRotated>(s, at, split, next);
-        result.merge(next);
-      }
-      write_result<T>(p, at, result);
-    });
-    return;
-  }
-  const auto partial = [&](const ListRows& at, int64_t index) {
-    const int64_t numbers = Partial<Acc>::numbers(plan.chunk_rows, p.value_dim);
-    return Partial<Acc>(static_cast<Acc*>(p.workspace) + index * numbers, at.rows, p.value_dim);
-  };
-  parallel_tasks(parallel, plan.tasks * splits, [&](int64_t task, int64_t) {
-    const ListRows at = plan(p, s.lists, task / splits);
-    if (at.rows > 0) run_split<T, kRotated>(s, at, task % splits, partial(at, task));
-  });
-  parallel_tasks(parallel, plan.tasks, [&](int64_t task, int64_t) {
-    const ListRows at = plan(p, s.lists, task);
-    if (at.rows == 0) return;
-    Partial<Acc> result = partial(at, task * splits);
-    for (int64_t split = 1; split < splits; ++split) {
-      result.merge(partial(at, task * splits + split));
-    }
-    write_result<T>(p, at, result);
-  });
+  using Acc = Accumulator<T>;
+  run_splits<Acc>(p, s.lists, parallel,
+                  [&](const ListRows& at, int64_t split, const Partial<Acc>& result) {
+                    run_split<T, kRotated>(s, at, split, result);
+                  },
+                  [&](const ListRows& at, const Partial<Acc>& result) {
+                    write_result<T>(p, at, result);
+                  });
 }
 
 }  // namespace
 
 int64_t sparse_attention_workspace(const SparseAttentionParams& s, const Parallel& parallel) {
-  const AttentionParams& p = s.attention;
-  const ListPlan plan(p, s.lists);
-  if (!splits_are_tasks(plan, s.lists, parallel.threads)) return 0;
-  const int64_t bytes = p.dtype == DType::f64 ? 8 : 4;
-  return plan.tasks * splits_of(s.lists) *
-         Partial<float>::numbers(plan.chunk_rows, p.value_dim) * bytes;
+  return s.attention.dtype == DType::f64 ? split_workspace<double>(s.attention, s.lists, parallel)
+                                         : split_workspace<float>(s.attention, s.lists, parallel);
 }
 
 void sparse_attention(const SparseAttentionParams& s, const Parallel& parallel) {

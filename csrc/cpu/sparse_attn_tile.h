@@ -139,11 +139,16 @@ struct KeyBlock {
     pack(p, batch, kv_head);
     return key;
   }
-  // The two steps of it, for those who look at the chosen keys first.
+  // The two steps of it, for those who look at the chosen keys first. Keys that `hidden` hides are
+  // left out.
   int64_t choose(const Visibility& see, int64_t key, int64_t end) {
+    return choose(see, key, end, [](int64_t) { return false; });
+  }
+  template <class Hidden>
+  int64_t choose(const Visibility& see, int64_t key, int64_t end, const Hidden& hidden) {
     const bool by_key = see.by_key();
     key = choose_visible(see.key_blocks, key, end, [&](int64_t i) {
-      return by_key && !see.mask[i * see.stride_key];
+      return (by_key && !see.mask[i * see.stride_key]) || hidden(i);
     }, index, count);
     if (count > 0) first = index[0], last = index[count - 1];
     return key;

@@ -49,6 +49,11 @@ constexpr int forward_value_dim(int dim, bool is_float) {
 }
 constexpr int backward_head_dim(int64_t dim) { return dim <= 64 ? 64 : dim <= 128 ? 128 : 256; }
 
+// Forward by wgmma: warpgroups of 64 rows, and a third that fetches the keys for both.
+constexpr AttentionTiles wgmma_tiles(int dim) { return {8, 1, 128, dim <= 64 ? 4 : 2, 1}; }
+inline constexpr int kWgmmaProducers = 128;
+inline constexpr int kWgmmaAlignment = 1024;  // of the tiles: a period of the swizzle
+
 // Shared memory of a block, in bytes; the structs that use it are checked against these.
 // Last comes a byte a thread, for what it found out about a tile.
 constexpr int64_t forward_shared_bytes(int dim, bool is_float) {
@@ -58,6 +63,11 @@ constexpr int64_t forward_shared_bytes(int dim, bool is_float) {
                         attention_tile_bytes(value_dim, t.columns, t.planes) + 4 * t.columns;
   return attention_tile_bytes(dim, t.rows(), t.planes) + t.stages * stage + 12 * t.rows() +
          t.threads();
+}
+constexpr int64_t wgmma_shared_bytes(int dim) {
+  const AttentionTiles t = wgmma_tiles(dim);
+  const int64_t stage = 4 * dim * t.columns + 4 * t.columns + 4 + 4 * 8;
+  return 2 * dim * t.rows() + t.stages * stage + 12 * t.rows() + 8;
 }
 constexpr int64_t grad_query_shared_bytes(int dim, bool is_float) {
   const AttentionTiles t = backward_tiles(dim, is_float);
@@ -95,6 +105,21 @@ constexpr LaunchPlan plan_forward(const AttentionShape& s) {
   const int64_t parts = divide_up(s.value_dim, forward_value_dim(dim, s.is_float));
   return {{s.batch * s.heads_kv * parts * s.row_blocks(tiles.rows()), 1, 1},
           tiles.threads(), forward_shared_bytes(dim, s.is_float)};
+}
+
+// Whether the wgmma kernel can take a call: `aligned` says that every row of q, k, v and out starts
+// at a multiple of 16 bytes. Code for compute capability 9.0a (`capability` 90) runs on no other.
+constexpr bool takes_wgmma(const AttentionShape& s, bool aligned, int capability) {
+  return capability == 90 && aligned && !s.is_float && s.head_dim == s.value_dim &&
+         (s.head_dim == 64 || s.head_dim == 128);
+}
+
+// A block for 128 rows. The example above: 24 * 24 = 576 blocks of 384 threads and 148 KB.
+constexpr LaunchPlan plan_wgmma(const AttentionShape& s) {
+  const int dim = static_cast<int>(s.head_dim);
+  const AttentionTiles tiles = wgmma_tiles(dim);
+  return {{s.batch * s.heads_kv * s.row_blocks(tiles.rows()), 1, 1},
+          tiles.threads() + kWgmmaProducers, wgmma_shared_bytes(dim) + kWgmmaAlignment - 16};
 }
 
 // A block for tiles.rows() query rows. The example above: 24 * 47 = 1128 blocks.

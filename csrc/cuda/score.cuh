@@ -55,6 +55,7 @@ struct KeyTile {
   int64_t offset[kScoreRows];
   unsigned visible;  // a bit each
 
+  KeyTile() = default;
   __device__ __forceinline__ KeyTile(const QkScoreParams& p, int64_t batch, int64_t first)
       : visible(0) {
     const int64_t start = p.slots ? 0 : batch * p.k.stride_batch;
@@ -82,6 +83,10 @@ struct QkScorer {
       : a(a), p(a.p), batch(batch), group(group), lane(lane_id() % kLanes),
         keys_aligned(is_aligned(a.p.k, a.p.dtype)),
         query_aligned(is_aligned(a.query, a.query_dtype)) {}
+
+  __device__ __forceinline__ KeyTile tile(int64_t first_key) const {
+    return KeyTile(p, batch, first_key);
+  }
 
   __device__ __forceinline__ void load_keys(float (&k)[kScoreRows][8], const KeyTile& keys,
                                             int64_t head) const {
@@ -185,19 +190,28 @@ struct QkScorer {
   }
 };
 
-template <class T, int kLanes, int kRows, bool kListed>
-__global__ void __launch_bounds__(kScoreThreads, 2)
-    qk_score_kernel(const __grid_constant__ QkScoreArgs a) {
-  using Scorer = QkScorer<T, kLanes, kRows>;
-  const QkScoreParams& p = a.p;
-  const int64_t chunks = (p.keys + a.chunk - 1) / a.chunk, groups = p.heads_kv / a.summed;
-  const int64_t first = blockIdx.x % chunks * a.chunk, end = min(first + a.chunk, p.keys);
-  const Scorer scorer(a, blockIdx.x / chunks / groups, blockIdx.x / chunks % groups);
-  const bool is_max = p.reduction == HeadReduction::group_max;
+// The chunk of keys and the group of heads of a block.
+struct ScoreChunk {
+  int64_t first, end, batch, group;
+
+  __device__ __forceinline__ explicit ScoreChunk(const QkScoreArgs& a) {
+    const int64_t chunks = (a.p.keys + a.chunk - 1) / a.chunk, groups = a.p.heads_kv / a.summed;
+    first = blockIdx.x % chunks * a.chunk;
+    end = min(first + a.chunk, a.p.keys);
+    batch = blockIdx.x / chunks / groups;
+    group = blockIdx.x / chunks % groups;
+  }
+};
+
+// Scores of a chunk of keys, as a Scorer reads them.
+template <bool kListed, int kLanes, int kRows, class Scorer>
+__device__ __forceinline__ void score_chunk(const QkScoreArgs& a, const Scorer& scorer,
+                                            const ScoreChunk& chunk) {
+  const bool is_max = a.p.reduction == HeadReduction::group_max;
   constexpr int kStep = kScoreThreads / kLanes * kScoreRows;
-  for (int64_t base = first; base < end; base += kStep) {
+  for (int64_t base = chunk.first; base < chunk.end; base += kStep) {
     const int64_t first_key = base + static_cast<int>(threadIdx.x) / kLanes * kScoreRows;
-    const KeyTile keys(p, scorer.batch, first_key);
+    const auto keys = scorer.tile(first_key);
     float k[kScoreRows][8], best[Scorer::kResults];
 #pragma unroll
     for (float& x : best) x = -kInfinity;
@@ -223,6 +237,14 @@ __global__ void __launch_bounds__(kScoreThreads, 2)
     }
     if (is_max) scorer.store_greatest(best, keys, first_key);
   }
+}
+
+template <class T, int kLanes, int kRows, bool kListed>
+__global__ void __launch_bounds__(kScoreThreads, 2)
+    qk_score_kernel(const __grid_constant__ QkScoreArgs a) {
+  const ScoreChunk chunk(a);
+  score_chunk<kListed, kLanes, kRows>(
+      a, QkScorer<T, kLanes, kRows>(a, chunk.batch, chunk.group), chunk);
 }
 
 // ratio and cosine, a warp a row.

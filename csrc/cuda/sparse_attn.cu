@@ -28,6 +28,7 @@ void launch_forward(const AttentionParams& p, Stream stream) {
 void biased_attention(const AttentionParams& p, Stream stream) {
   if (p.batch == 0 || p.heads_q == 0 || p.queries == 0) return;
   if (is_decode_attention(p)) return decode_attention(dense_lists(p), stream);
+  if (is_wgmma_attention(p)) return wgmma_attention(p, stream);
   visit_dtype(p.dtype, [&]<class T>() {
     constexpr bool kFloat = Operand<T>::kPlanes == 3;
     switch (forward_head_dim(p.head_dim > p.value_dim ? p.head_dim : p.value_dim, kFloat)) {

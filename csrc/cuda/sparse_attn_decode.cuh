@@ -123,15 +123,10 @@ __device__ __forceinline__ void store_result(const AttentionParams& p, const Hea
   }
 }
 
-// What the warps have summed becomes the result of the block, in the order of the warps.
-template <class C>
-__device__ __forceinline__ void finish_split(const ForwardState<C>& state, DecodeShared<C>& shared,
-                                             const DecodeParams& p, const ItemRows& item) {
-  using T = typename C::T;
-  const AttentionParams& a = p.sparse.attention;
-  const HeadView& view = item.list.view;
-  const int warp = warp_id(), thread = static_cast<int>(threadIdx.x);
-  __syncthreads();
+// Puts what this warp has summed where the block finds it.
+template <class C, class Shared>
+__device__ __forceinline__ void keep_warp_state(const ForwardState<C>& state, Shared& shared) {
+  const int warp = warp_id();
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int row = h * 8 + lane_id() / 4;
@@ -145,31 +140,61 @@ __device__ __forceinline__ void finish_split(const ForwardState<C>& state, Decod
       out[1] = state.out[0][j][2 * h + 1];
     }
   }
-  __syncthreads();
-  const int first_column = static_cast<int>(blockIdx.z) * C::kValueDim;
-  const int columns = min(static_cast<int>(a.value_dim) - first_column, C::kValueDim);
-  const int64_t slot = (blockIdx.x * p.splits + blockIdx.y) * p.item_rows;
-  for (int i = thread; i < item.rows * columns; i += C::kThreads) {
-    const int row = i / columns, column = i % columns;
-    float top = -kInfinity, sum = 0.0f, out = 0.0f;
+}
+
+// What a row's sums of each warp count for, in the order of the warps.
+template <class C>
+struct WarpWeights {
+  float of[C::kWarps], top = -kInfinity, sum = 0.0f;
+
+  template <class Shared>
+  __device__ __forceinline__ WarpWeights(const Shared& shared, int row) {
 #pragma unroll
     for (int w = 0; w < C::kWarps; ++w) top = fmaxf(top, shared.top[w][row]);
     const float base = top == -kInfinity ? 0.0f : top;
 #pragma unroll
     for (int w = 0; w < C::kWarps; ++w) {
-      const float weight = exp2_approx(shared.top[w][row] - base);
-      sum = fmaf(weight, shared.sum[w][row], sum);
-      out = fmaf(weight, shared.out[w][row][column], out);
+      of[w] = exp2_approx(shared.top[w][row] - base);
+      sum = fmaf(of[w], shared.sum[w][row], sum);
     }
-    if (p.splits == 1) {
-      store_result<T>(a, view, item.first_row + row, first_column + column, top, sum, out);
-      continue;
+  }
+};
+
+// Column `column` of a row of this block: the result itself, or that of its split.
+template <class T>
+__device__ __forceinline__ void store_split(const DecodeParams& p, const ItemRows& item, int row,
+                                            int column, float top, float sum, float out) {
+  if (p.splits == 1) {
+    return store_result<T>(p.sparse.attention, item.list.view, item.first_row + row, column, top,
+                           sum, out);
+  }
+  const int64_t slot = (blockIdx.x * p.splits + blockIdx.y) * p.item_rows + row;
+  p.partial_out(slot)[column] = out;
+  if (column > 0) return;
+  float* partial = p.partial_state(gridDim.x, slot);
+  partial[0] = top;
+  partial[1] = sum;
+}
+
+// What the warps have summed becomes the result of the block.
+template <class C>
+__device__ __forceinline__ void finish_split(const ForwardState<C>& state, DecodeShared<C>& shared,
+                                             const DecodeParams& p, const ItemRows& item) {
+  __syncthreads();
+  keep_warp_state(state, shared);
+  __syncthreads();
+  const int first_column = static_cast<int>(blockIdx.z) * C::kValueDim;
+  const int value_dim = static_cast<int>(p.sparse.attention.value_dim);
+  const int columns = min(value_dim - first_column, C::kValueDim);
+  for (int i = static_cast<int>(threadIdx.x); i < item.rows * columns; i += C::kThreads) {
+    const int row = i / columns, column = i % columns;
+    const WarpWeights<C> weights(shared, row);
+    float out = 0.0f;
+#pragma unroll
+    for (int w = 0; w < C::kWarps; ++w) {
+      out = fmaf(weights.of[w], shared.out[w][row][column], out);
     }
-    p.partial_out(slot + row)[first_column + column] = out;
-    if (first_column + column > 0) continue;
-    float* partial = p.partial_state(gridDim.x, slot + row);
-    partial[0] = top;
-    partial[1] = sum;
+    store_split<typename C::T>(p, item, row, first_column + column, weights.top, weights.sum, out);
   }
 }
 

@@ -13,6 +13,10 @@ inline SparseAttentionParams dense_lists(const AttentionParams& p) {
 // Whether biased_attention has so few rows that decode_attention takes it.
 bool is_decode_attention(const AttentionParams&);
 
+// The wgmma kernel of biased_attention, and whether it is on and takes a call.
+bool is_wgmma_attention(const AttentionParams&);
+void wgmma_attention(const AttentionParams&, Stream);
+
 // Attention over lists of keys, or over all keys where the lists have no indices.
 void decode_attention(const SparseAttentionParams&, Stream);
 int64_t decode_attention_workspace(const SparseAttentionParams&);  // bytes

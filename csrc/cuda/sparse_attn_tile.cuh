@@ -49,7 +49,7 @@ __device__ __forceinline__ void split_pair(float x, float y, uint32_t (&out)[Ope
 
 // Whether every row of t starts at a multiple of 16 bytes.
 template <class T>
-__device__ __forceinline__ bool is_aligned(const HeadTensor& t) {
+__host__ __device__ __forceinline__ bool is_aligned(const HeadTensor& t) {
   const int64_t strides = t.stride_batch | t.stride_head | t.stride_token;
   return ((reinterpret_cast<uintptr_t>(t.data) | strides * sizeof(T)) & 15) == 0;
 }

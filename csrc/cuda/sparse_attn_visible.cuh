@@ -108,15 +108,15 @@ __device__ __forceinline__ TileRows rows_of_tile(const AttentionParams& p, const
 // holds of the fragment (see mma). Found before the products, when registers are free.
 template <int kRowTiles, int kColumns>
 struct HiddenPairs {
-  static constexpr int kOfRow = kColumns / 4;
-  static_assert(2 * kOfRow <= 32);
-  uint32_t bits[kRowTiles] = {};
+  static constexpr int kOfRow = kColumns / 4, kWords = (2 * kOfRow + 31) / 32;
+  static_assert(kOfRow <= 32);
+  uint32_t bits[kRowTiles][kWords] = {};
 
   __device__ __forceinline__ bool at(int i, int half, int j, int e) const {
-    return bits[i] >> (half * kOfRow + 2 * j + e) & 1;
+    return bits[i][half * kOfRow / 32] >> (half * kOfRow % 32 + 2 * j + e) & 1;
   }
-  // Adds those that are not visible(row(i, half), column(c)).
-  template <class Row, class Column, class Visible>
+  // Adds those that are not visible(row(i, half), column(c)), kAtOnce columns at a time.
+  template <int kAtOnce = 1, class Row, class Column, class Visible>
   __device__ __forceinline__ void add(Row row, Column column, Visible visible) {
     decltype(row(0, 0)) rows[kRowTiles][2];
 #pragma unroll
@@ -124,14 +124,15 @@ struct HiddenPairs {
 #pragma unroll
       for (int half = 0; half < 2; ++half) rows[i][half] = row(i, half);
     }
-#pragma unroll 1
+#pragma unroll kAtOnce
     for (int c = 0; c < kOfRow; ++c) {
       const auto one = column(c / 2 * 8 + lane_id() % 4 * 2 + c % 2);
 #pragma unroll
       for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          if (!visible(rows[i][half], one)) bits[i] |= 1u << (half * kOfRow + c);
+          const uint32_t bit = 1u << (half * kOfRow % 32 + c);
+          if (!visible(rows[i][half], one)) bits[i][half * kOfRow / 32] |= bit;
         }
       }
     }

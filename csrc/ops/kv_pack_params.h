@@ -45,7 +45,8 @@ struct KvUnpackParams {
 // Appends L tokens to a cache that holds T = lengths[b] (or length) tokens of item b; see
 // packed_tokens(). First the tokens from packed_tokens(T) to packed_tokens(T + L) - 1 are packed,
 // those below T from the window, the others from x; then the other new tokens are written to the
-// window, rotated where the format is. Without a window every new token is packed.
+// window, rotated where the format is: what is packed from the window was rounded to its dtype.
+// Without a window every new token is packed.
 // Where packed_tokens(T + L) is more than the capacity, or T is negative, nothing of the item is
 // written.
 struct KvAppendParams {

@@ -27,14 +27,8 @@ inline TokenSet token_set(const Tensor& x, const char* name, const OptionalTenso
   set.stride_token = x.stride(1);
   set.tokens = set.count = x.size(1);
   set.step = 1;
-  if (mask) {
-    check_shape(*mask, mask_name, {x.size(0), x.size(1)}, "[B, N]");
-    check_dtype(*mask, mask_name, ScalarType::Bool);
-    check_same_device(*mask, mask_name, x, name);
-    set.mask = static_cast<const bool*>(mask->const_data_ptr());
-    set.mask_stride_batch = mask->stride(0);
-    set.mask_stride_token = mask->stride(1);
-  }
+  set.mask = token_mask(mask, mask_name, x.size(0), x.size(1), false, x, name,
+                        set.mask_stride_batch, set.mask_stride_token);
   if (weight) {
     check_shape(*weight, weight_name, {x.size(0), x.size(1)}, "[B, N]");
     check_dtype(*weight, weight_name, ScalarType::Float);

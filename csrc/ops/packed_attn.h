@@ -69,9 +69,13 @@ inline AttentionParams packed_query(const Tensor& q, int64_t heads_kv, int64_t h
 inline KeyLists packed_lists(const AttentionParams& p, const OptionalTensor& indices,
                              const Tensor& q) {
   const int64_t all_queries = p.queries > 0 ? p.queries : 1;
-  if (!indices) return {nullptr, 0, 0, 0, 1, p.keys, all_queries};
+  if (!indices || p.queries == 0) return {nullptr, 0, 0, 0, 1, p.keys, all_queries};
   check_dim(*indices, "indices", 4, "[B, Hq | Hkv | 1, L | 1, K]");
-  return key_lists(p, *indices, indices->size(2) == 1 ? all_queries : 1, q);
+  KeyLists lists = key_lists(p, *indices, indices->size(2) == 1 ? all_queries : 1, q);
+  // An empty tensor has no address, but lists of no tokens are not the list of all.
+  static constexpr int32_t kNoToken = -1;
+  if (!lists.indices) lists.indices = &kNoToken;
+  return lists;
 }
 
 // out [B, Hq, L, Dv], lse [B, Hq, L]; see PackedAttentionParams.
@@ -154,7 +158,8 @@ Tensor packed_qk_score(const Tensor& q, const Tensor& codes, const Tensor& param
   s.scale = static_cast<float>(a.scale);
   s.reduction = parse_reduction(reduce);
   s.lengths = batch_lengths(lengths, s.batch, q, "q", s.lengths_stride);
-  s.mask = token_mask(mask, s.batch, s.keys, q, "q", s.mask_stride_batch, s.mask_stride_token);
+  s.mask = token_mask(mask, "mask", s.batch, s.keys, true, q, "q", s.mask_stride_batch,
+                      s.mask_stride_token);
   p.k = k.side;
   TOKRED_CHECK(!lengths || length, "lengths needs length, the greatest of them");
 

@@ -36,20 +36,6 @@ inline const int32_t* batch_lengths(const OptionalTensor& lengths, int64_t batch
   return static_cast<const int32_t*>(lengths->const_data_ptr());
 }
 
-// mask bool [B | 1, N].
-inline const bool* token_mask(const OptionalTensor& mask, int64_t batch, int64_t tokens,
-                              const Tensor& like, const char* like_name, int64_t& stride_batch,
-                              int64_t& stride_token) {
-  if (!mask) return nullptr;
-  check_shape(*mask, "mask", {mask->dim() == 2 && mask->size(0) == 1 ? 1 : batch, tokens},
-              "[B | 1, N]");
-  check_dtype(*mask, "mask", ScalarType::Bool);
-  check_same_device(*mask, "mask", like, like_name);
-  stride_batch = broadcast_stride(*mask, 0);
-  stride_token = mask->stride(1);
-  return static_cast<const bool*>(mask->const_data_ptr());
-}
-
 // The head dimensions of q that count: i32 [Hq, F], contiguous.
 inline void set_dims(QkScoreParams& p, const OptionalTensor& dims, const Tensor& q) {
   if (!dims) return;
@@ -112,7 +98,8 @@ Tensor qk_score(const Tensor& q, const Tensor& k, std::string_view reduce,
   set_slots(p, slots, q, k);
   set_dims(p, dims, q);
   p.lengths = batch_lengths(lengths, p.batch, q, "q", p.lengths_stride);
-  p.mask = token_mask(mask, p.batch, p.keys, q, "q", p.mask_stride_batch, p.mask_stride_token);
+  p.mask = token_mask(mask, "mask", p.batch, p.keys, true, q, "q", p.mask_stride_batch,
+                      p.mask_stride_token);
 
   Backend backend(q);
   const int64_t heads = reduced_heads(p.reduction, p.heads_q, p.heads_kv);
@@ -176,7 +163,8 @@ std::tuple<Tensor, Tensor> block_pool(const Tensor& x, int64_t block_size,
   p.statistic = parse_statistic(statistic);
   set_blocks(p, block_size, boundaries, x);
   p.lengths = batch_lengths(lengths, p.batch, x, "x", p.lengths_stride);
-  p.mask = token_mask(mask, p.batch, p.tokens, x, "x", p.mask_stride_batch, p.mask_stride_token);
+  p.mask = token_mask(mask, "mask", p.batch, p.tokens, true, x, "x", p.mask_stride_batch,
+                      p.mask_stride_token);
 
   Backend backend(x);
   Tensor pooled = allocate(

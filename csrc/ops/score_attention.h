@@ -126,17 +126,6 @@ inline void check_tokens(const Tensor& x, const char* name, const Tensor& like,
   check_token_count(x, name, 1);
 }
 
-inline const bool* side_mask(const OptionalTensor& mask, const char* name, const Tensor& x,
-                             int64_t& stride_batch, int64_t& stride_token) {
-  if (!mask) return nullptr;
-  check_shape(*mask, name, {x.size(0), x.size(1)}, "[B, N]");
-  check_dtype(*mask, name, ScalarType::Bool);
-  check_same_device(*mask, name, x, "a");
-  stride_batch = mask->stride(0);
-  stride_token = mask->stride(1);
-  return static_cast<const bool*>(mask->const_data_ptr());
-}
-
 inline SimilarityStatsParams similarity_inputs(const Tensor& a, const Tensor& b,
                                                const OptionalTensor& mask_a,
                                                const OptionalTensor& mask_b) {
@@ -153,8 +142,10 @@ inline SimilarityStatsParams similarity_inputs(const Tensor& a, const Tensor& b,
   p.a_stride_token = a.stride(1);
   p.b_stride_batch = b.stride(0);
   p.b_stride_token = b.stride(1);
-  p.mask_a = side_mask(mask_a, "mask_a", a, p.mask_a_stride_batch, p.mask_a_stride_token);
-  p.mask_b = side_mask(mask_b, "mask_b", b, p.mask_b_stride_batch, p.mask_b_stride_token);
+  p.mask_a = token_mask(mask_a, "mask_a", a.size(0), a.size(1), false, a, "a",
+                        p.mask_a_stride_batch, p.mask_a_stride_token);
+  p.mask_b = token_mask(mask_b, "mask_b", b.size(0), b.size(1), false, a, "a",
+                        p.mask_b_stride_batch, p.mask_b_stride_token);
   p.batch = a.size(0);
   p.rows = a.size(1);
   p.columns = b.size(1);

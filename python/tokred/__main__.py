@@ -55,7 +55,7 @@ def methods(arguments: list[str]) -> int:
 
 
 def demo(arguments: list[str]) -> int:
-    """Token merging on photographs and sparse attention on text, in real models."""
+    """Token merging on photographs, sparse attention and packed caches on text, in real models."""
     from .demo import main
 
     return main(arguments) or 0

@@ -1,5 +1,5 @@
 """python -m tokred demo: token merging in DINOv2 ViT-S/14 on real photographs, and then, in
-demo_text.py, sparse attention in SmolLM2-135M on real text.
+demo_text.py and demo_cache.py, sparse attention and packed caches in SmolLM2-135M on real text.
 
 A table of what merging r tokens in each of the twelve layers saves and what it costs, measured in
 turns with the unpatched model, and for each photograph a picture of the merged patches.
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import tokred
-from tokred import demo_text
+from tokred import demo_cache, demo_text
 from tokred.models.dinov2 import PATCH_SIZE, load_dinov2
 from tokred.models.offline import MissingModelError
 
@@ -88,14 +88,16 @@ def main(arguments: Sequence[str] = ()) -> int:
     parser = argparse.ArgumentParser(prog="python -m tokred demo", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder to write")
     parser.add_argument("--quick", action="store_true", help="one photograph, a little text")
-    parser.add_argument("--only", choices=("images", "text"), help="one half of the demo")
+    parser.add_argument("--only", choices=("images", "text", "cache"), help="one part of the demo")
     options = parser.parse_args(arguments)
     try:
         _require_packages()
-        if options.only != "text":
+        if options.only in (None, "images"):
             run(QUICK if options.quick else FULL, options.output)
-        if options.only != "images":
+        if options.only in (None, "text"):
             demo_text.run(demo_text.QUICK if options.quick else demo_text.FULL, options.output)
+        if options.only in (None, "cache"):
+            demo_cache.run(demo_cache.QUICK if options.quick else demo_cache.FULL, options.output)
     except MissingModelError as error:
         print(f"tokred demo: {error}", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""The second half of the demo: SmolLM2-135M attending to a few of its cached tokens.
+"""The second part of the demo: SmolLM2-135M attending to a few of its cached tokens.
 
 Perplexity of real text as fewer keys are attended to, tokens decoded per second at growing
 contexts, and text generated from prompts of different lengths in one batch.
@@ -87,7 +87,7 @@ def run(plan: TextPlan, output: Path) -> TextReport:
     console = Console()
     console.print("SmolLM2-135M: loading and reading")
     model, tokenizer = load_smollm2()
-    ids = _text_ids(tokenizer, max(plan.tokens, *plan.contexts) + plan.decoded + 1)
+    ids = text_ids(tokenizer, max(plan.tokens, *plan.contexts) + plan.decoded + 1)
     with torch.inference_mode():
         dense, rows = _perplexities(model, ids[:, : plan.tokens], plan)
         exact = _is_exact(model, ids[:, : plan.tokens])
@@ -104,7 +104,7 @@ def run(plan: TextPlan, output: Path) -> TextReport:
     return report
 
 
-def _text_ids(tokenizer: Any, count: int) -> Tensor:
+def text_ids(tokenizer: Any, count: int) -> Tensor:
     """int64 [1, count]: the first tokens of Python's own reference, which comes with it."""
     from pydoc_data.topics import topics
 
@@ -116,12 +116,13 @@ def _text_ids(tokenizer: Any, count: int) -> Tensor:
 
 
 @contextmanager
-def _dense(model: torch.nn.Module) -> Iterator[None]:
-    """The model on tokred's dense attention, until the block is left."""
+def dense_attention(model: torch.nn.Module, name: str = "tokred") -> Iterator[None]:
+    """The model on tokred's dense attention, or another, until the block is left."""
     from tokred.models.attention import register
 
+    register()
     before = model.config._attn_implementation
-    model.set_attn_implementation(register())
+    model.set_attn_implementation(name)
     try:
         yield
     finally:
@@ -149,7 +150,7 @@ def _perplexities(
 
 
 def _is_exact(model: torch.nn.Module, ids: Tensor) -> bool:
-    with _dense(model):
+    with dense_attention(model):
         expected = model(ids).logits
     with tokred.patch(model, "top_k_attention", k=ids.shape[1]):
         return torch.equal(model(ids).logits, expected)
@@ -161,7 +162,7 @@ def _speeds(model: torch.nn.Module, ids: Tensor, plan: TextPlan) -> list[SpeedRo
 
     patches: dict[str, Patch] = {
         "SDPA": nullcontext,
-        "tokred, dense": lambda: _dense(model),
+        "tokred, dense": lambda: dense_attention(model),
         f"token_select, k = {plan.decode_keys}": lambda: tokred.patch(
             model, "token_select", k=plan.decode_keys - sum(FORCED.values()), **FORCED
         ),
@@ -171,7 +172,7 @@ def _speeds(model: torch.nn.Module, ids: Tensor, plan: TextPlan) -> list[SpeedRo
     }
     cache = DynamicCache(config=model.config)
     longest = max(plan.contexts)
-    with _dense(model):
+    with dense_attention(model):
         for start in range(0, longest, 1024):
             chunk = ids[:, start : min(start + 1024, longest)]
             model(chunk, past_key_values=cache, logits_to_keep=1)
@@ -232,7 +233,7 @@ def save_plot(report: TextReport, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _new_table(title: str, headings: tuple[str, ...]) -> Any:
+def new_table(title: str, headings: tuple[str, ...]) -> Any:
     from rich import box
     from rich.table import Table
 
@@ -244,7 +245,7 @@ def _new_table(title: str, headings: tuple[str, ...]) -> Any:
 
 def _perplexity_table(report: TextReport) -> Any:
     title = f"Perplexity of {report.plan.tokens} tokens of text"
-    table = _new_table(title, ("method", "keys", "perplexity", "to dense"))
+    table = new_table(title, ("method", "keys", "perplexity", "to dense"))
     table.add_row("dense (SDPA)", str(report.plan.tokens), f"{report.dense_perplexity:.3f}", "1")
     for row in report.perplexity:
         ratio = f"{row.to_dense:.4f}"
@@ -253,7 +254,7 @@ def _perplexity_table(report: TextReport) -> Any:
 
 
 def _speed_table(report: TextReport) -> Any:
-    table = _new_table("Decoding, one sequence", ("method", "context", "tokens / s", "speed-up"))
+    table = new_table("Decoding, one sequence", ("method", "context", "tokens / s", "speed-up"))
     for row in report.speed:
         rate = f"{row.tokens_per_second:.1f}"
         table.add_row(row.method, str(row.context), rate, f"{row.speed_up:.2f}×")

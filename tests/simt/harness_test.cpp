@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "../../csrc/cuda/block.cuh"
-#include "../../csrc/cuda/ptx.cuh"
+#include "../../csrc/cuda/ptx_sm90.cuh"
 
 namespace {
 
@@ -78,6 +78,28 @@ void sum_cleared(int* out) {
   out[threadIdx.x] = *s;
 }
 
+// A warp writes, and the other reads what the first has announced.
+template <bool kWait>
+void announce(int* out) {
+  struct Shared { Barrier barrier; int x[32]; };
+  auto& s = shared_memory<Shared>();
+  const int low = static_cast<int>(threadIdx.x) % 32;
+  if (threadIdx.x == 0) barrier_init(s.barrier, 32);
+  __syncthreads();
+  bool good = true;
+  for (int round = 0; round < 8; ++round) {
+    if (threadIdx.x < 32) {
+      s.x[low] = round + low;
+      barrier_arrive(s.barrier);
+    } else {
+      if (kWait) barrier_wait(s.barrier, round % 2);
+      good = good && s.x[31 - low] == round + 31 - low;
+    }
+    __syncthreads();
+  }
+  out[threadIdx.x] = good;
+}
+
 // Broken rules -----------------------------------------------------------------------------------
 
 void divergent_barrier(int*) {
@@ -97,6 +119,24 @@ void misaligned_ldmatrix(int*) {
 void ldmatrix_outside(int*) {
   uint32_t r[4];
   ldmatrix_x4(r, &shared_memory<char>() + (16 << 10));
+}
+
+void deadlock(int*) {
+  auto& barrier = shared_memory<Barrier>();
+  if (threadIdx.x == 0) barrier_init(barrier, 65);
+  __syncthreads();
+  barrier_arrive(barrier);
+  barrier_wait(barrier, 0);
+}
+void barrier_without_count(int*) { barrier_arrive(shared_memory<Barrier>()); }
+void wgmma_without_fence(int*) {
+  auto& barrier = shared_memory<Barrier>();
+  if (threadIdx.x == 0) barrier_init(barrier, 128);
+  __syncthreads();
+  barrier_arrive(barrier);
+  barrier_wait(barrier, 0);
+  float d[8][4];
+  wgmma(bf16{}, d, {0, 0, 0, 0}, matrix_descriptor(&barrier));
 }
 
 // Twins ------------------------------------------------------------------------------------------
@@ -137,6 +177,68 @@ bool multiplies() {
     float sum = 0;
     for (int k = 0; k < 16; ++k) sum += small<T>(i / 8 * 16 + k) * small<T>(i % 8 * 16 + k + 7);
     if (out[i] != 1 + 2 * sum) return false;  // all of it is exact in fp32
+  }
+  return true;
+}
+
+// Swizzled by hand: 16 bytes number i of a row of 128 bytes are at i ^ row % 8.
+struct SwizzledOperands {
+  uint16_t a[64][64], b[128][64], b_by_rows[2][16][64];
+
+  static int column(int row, int k) { return (k / 8 ^ row % 8) * 8 + k % 8; }
+};
+
+// D = A B with 64 x 64 x 128 numbers in shared memory, and D += A B with 64 x 16 x 128 and A, its
+// first columns, in registers.
+template <class T, bool kWait>
+void multiply_by_warpgroup(float* out) {
+  char* start = &shared_memory<char>();
+  auto& s = *reinterpret_cast<SwizzledOperands*>(start + (0u - shared_address(start)) % 1024);
+  const int thread = static_cast<int>(threadIdx.x), lane = lane_id();
+  for (int i = thread; i < 64 * 64; i += 128) {
+    s.a[i / 64][s.column(i / 64, i % 64)] = from_float<T>(small<T>(i)).bits;
+  }
+  for (int i = thread; i < 128 * 64; i += 128) {
+    s.b[i / 64][s.column(i / 64, i % 64)] = from_float<T>(small<T>(i + 7)).bits;
+  }
+  for (int i = thread; i < 16 * 128; i += 128) {
+    const int k = i / 128, column = i % 128;
+    s.b_by_rows[column / 64][k][s.column(k, column % 64)] = from_float<T>(small<T>(i + 5)).bits;
+  }
+  fence_shared_for_wgmma();
+  __syncthreads();
+  float d[16][4];
+  uint32_t a[4];
+  for (int quarter = 0; quarter < 4; ++quarter) {
+    const int row = warp_id() * 16 + lane / 4 + quarter % 2 * 8;
+    const int first = row * 64 + lane % 4 * 2 + quarter / 2 * 8;
+    a[quarter] = pack_pair<T>(small<T>(first), small<T>(first + 1));
+  }
+  wgmma_fence();
+  for (int k = 0; k < 4; ++k) {
+    wgmma(T{}, d, advance(matrix_descriptor(s.a[0]), 32 * k),
+          advance(matrix_descriptor(s.b[0]), 32 * k), k > 0);
+  }
+  wgmma(T{}, d, a, matrix_descriptor(s.b_by_rows[0][0], sizeof s.b_by_rows[0]));
+  wgmma_commit();
+  if (kWait) wgmma_wait<0>(d);
+  for (int i = 0; i < 64; ++i) {
+    const int row = warp_id() * 16 + lane / 4 + i % 4 / 2 * 8;
+    out[row * 128 + i / 4 * 8 + lane % 4 * 2 + i % 2] = d[i / 4][i % 4];
+  }
+}
+
+template <class T, bool kWait = true>
+bool multiplies_by_warpgroup() {
+  std::vector<float> out(64 * 128);
+  simt::launch(multiply_by_warpgroup<T, kWait>, 1, 128, sizeof(SwizzledOperands) + 1024,
+               out.data());
+  for (int i = 0; i < 64 * 128; ++i) {
+    const int row = i / 128, column = i % 128;
+    float sum = 0;
+    for (int k = 0; k < 64; ++k) sum += small<T>(row * 64 + k) * small<T>(column * 64 + k + 7);
+    for (int k = 0; k < 16; ++k) sum += small<T>(row * 64 + k) * small<T>(k * 128 + column + 5);
+    if (out[i] != sum) return false;
   }
   return true;
 }
@@ -200,15 +302,24 @@ int main() {
   report("no_copy_wait", [&] { return run(copy_through<false>, 32, same); });
   report("cleared", [&] { return run(sum_cleared<true>, 64, [](int) { return 64; }); });
   report("not_cleared", [&] { return run(sum_cleared<false>, 64, [](int) { return 64; }); });
+  const auto good = [](int) { return 1; };
+  report("announced", [&] { return run(announce<true>, 64, good); });
+  report("not_announced", [&] { return run(announce<false>, 64, good); });
   report("divergent_barrier", [&] { return run(divergent_barrier, 64, same); });
   report("divergent_shuffle", [&] { return run(divergent_shuffle, 32, same); });
   report("shuffle_from_nobody", [&] { return run(shuffle_from_nobody, 32, same); });
   report("misaligned_ldmatrix", [&] { return run(misaligned_ldmatrix, 32, same); });
   report("ldmatrix_outside", [&] { return run(ldmatrix_outside, 32, same); });
+  report("deadlock", [&] { return run(deadlock, 64, same); });
+  report("barrier_without_count", [&] { return run(barrier_without_count, 32, same); });
+  report("wgmma_without_fence", [&] { return run(wgmma_without_fence, 128, same); });
   report("too_many_threads", [&] { return run(scans, 1025, same); });
   report("after_errors", [&] { return run(reverse_block<true>, 256, reversed); });
   report("mma_bf16", [] { return multiplies<bf16>(); });
   report("mma_f16", [] { return multiplies<f16>(); });
+  report("wgmma_bf16", [] { return multiplies_by_warpgroup<bf16>(); });
+  report("wgmma_f16", [] { return multiplies_by_warpgroup<f16>(); });
+  report("no_wgmma_wait", [] { return multiplies_by_warpgroup<bf16, false>(); });
   report("partial_copy", [] {
     std::vector<int> out(8);
     simt::launch(partial_copy, 1, 1, 32, out.data());

@@ -24,7 +24,7 @@ constexpr size_t kMaxThreads = 1024;
 constexpr size_t kMaxShared = 227 << 10;
 constexpr uint16_t kPoison = 0xffd5;       // a NaN in f32, f16 and bf16, and a negative integer
 
-enum class State : uint8_t { ready, at_warp, at_block, done };
+enum class State : uint8_t { ready, at_warp, at_block, at_condition, done };
 
 struct Copy {
   void* destination;
@@ -41,9 +41,18 @@ struct Fiber {
   bool predicate = false;
   unsigned mask = 0;
   WarpFunction function = nullptr;
-  void* argument = nullptr;
+  bool (*condition)(void*) = nullptr;
+  void* argument = nullptr;  // of the function or of the condition
   std::vector<Copy> copies;
   int copy_group = 0;
+};
+
+// Of copy_notify: the copies of the groups before `group` come first.
+struct Event {
+  unsigned thread;
+  int group;
+  void (*notify)(void*);
+  void* argument;
 };
 
 struct Machine {
@@ -53,6 +62,8 @@ struct Machine {
   unsigned current = 0, threads = 0;
   bool on_fiber = false;
   int predicates = 0;
+  uint64_t block_number = 0;
+  std::vector<Event> events;
   void (*body)(void*) = nullptr;
   void* body_argument = nullptr;
   std::vector<uint16_t> shared;
@@ -159,23 +170,75 @@ bool release_warp(Machine& m, unsigned first, unsigned last) {
   return released;
 }
 
-void run_warp(Machine& m, unsigned first) {
+bool is_ready(const Fiber& fiber) {
+  return fiber.state == State::ready ||
+         (fiber.state == State::at_condition && fiber.condition(fiber.argument));
+}
+
+// Runs a warp as far as it comes; false if that is nowhere.
+bool run_warp(Machine& m, unsigned first) {
   const unsigned last = std::min(first + 32, m.threads);
+  bool advanced = false, again = false;
   do {
     const unsigned offset = m.random(32), stride = m.random(16) * 2 + 1;
     for (unsigned i = 0; i < 32; ++i) {
       const unsigned thread = first + ((offset + i * stride) & 31);
-      if (thread >= last || m.fibers[thread].state != State::ready) continue;
+      if (thread >= last || !is_ready(m.fibers[thread])) continue;
+      m.fibers[thread].state = State::ready;
       resume(m, thread);
+      advanced = true;
     }
-  } while (release_warp(m, first, last));
-  for (unsigned i = first; i < last; ++i) {
-    if (m.fibers[i].state == State::at_warp) fail("a warp collective that some lanes never reach");
+    again = release_warp(m, first, last);
+    advanced |= again;
+  } while (again);
+  return advanced;
+}
+
+unsigned count(const Machine& m, unsigned first, unsigned last, State state) {
+  unsigned found = 0;
+  for (unsigned i = first; i < last; ++i) found += m.fibers[i].state == state;
+  return found;
+}
+
+// What is wrong with a block in which no thread can go on, if not all of them wait at its barrier.
+void explain(const Machine& m) {
+  for (unsigned first = 0; first < m.threads; first += 32) {
+    const unsigned last = std::min(first + 32, m.threads);
+    if (count(m, first, last, State::at_warp) && !count(m, first, last, State::at_condition)) {
+      fail("a warp collective that some lanes never reach");
+    }
   }
+  if (count(m, 0, m.threads, State::at_condition)) fail("every thread waits for another");
+  fail("a block barrier that some threads never reach");
+}
+
+void complete_copies(Fiber& fiber, int before_group) {
+  std::erase_if(fiber.copies, [&](const Copy& copy) {
+    if (copy.group >= before_group) return false;
+    if (copy.bytes) std::memcpy(copy.destination, copy.source, copy.bytes);
+    std::memset(static_cast<char*>(copy.destination) + copy.bytes, 0, 16 - copy.bytes);
+    return true;
+  });
+}
+
+// Some of the events take place; false if there are none.
+bool run_events(Machine& m) {
+  if (m.events.empty()) return false;
+  for (unsigned left = m.random(static_cast<unsigned>(m.events.size())) + 1; left > 0; --left) {
+    const unsigned chosen = m.random(static_cast<unsigned>(m.events.size()));
+    const Event event = m.events[chosen];
+    m.events[chosen] = m.events.back();
+    m.events.pop_back();
+    complete_copies(m.fibers[event.thread], event.group);
+    event.notify(event.argument);
+  }
+  return true;
 }
 
 void run_block(Machine& m, std::vector<unsigned>& warps) {
   std::fill(m.shared.begin(), m.shared.end(), kPoison);
+  ++m.block_number;
+  m.events.clear();
   for (unsigned i = 0; i < m.threads; ++i) {
     m.fibers[i].state = State::ready;
     m.fibers[i].copies.clear();
@@ -185,16 +248,19 @@ void run_block(Machine& m, std::vector<unsigned>& warps) {
     for (unsigned i = static_cast<unsigned>(warps.size()) - 1; i > 0; --i) {
       std::swap(warps[i], warps[m.random(i + 1)]);
     }
-    for (unsigned warp : warps) run_warp(m, warp * 32);
-    unsigned waiting = 0;
+    bool advanced = false;
+    for (unsigned warp : warps) advanced |= run_warp(m, warp * 32);
+    advanced |= run_events(m);
+    if (count(m, 0, m.threads, State::done) == m.threads) return;
+    if (count(m, 0, m.threads, State::at_block) != m.threads) {
+      if (!advanced) explain(m);
+      continue;
+    }
     m.predicates = 0;
     for (unsigned i = 0; i < m.threads; ++i) {
-      waiting += m.fibers[i].state == State::at_block;
-      m.predicates += m.fibers[i].state == State::at_block && m.fibers[i].predicate;
+      m.predicates += m.fibers[i].predicate;
+      m.fibers[i].state = State::ready;
     }
-    if (waiting == 0) return;
-    if (waiting != m.threads) fail("a block barrier that some threads never reach");
-    for (unsigned i = 0; i < m.threads; ++i) m.fibers[i].state = State::ready;
   }
 }
 
@@ -273,6 +339,16 @@ int block_barrier(bool predicate) {
   return m.predicates;
 }
 
+void wait_until(bool (*ready)(void*), void* argument) {
+  Machine& m = machine();
+  Fiber& fiber = m.fibers[m.current];
+  fiber.condition = ready;
+  fiber.argument = argument;
+  suspend(m, State::at_condition);
+}
+
+uint64_t block_number() { return machine().block_number; }
+
 void copy_async(void* destination, const void* source, unsigned bytes) {
   Machine& m = machine();
   if (!is_shared(destination, 16)) fail("cp.async writes outside shared memory");
@@ -292,12 +368,13 @@ void copy_commit() {
 void copy_wait(int groups_in_flight) {
   Machine& m = machine();
   Fiber& fiber = m.fibers[m.current];
-  std::erase_if(fiber.copies, [&](const Copy& copy) {
-    if (copy.group >= fiber.copy_group - groups_in_flight) return false;
-    if (copy.bytes) std::memcpy(copy.destination, copy.source, copy.bytes);
-    std::memset(static_cast<char*>(copy.destination) + copy.bytes, 0, 16 - copy.bytes);
-    return true;
-  });
+  complete_copies(fiber, fiber.copy_group - groups_in_flight);
+}
+
+void copy_notify(void (*notify)(void*), void* argument) {
+  copy_commit();
+  Machine& m = machine();
+  m.events.push_back({m.current, m.fibers[m.current].copy_group, notify, argument});
 }
 
 }  // namespace simt

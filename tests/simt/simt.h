@@ -1,7 +1,8 @@
 // CUDA's device vocabulary on the host, for compiling the kernels of csrc/cuda with a C++ compiler.
-// Every thread of a block is a fiber. A warp runs until all of its lanes wait at a block barrier,
-// and warps, lanes and blocks take turns in shuffled order, so a kernel that lacks a barrier gives
-// wrong answers. Shared memory starts as NaNs. Divergent barriers and collectives raise.
+// Every thread of a block is a fiber. A warp runs until all of its lanes wait for the block or for
+// another warp, and warps, lanes and blocks take turns in shuffled order, so a kernel that lacks a
+// barrier gives wrong answers. Shared memory starts as NaNs. Divergent barriers and collectives
+// raise, and so does a block in which every thread waits.
 #pragma once
 
 #include <cmath>
@@ -61,11 +62,19 @@ void collective(unsigned mask, A& argument, F) {
 // Waits for the whole block; returns how many threads brought a true predicate.
 int block_barrier(bool predicate);
 
+// Waits for other threads to make ready(argument) true.
+void wait_until(bool (*ready)(void* argument), void* argument);
+
+// A number that no other block has had, of this launch or of one before.
+uint64_t block_number();
+
 // cp.async: `bytes` of 16 are copied and the rest zeroed when the copy's group is waited for. Until
 // then the destination is garbage.
 void copy_async(void* destination, const void* source, unsigned bytes);
 void copy_commit();
 void copy_wait(int groups_in_flight);
+// Calls notify(argument) once this thread's copies so far are complete, some time from now on.
+void copy_notify(void (*notify)(void* argument), void* argument);
 
 template <class T>
 T shuffle(unsigned mask, T value, unsigned source) {

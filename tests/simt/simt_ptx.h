@@ -79,6 +79,11 @@ void cp_async_wait() { simt::copy_wait(N); }
 
 inline int64_t opaque(int64_t x) { return x; }
 inline uint32_t opaque(uint32_t x) { return x; }
+template <class T>
+uint32_t subtract_pairs(T, uint32_t a, uint32_t b) {
+  const auto half = [](uint32_t pair, int i) { return to_float(T{uint16_t(pair >> 16 * i)}); };
+  return pack_pair<T>(half(a, 0) - half(b, 0), half(a, 1) - half(b, 1));
+}
 inline float exp2_approx(float x) { return std::exp2(x); }
 
 }  // namespace tokred::cuda

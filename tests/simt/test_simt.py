@@ -12,10 +12,11 @@ HERE = Path(__file__).parent
 
 RIGHT = {
     "block_barrier", "second_barrier", "warp_barrier", "copy_wait", "cleared", "after_errors",
-    "mma_bf16", "mma_f16", "partial_copy", "scans", "grid",
+    "mma_bf16", "mma_f16", "partial_copy", "scans", "grid", "announced", "wgmma_bf16", "wgmma_f16",
 }  # fmt: skip
 WRONG = {
     "no_block_barrier", "no_second_barrier", "no_warp_barrier", "no_copy_wait", "not_cleared",
+    "not_announced", "no_wgmma_wait",
 }  # fmt: skip
 ERRORS = {
     "divergent_barrier": "a block barrier that some threads never reach",
@@ -23,6 +24,9 @@ ERRORS = {
     "shuffle_from_nobody": "a shuffle reads a lane that takes no part in it",
     "misaligned_ldmatrix": "ldmatrix at a misaligned address",
     "ldmatrix_outside": "ldmatrix reads outside shared memory",
+    "deadlock": "every thread waits for another",
+    "barrier_without_count": "a barrier in shared memory without a count",
+    "wgmma_without_fence": "wgmma without a fence",
     "too_many_threads": "outside the limits of the hardware",
 }
 

@@ -179,6 +179,13 @@ METHODS: dict[str, Method] = {
             "one trained KV prefix, read once for all sequences of a batch",
         ),
         Method(
+            "kivi",
+            "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache",
+            "2402.02750",
+            "exact",
+            "keys in 2 bits per channel, values in 2 bits per token, recent ones as they are",
+        ),
+        Method(
             "tca_attention",
             "Training-free Context-adaptive Attention for Efficient Long Context Modeling",
             "2512.09238",
@@ -198,6 +205,34 @@ METHODS: dict[str, Method] = {
             "2503.16525",
             "approximate",
             "reuse another request's cache, recompute the tokens that deviate most",
+        ),
+        Method(
+            "arkv",
+            "ARKV: Adaptive and Resource-Efficient KV Cache Management",
+            "2603.08727",
+            "approximate",
+            "one cache of tokens in full precision, tokens in fp8 and evicted ones",
+        ),
+        Method(
+            "kv_merger",
+            "Model Tells You Where to Merge: Adaptive KV Cache Merging for LLMs",
+            "2407.08454",
+            "approximate",
+            "runs of neighbouring keys that are alike become one, weighted around a pivot",
+        ),
+        Method(
+            "ems",
+            "EMS: Adaptive Evict-then-Merge Strategy for Head-wise KV Cache Compression",
+            "2412.08521",
+            "approximate",
+            "each head evicts its least important tokens, merges the middle ones into kept ones",
+        ),
+        Method(
+            "importance_bits",
+            "RSQ: Learning from Important Tokens Leads to Better Quantized LLMs",
+            "2503.01820",
+            "approximate",
+            "tokens that receive more attention are packed in more bits",
         ),
     )
 }

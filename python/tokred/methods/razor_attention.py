@@ -1,17 +1,19 @@
 """RazorAttention: retrieval heads keep the whole cache, the others keep sinks, recent tokens and
 one token that stands for all that was dropped.
 
-RazorAttention: Efficient KV Cache Compression Through Retrieval Heads (arXiv 2407.15891).
+RazorAttention: Efficient KV Cache Compression Through Retrieval Heads (arXiv 2407.15891). Packed
+in a few bits, heads of either kind share one pool: see `pack_heads`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
 
 import tokred
+from tokred import PackedKV, PackFormat
 
 
 def head_scores(q: Tensor, k: Tensor, period: int) -> tuple[Tensor, Tensor]:
@@ -151,3 +153,80 @@ def razor_attention(
     if others.k.shape[1]:
         out[:, ~whole] = others.attend(q[:, ~whole], scale)[0]
     return out
+
+
+@dataclass
+class PackedRazorHeads:
+    """All heads of a prompt in one pool of packed tokens, each with as many as it keeps.
+
+    k, v: [1, 1, S, ..], S the sum over items and heads. The rest is a row for every item and head:
+    slots i32 [B Hkv, T], where its tokens are in the pool, lengths i32 [B Hkv], how many they are,
+    and bias f32 [B Hkv, 1, T], log(dropped) for compensation tokens.
+    """
+
+    k: PackedKV
+    v: PackedKV
+    slots: Tensor
+    lengths: Tensor
+    bias: Tensor
+
+    def attend(self, q: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
+        """Attention of q [B, Hq, L, D] to the prompt, in one call for heads of all lengths.
+
+        Returns:
+            out [B, Hq, L, Dv] and lse [B, Hq, L], for `combine_states` with that of later tokens.
+        """
+        rows = q.reshape(self.slots.shape[0], -1, *q.shape[2:])
+        out, lse = tokred.packed_attention(
+            rows,
+            self.k,
+            self.v,
+            scale=scale,
+            key_bias=self.bias,
+            length=self.slots.shape[1],
+            lengths=self.lengths,
+            slots=self.slots,
+        )
+        return out.reshape(*q.shape[:3], -1), lse.reshape(q.shape[:3])
+
+
+def pack_heads(
+    k: Tensor, v: Tensor, retrieval: Tensor, others: RazorHeads, key: PackFormat, value: PackFormat
+) -> PackedRazorHeads:
+    """Packs retrieval heads, which keep all tokens, beside the others, which keep some.
+
+    Args:
+        k: [B, R, N, D], v: [B, R, N, Dv], the whole cache of the R retrieval heads.
+        retrieval: bool [Hkv], which key heads those are. others: the rest, Hkv - R heads.
+        key, value: formats along channels, as tokens of different heads follow each other.
+
+    Memory: the packed tokens that are kept, and 8 B Hkv T bytes of tables.
+    """
+    batch, heads = k.shape[0], retrieval.shape[0]
+    kept, short = k.shape[2], others.k.shape[2]
+    device = k.device
+    lengths = torch.where(retrieval.to(device), kept, short).expand(batch, -1)
+    places = max(kept, short)
+    # The pool has first the tokens of all retrieval heads, item by item, then those of the others.
+    rank = torch.empty(heads, dtype=torch.int64, device=device)
+    for mine in (retrieval, ~retrieval):
+        rank[mine] = torch.arange(int(mine.sum()), device=device)
+    item = torch.arange(batch, device=device)[:, None]
+    whole = (item * k.shape[1] + rank) * kept
+    some = batch * k.shape[1] * kept + (item * others.k.shape[1] + rank) * short
+    first = torch.where(retrieval.to(device), whole, some)
+    slots = first[..., None] + torch.arange(places, device=device)
+    bias = torch.zeros(batch, heads, places, device=device)
+    bias[:, ~retrieval, others.num_sinks] = others.dropped.log()
+
+    def pack(x: Tensor, rest: Tensor, form: PackFormat) -> PackedKV:
+        rows = torch.cat([part.reshape(1, 1, -1, part.shape[3]) for part in (x, rest)], 2)
+        return tokred.kv_pack(rows, *astuple(form))
+
+    return PackedRazorHeads(
+        pack(k, others.k, key),
+        pack(v, others.v, value),
+        slots.flatten(0, 1).int(),
+        lengths.flatten().int(),
+        bias.flatten(0, 1)[:, None],
+    )

@@ -17,7 +17,7 @@ which the release turns off, is left out.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,10 +46,11 @@ def vote(
 
     2 B Hq N D flops, one read of k.
     """
-    votes = tokred.qk_score(q, k, "softmax_vote", scale=scale, mask=mask)
-    if pool > 1:
-        votes = torch.nn.functional.max_pool1d(votes, pool, 1, pool // 2)
-    return votes
+    return _pooled(tokred.qk_score(q, k, "softmax_vote", scale=scale, mask=mask), pool)
+
+
+def _pooled(votes: Tensor, pool: int) -> Tensor:
+    return torch.nn.functional.max_pool1d(votes, pool, 1, pool // 2) if pool > 1 else votes
 
 
 class TokenSelectAttention:
@@ -75,22 +76,13 @@ class TokenSelectAttention:
 
     def _attend_chunk(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         options = self.options
-        if options.n_init + options.k + options.n_local >= call.k.shape[2]:
+        if options.n_init + options.k + options.n_local >= call.num_keys:
             return call.dense()
         self.indices, counts = self._choose(call)
         lists = self.indices[:, :, None]
         queries = call.q.shape[2]
         if call.rotary is None:
-            return tokred.sparse_attention(
-                call.q,
-                call.k,
-                call.v,
-                lists,
-                call.scale,
-                causal=call.causal,
-                mask=call.mask,
-                block_q=queries,
-            )
+            return call.attend_to(lists, block_q=queries)
         # The queries are the last of the list: their positions are the last ranks.
         place = torch.arange(queries, device=counts.device) - queries
         limit = lists.shape[3]
@@ -112,7 +104,7 @@ class TokenSelectAttention:
     def _choose(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         """indices i32 [B, 1, n_init + k + n_local], ascending, and counts i32 [B, 1]."""
         options = self.options
-        q, k = call.q.detach(), call.k.detach()
+        q, keys = call.q.detach(), call.num_keys
         if call.mask is not None and q.shape[2] > 1:
             # The mean is of the queries that are no padding.
             real = call.num_visible() > 0
@@ -124,15 +116,21 @@ class TokenSelectAttention:
             q = call.rotary.rotate(q, place + options.n_local, limit)
         # Only the tokens between the sinks and the locals are voted on.
         if call.mask is None:
-            middle = torch.zeros(1, k.shape[2], dtype=torch.bool, device=k.device)
-            middle[:, options.n_init : k.shape[2] - options.n_local] = True
-            votes = vote(q, k, middle, options.pool)
+            middle = torch.zeros(1, keys, dtype=torch.bool, device=q.device)
+            middle[:, options.n_init : keys - options.n_local] = True
+            votes = self._vote(call, q, middle)
             return choose(votes, options.k, options.n_init, options.n_local)
         visible = call.visible()
         middle = visible & ~ends(visible, options.n_init, options.n_local)
-        votes = vote(q, k, middle, options.pool)
+        votes = self._vote(call, q, middle)
         votes = votes.masked_fill(~visible[:, None], -torch.inf)
         return choose(votes, options.k, options.n_init, options.n_local, visible[:, None])
+
+    def _vote(self, call: AttentionCall, q: Tensor, mask: Tensor) -> Tensor:
+        """See vote; on packed keys too."""
+        k = call.k if call.is_packed else call.k.detach()
+        votes = replace(call, q=q, k=k, scale=1.0).score("softmax_vote", mask)
+        return _pooled(votes, self.options.pool)
 
 
 @dataclass(frozen=True)

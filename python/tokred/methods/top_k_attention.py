@@ -69,18 +69,29 @@ class TopKState:
         self.options = options
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
-        if call.q.shape[2] > 1 and self.options.prefill == "dense":
+        queries = call.q.shape[2]
+        if queries > 1 and self.options.prefill == "dense":
             return call.dense()
+        if call.is_packed and queries == 1:
+            return self._attend_packed(call)
         return top_k_attention(
             call.q, call.k, call.v, self.options.k, call.causal, call.mask, call.scale
         )
+
+    def _attend_packed(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        """A decoding step on a PackedCache: scores, choice and attention read packed tokens."""
+        if self.options.k >= call.num_keys:
+            return call.dense()
+        indices = tokred.topk(call.score(), self.options.k, order="position")[1]
+        return call.attend_to(indices[:, :, None], block_q=1)
 
 
 @dataclass(frozen=True)
 class TopKAttention:
     """Options of tokred.patch(model, "top_k_attention", ...).
 
-    k: keys a query attends to. prefill: "select", prompts choose too; or "dense".
+    k: keys a query attends to. prefill: "select", prompts choose too; or "dense". On a PackedCache
+        decoding chooses among packed keys; a prompt's later parts need "dense" there.
     """
 
     k: int = 256

@@ -6,7 +6,8 @@
 Dense attention then runs on `biased_attention`: grouped heads without copies of the keys, left
 padding as a key mask without an N x N mask in prefill, static and dynamic caches, sliding windows
 and attention sinks. Models that bring lists of keys (DeepSeek-V3.2, GLM-DSA) run on
-`sparse_attention`. What the kernels do not have raises an error.
+`sparse_attention`, and a tokred.PackedCache on `packed_attention`. What the kernels do not have
+raises an error.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from transformers.masking_utils import (
 )
 
 import tokred
+
+from .packed import ADVICE, PackedStates
 
 NAME = "tokred"
 
@@ -103,6 +106,8 @@ class AttentionCall:
     """One layer's attention in one forward pass, as a method is given it.
 
     q: [B, Hq, L, D]. k: [B, Hkv, N, D] and v: [B, Hkv, N, Dv], the whole cache and the new tokens.
+        Of a PackedCache that is not empty, k is its PackedStates, and v None: `dense`, `score` and
+        `attend_to` read it, what needs tensors raises an error that says so.
     mask: bool [B | 1, 1, L | 1, N], True is visible, or None.
     causal: query i sees the keys j <= i + N - L, in addition to the mask.
     scale: of the logits.
@@ -112,8 +117,8 @@ class AttentionCall:
     """
 
     q: Tensor
-    k: Tensor
-    v: Tensor
+    k: Tensor | PackedStates
+    v: Tensor | None
     mask: Tensor | None
     causal: bool
     scale: float | None
@@ -121,9 +126,45 @@ class AttentionCall:
     rotary: Any = None
     window: int | None = None
 
+    @property
+    def num_keys(self) -> int:
+        """N."""
+        return self.k.length if self.is_packed else self.k.shape[2]
+
+    @property
+    def is_packed(self) -> bool:
+        return isinstance(self.k, PackedStates)
+
+    def score(self, reduce: str = "none", mask: Tensor | None = None) -> Tensor:
+        """The logits of the keys, as `qk_score` reduces them: f32 [B, Hq | Hkv | 1, N].
+
+        Args:
+            reduce: see tokred.qk_score.
+            mask: bool [B | 1, N], keys that get a score; `visible()` where None.
+        """
+        mask = self.visible() if mask is None else mask
+        if self.is_packed:
+            return self.k.score(self.q, reduce, self.scale, mask)
+        return tokred.qk_score(self.q, self.k, reduce, scale=self.scale, mask=mask)
+
+    def attend_to(self, indices: Tensor, block_q: int) -> tuple[Tensor, Tensor]:
+        """Attention to the keys of lists: (out [B, Hq, L, Dv], lse f32 [B, Hq, L]).
+
+        Args:
+            indices: i32 [B, Hq | Hkv | 1, ceil(L / block_q), K]; those that the mask and causality
+                hide are left out.
+            block_q: queries that share a list; 1 or L of packed keys.
+        """
+        if self.is_packed:
+            return self.k.attend_to(self.q, indices, self.scale, self.causal, self.mask)
+        options = {"causal": self.causal, "mask": self.mask, "block_q": block_q}
+        return tokred.sparse_attention(self.q, self.k, self.v, indices, self.scale, **options)
+
     def dense(self) -> tuple[Tensor, Tensor]:
         """Attention over all keys: (out [B, Hq, L, Dv], lse f32 [B, Hq, L])."""
         q, k = self.q, self.k
+        if self.is_packed and self.rotary is None:
+            return k.attend(q, self.scale, self.causal, self.mask)
         if self.rotary is not None:
             keys = k.shape[2]
             k = self.rotary.rotate(k, (self.visible().cumsum(-1) - 1).clamp(min=0), keys)
@@ -145,6 +186,8 @@ class AttentionCall:
 
     def narrow(self, start: int, stop: int) -> AttentionCall:
         """The same for the queries start .. stop - 1, with the keys they can see."""
+        if (start, stop) == (0, self.q.shape[2]):
+            return self
         q = self.q[:, :, start:stop]
         if not self.causal:
             mask = self.mask
@@ -158,14 +201,14 @@ class AttentionCall:
     def visible(self) -> Tensor:
         """bool [B | 1, N]: the keys that the last query, or any query, can see."""
         if self.mask is None:
-            return torch.ones(1, self.k.shape[2], dtype=torch.bool, device=self.k.device)
+            return torch.ones(1, self.num_keys, dtype=torch.bool, device=self.q.device)
         if self.mask.shape[1] != 1:
             raise ValueError("keys can only be chosen under a mask that all heads share")
         return self.mask[:, 0].any(1)
 
     def num_visible(self) -> Tensor:
         """int [B | 1, L]: how many keys each query sees, leaving the window aside."""
-        queries, keys = self.q.shape[2], self.k.shape[2]
+        queries, keys = self.q.shape[2], self.num_keys
         if self.mask is not None and self.mask.shape[2] > 1 and not self.causal:
             return self.mask[:, 0].sum(-1)
         rank = self.visible().cumsum(-1)
@@ -190,8 +233,8 @@ class AttentionMethod(Protocol):
 def attention_forward(
     module: nn.Module,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | PackedStates,
+    value: Tensor | None,
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
@@ -207,7 +250,7 @@ def attention_forward(
     Args:
         module: the layer's attention module.
         query: [B, Hq, L, D]. key: [B, Hkv, N, D], N of a static cache counting its empty part.
-            value: [B, Hkv, N, Dv].
+            value: [B, Hkv, N, Dv]. From a PackedCache: its PackedStates, and None.
         attention_mask: from `attention_mask` above, or a bool mask [B, 1, L, N] of your own.
         scaling: of the logits; 1 / sqrt(D) where None.
         is_causal: module.is_causal where None; without a mask, and with one of padding alone.
@@ -225,6 +268,8 @@ def attention_forward(
     _refuse(dropout, options)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
+    if isinstance(key, PackedStates) and key.is_first:
+        key, value = key.new_key, key.new_value
     call = _call(query, key, value, attention_mask, bool(is_causal), scaling, sliding_window)
     call = replace(call, layer=getattr(module, "layer_idx", 0))
     if indices is not None:
@@ -242,8 +287,8 @@ def attention_forward(
 
 def _call(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | PackedStates,
+    v: Tensor | None,
     mask: Tensor | None,
     is_causal: bool,
     scale: float | None,
@@ -257,6 +302,10 @@ def _call(
             f"{mask.dtype} {list(mask.shape)}: tokred attention adds no float mask to the logits"
         )
     causal = is_causal and queries > 1 and (mask is None or mask.shape[2] == 1)
+    if isinstance(k, PackedStates):
+        if window is not None and k.length > window:
+            raise ValueError(f"a sliding_window needs keys in full precision: {ADVICE}")
+        return AttentionCall(q, k, v, mask, causal, scale, 0)
     if causal:
         keys = queries if mask is None else mask.shape[3]
         k, v = k[:, :, :keys], v[:, :, :keys]
@@ -270,16 +319,7 @@ def _listed(call: AttentionCall, indices: Tensor) -> tuple[Tensor, Tensor]:
     """Attention of every query to its own list of keys, those that are hidden left out."""
     if call.window is not None:
         raise ValueError("indices and a sliding_window without a mask do not go together")
-    return tokred.sparse_attention(
-        call.q,
-        call.k,
-        call.v,
-        indices[:, None].to(torch.int32),
-        scale=call.scale,
-        causal=call.causal,
-        mask=call.mask,
-        block_q=1,
-    )
+    return call.attend_to(indices[:, None].to(torch.int32), block_q=1)
 
 
 _REFUSED = {

@@ -110,6 +110,36 @@ class PackedKV:
     def nbytes(self) -> int:
         return self.codes.nbytes + self.params.nbytes
 
+    @staticmethod
+    def records(
+        key: PackFormat,
+        value: PackFormat,
+        batch: int,
+        heads: int,
+        tokens: int,
+        key_dim: int,
+        value_dim: int,
+        device: torch.device | str | None = None,
+    ) -> tuple[PackedKV, PackedKV]:
+        """Zeroed room for keys and values, both grouped along channels, in one record a token.
+
+        What is read of a token then lies side by side: 144 bytes for 128 channels in 4 bits and
+        groups of 64, where codes alone would be gathered in rows of 64 bytes.
+        """
+        dims = ((key, key_dim), (value, value_dim))
+        for form, _ in dims:
+            if form.axis != "channel":
+                raise ValueError(f"records need groups along channels, got axis {form.axis!r}")
+        sizes = [form.code_bytes(dim) for form, dim in dims]
+        sizes += [2 * form.params_shape(1, dim)[1] for form, dim in dims]
+        record = -(-sum(sizes) // 8) * 8
+        rows = torch.zeros((batch, heads, tokens, record), dtype=torch.uint8, device=device)
+        k_codes, v_codes, k_params, v_params, _ = rows.split([*sizes, record - sum(sizes)], -1)
+        return (
+            PackedKV(k_codes, k_params.view(torch.float16), key),
+            PackedKV(v_codes, v_params.view(torch.float16), value),
+        )
+
     def arguments(self) -> tuple[Tensor, Tensor, int, int, str, str, bool]:
         """What the ops take for it."""
         f = self.format

@@ -184,6 +184,13 @@ def _packed_qk_score_fake(
 def _packed_attention_flops(q, k_codes, k_params, *args, **kwargs) -> int:
     """Tensors arrive as their shapes, and so do the tokens of a cache: its capacity is counted."""
     v_codes, v_bits = args[5], args[7]
-    indices = kwargs.get("indices", args[14] if len(args) > 14 else None)
+    indices = kwargs.get("indices", args[15] if len(args) > 15 else None)
     pairs = indices[3] if indices is not None else k_codes[2]
     return forward_flops(q, pairs, (*v_codes[:3], v_codes[3] * 8 // v_bits))
+
+
+@register_flop_formula(_ops.packed_qk_score)
+def _packed_qk_score_flops(q, codes, *args, **kwargs) -> int:
+    """Of the packed tokens. The queries are averaged first."""
+    batch, heads, _, head_dim = q
+    return 2 * batch * heads * codes[2] * head_dim

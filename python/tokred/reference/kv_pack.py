@@ -69,15 +69,17 @@ def _quantize(x: Tensor, form: PackFormat) -> tuple[Tensor, Tensor, Tensor | Non
     finite = x.isfinite()
     low = torch.where(finite, x, torch.inf).amin(-1, keepdim=True)
     high = torch.where(finite, x, -torch.inf).amax(-1, keepdim=True)
-    low, high = (torch.where(finite.any(-1, keepdim=True), t, 0.0) for t in (low, high))
+    # The sum turns -0 into 0: min and max do not tell them apart.
+    low, high = (torch.where(finite.any(-1, keepdim=True), t, 0.0) + 0.0 for t in (low, high))
     offset = None
     if form.scheme in ("asymmetric", "zero_point"):
         if form.scheme == "zero_point":
             low, high = low.clamp(max=0), high.clamp(min=0)
         scale = (high - low) / levels
-        offset = low if form.scheme == "asymmetric" else (-low / scale).nan_to_num(0).round()
+        zero = ((0.0 - low) / scale).masked_fill(scale == 0, 0).round()
+        offset = low if form.scheme == "asymmetric" else zero
     else:
-        greatest = torch.maximum(high, -low)
+        greatest = torch.maximum(high, 0.0 - low)
         scale = greatest / (448 if form.scheme == "fp8" else 2 ** (form.bits - 1) - 1)
 
     def ratio(numerator: Tensor) -> Tensor:

@@ -1,0 +1,232 @@
+"""Low-bit keys and values: packing, decode attention on packed caches, and the sparse packed step.
+
+pack, unpack: [1, 8, 32768, 128], beside the torch formulation and ggml's q4_0 and q8_0 (which keep
+a scale every 32 numbers, pack on one thread, and round their keys' scale to nothing else). decode:
+32 query heads on 8 key heads, D = 128, beside ONNX Runtime's GroupQueryAttention (one scale a
+tensor) and ggml's attention in its best layout, with our own dense attention on bf16. step: score
+the packed keys, choose 2048, attend to their records of 144 bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import tokred
+from tokred import PackedKV
+
+from .bench_decode import CHOSEN, DIM, HEADS_KV, HEADS_Q, Cache
+from .harness import Case, agreement
+from .machine import DTYPES, Run
+from .peers import ggml, onnx
+
+PACKED_TOKENS = 32768
+
+
+def pack_in_torch(x: Tensor, bits: int, group_size: int, axis: str) -> tuple[Tensor, ...]:
+    """KIVI's formula; bytes of neighbouring codes."""
+    if axis == "token":
+        x = x.transpose(2, 3)
+    groups = x.float().unflatten(-1, (-1, group_size))
+    low, high = groups.aminmax(dim=-1, keepdim=True)
+    scale = (high - low) / (2**bits - 1)
+    codes = ((groups - low) / scale).clamp(0, 2**bits - 1).round().to(torch.uint8)
+    codes = codes.view(*x.shape[:-1], -1, 8 // bits)
+    packed = codes[..., 0]
+    for place in range(1, 8 // bits):
+        packed = packed | codes[..., place] << bits * place
+    return packed, scale, low
+
+
+def unpack_in_torch(packed: Tensor, scale: Tensor, low: Tensor, bits: int) -> Tensor:
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+    codes = (packed[..., None] >> shifts & 2**bits - 1).flatten(-2)
+    groups = codes.unflatten(-1, (scale.shape[-2], -1)).float()
+    return (groups * scale + low).flatten(-2)
+
+
+def packed_bytes(heads: int, tokens: int, bits: int, group_size: int) -> int:
+    form = tokred.PackFormat(bits, group_size)
+    return int(heads * tokens * form.token_bytes(DIM))
+
+
+def pack_case(bits: int, group_size: int, axis: str, dtype: str, device: str) -> Case:
+    shape = (1, HEADS_KV, PACKED_TOKENS, DIM)
+
+    def build() -> dict[str, Callable]:
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        x = x.to(device, DTYPES[dtype])
+        candidates = {
+            "tokred.kv_pack": partial(tokred.kv_pack, x, bits, group_size, axis),
+            "torch": partial(pack_in_torch, x, bits, group_size, axis),
+        }
+        if device == "cpu" and dtype == "float32" and bits in ggml.TYPES and axis == "channel":
+            candidates[f"ggml q{bits}_0, 1 thread"] = ggml.Rows(x, bits).pack
+        return candidates
+
+    numbers = HEADS_KV * PACKED_TOKENS * DIM
+    moved = numbers * DTYPES[dtype].itemsize + packed_bytes(8, PACKED_TOKENS, bits, group_size)
+    return Case("packed", f"pack, {bits} bits, {group_size} along {axis}s", shape, dtype, build,
+                bytes_moved=moved, ceiling="copy")
+
+
+def unpack_case(bits: int, group_size: int, axis: str, device: str) -> Case:
+    shape = (1, HEADS_KV, PACKED_TOKENS, DIM)
+
+    def build() -> dict[str, Callable]:
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+        packed = tokred.kv_pack(x, bits, group_size, axis)
+        theirs = pack_in_torch(x, bits, group_size, axis)
+        candidates = {
+            "tokred.kv_unpack": partial(tokred.kv_unpack, packed),
+            "torch": partial(unpack_in_torch, *theirs, bits),
+        }
+        if device == "cpu" and bits in ggml.TYPES and axis == "channel":
+            rows = ggml.Rows(x, bits)
+            rows.pack()
+            candidates[f"ggml q{bits}_0, 1 thread"] = rows.unpack
+        return candidates
+
+    moved = 4 * HEADS_KV * PACKED_TOKENS * DIM + packed_bytes(8, PACKED_TOKENS, bits, group_size)
+    return Case("packed", f"unpack, {bits} bits, {group_size} along {axis}s", shape, "float32",
+                build, bytes_moved=moved, ceiling="copy")
+
+
+def packed_sides(cache: Cache, bits: int, axis: str = "channel") -> tuple[PackedKV, PackedKV]:
+    """Keys along `axis`, values along channels, in groups of 64."""
+    return tokred.kv_pack(cache.k, bits, 64, axis), tokred.kv_pack(cache.v, bits, 64)
+
+
+def decode_case(keys: int, bits: int, axis: str, run: Run) -> Case:
+    def build() -> dict[str, Callable]:
+        cache = Cache.make(keys, "bfloat16", run.device)
+        k, v = packed_sides(cache, bits, axis)
+        candidates: dict[str, Callable] = {
+            f"tokred.packed_attention, {bits} bits": partial(
+                tokred.packed_attention, cache.q, k, v
+            ),
+            "tokred.biased_attention, bf16": partial(
+                tokred.biased_attention, cache.q, cache.k, cache.v
+            ),
+        }
+        if run.device == "cpu" and bits in ggml.TYPES and axis == "channel":
+            q = cache.q[0, :, 0].float()
+            candidates["ONNX Runtime GQA, same bits"] = onnx.Attention(
+                q, HEADS_KV, keys, bits, run.threads
+            )
+            candidates[f"ggml attention, q{bits}_0"] = ggml.Attention(
+                q, cache.k[0], cache.v[0], bits, run.threads
+            )
+        return candidates
+
+    return Case("packed", f"decode, {bits} bits, K along {axis}s",
+                (1, HEADS_Q, HEADS_KV, keys, DIM), "bfloat16", build,
+                bytes_moved=2 * packed_bytes(HEADS_KV, keys, bits, 64),
+                flops=4 * HEADS_Q * keys * DIM, ceiling="read")
+
+
+def unpack_first_case(keys: int, device: str) -> Case:
+    """What a cache that unpacks does: all of it to bf16, then SDPA."""
+
+    def build() -> dict[str, Callable]:
+        cache = Cache.make(keys, "bfloat16", device)
+        k, v = packed_sides(cache, 4)
+        sides = [pack_in_torch(x, 4, 64, "channel") for x in (cache.k, cache.v)]
+        group = cache.q.view(1, HEADS_KV, -1, DIM)
+
+        def unpack_then_attend() -> Tensor:
+            whole = [unpack_in_torch(*side, 4).to(torch.bfloat16) for side in sides]
+            return F.scaled_dot_product_attention(group, *whole).view_as(cache.q)
+
+        return {
+            "tokred.packed_attention, 4 bits": partial(tokred.packed_attention, cache.q, k, v),
+            "torch unpack, SDPA": unpack_then_attend,
+        }
+
+    return Case("packed", "decode beside unpacking", (1, HEADS_Q, HEADS_KV, keys, DIM), "bfloat16",
+                build, bytes_moved=2 * packed_bytes(HEADS_KV, keys, 4, 64), ceiling="read",
+                examine=agreement(1e-2))
+
+
+def records(k: PackedKV, v: PackedKV) -> tuple[PackedKV, PackedKV]:
+    """The same codes and params, those of a token side by side."""
+    key, value = tokred.PackedKV.records(
+        k.format, v.format, *k.codes.shape[:3], k.head_dim, v.head_dim, k.codes.device
+    )
+    for side, place in ((k, key), (v, value)):
+        place.codes.copy_(side.codes)
+        place.params.copy_(side.params)
+    return key, value
+
+
+def step_case(keys: int, device: str) -> Case:
+    def build() -> dict[str, Callable]:
+        cache = Cache.make(keys, "bfloat16", device)
+
+        def step(k: PackedKV, v: PackedKV) -> tuple[Tensor, Tensor]:
+            scores = tokred.packed_qk_score(cache.q, k, reduce="group_mean")
+            indices = tokred.topk(scores, CHOSEN, order="position")[1]
+            return tokred.packed_attention(cache.q, k, v, indices=indices[:, :, None])
+
+        candidates = {}
+        for bits in (4, 2):
+            sides = packed_sides(cache, bits)
+            candidates[f"tokred step, {bits} bits, records"] = partial(step, *records(*sides))
+            if bits == 4:
+                candidates["tokred step, 4 bits, apart"] = partial(step, *sides)
+        return candidates | {
+            "tokred.biased_attention, bf16": partial(
+                tokred.biased_attention, cache.q, cache.k, cache.v
+            ),
+            "SDPA, group packed as queries": cache.sdpa_packed,
+        }
+
+    return Case("packed", "step", (1, HEADS_Q, HEADS_KV, keys, DIM, CHOSEN), "bfloat16", build)
+
+
+def append_case(keys: int, axis: str, device: str) -> Case:
+    """One token into a long cache, with a window of 128."""
+
+    def build() -> dict[str, Callable]:
+        form = tokred.PackFormat(4, 64, axis)
+        cache = form.empty(1, HEADS_KV, keys, DIM, device)
+        window = torch.zeros(1, HEADS_KV, 128, DIM, dtype=torch.bfloat16, device=device)
+        token = torch.randn(1, HEADS_KV, 1, DIM).to(device, torch.bfloat16)
+        return {
+            "tokred.kv_append": partial(tokred.kv_append, token, cache, keys // 2, window),
+        }
+
+    return Case("packed", f"append, 4 bits along {axis}s", (1, HEADS_KV, keys, DIM), "bfloat16",
+                build)
+
+
+def cases(run: Run) -> Iterator[Case]:
+    yield pack_case(4, 64, "channel", "float32", run.device)
+    yield pack_case(4, 64, "token", "float32", run.device)
+    yield pack_case(2, 32, "channel", "float32", run.device)
+    yield pack_case(2, 32, "token", "float32", run.device)
+    yield unpack_case(4, 64, "channel", run.device)
+    yield unpack_case(2, 32, "token", run.device)
+    longest = 131072
+    for bits in (8, 4, 2):
+        yield decode_case(longest, bits, "channel", run)
+    yield decode_case(longest, 4, "token", run)
+    yield unpack_first_case(8192, run.device)
+    yield step_case(longest, run.device)
+    yield append_case(longest, "channel", run.device)
+    if run.quick:
+        return
+    for bits in (8, 3, 1):
+        yield pack_case(bits, 64, "channel", "float32", run.device)
+        yield unpack_case(bits, 64, "channel", run.device)
+    for dtype in ("float16", "bfloat16"):
+        yield pack_case(4, 64, "channel", dtype, run.device)
+        yield pack_case(4, 64, "token", dtype, run.device)
+    for keys in (8192, 32768):
+        for bits in (8, 4, 2):
+            yield decode_case(keys, bits, "channel", run)
+        yield step_case(keys, run.device)

@@ -1,0 +1,319 @@
+"""The third part of the demo: SmolLM2-135M with its keys and values in a few bits.
+
+Perplexity of real text as it is decoded from caches of 8 to 2 bits, with and without the rotation
+and the window in full precision, what a token takes, tokens decoded per second at growing contexts,
+and text generated from a packed cache.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import tokred
+from tokred.demo_text import PROMPTS, dense_attention, new_table, text_ids
+from tokred.models.smollm2 import load_smollm2
+
+# What of the default options is left out. Groups along tokens need a window, so what has none packs
+# keys along channels.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "no rotation": {"rotate": False},
+    "no window": {"key_axis": "channel", "window": 0},
+    "neither": {"key_axis": "channel", "window": 0, "rotate": False},
+}
+GOOD_PERPLEXITY = {4: 1.03, 2: 1.35}
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """What one run measures."""
+
+    texts: int  # decoded side by side
+    prefix: int  # tokens of each in the cache at first
+    scored: int  # tokens of each decoded behind that, one by one
+    bits: tuple[int, ...]
+    contexts: tuple[int, ...]
+    speed_bits: tuple[int, ...]
+    keys: int  # that the sparse step attends to
+    decoded: int  # tokens timed at each context
+    generated: int
+
+
+FULL = CachePlan(12, 384, 20, (8, 4, 3, 2), (1024, 2048, 4096, 8000), (8, 4, 2), 256, 10, 16)
+QUICK = CachePlan(2, 192, 8, (4, 2), (256,), (4,), 64, 2, 8)
+
+
+@dataclass(frozen=True)
+class PerplexityRow:
+    bits: int
+    variant: str
+    perplexity: float
+    to_dense: float  # its ratio to the dense cache's
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    bits: int
+    context: int
+    bytes_per_token: float  # all layers, everything counted
+    to_float16: float  # its ratio to a dense cache in float16
+
+
+@dataclass(frozen=True)
+class SpeedRow:
+    cache: str
+    context: int
+    tokens_per_second: float
+    speed_up: float  # over the dense cache with SDPA
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    plan: CachePlan
+    dense_perplexity: float
+    float16_bytes_per_token: int
+    perplexity: list[PerplexityRow]
+    memory: list[MemoryRow]
+    speed: list[SpeedRow]
+    generated: list[str]
+
+
+def run(plan: CachePlan, output: Path) -> CacheReport:
+    """Measures, prints three tables, writes text_cache.json and text_cache.png.
+
+    Raises:
+        MissingModelError: the model is not installed.
+    """
+    from rich.console import Console
+
+    console = Console()
+    console.print("SmolLM2-135M: decoding from packed caches")
+    model, tokenizer = load_smollm2()
+    length = plan.prefix + plan.scored + 1
+    ids = text_ids(tokenizer, plan.texts * length).reshape(plan.texts, length)
+    with torch.inference_mode(), dense_attention(model):
+        dense, perplexity = _perplexities(model, ids, plan)
+        speed, memory = _speeds(model, plan)
+        generated = _generate(model, tokenizer, plan)
+    full = _float16_bytes(model.config)
+    report = CacheReport(plan, dense, full, perplexity, memory, speed, generated)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "text_cache.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
+    save_plot(report, output / "text_cache.png")
+    for table in (_perplexity_table(report), _memory_table(report), _speed_table(report)):
+        console.print(table)
+    console.print(_verdict(report))
+    written = (str(output / f"text_cache.{kind}") for kind in ("png", "json"))
+    console.print("written:", ", ".join(written))
+    return report
+
+
+def _perplexities(
+    model: torch.nn.Module, ids: Tensor, plan: CachePlan
+) -> tuple[float, list[PerplexityRow]]:
+    """The prefix once in full precision, and the rest from every cache that it is packed into."""
+    from transformers import DynamicCache
+
+    prompt = DynamicCache(config=model.config)
+    model(ids[:, : plan.prefix], past_key_values=prompt, logits_to_keep=1)
+
+    def perplexity(cache: Any) -> float:
+        for number, layer in enumerate(prompt.layers):
+            cache.update(layer.keys, layer.values, number)
+        losses = []
+        for place in range(plan.prefix, plan.prefix + plan.scored):
+            logits = model(ids[:, place, None], past_key_values=cache).logits[:, -1]
+            losses.append(functional.cross_entropy(logits, ids[:, place + 1]))
+        return torch.stack(losses).mean().exp().item()
+
+    dense = perplexity(DynamicCache(config=model.config))
+    rows = []
+    for bits in plan.bits:
+        for variant, options in VARIANTS.items():
+            value = perplexity(tokred.PackedCache(model.config, bits, **options))
+            rows.append(PerplexityRow(bits, variant, value, value / dense))
+    return dense, rows
+
+
+@dataclass
+class Contender:
+    """A cache and how attention reads it."""
+
+    cache: Any
+    patch: Callable[[], AbstractContextManager]
+    seconds: list[float]
+
+
+def _contenders(model: torch.nn.Module, plan: CachePlan) -> dict[str, Contender]:
+    from transformers import DynamicCache
+
+    def sdpa() -> AbstractContextManager:
+        return dense_attention(model, "sdpa")
+
+    def sparse() -> AbstractContextManager:
+        return tokred.patch(model, "top_k_attention", k=plan.keys)
+
+    def packed(bits: int) -> Any:
+        return tokred.PackedCache(model.config, bits)
+
+    dense = [DynamicCache(config=model.config) for _ in range(2)]
+    return {
+        "dense, SDPA": Contender(dense[0], sdpa, []),
+        "dense, tokred": Contender(dense[1], nullcontext, []),
+        **{f"{bits} bits": Contender(packed(bits), nullcontext, []) for bits in plan.speed_bits},
+        f"4 bits, top {plan.keys} keys": Contender(packed(4), sparse, []),
+    }
+
+
+def _speeds(model: torch.nn.Module, plan: CachePlan) -> tuple[list[SpeedRow], list[MemoryRow]]:
+    """Decoding in turns at growing contexts, of random keys and values, which take as long as any.
+
+    Every cache decodes into itself: what it appends and copies is part of its time.
+    """
+    contenders = _contenders(model, plan)
+    draw = torch.Generator().manual_seed(0)
+    token = torch.zeros(1, 1, dtype=torch.long)
+    speed, memory = [], []
+    for context in plan.contexts:
+        first = next(iter(contenders.values())).cache
+        missing = context - first.get_seq_length()
+        for number in range(model.config.num_hidden_layers):
+            key, value = _random_states(model.config, missing, draw)
+            for contender in contenders.values():
+                contender.cache.update(key, value, number)
+        for bits in plan.speed_bits:
+            cache = contenders[f"{bits} bits"].cache
+            share = cache.bytes_per_token() / _float16_bytes(model.config)
+            memory.append(MemoryRow(bits, context, cache.bytes_per_token(), share))
+        for contender in contenders.values():
+            contender.seconds.clear()
+        for _ in range(plan.decoded + 1):
+            for contender in contenders.values():
+                with contender.patch():
+                    begin = time.perf_counter()
+                    model(token, past_key_values=contender.cache)
+                    contender.seconds.append(time.perf_counter() - begin)
+        rates = {name: 1 / statistics.median(c.seconds[1:]) for name, c in contenders.items()}
+        slowest = rates["dense, SDPA"]
+        speed += [SpeedRow(name, context, rate, rate / slowest) for name, rate in rates.items()]
+    return speed, memory
+
+
+def _random_states(config: Any, tokens: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    shape = (1, config.num_key_value_heads, tokens, config.head_dim)
+    return torch.randn(shape, generator=draw), torch.randn(shape, generator=draw)
+
+
+def _float16_bytes(config: Any) -> int:
+    """Bytes of a token in all layers of a dense cache in float16."""
+    return 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+
+
+def _generate(model: torch.nn.Module, tokenizer: Any, plan: CachePlan) -> list[str]:
+    """Both prompts in one batch, the shorter padded on the left, from 4 bits without a window."""
+    inputs = tokenizer(list(PROMPTS), return_tensors="pt", padding=True)
+    cache = tokred.PackedCache(model.config, 4, window=0)
+    ids = model.generate(
+        **inputs, max_new_tokens=plan.generated, do_sample=False, past_key_values=cache
+    )
+    return tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+
+def save_plot(report: CacheReport, path: Path) -> None:
+    """Perplexity and bytes of a token over the bits, and tokens per second over the context."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    quality, size, speed = figure.subplots(1, 3)
+    for variant in VARIANTS:
+        rows = [row for row in report.perplexity if row.variant == variant]
+        quality.plot([r.bits for r in rows], [r.perplexity for r in rows], "o-", label=variant)
+    quality.axhline(report.dense_perplexity, color="black", linewidth=0.8, label="dense")
+    quality.set_yscale("log")
+    for axis in (quality.yaxis.set_major_formatter, quality.yaxis.set_minor_formatter):
+        axis("{x:.0f}")
+    quality.set_ylabel("perplexity")
+    for context in report.plan.contexts:
+        rows = [row for row in report.memory if row.context == context]
+        size.plot([r.bits for r in rows], [r.bytes_per_token / 1e3 for r in rows], "o-",
+                  label=f"{context} tokens")  # fmt: skip
+    size.axhline(report.float16_bytes_per_token / 1e3, color="black", linewidth=0.8,
+                 label="dense, float16")  # fmt: skip
+    size.set_ylim(bottom=0)
+    size.set_ylabel("kB per token, everything counted")
+    for cache in dict.fromkeys(row.cache for row in report.speed):
+        rows = [row for row in report.speed if row.cache == cache]
+        speed.plot([r.context for r in rows], [r.tokens_per_second for r in rows], "o-",
+                   label=cache)  # fmt: skip
+    speed.set_xscale("log", base=2)
+    speed.set_ylim(bottom=0)
+    speed.set_xlabel("tokens in the cache")
+    speed.set_ylabel("tokens decoded per second")
+    for axes in (quality, size):
+        axes.set_xlabel("bits")
+    for axes in (quality, size, speed):
+        axes.legend(fontsize=8)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle("SmolLM2-135M, computed in float32", fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
+def _perplexity_table(report: CacheReport) -> Any:
+    title = f"Perplexity of {report.plan.texts * report.plan.scored} tokens"
+    table = new_table(title, ("cache", "bits", "perplexity", "to dense"))
+    table.add_row("dense", "32", f"{report.dense_perplexity:.3f}", "1")
+    for row in report.perplexity:
+        ratio = f"{row.to_dense:.4f}"
+        table.add_row(row.variant, str(row.bits), f"{row.perplexity:.3f}", ratio)
+    return table
+
+
+def _memory_table(report: CacheReport) -> Any:
+    headings = ("bits", "context", "bytes", "to float16")
+    table = new_table("Bytes per token, everything counted", headings)
+    table.add_row("dense, 16", "", str(report.float16_bytes_per_token), "1")
+    for row in report.memory:
+        size, share = f"{row.bytes_per_token:.0f}", f"{row.to_float16:.3f}"
+        table.add_row(str(row.bits), str(row.context), size, share)
+    return table
+
+
+def _speed_table(report: CacheReport) -> Any:
+    table = new_table("Decoding, one sequence", ("cache", "context", "tokens / s", "speed-up"))
+    for row in report.speed:
+        rate = f"{row.tokens_per_second:.1f}"
+        table.add_row(row.cache, str(row.context), rate, f"{row.speed_up:.2f}×")
+    return table
+
+
+def _verdict(report: CacheReport) -> str:
+    lines = []
+    for row in report.perplexity:
+        if row.variant == "default" and row.bits in GOOD_PERPLEXITY:
+            good = GOOD_PERPLEXITY[row.bits]
+            within = "within" if row.to_dense <= good else "NOT within"
+            lines.append(
+                f"{row.bits} bits: {row.to_dense:.3f} times the dense perplexity, {within} {good}"
+            )
+    packed = [row for row in report.speed if "bits" in row.cache]
+    best = max(packed, key=lambda row: row.speed_up)
+    lines.append(
+        f"{best.cache}: {best.speed_up:.2f}× the tokens per second of a dense cache with SDPA at "
+        f"{best.context} tokens"
+    )
+    lines += [f"generated from 4 bits: {text!r}" for text in report.generated]
+    return "\n".join(lines)

@@ -1,0 +1,176 @@
+"""ARKV: tokens of three states in one cache, full precision, fp8 or evicted.
+
+ARKV: Adaptive and Resource-Efficient KV Cache Management under Limited Memory Budget for
+Long-Context Inference in LLMs (arXiv 2603.08727).
+
+A prompt beyond the cache size keeps its heavy hitters and its last window. While decoding, a cache
+that has grown beyond its size keeps three quarters of what lies before the window: the best of them
+in full precision, as many as the layer's budget allows, and the others in fp8. A layer's budget
+follows from the entropy, variance and kurtosis of its attention, relative to the layers before it.
+
+An approximate version, different from the released code in this: an fp8 scale is that of one token
+of one head, where the release shares it among all heads and items of a slot; the tokens of every
+head stay in the order of their positions, where the release orders those of the first head only
+(it matters to
+the pooling of scores alone).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool1d
+
+import tokred
+from tokred import PackedKV
+
+# The exponents 1 / tau of entropy, variance and kurtosis that the paper calibrates.
+TAU = (7.77, 5.41, 5.53)
+GAMMA = 263.8
+
+
+def layer_score(q: Tensor, k: Tensor, tau: tuple[float, float, float] = TAU) -> float:
+    """How much a layer gains from full precision: H^(1/t1) V^(1/t2) kappa^(1/t3).
+
+    Args:
+        q: [B, Hq, W, D], the last W > 1 queries of a prompt. k: [B, Hkv, N, D].
+
+    H is the entropy of all their weights, V the sum of every key's variance over the queries, kappa
+    the sum of m4 / m2^2 of the same. O(B Hq W N) memory.
+    """
+    p = tokred.attention_rows(q, k, causal=True).double()
+    entropy = -(p * (p + 1e-10).log()).sum()
+    variance = p.var(2).sum()
+    deviation = p - p.mean(2, keepdim=True)
+    second = deviation.square().mean(2).clamp(min=1e-8)
+    kurtosis = (deviation.pow(4).mean(2) / second.square()).sum()
+    parts = (entropy, variance, kurtosis)
+    return float(torch.stack([x ** (1 / t) for x, t in zip(parts, tau, strict=True)]).prod())
+
+
+def origin_budgets(scores: list[float], cache_size: int, window: int, tokens: int) -> list[int]:
+    """Tokens that every layer may keep in full precision, besides the window.
+
+    Args:
+        scores: layer_score of the layers in order; each is compared with the greatest so far, so
+            that the first layer always has the whole budget.
+        tokens: of the prompt.
+    """
+    most = min(cache_size - window, tokens - window)
+    budgets, greatest = [], 0.0
+    for score in scores:
+        greatest = max(greatest, score)
+        share = score / greatest if greatest > 0 else 1.0
+        budgets.append(max(min(round(share * (cache_size - window)), most), 0))
+    return budgets
+
+
+def heavy_hitters(mean: Tensor, variance: Tensor, heads_kv: int, window: int) -> Tensor:
+    """Scores f32 [B, Hkv, N - window] from weights that keys receive, in order of position.
+
+    Args:
+        mean, variance: f32 [B, Hq, N] over the queries; a single query has variance 0.
+
+    Mean + gamma variance, averaged over five neighbouring tokens and over the group's heads.
+    """
+    score = (mean + GAMMA * variance)[..., : mean.shape[2] - window]
+    return avg_pool1d(score, 5, 1, 2).unflatten(1, (heads_kv, -1)).mean(2)
+
+
+@dataclass
+class ArkvCache:
+    """One layer: packed tokens, then those in full precision. Every head has its own.
+
+    packed_k, packed_v: fp8, P tokens. k [B, Hkv, R, D], v [B, Hkv, R, Dv]: in full precision.
+    position: int64 [B, Hkv, P + R], where the tokens stood.
+    """
+
+    packed_k: PackedKV
+    packed_v: PackedKV
+    k: Tensor
+    v: Tensor
+    position: Tensor
+    origin_budget: int
+    cache_size: int
+    window: int
+    length: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.position.shape[2]
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+        """One token: appends it, attends, and shrinks the cache where it has outgrown its size.
+
+        Args:
+            q: [B, Hq, 1, D]; k: [B, Hkv, 1, D]; v: [B, Hkv, 1, Dv].
+
+        Returns:
+            [B, Hq, 1, Dv]: one softmax over tokens of both precisions.
+
+        Complexity: one read of all tokens and a copy of those in full precision; a shrink, every
+        quarter of the cache, reads and packs them all.
+        """
+        self.k, self.v = torch.cat([self.k, k], 2), torch.cat([self.v, v], 2)
+        new = torch.full_like(self.position[..., :1], self.length)
+        self.position = torch.cat([self.position, new], 2)
+        self.length += 1
+        out, lse = tokred.packed_attention(q, self.packed_k, self.packed_v, self.k, self.v, scale)
+        if self.num_tokens > self.cache_size:
+            logits = tokred.packed_qk_score(q, self.packed_k, self.k, scale=scale)
+            self.shrink((logits - lse).exp())
+        return out
+
+    def shrink(self, weights: Tensor) -> None:
+        """Keeps three quarters of what lies before the window, by weights f32 [B, Hq, P + R]."""
+        group = weights.shape[1] // self.k.shape[1]
+        order = self.position.argsort(2)
+        weights = weights.gather(2, order.repeat_interleave(group, 1))
+        scores = heavy_hitters(weights, torch.zeros_like(weights), self.k.shape[1], self.window)
+        past = scores.shape[2]
+        keep = past * 3 // 4
+        origin = min(max(self.origin_budget - self.window, 0), keep)
+        best = tokred.topk(scores, keep)[1].long()
+        recent = torch.arange(past, past + self.window, device=order.device)
+        whole = torch.cat(
+            [best[..., :origin].sort(-1).values, recent.expand(*best.shape[:2], -1)], 2
+        )
+        low = order.gather(2, best[..., origin:].sort(-1).values)
+        whole = order.gather(2, whole)
+        sides = [(self.packed_k, self.k), (self.packed_v, self.v)]
+        rows = [torch.cat([tokred.kv_unpack(p, x.dtype), x], 2) for p, x in sides]
+        self.packed_k, self.packed_v = (pack_fp8(x) for x in tokred.gather_tokens(rows, low.int()))
+        self.k, self.v = tokred.gather_tokens(rows, whole.int())
+        self.position = self.position.gather(2, torch.cat([low, whole], 2))
+
+
+def pack_fp8(x: Tensor) -> PackedKV:
+    """x [B, H, N, D] as e4m3 numbers, a scale for every token and head."""
+    return tokred.kv_pack(x, 8, x.shape[3], scheme="fp8")
+
+
+def compress_prompt(
+    q: Tensor, k: Tensor, v: Tensor, origin_budget: int, cache_size: int, window: int = 32
+) -> ArkvCache:
+    """The cache after a prompt: everything, or its heavy hitters and the last window.
+
+    Args:
+        q: [B, Hq, window, D], the last queries. k: [B, Hkv, N, D]; v: [B, Hkv, N, Dv].
+        origin_budget: of origin_budgets. cache_size: tokens the cache may have, more than window.
+    """
+    tokens = k.shape[2]
+    position = torch.arange(tokens, device=k.device).expand(*k.shape[:2], -1)
+    if tokens > cache_size:
+        _, lse = tokred.biased_attention(q, k, v, causal=True)
+        mean, variance = (
+            tokred.attention_columns(q, k, lse, statistic, causal=True)
+            for statistic in ("mean", "variance")
+        )
+        scores = heavy_hitters(mean, variance, k.shape[1], window)
+        best = tokred.topk(scores, cache_size - window, order="position")[1].long()
+        position = torch.cat([best, position[..., tokens - window :]], 2)
+        k, v = tokred.gather_tokens([k, v], position.int())
+    empty = (pack_fp8(x[:, :, :0]) for x in (k, v))
+    return ArkvCache(*empty, k, v, position, origin_budget, cache_size, window, tokens)

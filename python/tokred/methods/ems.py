@@ -1,0 +1,117 @@
+"""EMS: each head evicts its least important tokens and merges the middle ones into kept ones.
+
+EMS: Adaptive Evict-then-Merge Strategy for Head-wise KV Cache Compression Based on Global-Local
+Importance (arXiv 2412.08521).
+
+An approximate version: only the outline is followed. Known: the score adds the attention received
+from all queries and from the recent ones, brought to the same mean; tokens are alike by cos(k, k')
+cos(v, v'); a token that is like no kept one belongs to a zero class, a centre that is thrown away,
+so that all heads do the same work; keys merge as directions, their norms apart. Chosen here: how
+many tokens merge (an argument, the published rule adapts it), the least likeness (an argument),
+plain means of directions, norms and values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+import tokred
+
+
+def global_local_score(q: Tensor, k: Tensor, window: int = 32) -> Tensor:
+    """f32 [B, Hkv, N]: the attention that tokens receive from all and from the last queries.
+
+    Args:
+        q: [B, Hq, L, D], the queries of a causal prompt. k: [B, Hkv, L, D].
+        window: the last queries.
+
+    2 (L + window) N D flops a head beside those of attention itself; nothing is stored.
+    """
+    columns = [
+        tokred.attention_columns(x, k, causal=True).unflatten(1, (k.shape[1], -1)).sum(2)
+        for x in (q, q[:, :, -window:])
+    ]
+    overall, local = columns
+    align = local.mean(2, keepdim=True) / overall.mean(2, keepdim=True)
+    return overall * align + local
+
+
+@dataclass
+class EmsCache:
+    """k [B, H, M, D], v [B, H, M, Dv]; indices i32 [B, H, M], where the kept tokens stood, and
+    counts f32 [B, H, M], how many tokens each stands for."""
+
+    k: Tensor
+    v: Tensor
+    indices: Tensor
+    counts: Tensor
+
+    def attend(
+        self, q: Tensor, counted: bool = False, scale: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of q [B, Hq, L, D]: out and lse.
+
+        counted: a token weighs as all that it stands for.
+        """
+        bias = self.counts.log() if counted else None
+        return tokred.biased_attention(q, self.k, self.v, bias, scale=scale)
+
+
+def classes(k: Tensor, v: Tensor, kept: Tensor, merging: Tensor, threshold: float) -> Tensor:
+    """The place among the kept tokens that every merging one joins, i32 [B, H, R]; M: nowhere.
+
+    Args:
+        kept: i32 [B, H, M]; merging: i32 [B, H, R]. threshold: likeness of the zero class.
+
+    O(B H R M) memory.
+    """
+    units = [normalize(x.float(), dim=3) for x in (k, v)]
+    centres, others = (tokred.gather_tokens(units, rows) for rows in (kept, merging))
+    likeness = torch.ones((), device=k.device)
+    for centre, other in zip(centres, others, strict=True):
+        likeness = likeness * (other @ centre.mT)
+    zero_class = torch.full_like(likeness[..., :1], threshold)
+    likeness, place = torch.cat([zero_class, likeness], 3).max(3)
+    return torch.where(place == 0, kept.shape[2], place - 1).to(torch.int32)
+
+
+def ems(
+    k: Tensor,
+    v: Tensor,
+    scores: Tensor,
+    budget: int,
+    num_merged: int,
+    window: int = 32,
+    threshold: float = 0.6,
+) -> EmsCache:
+    """The cache of a prompt: `budget` tokens of every head, `num_merged` merged into them.
+
+    Args:
+        k: [B, H, N, D], v: [B, H, N, Dv]. scores: of global_local_score.
+        budget: tokens kept, the last `window` among them; the others are those of greatest score.
+        num_merged: tokens that follow them in score, and merge where they are alike enough. What
+            is left is evicted.
+    """
+    tokens = k.shape[2]
+    budget = min(budget, tokens)
+    _, ranked = tokred.topk(
+        scores, min(budget + num_merged, tokens), num_locals=min(window, budget)
+    )
+    kept, merging = ranked.split([budget, ranked.shape[2] - budget], 2)
+    kept = kept.sort(2).values
+    own = torch.arange(budget, dtype=torch.int32, device=k.device).expand(kept.shape)
+    joins = classes(k, v, kept, merging, threshold)
+    members = torch.cat([kept, merging], 2).contiguous()
+    token_map = torch.cat([own, joins], 2).flatten(0, 1).contiguous()
+    key, value = (x.flatten(0, 1) for x in tokred.gather_tokens([k, v], members))
+    norm = key.float().norm(dim=2, keepdim=True)
+    direction, counts = tokred.merge(normalize(key.float(), dim=2), token_map, budget)
+    length, _ = tokred.merge(norm, token_map, budget)
+    key = (normalize(direction, dim=2) * length).to(k.dtype)
+    value, _ = tokred.merge(value, token_map, budget)
+    key, value, counts = (x.unflatten(0, k.shape[:2]) for x in (key, value, counts))
+    return EmsCache(key, value, kept, counts)

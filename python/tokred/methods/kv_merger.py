@@ -1,0 +1,133 @@
+"""KVMerger: runs of neighbouring keys that are alike become one key, weighted around a pivot.
+
+Model Tells You Where to Merge: Adaptive KV Cache Merging for LLMs on Long-Context Tasks (arXiv
+2407.08454).
+
+Where cos(k_t, k_t-1) reaches the threshold, t joins the run of t - 1; heavy hitters and recent
+tokens stay alone. In a run the token of greatest attention is the pivot p, and key and value are
+means with the weights exp(-|k_p - k_i|^2 / (2 sigma^2)), normalised.
+
+An approximate version in one point: the printed sigma is defined by the weights that need it, so it
+is an argument here, by default the root mean square distance to the pivot of each run. The number
+of tokens that a merged one stands for is kept: attention may count it (see `MergedCache.attend`),
+the published one does not. The paper leaves the first two layers and the last one alone, which is
+up to the caller.
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+
+import torch
+from torch import Tensor
+
+import tokred
+from tokred import PackedKV, PackFormat
+
+
+def run_map(k: Tensor, alone: Tensor, threshold: float = 0.75) -> Tensor:
+    """The run of every token, i32 [B, H, N], ascending from 0.
+
+    Args:
+        k: [B, H, N, D]. alone: bool [B, H, N], tokens that are in no run with others.
+
+    One read of k.
+    """
+    rows = k.flatten(0, 1)
+    _, cosine = tokred.transition_stats(rows[:, :-1], rows[:, 1:])
+    joins = cosine.unflatten(0, k.shape[:2]) >= threshold
+    joins = joins & ~alone[..., 1:] & ~alone[..., :-1]
+    starts = torch.nn.functional.pad(~joins, (1, 0), value=True)
+    return (starts.cumsum(2) - 1).to(torch.int32)
+
+
+def stays_alone(scores: Tensor, num_heavy: int, num_recent: int) -> Tensor:
+    """bool [B, H, N]: the tokens of greatest score f32 [B, H, N], and the last ones."""
+    places = min(num_heavy + num_recent, scores.shape[2])
+    _, kept = tokred.topk(scores, places, num_locals=num_recent)
+    alone = torch.zeros_like(scores, dtype=torch.bool)
+    return alone.scatter(2, kept.long(), True)
+
+
+@dataclass
+class MergedCache:
+    """k [B, H, M, D], v [B, H, M, Dv] and counts f32 [B, H, M]: tokens that each stands for.
+
+    Heads with fewer runs have empty places at the end, of count 0.
+    """
+
+    k: Tensor
+    v: Tensor
+    counts: Tensor
+
+    def bias(self, counted: bool) -> Tensor:
+        """f32 [B, H, M] for the logits: log(count), or 0 where not counted; -inf for no token."""
+        return self.counts.log() if counted else self.counts.clamp(max=1).log()
+
+    def attend(
+        self, q: Tensor, counted: bool = False, scale: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of q [B, Hq, L, D]: out and lse.
+
+        counted: a token weighs as all that it stands for.
+        """
+        return tokred.biased_attention(q, self.k, self.v, self.bias(counted), scale=scale)
+
+    def pack(self, key: PackFormat, value: PackFormat) -> tuple[PackedKV, PackedKV]:
+        """The same in a few bits, for `packed_attention(.., key_bias=cache.bias(counted))`."""
+        return tuple(
+            tokred.kv_pack(x, *astuple(form)) for x, form in ((self.k, key), (self.v, value))
+        )
+
+
+def merge_runs(
+    k: Tensor,
+    v: Tensor,
+    scores: Tensor,
+    runs: Tensor,
+    num_out: int | None = None,
+    sigma: float | None = None,
+) -> MergedCache:
+    """Merges every run into one token.
+
+    Args:
+        k: [B, H, N, D], v: [B, H, N, Dv].
+        scores: f32 [B, H, N], the attention that tokens received (`attention_columns`, summed over
+            the heads of a group).
+        runs: of run_map.
+        num_out: places for runs, those beyond are dropped; the longest head's number where None,
+            which waits for the device.
+        sigma: width of the weights; each run's root mean square distance where None.
+
+    Four passes over k, two over v.
+    """
+    num_out = int(runs.amax()) + 1 if num_out is None else num_out
+    shape = runs.shape[:2]
+    keys, values, scores, runs = (x.flatten(0, 1) for x in (k, v, scores, runs))
+    pivots, _ = tokred.merge(keys, runs, num_out, weight=scores, mode="prune")
+    distance = (tokred.unmerge(pivots, runs) - keys).float().square().sum(2)
+    if sigma is None:
+        square, _ = tokred.merge(distance[..., None], runs, num_out)
+        square = tokred.unmerge(square, runs)[..., 0] + 1e-8
+    else:
+        square = sigma**2
+    weight = (-distance / (2 * square)).exp()
+    merged = [
+        tokred.merge(x, runs, num_out, weight=weight, mode="plain_mean") for x in (keys, values)
+    ]
+    (key, counts), (value, _) = merged
+    return MergedCache(*(x.unflatten(0, shape) for x in (key, value, counts)))
+
+
+def kv_merger(
+    k: Tensor,
+    v: Tensor,
+    scores: Tensor,
+    threshold: float = 0.75,
+    num_heavy: int = 0,
+    num_recent: int = 32,
+    sigma: float | None = None,
+) -> MergedCache:
+    """The merged cache of a prompt; see run_map, stays_alone and merge_runs."""
+    runs = run_map(k, stays_alone(scores, num_heavy, num_recent), threshold)
+    return merge_runs(k, v, scores, runs, sigma=sigma)

@@ -1,0 +1,226 @@
+"""Packed caches in files: an exact round trip, and what is said of files that do not fit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import assert_bitwise_equal
+from tiny_models import generated, left_padded, tiny_lm, transformers
+from torch import nn
+
+import tokred
+from tokred.cache import PackedCacheLayer
+from tokred.cache.files import safe_open, save_file
+
+SLIDING = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
+MODELS = {
+    "llama": lambda: tiny_lm("Llama", head_dim=16),
+    "gemma3": lambda: tiny_lm("Gemma3Text", head_dim=16, query_pre_attn_scalar=16, **SLIDING),
+}
+FORMATS = {
+    "4 bits": {"bits": 4, "window": 5},
+    "no window": {"bits": 3, "key_axis": "channel", "window": 0, "rotate": False},
+    "2 bits": {"bits": 2, "group_size": 16, "window": 16, "capacity": 64},
+    "8 and 2 bits": {"key_bits": 8, "value_bits": 2, "key_axis": "channel", "window": 5},
+}
+
+
+@pytest.fixture(autouse=True)
+def threads(one_thread: None) -> None:
+    pass
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    model = MODELS[request.param]()
+    model.set_attn_implementation(tokred.models.attention.register())
+    return model
+
+
+def filled(model: nn.Module, tokens: int = 40, **options: Any) -> tokred.PackedCache:
+    cache = tokred.PackedCache(model.config, **options)
+    ids, mask = left_padded(2, tokens)
+    with torch.no_grad():
+        model(ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache)
+        model(ids[:, -1:], attention_mask=mask, past_key_values=cache)
+    return cache
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_round_trip_is_exact(model: nn.Module, name: str, tmp_path: Path) -> None:
+    saved = filled(model, **FORMATS[name])
+    path = tmp_path / "cache.safetensors"
+    saved.save(path)
+    loaded = tokred.PackedCache.load(path, model.config)
+    assert loaded.options == saved.options and loaded.capacity == saved.capacity
+    for ours, theirs in zip(loaded.layers, saved.layers, strict=True):
+        assert ours.get_seq_length() == theirs.get_seq_length() == 40
+        assert ours.dtype == theirs.dtype
+        if isinstance(ours, PackedCacheLayer):
+            for part in ("live_buffers", "windows"):
+                tensors = getattr(ours, part), getattr(theirs, part)
+                ours_of, theirs_of = (t() if callable(t) else t for t in tensors)
+                assert ours_of.keys() == theirs_of.keys()
+                for key, tensor in theirs_of.items():
+                    assert_bitwise_equal(ours_of[key], tensor, f"{name} {key}")
+        else:
+            assert_bitwise_equal((ours.keys, ours.values), (theirs.keys, theirs.values))
+    again = tmp_path / "again.safetensors"
+    loaded.save(again)
+    with safe_open(path, "pt") as first, safe_open(again, "pt") as second:
+        assert first.metadata() == second.metadata()
+    ids, mask = left_padded(2, 41)
+    results = [
+        generated(model, ids, mask, max_new_tokens=20, past_key_values=cache)
+        for cache in (saved, loaded)
+    ]
+    assert torch.equal(*results)
+    assert saved.nbytes(1).codes == loaded.nbytes(1).codes > 0
+
+
+def test_a_cache_without_tokens(model: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "cache.safetensors"
+    tokred.PackedCache(model.config).save(path)
+    loaded = tokred.PackedCache.load(str(path), model.config)
+    assert loaded.get_seq_length() == 0 and loaded.nbytes().codes == 0
+    ids, mask = left_padded()
+    expected = generated(model, ids, mask, past_key_values=tokred.PackedCache(model.config))
+    assert torch.equal(generated(model, ids, mask, past_key_values=loaded), expected)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "cache.safetensors"
+    filled(llama()).save(path)
+    return path
+
+
+def llama(**options: Any) -> nn.Module:
+    model = tiny_lm("Llama", **{"head_dim": 16, **options})
+    model.set_attn_implementation(tokred.models.attention.register())
+    return model
+
+
+@pytest.mark.parametrize("kept", [0, 4, 300, -1])
+def test_a_truncated_file(path: Path, kept: int) -> None:
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"cache.safetensors is damaged"):
+        tokred.PackedCache.load(path, llama().config)
+
+
+@pytest.mark.parametrize("place", [0.0, 0.5, 0.9, 0.999])
+def test_a_damaged_file(path: Path, place: float) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(place * len(data))] ^= 0x10
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"cache.safetensors is damaged"):
+        tokred.PackedCache.load(path, llama().config)
+
+
+def rewritten(path: Path, change: Callable[[dict, dict], None]) -> None:
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    change(tensors, metadata)
+    save_file(tensors, path, metadata)
+
+
+def without_tensor(tensors: dict, metadata: dict) -> None:
+    del tensors["1.records"]
+
+
+def shorter_tensor(tensors: dict, metadata: dict) -> None:
+    tensors["1.records"] = tensors["1.records"][:, :, :-1].contiguous()
+
+
+def other_length(tensors: dict, metadata: dict) -> None:
+    content = json.loads(metadata["content"])
+    content["layers"][0]["length"] = 2**40
+    metadata["content"] = json.dumps(content)
+
+
+@pytest.mark.parametrize("change", [without_tensor, shorter_tensor, other_length])
+def test_a_changed_file(path: Path, change: Callable[[dict, dict], None]) -> None:
+    rewritten(path, change)
+    with pytest.raises(ValueError, match="is damaged: its checksum"):
+        tokred.PackedCache.load(path, llama().config)
+
+
+def without_options(tensors: dict, metadata: dict) -> None:
+    metadata["content"] = json.dumps({"layers": json.loads(metadata["content"])["layers"]})
+
+
+@pytest.mark.parametrize("change", [without_tensor, shorter_tensor, other_length, without_options])
+def test_contents_that_do_not_fit_each_other(
+    path: Path, change: Callable[[dict, dict], None]
+) -> None:
+    """Files whose checksum is right are not trusted either."""
+
+    def consistent(tensors: dict, metadata: dict) -> None:
+        change(tensors, metadata)
+        metadata["checksum"] = tokred.cache.files._checksum(metadata["content"], tensors)
+
+    rewritten(path, consistent)
+    expected = r"layer \d of .*cache.safetensors|damaged: KeyError\('options'\)"
+    with pytest.raises(ValueError, match=expected):
+        tokred.PackedCache.load(path, llama().config)
+
+
+@pytest.mark.parametrize(("key", "value", "message"), [
+    ("format", "pt", r"is no file of a tokred.PackedCache"),
+    ("version", "2", r"has version 2, this reads 1"),
+])  # fmt: skip
+def test_another_format(path: Path, key: str, value: str, message: str) -> None:
+    rewritten(path, lambda tensors, metadata: metadata.update({key: value}))
+    with pytest.raises(ValueError, match=message):
+        tokred.PackedCache.load(path, llama().config)
+
+
+def test_another_model(path: Path) -> None:
+    for options, message in (
+        ({"num_hidden_layers": 3}, "has 2 layers, the model has 3"),
+        ({"num_key_value_heads": 9}, r"layer 0 of .* has num_key_value_heads 3, the model's has 9"),
+        ({"head_dim": 32}, "has head_dim 16, the model's has 32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tokred.PackedCache.load(path, llama(**options).config)
+    with pytest.raises(ValueError, match="kind packed, the model's has DynamicSlidingWindowLayer"):
+        tokred.PackedCache.load(path, MODELS["gemma3"]().config)
+
+
+def test_another_sliding_window(tmp_path: Path) -> None:
+    model = MODELS["gemma3"]()
+    model.set_attn_implementation("tokred")
+    path = tmp_path / "cache.safetensors"
+    filled(model).save(path)
+    model.config.sliding_window = 7
+    with pytest.raises(ValueError, match="has sliding_window 6, the model's has 7"):
+        tokred.PackedCache.load(path, model.config)
+
+
+def test_other_files(tmp_path: Path) -> None:
+    config = llama().config
+    with pytest.raises(FileNotFoundError):
+        tokred.PackedCache.load(tmp_path / "nothing", config)
+    text = tmp_path / "text"
+    text.write_text("surely no tensors")
+    with pytest.raises(ValueError, match="no safetensors file"):
+        tokred.PackedCache.load(text, config)
+    other = tmp_path / "other"
+    save_file({"0.records": torch.zeros(3)}, other)
+    with pytest.raises(ValueError, match="no file of a"):
+        tokred.PackedCache.load(other, config)
+
+
+def test_layers_that_cannot_be_saved(tmp_path: Path) -> None:
+    cache = tokred.PackedCache(llama().config)
+    cache.layers[1] = transformers.cache_utils.DynamicLayer()
+    cache.layers[1].update(torch.zeros(1, 1, 1, 16), torch.zeros(1, 1, 1, 16))
+    with pytest.raises(ValueError, match="class DynamicLayer cannot be saved"):
+        cache.save(tmp_path / "cache")
+    assert not list(tmp_path.iterdir())
