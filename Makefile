@@ -39,7 +39,7 @@ $(VENV)/test: $(VENV)/demo
 
 # The peers of the benchmarks; ggml is built from its sources by bench/peers.
 $(VENV)/bench: $(VENV)/test
-	$(PIP) --no-deps "onnxruntime>=1.31,<2" flatbuffers
+	$(PIP) --no-deps "onnxruntime>=1.31,<2" flatbuffers "optimum>=2,<3" "optimum-quanto>=0.2.7,<0.3"
 	touch $@
 
 demo: build $(VENV)/demo

@@ -14,7 +14,7 @@ from .harness import Row, run_case, store
 from .machine import Run, start_run
 
 BENCHES = ("topk", "score", "decode", "packed", "block_sparse", "match", "merge", "sparse_attn",
-           "overhead", "models")
+           "overhead", "models", "cache")
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -154,9 +154,8 @@ def unpack_first_case(keys: int, device: str) -> Case:
 
 def records(k: PackedKV, v: PackedKV) -> tuple[PackedKV, PackedKV]:
     """The same codes and params, those of a token side by side."""
-    key, value = tokred.PackedKV.records(
-        k.format, v.format, *k.codes.shape[:3], k.head_dim, v.head_dim, k.codes.device
-    )
+    layout = tokred.Records(k.format, v.format, k.head_dim, v.head_dim)
+    key, value = layout.empty(*k.codes.shape[:3], k.codes.device)
     for side, place in ((k, key), (v, value)):
         place.codes.copy_(side.codes)
         place.params.copy_(side.params)

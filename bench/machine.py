@@ -18,7 +18,8 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-PACKAGES = ("tokred", "tomesd", "transformers", "timm", "flash_kmeans", "onnxruntime")
+PACKAGES = ("tokred", "tomesd", "transformers", "timm", "flash_kmeans", "onnxruntime",
+            "optimum-quanto")
 
 
 @dataclass(frozen=True)

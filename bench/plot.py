@@ -20,7 +20,8 @@ from .machine import RESULTS
 from .readme_tables import SHORT, caption, groups
 
 COLORS = {"float32": "#33658a", "float16": "#86bbd8", "bfloat16": "#f6ae2d"}
-BARS = ("topk", "score", "decode", "packed", "block_sparse", "match", "merge", "sparse_attn")
+BARS = ("topk", "score", "decode", "packed", "block_sparse", "match", "merge", "sparse_attn",
+        "cache")
 
 
 def label(row: Row) -> str:

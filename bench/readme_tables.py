@@ -1,10 +1,10 @@
 """Writes the measured tables of README.md from bench/results: `python -m bench.readme_tables`.
 
 A table stands between <!-- table:NAME --> and <!-- /table -->; NAME is a bench (topk, score,
-decode, packed, block_sparse, match, merge, sparse_attn, models, overhead, ceilings) of the quick
-run, NAME:full of the full one, methods, or demo, demo_text and demo_cache: the demo's reports, kept
-as demo.json, text.json and text_cache.json in bench/results. Running it twice changes nothing;
---check only says whether the README is up to date.
+decode, packed, block_sparse, match, merge, sparse_attn, models, cache, overhead, ceilings) of the
+quick run, NAME:full of the full one, methods, or demo, demo_text and demo_cache: the demo's
+reports, kept as demo.json, text.json and text_cache.json in bench/results. Running it twice changes
+nothing; --check only says whether the README is up to date.
 """
 
 from __future__ import annotations
@@ -129,6 +129,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "merge": op_table,
     "sparse_attn": op_table,
     "models": models_table,
+    "cache": op_table,
     "overhead": overhead_table,
     "ceilings": ceilings_table,
 }
@@ -199,7 +200,7 @@ def demo_cache_table(path: Path) -> str:
         cells.append(f"{row['bytes_per_token']:.0f} ({row['to_float16']:.2f}×)")
     rates: dict[str, list[str]] = {}
     for row in report["speed"]:
-        cells = rates.setdefault(row["cache"], [])
+        cells = rates.setdefault(row["method"], [])
         cells.append(f"{row['tokens_per_second']:.1f} (**{row['speed_up']:.2f}×**)")
     return "\n\n".join([
         table(["perplexity to dense, bits", *variants], quality),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
 from math import lcm
 
 import torch
-from conftest import generator
+from conftest import Backend, assert_bitwise_equal, flat, generator
 from torch import Tensor
 
+import tokred
 from tokred import PackedKV, PackFormat, reference
 from tokred.reference.kv_pack import packed_tokens
 
@@ -50,6 +52,21 @@ def alone(value: object, item: slice, batch: int) -> object:
         codes, params = (alone(t, item, batch) for t in (value.codes, value.params))
         return replace(value, codes=codes, params=params)
     return value[item] if isinstance(value, Tensor) and value.shape[0] == batch else value
+
+
+def assert_alone_as_in_a_batch(kernels: Backend, op: str, inputs: tuple) -> None:
+    """The first item of a batch of three, and the other two, as in the batch, bit for bit."""
+    whole = flat(kernels.run(op, *inputs))
+    for item in (slice(0, 1), slice(1, 3)):
+        part = kernels.run(op, *(alone(t, item, 3) for t in inputs))
+        assert_bitwise_equal(part, [t[item] for t in whole], str(item))
+
+
+def assert_same_on_every_cpu(on_every_cpu: Callable, op: str, inputs: tuple) -> None:
+    """The same bits on every instruction set, on one and on two threads."""
+    first, *others = on_every_cpu(lambda: getattr(tokred, op)(*inputs)).items()
+    for name, result in others:
+        assert_bitwise_equal(result, first[1], f"{name} against {first[0]}")
 
 
 @dataclass(frozen=True)

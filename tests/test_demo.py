@@ -80,7 +80,7 @@ def test_quick_cache_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert memory["to_float16"] == memory["bytes_per_token"] / report["float16_bytes_per_token"]
     # At this length the window, in float32, still weighs as much as the packed tokens.
     assert 0.28 < memory["to_float16"] < 0.55
-    caches = {row["cache"] for row in report["speed"]}
+    caches = {row["method"] for row in report["speed"]}
     assert caches == {"dense, SDPA", "dense, tokred", "4 bits", "4 bits, top 64 keys"}
     assert all(row["tokens_per_second"] > 0 for row in report["speed"])
     assert report["generated"][0].startswith("The capital of France is Paris")

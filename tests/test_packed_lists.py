@@ -7,10 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import FLOATS, Backend, assert_bitwise_equal, generator, label
-from packed_cases import Case, alone, as_records, spoil
+from packed_cases import (
+    Case,
+    as_records,
+    assert_alone_as_in_a_batch,
+    assert_same_on_every_cpu,
+    spoil,
+)
 from test_packed_attn import CACHE, CHANNEL, PAGES, RING, check
 
-import tokred
 from tokred import reference
 
 LISTS = ("head", "kv", "one")
@@ -170,16 +175,11 @@ BITWISE += [
 @pytest.mark.parametrize("case", BITWISE, ids=label)
 def test_batch_does_not_matter(kernels: Backend, case: Case, dtype: torch.dtype) -> None:
     inputs = replace(case, dtype=dtype).inputs()
-    whole = kernels.run("packed_attention", *inputs)
-    for item in (slice(0, 1), slice(1, 3)):
-        part = kernels.run("packed_attention", *(alone(t, item, 3) for t in inputs))
-        assert_bitwise_equal(part, [t[item] for t in whole], str(item))
+    assert_alone_as_in_a_batch(kernels, "packed_attention", inputs)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("case", BITWISE, ids=label)
 def test_isa_and_threads_do_not_matter(on_every_cpu, case: Case, dtype: torch.dtype) -> None:
     inputs = replace(case, dtype=dtype).inputs()
-    first, *others = on_every_cpu(lambda: tokred.packed_attention(*inputs)).items()
-    for name, result in others:
-        assert_bitwise_equal(result, first[1], f"{name} against {first[0]}")
+    assert_same_on_every_cpu(on_every_cpu, "packed_attention", inputs)

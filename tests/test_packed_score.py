@@ -15,10 +15,15 @@ from conftest import (
     label,
     widened,
 )
-from packed_cases import Case, alone, as_records, spoil
+from packed_cases import (
+    Case,
+    as_records,
+    assert_alone_as_in_a_batch,
+    assert_same_on_every_cpu,
+    spoil,
+)
 from test_packed_attn import CACHE, CHANNEL, PAGES, RING
 
-import tokred
 from tokred import reference
 
 REDUCTIONS = ("none", "group_mean", "group_max", "head_mean", "softmax_vote")
@@ -145,10 +150,7 @@ BITWISE = [
 @pytest.mark.parametrize("case", BITWISE, ids=label)
 def test_batch_does_not_matter(kernels: Backend, case: Case, reduce: str) -> None:
     inputs = replace(case, dtype=torch.bfloat16).score_inputs(reduce)
-    whole = kernels.run("packed_qk_score", *inputs)
-    for item in (slice(0, 1), slice(1, 3)):
-        part = kernels.run("packed_qk_score", *(alone(t, item, 3) for t in inputs))
-        assert_bitwise_equal(part, whole[item], str(item))
+    assert_alone_as_in_a_batch(kernels, "packed_qk_score", inputs)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -158,6 +160,4 @@ def test_isa_and_threads_do_not_matter(
     on_every_cpu, case: Case, reduce: str, dtype: torch.dtype
 ) -> None:
     inputs = replace(case, dtype=dtype).score_inputs(reduce)
-    first, *others = on_every_cpu(lambda: tokred.packed_qk_score(*inputs)).items()
-    for name, result in others:
-        assert_bitwise_equal(result, first[1], f"{name} against {first[0]}")
+    assert_same_on_every_cpu(on_every_cpu, "packed_qk_score", inputs)

@@ -17,6 +17,7 @@ _library.load()
 from .ops import (  # noqa: E402  (the ops must exist before their wrappers)
     PackedKV,
     PackFormat,
+    Records,
     SimilarityStats,
     attention_columns,
     attention_rows,
@@ -55,6 +56,7 @@ __all__ = [
     "PackFormat",
     "PackedCache",
     "PackedKV",
+    "Records",
     "SimilarityStats",
     "attention_columns",
     "attention_rows",

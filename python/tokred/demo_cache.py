@@ -21,7 +21,14 @@ from torch import Tensor
 from torch.nn import functional
 
 import tokred
-from tokred.demo_text import PROMPTS, dense_attention, new_table, text_ids
+from tokred.demo_text import (
+    PROMPTS,
+    SpeedRow,
+    dense_attention,
+    new_table,
+    speed_table,
+    text_ids,
+)
 from tokred.models.smollm2 import load_smollm2
 
 # What of the default options is left out. Groups along tokens need a window, so what has none packs
@@ -71,14 +78,6 @@ class MemoryRow:
 
 
 @dataclass(frozen=True)
-class SpeedRow:
-    cache: str
-    context: int
-    tokens_per_second: float
-    speed_up: float  # over the dense cache with SDPA
-
-
-@dataclass(frozen=True)
 class CacheReport:
     plan: CachePlan
     dense_perplexity: float
@@ -111,7 +110,8 @@ def run(plan: CachePlan, output: Path) -> CacheReport:
     output.mkdir(parents=True, exist_ok=True)
     (output / "text_cache.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
     save_plot(report, output / "text_cache.png")
-    for table in (_perplexity_table(report), _memory_table(report), _speed_table(report)):
+    speeds = speed_table("cache", report.speed)
+    for table in (_perplexity_table(report), _memory_table(report), speeds):
         console.print(table)
     console.print(_verdict(report))
     written = (str(output / f"text_cache.{kind}") for kind in ("png", "json"))
@@ -254,8 +254,8 @@ def save_plot(report: CacheReport, path: Path) -> None:
                  label="dense, float16")  # fmt: skip
     size.set_ylim(bottom=0)
     size.set_ylabel("kB per token, everything counted")
-    for cache in dict.fromkeys(row.cache for row in report.speed):
-        rows = [row for row in report.speed if row.cache == cache]
+    for cache in dict.fromkeys(row.method for row in report.speed):
+        rows = [row for row in report.speed if row.method == cache]
         speed.plot([r.context for r in rows], [r.tokens_per_second for r in rows], "o-",
                    label=cache)  # fmt: skip
     speed.set_xscale("log", base=2)
@@ -292,14 +292,6 @@ def _memory_table(report: CacheReport) -> Any:
     return table
 
 
-def _speed_table(report: CacheReport) -> Any:
-    table = new_table("Decoding, one sequence", ("cache", "context", "tokens / s", "speed-up"))
-    for row in report.speed:
-        rate = f"{row.tokens_per_second:.1f}"
-        table.add_row(row.cache, str(row.context), rate, f"{row.speed_up:.2f}×")
-    return table
-
-
 def _verdict(report: CacheReport) -> str:
     lines = []
     for row in report.perplexity:
@@ -309,10 +301,10 @@ def _verdict(report: CacheReport) -> str:
             lines.append(
                 f"{row.bits} bits: {row.to_dense:.3f} times the dense perplexity, {within} {good}"
             )
-    packed = [row for row in report.speed if "bits" in row.cache]
+    packed = [row for row in report.speed if "bits" in row.method]
     best = max(packed, key=lambda row: row.speed_up)
     lines.append(
-        f"{best.cache}: {best.speed_up:.2f}× the tokens per second of a dense cache with SDPA at "
+        f"{best.method}: {best.speed_up:.2f}× the tokens per second of a dense cache with SDPA at "
         f"{best.context} tokens"
     )
     lines += [f"generated from 4 bits: {text!r}" for text in report.generated]

@@ -10,7 +10,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -97,7 +97,7 @@ def run(plan: TextPlan, output: Path) -> TextReport:
     output.mkdir(parents=True, exist_ok=True)
     (output / "text.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
     save_plot(report, output / "text.png")
-    for table in (_perplexity_table(report), _speed_table(report)):
+    for table in (_perplexity_table(report), speed_table("method", report.speed)):
         console.print(table)
     console.print(_verdict(report))
     console.print("written:", ", ".join(str(output / name) for name in ("text.png", "text.json")))
@@ -253,9 +253,10 @@ def _perplexity_table(report: TextReport) -> Any:
     return table
 
 
-def _speed_table(report: TextReport) -> Any:
-    table = new_table("Decoding, one sequence", ("method", "context", "tokens / s", "speed-up"))
-    for row in report.speed:
+def speed_table(what: str, rows: Sequence[SpeedRow]) -> Any:
+    """Tokens per second of whatever the rows compare."""
+    table = new_table("Decoding, one sequence", (what, "context", "tokens / s", "speed-up"))
+    for row in rows:
         rate = f"{row.tokens_per_second:.1f}"
         table.add_row(row.method, str(row.context), rate, f"{row.speed_up:.2f}×")
     return table

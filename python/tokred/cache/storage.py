@@ -8,14 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokred.ops.kv_pack import PackedKV, PackFormat
+from tokred.ops.kv_pack import PackedKV, PackFormat, Records
 from tokred.reference.kv_pack import packed_tokens
 
 _MULTIPLE = 16  # of the head dimension, and of groups along channels
 _MAX_HEAD_DIM = 256
 _TOKEN_GROUP = 32
 _CHANNEL_GROUP = {1: 32, 2: 32, 3: 32, 4: 64, 8: 64}  # by bits
-_ALIGNMENT = 8  # of records, in bytes
 
 
 @dataclass(frozen=True)
@@ -96,8 +95,8 @@ class Layout:
     """The buffers of a layer.
 
     Where keys and values both have groups along channels, a token of a head is one record of bytes,
-    [key codes][value codes][key params][value params], as sparse attention gathers tokens;
-    otherwise codes and params of both sides are buffers of their own.
+    as sparse attention gathers tokens; otherwise codes and params of both sides are buffers of
+    their own.
     """
 
     key: PackFormat
@@ -118,8 +117,7 @@ class Layout:
     def buffers(self) -> dict[str, Rows]:
         """The buffers of packed tokens; windows are apart."""
         if self.interleaved:
-            size = sum(self._record())
-            return {"records": Rows(torch.uint8, 1, -(-size // _ALIGNMENT) * _ALIGNMENT)}
+            return {"records": Rows(torch.uint8, 1, self._records().nbytes)}
         buffers = {}
         sides = (("key", self.key, self.head_dim), ("value", self.value, self.value_dim))
         for name, form, dim in sides:
@@ -129,14 +127,8 @@ class Layout:
             buffers[f"{name}_params"] = Rows(torch.float16, group, columns)
         return buffers
 
-    def _record(self) -> tuple[int, int, int, int]:
-        """The bytes of a record's parts."""
-        return (
-            self.key.code_bytes(self.head_dim),
-            self.value.code_bytes(self.value_dim),
-            2 * self.key.params_shape(1, self.head_dim)[1],
-            2 * self.value.params_shape(1, self.value_dim)[1],
-        )
+    def _records(self) -> Records:
+        return Records(self.key, self.value, self.head_dim, self.value_dim)
 
     def views(self, buffers: dict[str, Tensor]) -> tuple[PackedKV, PackedKV]:
         """Packed keys and values in the buffers."""
@@ -145,13 +137,7 @@ class Layout:
                 PackedKV(buffers["key_codes"], buffers["key_params"], self.key),
                 PackedKV(buffers["value_codes"], buffers["value_params"], self.value),
             )
-        sizes = self._record()
-        records = buffers["records"][..., : sum(sizes)]
-        key_codes, value_codes, key_params, value_params = records.split(sizes, 3)
-        return (
-            PackedKV(key_codes, key_params.view(torch.float16), self.key),
-            PackedKV(value_codes, value_params.view(torch.float16), self.value),
-        )
+        return self._records().views(buffers["records"])
 
     def packed_tokens(self, tokens: int) -> int:
         """How many of a cache's tokens the buffers of packed tokens hold."""

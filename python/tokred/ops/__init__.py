@@ -1,6 +1,6 @@
 """The functional API: one module per stem."""
 
-from .kv_pack import PackedKV, PackFormat, kv_append, kv_pack, kv_unpack
+from .kv_pack import PackedKV, PackFormat, Records, kv_append, kv_pack, kv_unpack
 from .match import bipartite_soft_matching, match, num_out, threshold_matching
 from .merge import compose, merge, unmerge
 from .packed_attn import packed_attention, packed_qk_score
@@ -15,6 +15,7 @@ from .topk import compact, gather_tokens, inverse_transform_sample, topk, topk_w
 __all__ = [
     "PackFormat",
     "PackedKV",
+    "Records",
     "SimilarityStats",
     "attention_columns",
     "attention_rows",

@@ -110,40 +110,61 @@ class PackedKV:
     def nbytes(self) -> int:
         return self.codes.nbytes + self.params.nbytes
 
-    @staticmethod
-    def records(
-        key: PackFormat,
-        value: PackFormat,
-        batch: int,
-        heads: int,
-        tokens: int,
-        key_dim: int,
-        value_dim: int,
-        device: torch.device | str | None = None,
-    ) -> tuple[PackedKV, PackedKV]:
-        """Zeroed room for keys and values, both grouped along channels, in one record a token.
-
-        What is read of a token then lies side by side: 144 bytes for 128 channels in 4 bits and
-        groups of 64, where codes alone would be gathered in rows of 64 bytes.
-        """
-        dims = ((key, key_dim), (value, value_dim))
-        for form, _ in dims:
-            if form.axis != "channel":
-                raise ValueError(f"records need groups along channels, got axis {form.axis!r}")
-        sizes = [form.code_bytes(dim) for form, dim in dims]
-        sizes += [2 * form.params_shape(1, dim)[1] for form, dim in dims]
-        record = -(-sum(sizes) // 8) * 8
-        rows = torch.zeros((batch, heads, tokens, record), dtype=torch.uint8, device=device)
-        k_codes, v_codes, k_params, v_params, _ = rows.split([*sizes, record - sum(sizes)], -1)
-        return (
-            PackedKV(k_codes, k_params.view(torch.float16), key),
-            PackedKV(v_codes, v_params.view(torch.float16), value),
-        )
-
     def arguments(self) -> tuple[Tensor, Tensor, int, int, str, str, bool]:
         """What the ops take for it."""
         f = self.format
         return self.codes, self.params, f.bits, f.group_size, f.axis, f.scheme, f.rotated
+
+
+@dataclass(frozen=True)
+class Records:
+    """Packed keys and values of one token and head side by side, both grouped along channels.
+
+    What is read of a token then lies together: [key codes][value codes][key params][value params],
+    144 bytes for 128 channels in 4 bits and groups of 64, where codes alone would be gathered in
+    rows of 64 bytes.
+    """
+
+    key: PackFormat
+    value: PackFormat
+    key_dim: int
+    value_dim: int
+
+    def __post_init__(self) -> None:
+        for form in (self.key, self.value):
+            if form.axis != "channel":
+                raise ValueError(f"records need groups along channels, got axis {form.axis!r}")
+
+    @property
+    def parts(self) -> tuple[int, int, int, int]:
+        """Bytes of the parts of a record."""
+        return (
+            self.key.code_bytes(self.key_dim),
+            self.value.code_bytes(self.value_dim),
+            2 * self.key.params_shape(1, self.key_dim)[1],
+            2 * self.value.params_shape(1, self.value_dim)[1],
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a record, a multiple of 8."""
+        return -(-sum(self.parts) // 8) * 8
+
+    def views(self, rows: Tensor) -> tuple[PackedKV, PackedKV]:
+        """The keys and the values in uint8 [B, H, N, nbytes]."""
+        parts = rows[..., : sum(self.parts)].split(self.parts, 3)
+        key_codes, value_codes, key_params, value_params = parts
+        return (
+            PackedKV(key_codes, key_params.view(torch.float16), self.key),
+            PackedKV(value_codes, value_params.view(torch.float16), self.value),
+        )
+
+    def empty(
+        self, batch: int, heads: int, tokens: int, device: torch.device | str | None = None
+    ) -> tuple[PackedKV, PackedKV]:
+        """Zeroed room for so many packed tokens."""
+        shape = (batch, heads, tokens, self.nbytes)
+        return self.views(torch.zeros(shape, dtype=torch.uint8, device=device))
 
 
 def kv_pack(
