@@ -33,7 +33,7 @@ $(VENV)/demo: $(VENV)/ready Makefile
 # timm needs torchvision, whose wheel expects a CUDA torch and then breaks transformers as well:
 # both go to a folder of their own, which only the tests that want them look into.
 $(VENV)/test: $(VENV)/demo
-	$(PIP) "pytest>=8" "hypothesis>=6" "ruff>=0.6" "tomesd>=0.1.3"
+	$(PIP) "pytest>=8" "pytest-xdist>=3.6" "hypothesis>=6" "ruff>=0.6" "tomesd>=0.1.3"
 	$(PIP) --no-deps --target $(VENV)/timm "timm>=1.0.20,<2" "torchvision==0.29.*"
 	touch $@
 
@@ -49,7 +49,7 @@ lint: $(VENV)/test
 	$(BIN)/ruff check .
 
 test: build $(VENV)/test lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 sanitize: build $(VENV)/test
 	$(BIN)/python tests/sanitize.py

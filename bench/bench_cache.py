@@ -1,6 +1,7 @@
 """SmolLM2-135M decoding one token on caches of a few bits, beside transformers' own.
 
 Every candidate decodes into a cache of its own that starts with the same random keys and values.
+transformers' DynamicCache copies itself at every step, its StaticCache does not.
 transformers' QuantizedCache (quanto) keeps few bits too, but unpacks all of them at every step.
 """
 
@@ -42,7 +43,7 @@ def decode_case(model: torch.nn.Module, context: int) -> Case:
             return model(token, past_key_values=cache).logits
 
     def build() -> dict[str, Callable]:
-        from transformers.cache_utils import DynamicCache, QuantizedCache
+        from transformers.cache_utils import DynamicCache, QuantizedCache, StaticCache
 
         sdpa = partial(dense_attention, model, "sdpa")
         ours = partial(dense_attention, model)
@@ -51,6 +52,7 @@ def decode_case(model: torch.nn.Module, context: int) -> Case:
             "tokred.PackedCache, 2 bits": (ours, tokred.PackedCache(config, bits=2)),
             "tokred attention, dense cache": (ours, DynamicCache(config=config)),
             "SDPA, dense cache": (sdpa, DynamicCache(config=config)),
+            "SDPA, StaticCache": (sdpa, StaticCache(config=config, max_cache_len=context + 256)),
         }
         for bits in (4, 2):
             name = f"SDPA, QuantizedCache, {bits} bits"

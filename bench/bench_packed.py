@@ -3,8 +3,8 @@
 pack, unpack: [1, 8, 32768, 128], beside the torch formulation and ggml's q4_0 and q8_0 (which keep
 a scale every 32 numbers, pack on one thread, and round their keys' scale to nothing else). decode:
 32 query heads on 8 key heads, D = 128, beside ONNX Runtime's GroupQueryAttention (one scale a
-tensor) and ggml's attention in its best layout, with our own dense attention on bf16. step: score
-the packed keys, choose 2048, attend to their records of 144 bytes.
+tensor) and ggml's attention in its best layout; and beside our own dense attention on bf16. step:
+score the packed keys, choose 2048, attend to them; in records of 144 bytes, and apart.
 """
 
 from __future__ import annotations
@@ -109,9 +109,6 @@ def decode_case(keys: int, bits: int, axis: str, run: Run) -> Case:
             f"tokred.packed_attention, {bits} bits": partial(
                 tokred.packed_attention, cache.q, k, v
             ),
-            "tokred.biased_attention, bf16": partial(
-                tokred.biased_attention, cache.q, cache.k, cache.v
-            ),
         }
         if run.device == "cpu" and bits in ggml.TYPES and axis == "channel":
             q = cache.q[0, :, 0].float()
@@ -127,6 +124,28 @@ def decode_case(keys: int, bits: int, axis: str, run: Run) -> Case:
                 (1, HEADS_Q, HEADS_KV, keys, DIM), "bfloat16", build,
                 bytes_moved=2 * packed_bytes(HEADS_KV, keys, bits, 64),
                 flops=4 * HEADS_Q * keys * DIM, ceiling="read")
+
+
+def beside_dense_case(keys: int, device: str) -> Case:
+    """All widths beside our own attention on the keys and values that were packed."""
+
+    def build() -> dict[str, Callable]:
+        cache = Cache.make(keys, "bfloat16", device)
+        candidates = {
+            f"tokred.packed_attention, {bits} bits": partial(
+                tokred.packed_attention, cache.q, *packed_sides(cache, bits)
+            )
+            for bits in (8, 4, 2)
+        }
+        return candidates | {
+            "tokred.biased_attention, bf16": partial(
+                tokred.biased_attention, cache.q, cache.k, cache.v
+            ),
+            "SDPA, group packed as queries": cache.sdpa_packed,
+        }
+
+    return Case("packed", "decode beside bf16", (1, HEADS_Q, HEADS_KV, keys, DIM), "bfloat16",
+                build)
 
 
 def unpack_first_case(keys: int, device: str) -> Case:
@@ -214,6 +233,7 @@ def cases(run: Run) -> Iterator[Case]:
     for bits in (8, 4, 2):
         yield decode_case(longest, bits, "channel", run)
     yield decode_case(longest, 4, "token", run)
+    yield beside_dense_case(longest, run.device)
     yield unpack_first_case(8192, run.device)
     yield step_case(longest, run.device)
     yield append_case(longest, "channel", run.device)

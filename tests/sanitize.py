@@ -27,6 +27,10 @@ TESTS = [
     "test_score_similarity.py",
     "test_sparse_attn.py",
     "test_sparse_decode.py",
+    "test_sparse_lists.py",
+    "test_wgmma.py",
+    "test_kv_pack.py",
+    "test_kv_append.py",
     "test_packed_attn.py",
     "test_packed_lists.py",
     "test_packed_score.py",
@@ -66,7 +70,7 @@ def main() -> int:
     others = [isa for isa in ISAS if isa != _C.best_cpu_isa()]
     unwanted = ("compile", "export", "opcheck", "reference", *others)
     selection = " and ".join(f"not {word}" for word in unwanted)
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", selection, *tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "2", "-k", selection, *tests]
     return subprocess.call(command, env=environment, cwd=ROOT)
 
 

@@ -65,6 +65,8 @@ struct PlacesAhead {
     for (int64_t byte = 0; byte < bytes; byte += 64) {
       for (int64_t i = 0; i < count; ++i) __builtin_prefetch(at[i].row + byte);
     }
+    // Rows of records begin anywhere in a cache line.
+    for (int64_t i = 0; i < count; ++i) __builtin_prefetch(at[i].row + bytes - 1);
     for (int64_t i = 0; i < count; ++i) __builtin_prefetch(at[i].params);
     at += count;
     left -= count;
