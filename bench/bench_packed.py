@@ -22,7 +22,7 @@ from tokred import PackedKV
 from .bench_decode import CHOSEN, DIM, HEADS_KV, HEADS_Q, Cache
 from .harness import Case, agreement
 from .machine import DTYPES, Run
-from .peers import ggml, onnx
+from .peers import ggml
 
 PACKED_TOKENS = 32768
 
@@ -111,6 +111,8 @@ def decode_case(keys: int, bits: int, axis: str, run: Run) -> Case:
             ),
         }
         if run.device == "cpu" and bits in ggml.TYPES and axis == "channel":
+            from .peers import onnx
+
             q = cache.q[0, :, 0].float()
             candidates["ONNX Runtime GQA, same bits"] = onnx.Attention(
                 q, HEADS_KV, keys, bits, run.threads
