@@ -7,6 +7,16 @@
 #include "../ops/topk_params.h"
 #include "parallel.h"
 
+#ifdef TOKRED_ONLY_ISA
+namespace tokred::only {
+#include "kernels.inc"
+}
+namespace tokred {
+namespace generic = only;
+namespace avx2 = only;
+namespace avx512 = only;
+}  // namespace tokred
+#else
 namespace tokred::generic {
 #include "kernels.inc"
 }
@@ -16,3 +26,4 @@ namespace tokred::avx2 {
 namespace tokred::avx512 {
 #include "kernels.inc"
 }
+#endif
