@@ -175,6 +175,17 @@ inline int64_t broadcast_stride(const Tensor& t, int64_t dim) {
   return t.size(dim) == 1 ? 0 : t.stride(dim);
 }
 
+// Optional lengths i32 [B]; null if absent.
+inline const int32_t* batch_lengths(const OptionalTensor& lengths, int64_t batch,
+                                    const Tensor& like, const char* like_name, int64_t& stride) {
+  if (!lengths) return nullptr;
+  check_shape(*lengths, "lengths", {batch}, "[B]");
+  check_dtype(*lengths, "lengths", ScalarType::Int);
+  check_same_device(*lengths, "lengths", like, like_name);
+  stride = lengths->stride(0);
+  return static_cast<const int32_t*>(lengths->const_data_ptr());
+}
+
 // An optional bool [B, N], or [B | 1, N] where a batch of one stands for all; null if absent.
 inline const bool* token_mask(const OptionalTensor& mask, const char* name, int64_t batch,
                               int64_t tokens, bool broadcasts, const Tensor& like,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import tokred
 from tokred import PackedKV, PackFormat, reference
-from tokred.reference.kv_pack import packed_tokens
+from tokred.ops.kv_pack import packed_tokens
 
 
 def packing(text: str) -> PackFormat:

@@ -202,13 +202,7 @@ void kv_append(const Tensor& x, Tensor codes, Tensor params, OptionalTensor wind
                " packed tokens, but length + ", p.tokens, " = ", length + p.tokens,
                " tokens need ", packed_after, "; nothing was appended");
   p.length = length;
-  if (lengths) {
-    check_shape(*lengths, "lengths", {p.batch}, "[B]");
-    check_dtype(*lengths, "lengths", ScalarType::Int);
-    check_same_device(*lengths, "lengths", x, "x");
-    p.lengths = static_cast<const int32_t*>(lengths->const_data_ptr());
-    p.lengths_stride = lengths->stride(0);
-  }
+  p.lengths = batch_lengths(lengths, p.batch, x, "x", p.lengths_stride);
   p.x = head_tensor(x);
   if (p.batch == 0 || p.heads == 0 || p.tokens == 0) return;
   Backend(x).kv_append(p);

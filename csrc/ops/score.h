@@ -25,17 +25,6 @@ inline int64_t reduced_heads(HeadReduction reduction, int64_t heads_q, int64_t h
   }
 }
 
-// lengths i32 [B].
-inline const int32_t* batch_lengths(const OptionalTensor& lengths, int64_t batch,
-                                    const Tensor& like, const char* like_name, int64_t& stride) {
-  if (!lengths) return nullptr;
-  check_shape(*lengths, "lengths", {batch}, "[B]");
-  check_dtype(*lengths, "lengths", ScalarType::Int);
-  check_same_device(*lengths, "lengths", like, like_name);
-  stride = lengths->stride(0);
-  return static_cast<const int32_t*>(lengths->const_data_ptr());
-}
-
 // The head dimensions of q that count: i32 [Hq, F], contiguous.
 inline void set_dims(QkScoreParams& p, const OptionalTensor& dims, const Tensor& q) {
   if (!dims) return;

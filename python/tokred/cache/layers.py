@@ -12,8 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 import tokred
 from tokred.models.packed import PackedStates
-from tokred.ops.kv_pack import PackedKV
-from tokred.reference.kv_pack import packed_tokens
+from tokred.ops.kv_pack import PackedKV, packed_tokens
 
 from .storage import CacheOptions, Layout
 

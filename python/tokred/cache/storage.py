@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokred.ops.kv_pack import PackedKV, PackFormat, Records
-from tokred.reference.kv_pack import packed_tokens
+from tokred.ops.kv_pack import PackedKV, PackFormat, Records, packed_tokens
 
 _MULTIPLE = 16  # of the head dimension, and of groups along channels
 _MAX_HEAD_DIM = 256

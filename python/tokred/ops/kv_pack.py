@@ -167,6 +167,15 @@ class Records:
         return self.views(torch.zeros(shape, dtype=torch.uint8, device=device))
 
 
+def packed_tokens(axis: str, window: int, tokens: int) -> int:
+    """How many of a cache's tokens are packed, the others being in its window."""
+    if window == 0:
+        return tokens
+    if axis == "token":
+        return max(tokens - 1, 0) // window * window
+    return max(tokens - window, 0)
+
+
 def kv_pack(
     x: Tensor,
     bits: int,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokred.ops.kv_pack import PackedKV, PackFormat
+from tokred.ops.kv_pack import PackedKV, PackFormat, packed_tokens
 
 _MOST_PARAM = 65504.0
 
@@ -140,15 +140,6 @@ def kv_unpack(packed: PackedKV, dtype: torch.dtype = torch.float32) -> Tensor:
         x = scale * codes
     x = _ungrouped(x, form)
     return (hadamard(x) if form.rotated else x).to(dtype)
-
-
-def packed_tokens(axis: str, window: int, tokens: int) -> int:
-    """How many of a cache's tokens are packed, the others being in its window."""
-    if window == 0:
-        return tokens
-    if axis == "token":
-        return max(tokens - 1, 0) // window * window
-    return max(tokens - window, 0)
 
 
 def kv_append(

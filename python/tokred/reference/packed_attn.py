@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tokred.ops.kv_pack import PackedKV
+from tokred.ops.kv_pack import PackedKV, packed_tokens
 
-from .kv_pack import hadamard, kv_unpack, packed_tokens
+from .kv_pack import hadamard, kv_unpack
 from .score import qk_score
 from .sparse_attn import biased_attention, sparse_attention
 
