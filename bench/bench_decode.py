@@ -2,8 +2,9 @@
 
 32 query heads on 8 key heads, D = 128. dense: every key. sparse: 2048 given keys a key head. score:
 the logits alone, meaned over each group. step: score, choose 2048, attend; by token, by the means
-of pages of 64 kept beside the cache, and by 24 dimensions (FASA), beside dense attention. combine:
-two states of 32 heads and 2048 queries merged. tree: 64 draft tokens of a tree behind the cache.
+of pages of 64 kept beside the cache, and by 24 dimensions (FASA), where they lie and in rows of
+their own (as in FASA-M), beside dense attention. combine: two states of 32 heads and 2048 queries
+merged. tree: 64 draft tokens of a tree behind the cache.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tokred
+from tokred.methods.fasa import DominantKeys, fasa_attention
 from tokred.selection import expand_blocks
 
 from .harness import Case, agreement
@@ -129,12 +131,13 @@ def score_case(keys: int, dtype: str, device: str) -> Case:
 
 
 def steps(cache: Cache) -> dict[str, Callable[[], Any]]:
-    """The whole step in three ways of scoring."""
+    """The whole step in four ways of scoring."""
     q, k, v = cache.q, cache.k, cache.v
     pooled, counts = tokred.block_pool(k, PAGE)
     generator = torch.Generator().manual_seed(2)
     dims = torch.stack([torch.randperm(DIM, generator=generator)[:24] for _ in range(HEADS_Q)])
     dims = dims.sort(-1).values.to(q.device, torch.int32)
+    dominant = DominantKeys(k, dims[:HEADS_KV])
 
     def attend(indices: Tensor) -> tuple[Tensor, Tensor]:
         return tokred.sparse_attention(q, k, v, indices[:, :, None])
@@ -153,8 +156,12 @@ def steps(cache: Cache) -> dict[str, Callable[[], Any]]:
     def by_dims() -> tuple[Tensor, Tensor]:
         return attend(choose(tokred.qk_score(q, k, reduce="group_mean", dims=dims)))
 
+    def by_dims_apart() -> tuple[Tensor, Tensor]:
+        return fasa_attention(q, k, v, dominant, CHOSEN)
+
     return {"tokred step, token scores": by_token, "tokred step, page means": by_page,
-            "tokred step, 24 dimensions": by_dims}  # fmt: skip
+            "tokred step, 24 dimensions": by_dims,
+            "tokred step, 24 dimensions apart": by_dims_apart}  # fmt: skip
 
 
 def step_case(keys: int, dtype: str, device: str) -> Case:

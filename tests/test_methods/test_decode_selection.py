@@ -10,7 +10,7 @@ from torch import Tensor
 
 import tokred
 from tokred.methods import kinetics
-from tokred.methods.fasa import chunk_dims, dominant_dims, fasa_attention
+from tokred.methods.fasa import DominantKeys, chunk_dims, dominant_dims, fasa_attention
 from tokred.methods.quest import page_bounds, quest_attention
 from tokred.methods.tidal_decode import TidalDecode
 from tokred.methods.top_k_attention import top_k_attention
@@ -81,6 +81,41 @@ def test_fasa(interleaved: bool) -> None:
     scores = logits(query * kept[None, :, None], k).masked_fill(~mask[:, None, None], -torch.inf)
     out, _ = fasa_attention(query, k, v, dims, num_keys=25, mask=mask)
     close(out, attend(query, k, v, top_visible(scores, 25)))
+
+
+def test_fasa_dominant_keys() -> None:
+    """The dimensions kept apart, grown key by key, choose what masked queries choose."""
+    q, k, v = heads(queries=3, dim=16)
+    dims = dominant_dims(q, k, num_chunks=3, top=30, shared=True)
+    assert dims.shape == (k.shape[1], 6)
+    query = q[:, :, :1]
+    mask = torch.ones(2, 200, dtype=torch.bool)
+    mask[0, 150:] = False
+    kept = torch.zeros(k.shape[1], 16).scatter(1, dims.long(), 1.0)
+    scores = group_mean(query, k * kept[:, None]).masked_fill(~mask[:, None], -torch.inf)
+
+    dominant = DominantKeys(k[:, :, :190], dims, capacity=200)
+    for token in range(190, 200):
+        dominant.append(k[:, :, token : token + 1])
+    assert torch.equal(dominant.rows, DominantKeys(k, dims).rows)
+    close(dominant.score(query, mask).double(), scores)
+    out, _ = fasa_attention(query, k, v, dominant, num_keys=25, mask=mask)
+    chosen = top_visible(scores, 25).repeat_interleave(q.shape[1] // k.shape[1], 1)
+    close(out, attend(query, k, v, chosen[:, :, None]))
+
+
+def test_fasa_dominant_keys_refuse() -> None:
+    q, k, v = heads(dim=16)
+    dims = chunk_dims(torch.zeros(k.shape[1], 1, dtype=torch.long), 16)
+    dominant = DominantKeys(k, dims)
+    with pytest.raises(ValueError, match=r"dims must be \[2, 2F\]"):
+        DominantKeys(k, dims[:1])
+    with pytest.raises(ValueError, match=r"dims must lie in \[0, 16\), got 0 to 16"):
+        DominantKeys(k, dims * 2)
+    with pytest.raises(ValueError, match="k must fit into 200 keys, got 201"):
+        dominant.append(k[:, :, :1])
+    with pytest.raises(ValueError, match="dims must hold the 199 keys of k, got 200"):
+        fasa_attention(q, k[:, :, 1:], v[:, :, 1:], dominant)
 
 
 def group_mean(q: Tensor, k: Tensor) -> Tensor:

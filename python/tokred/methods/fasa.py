@@ -1,7 +1,8 @@
 """FASA: score keys on the few rotary frequencies that agree with the whole head.
 
 FASA: Frequency-Aware Sparse Attention (ICLR 2026, arXiv 2602.03152). The paper leaves open what
-query heads that share a key head do; here every query head has its own dimensions and its own keys.
+query heads that share a key head do. Here every query head has its own dimensions and its own keys,
+or, with `DominantKeys`, the heads of a group share both, so that their keys can be kept apart.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from torch import Tensor
 
 import tokred
 from tokred.selection import block_mask
+
+LANES = 16  # rows of whole lanes are read fastest
 
 if TYPE_CHECKING:
     from tokred.models.attention import AttentionCall
@@ -61,23 +64,82 @@ def chunk_agreement(q: Tensor, k: Tensor, top: int = 256, interleaved: bool = Fa
 
 
 def dominant_dims(
-    q: Tensor, k: Tensor, num_chunks: int = 12, top: int = 256, interleaved: bool = False
+    q: Tensor,
+    k: Tensor,
+    num_chunks: int = 12,
+    top: int = 256,
+    interleaved: bool = False,
+    shared: bool = False,
 ) -> Tensor:
     """i32 [Hq, 2 * num_chunks]: the dimensions of the chunks of greatest agreement, per head.
 
     Calibrated once: the chunks hardly differ from task to task. Arguments as in chunk_agreement;
-    num_chunks is 8, 12 or 16 of 64 in the paper.
+    num_chunks is 8, 12 or 16 of 64 in the paper. With `shared` they are those of each key head,
+    [Hkv, 2 * num_chunks], for `DominantKeys`: the agreement is meaned over its query heads.
     """
     agreement = chunk_agreement(q, k, top, interleaved)
+    if shared:
+        agreement = agreement.unflatten(0, (k.shape[1], -1)).mean(1)
     chunks = tokred.topk(agreement, num_chunks, order="position")[1]
     return chunk_dims(chunks, q.shape[3], interleaved)
+
+
+class DominantKeys:
+    """The dominant dimensions of a cache's keys in rows of their own, for scoring.
+
+    In a row of the whole cache scattered dimensions cost all its cache lines; here a score reads
+    2F numbers a key, as in FASA-M, and the copy takes 2F / D of the keys' memory (2F rounded up to
+    a multiple of 16).
+
+    Args:
+        k: [B, Hkv, N, D], the keys so far, rotated; N may be 0.
+        dims: i32 [Hkv, 2F] from dominant_dims(..., shared=True).
+        capacity: keys there is room for; by default N.
+
+    Raises:
+        ValueError: for dims that are not [Hkv, 2F] in [0, D), or more keys than the capacity.
+    """
+
+    def __init__(self, k: Tensor, dims: Tensor, capacity: int | None = None) -> None:
+        batch, heads, tokens, head_dim = k.shape
+        if dims.ndim != 2 or dims.shape[0] != heads:
+            raise ValueError(f"dims must be [{heads}, 2F], a row a key head, got {[*dims.shape]}")
+        if dims.numel() and not 0 <= int(dims.min()) <= int(dims.max()) < head_dim:
+            raise ValueError(f"dims must lie in [0, {head_dim}), got {dims.min()} to {dims.max()}")
+        self.dims = dims.long()
+        width = -(-dims.shape[1] // LANES) * LANES
+        self.rows = k.new_zeros(batch, heads, tokens if capacity is None else capacity, width)
+        self.length = 0
+        self.append(k)
+
+    def append(self, k: Tensor) -> None:
+        """Adds keys [B, Hkv, L, D] that follow. O(B Hkv L F) time."""
+        end, capacity = self.length + k.shape[2], self.rows.shape[2]
+        if end > capacity:
+            raise ValueError(f"k must fit into {capacity} keys, got {end} with those here")
+        self.rows[:, :, self.length : end, : self.dims.shape[1]] = self._dominant(k)
+        self.length = end
+
+    def score(self, q: Tensor, mask: Tensor | None = None) -> Tensor:
+        """f32 [B, Hkv, N]: the logits of q [B, Hq, 1, D] by the dominant dimensions, meaned over
+        each group; -inf where mask, bool [B, N], is False."""
+        grouped = q.unflatten(1, (self.dims.shape[0], -1))[..., 0, :]
+        dominant = self._dominant(grouped).flatten(1, 2)
+        dominant = torch.nn.functional.pad(dominant, (0, self.rows.shape[3] - dominant.shape[2]))
+        return tokred.qk_score(dominant, self.rows[:, :, : self.length], reduce="group_mean",
+                               scale=q.shape[3] ** -0.5, mask=mask)  # fmt: skip
+
+    def _dominant(self, x: Tensor) -> Tensor:
+        """[B, Hkv, L, 2F] of x [B, Hkv, L, D]."""
+        batch, heads, tokens, _ = x.shape
+        return x.gather(3, self.dims[None, :, None].expand(batch, heads, tokens, -1))
 
 
 def fasa_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    dims: Tensor,
+    dims: Tensor | DominantKeys,
     num_keys: int = 256,
     mask: Tensor | None = None,
     scale: float | None = None,
@@ -86,14 +148,22 @@ def fasa_attention(
 
     Args:
         q: [B, Hq, 1, D] and k: [B, Hkv, N, D], rotated; v: [B, Hkv, N, Dv].
-        dims: i32 [Hq, F] from dominant_dims.
-        num_keys: keys each query head attends to.
+        dims: i32 [Hq, 2F] from dominant_dims, or the DominantKeys of k.
+        num_keys: keys each query head attends to, or, with DominantKeys, each group of them.
         mask: bool [B, N], False where a key is padding.
 
     Returns:
         out [B, Hq, 1, Dv], lse f32 [B, Hq, 1].
+
+    Raises:
+        ValueError: for DominantKeys of another number of keys than k's.
     """
-    scores = tokred.qk_score(q, k, dims=dims, mask=mask)
+    if isinstance(dims, DominantKeys):
+        if dims.length != k.shape[2]:
+            raise ValueError(f"dims must hold the {k.shape[2]} keys of k, got {dims.length}")
+        scores = dims.score(q, mask)
+    else:
+        scores = tokred.qk_score(q, k, dims=dims, mask=mask)
     indices = tokred.topk(scores, min(num_keys, k.shape[2]), order="position")[1]
     return tokred.sparse_attention(q, k, v, indices[:, :, None], scale=scale, mask=mask)
 
