@@ -104,94 +104,160 @@ struct UnitCodes {
 
 // ---- Dot products -------------------------------------------------------------------------------
 
-// partial[row][16][16 lanes]: the lane sums of kRows rows with kKeys rows of codes. With kScaled
-// each group of codes is multiplied by scales[group][kGather].
-template <Codes kCodes, bool kScaled, int kRows, int kKeys>
-TOKRED_INLINE void dot_code_tile(const float* x, int64_t x_stride, const Place* keys,
-                                 const float* scales, int64_t unit, int64_t groups,
-                                 int64_t group_units, float* partial) {
-  constexpr int kWidth = f32x16::kWidth;
-  const uint8_t* codes[kKeys];
-#pragma GCC unroll 8
-  for (int key = 0; key < kKeys; ++key) codes[key] = keys[key].row;
-#pragma GCC unroll 4
-  for (int part = 0; part < f32x16::kRegisters; ++part) {
-    Register<float> sum[kRows][kKeys];
-#pragma GCC unroll 4
-    for (int row = 0; row < kRows; ++row) {
-#pragma GCC unroll 8
-      for (int key = 0; key < kKeys; ++key) sum[row][key] = Register<float>{};
-    }
-    int64_t at = unit;
-    for (int64_t group = 0; group < groups; ++group) {
-      Register<float> scale[kKeys];
-#pragma GCC unroll 8
-      for (int key = 0; key < kKeys; ++key) {
-        if constexpr (kScaled) scale[key] = scales[group * kGather + key] - Register<float>{};
-      }
-      for (const int64_t end = at + group_units; at < end; ++at) {
-        const float* q = x + at * kUnit + part * kWidth;
-        const auto add = [&](int i, const auto& unit_codes) {
-          Register<float> k[kKeys];
-#pragma GCC unroll 8
-          for (int key = 0; key < kKeys; ++key) {
-            k[key] = unit_codes(key)[i];
-            if constexpr (kScaled) k[key] *= scale[key];
-          }
-#pragma GCC unroll 4
-          for (int row = 0; row < kRows; ++row) {
-            Register<float> number;
-            std::memcpy(&number, q + row * x_stride + i * kLanes, sizeof number);
-            number = in_register(number);
-#pragma GCC unroll 8
-            for (int key = 0; key < kKeys; ++key) {
-              sum[row][key] = multiply_add(k[key], number, sum[row][key]);
-            }
-          }
-        };
-        const auto codes_of_key = [&](int key) {
-          return UnitCodes<kCodes>(codes[key], at, part);
-        };
-        add(0, codes_of_key);
-        add(1, codes_of_key);
-      }
-    }
-#pragma GCC unroll 4
-    for (int row = 0; row < kRows; ++row) {
-#pragma GCC unroll 8
-      for (int key = 0; key < kKeys; ++key) {
-        std::memcpy(partial + (row * kLanes + key) * kLanes + part * kWidth, &sum[row][key],
-                    sizeof sum[row][key]);
+// Lanes are tokens here: the codes of sixteen tokens are turned in words of four bytes, and a word
+// gives one code of a channel to each of its bytes. So nothing is summed over lanes, scales are
+// lanes too, and every multiply-add meets a whole register of codes.
+
+// What an unpacked code has to be multiplied by, for all channels.
+inline void word_factors(Codes codes, const PackFormat& f, float* factor) {
+  alignas(64) float lane[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    const int byte = i % 4;
+    const bool shifted = codes == Codes::bits8 && byte == 3;
+    lane[i] = codes == Codes::fp8 ? 256.0f
+              : shifted           ? 1.0f
+                                  : 1.0f / static_cast<float>(1 << 8 * byte);
+  }
+  for (int64_t d = 0; d < f.head_dim; d += kLanes) store(factor + d, load(lane));
+}
+
+inline constexpr int64_t kMostWords = kMaxHeadDim / 4;  // of a token
+
+// words[word][16 tokens].
+TOKRED_INLINE void turn_words(const Place* tokens, int64_t bytes, int32_t* words) {
+  for (int64_t token = 0; token < kLanes; token += 4) {
+    for (int64_t byte = 0; byte < bytes; byte += 16) {
+      Four<int32_t> x[4];
+      for (int i = 0; i < 4; ++i) std::memcpy(&x[i], tokens[token + i].row + byte, sizeof x[i]);
+      transpose<int32_t>(x);
+      for (int i = 0; i < 4; ++i) {
+        std::memcpy(words + (byte / 4 + i) * kLanes + token, &x[i], sizeof x[i]);
       }
     }
   }
 }
 
-// out[row][i] = x_row . codes_i for i < count, over `groups` groups of units from `unit` on; `keys`
-// are valid up to whole_lanes(count).
-template <Codes kCodes, bool kScaled>
-__attribute__((noinline)) static void dot_codes(const float* x, int64_t x_stride, int64_t rows,
-                                                const Place* keys, int64_t count,
-                                                const float* scales, int64_t unit, int64_t groups,
-                                                int64_t group_units, float* out,
-                                                PlacesAhead& ahead) {
-  alignas(64) float partial[kFewRows<float> * kLanes * kLanes];
-  for (int64_t key = 0; key < count; key += kLanes) {
-    for (int64_t row = 0; row < rows; row += kFewRows<float>) {
-      visit_rows<kFewRows<float>>(rows - row, [&]<int kRows>() {
-        constexpr int kKeys = kRows == 1 ? 4 : 8 / kPowerOfTwo<kRows>;
-        ahead.take(row == 0 ? kLanes : 0);
-        for (int i = 0; i < kLanes; i += kKeys) {
-          dot_code_tile<kCodes, kScaled, kRows, kKeys>(x + row * x_stride, x_stride,
-                                                       keys + key + i, scales + key + i, unit,
-                                                       groups, group_units, partial + i * kLanes);
+// The codes in byte kByte of a register of words, times what word_factors() makes good; the bits of
+// the channel are the byte's lowest.
+template <Codes kCodes, int kByte>
+TOKRED_INLINE Register<float> codes_of_byte(i32x16::N words) {
+  typedef uint32_t Unsigned __attribute__((vector_size(kRegisterBytes)));
+  if constexpr (kCodes == Codes::fp8) {
+    // The bits of an f32 that is 2^-120 times the number.
+    const i32x16::N bits = words << (24 - 8 * kByte) >> 4 & static_cast<int32_t>(0x87f00000u);
+    return (Register<float>)bits * 0x1p112f;
+  } else if constexpr (kCodes == Codes::bits8 && kByte == 3) {
+    return __builtin_convertvector((i32x16::N)((Unsigned)words >> 24), Register<float>);
+  } else {
+    constexpr int32_t kMask = ((1 << bits_of(kCodes)) - 1) << 8 * kByte;
+    return __builtin_convertvector(words & kMask, Register<float>);
+  }
+}
+
+// A block's codes, turned.
+struct TurnedCodes {
+  const int32_t* words;  // [token / 16][words_of_token][16 tokens]
+  const float* scales;   // [groups][kGather], or null for 1
+  int64_t words_of_token, groups, group_vecs;
+};
+
+// out[row][token ..] for kRows rows and 16 kVecs tokens: the sum over the groups, ascending, of
+// their scale times the sum over their channels, ascending, of x code.
+template <Codes kCodes, int kRows, int kVecs>
+TOKRED_INLINE void dot_code_tile(const float* x, int64_t x_stride, const TurnedCodes& turned,
+                                 int64_t token, float* out) {
+  constexpr int kBits = bits_of(kCodes), kPlanes = 8 / kBits, kWidth = f32x16::kWidth;
+  constexpr int kParts = kVecs * f32x16::kRegisters;
+  const int32_t* words = turned.words + token * turned.words_of_token;
+  const auto of_part = [&](int part, int64_t word) {
+    i32x16::N x;
+    std::memcpy(&x, words + (part * kWidth / kLanes * turned.words_of_token + word) * kLanes +
+                        part * kWidth % kLanes, sizeof x);
+    return x;
+  };
+  int64_t vec = 0;
+  for (int64_t group = 0; group < turned.groups; ++group) {
+    Register<float> sum[kRows][kParts] = {};
+    for (const int64_t end = vec + turned.group_vecs; vec < end; ++vec) {
+      const int shift = static_cast<int>(vec % kPlanes) * kBits;
+      for (int64_t j = 0; j < 4; ++j) {
+        i32x16::N word[kParts];
+#pragma GCC unroll 4
+        for (int part = 0; part < kParts; ++part) {
+          word[part] = of_part(part, vec / kPlanes * 4 + j) >> shift;
         }
-        for (int r = 0; r < kRows; ++r) {
-          store_row(out + (row + r) * kGather + key, sum_each(partial + r * kLanes * kLanes),
-                    count - key);
-        }
-      });
+        const float* number = x + vec * kLanes + 4 * j;
+        const auto add = [&]<int kByte>() {
+          Register<float> codes[kParts];
+#pragma GCC unroll 4
+          for (int part = 0; part < kParts; ++part) {
+            codes[part] = codes_of_byte<kCodes, kByte>(word[part]);
+          }
+#pragma GCC unroll 4
+          for (int row = 0; row < kRows; ++row) {
+            const Register<float> q = number[row * x_stride + kByte] - Register<float>{};
+#pragma GCC unroll 4
+            for (int part = 0; part < kParts; ++part) {
+              sum[row][part] = multiply_add(codes[part], q, sum[row][part]);
+            }
+          }
+        };
+        add.template operator()<0>();
+        add.template operator()<1>();
+        add.template operator()<2>();
+        add.template operator()<3>();
+      }
     }
+#pragma GCC unroll 4
+    for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 4
+      for (int part = 0; part < kParts; ++part) {
+        float* to = out + row * kGather + token + part * kWidth;
+        Register<float> scale, before = {};
+        if (turned.scales) {
+          std::memcpy(&scale, turned.scales + group * kGather + token + part * kWidth,
+                      sizeof scale);
+          if (group > 0) std::memcpy(&before, to, sizeof before);
+          sum[row][part] = multiply_add(sum[row][part], scale, before);
+        }
+        std::memcpy(to, &sum[row][part], sizeof sum[row][part]);
+      }
+    }
+  }
+}
+
+// out[row][i] = x_row . codes_i for i < count, over `groups` groups of so many Vecs that are scaled
+// by scales[group][kGather], or not where it is null; `tokens` are valid up to whole_lanes(count).
+template <Codes kCodes>
+__attribute__((noinline)) static void dot_codes(const float* x, int64_t x_stride, int64_t rows,
+                                                const Place* tokens, int64_t count,
+                                                const float* scales, int64_t groups,
+                                                int64_t group_vecs, float* out,
+                                                PlacesAhead& ahead) {
+  alignas(64) int32_t words[kMostWords * kGather];
+  alignas(64) float dots[kFewRows<float> * kGather];
+  const int64_t bytes = groups * group_vecs * kLanes * bits_of(kCodes) / 8;
+  const TurnedCodes turned{words, scales, bytes / 4, groups, group_vecs};
+  for (int64_t token = 0; token < count; token += kLanes) {
+    turn_words(tokens + token, bytes, words + token * turned.words_of_token);
+  }
+  for (int64_t row = 0; row < rows; row += kFewRows<float>) {
+    visit_rows<kFewRows<float>>(rows - row, [&]<int kRows>() {
+      // The words need registers of their own.
+      constexpr int kVecs = kBeside<float, kRows == 1 ? 2 : kPowerOfTwo<kRows>>;
+      int64_t token = 0;
+      const auto tiles = [&]<int kCount>() {
+        for (; token + (kCount - 1) * kLanes < count; token += kCount * kLanes) {
+          ahead.take(row == 0 ? kCount * kLanes : 0);
+          dot_code_tile<kCodes, kRows, kCount>(x + row * x_stride, x_stride, turned, token, dots);
+        }
+      };
+      tiles.template operator()<kVecs>();
+      if constexpr (kVecs > 1) tiles.template operator()<1>();
+      for (int r = 0; r < kRows; ++r) {
+        copy_bytes(out + (row + r) * kGather, dots + r * kGather, 4 * count);
+      }
+    });
   }
 }
 

@@ -25,7 +25,7 @@ class PackedQuery {
     const PackFormat& f = side.format;
     if (codes == Codes::none) return;
     alignas(64) float factor[kMaxHeadDim];
-    in_place_factors(codes, f, factor);
+    word_factors(codes, f, factor);
     for (int64_t row = 0; row < rows; ++row) {
       const float* from = natural + row * dim;
       for (int64_t d = 0; d < dim; d += kLanes) {
@@ -55,7 +55,7 @@ class PackedQuery {
   }
 
  private:
-  alignas(64) float placed_[kMost * kMaxHeadDim];  // times in_place()
+  alignas(64) float placed_[kMost * kMaxHeadDim];  // natural, times word_factors()
   float sums_[kMost][kMostUnits];
 
   void dot_unpacked(const BlockPlaces& block, float* logits, PlacesAhead& ahead) const {
@@ -67,32 +67,20 @@ class PackedQuery {
     }
   }
 
-  // Of up to two groups the sums are scaled, of more the codes.
   void dot_channel_groups(const BlockPlaces& block, float* logits, PlacesAhead& ahead) const {
     const PackFormat& f = side.format;
-    const int64_t groups = groups_per_row(f), units = f.group_size / kUnit;
+    const int64_t groups = groups_per_row(f);
     BlockParams params;
     params.take(f, block);
-    alignas(64) float second[kMost * kGather];
     visit_codes(codes, [&]<Codes kCodes>() {
-      if (groups > 2) {
-        dot_codes<kCodes, true>(placed_, dim, rows, block.at, block.count, params.scale[0], 0,
-                                groups, units, logits, ahead);
-        return;
-      }
-      for (int64_t g = 0; g < groups; ++g) {
-        dot_codes<kCodes, false>(placed_, dim, rows, block.at, block.count, params.scale[0],
-                                 g * units, 1, units, g == 0 ? logits : second, ahead);
-      }
+      dot_codes<kCodes>(placed_, dim, rows, block.at, block.count, params.scale[0], groups,
+                        f.group_size / kLanes, logits, ahead);
     });
-    const bool offsets = f.scheme != PackScheme::fp8;
+    if (f.scheme == PackScheme::fp8) return;
     for (int64_t row = 0; row < rows; ++row, logits += kGather) {
       for (int64_t i = 0; i < block.count; i += kLanes) {
         f32x16 logit = load(logits + i);
-        if (groups <= 2) logit = logit * load(params.scale[0] + i);
-        if (groups == 2) logit = fma(load(second + row * kGather + i), load(params.scale[1] + i),
-                                     logit);
-        for (int64_t g = 0; offsets && g < groups; ++g) {
+        for (int64_t g = 0; g < groups; ++g) {
           logit = fma(splat(sums_[row][g]), load(params.offset[g] + i), logit);
         }
         store(logits + i, logit);
@@ -124,8 +112,8 @@ class PackedQuery {
         }
         float* to = logits + row * kGather + first;
         visit_codes(codes, [&]<Codes kCodes>() {
-          dot_codes<kCodes, false>(scaled, dim, here, block.at + first, end - first, scaled, 0, 1,
-                                   dim / kUnit, to, ahead);
+          dot_codes<kCodes>(scaled, dim, here, block.at + first, end - first, nullptr, 1,
+                            dim / kLanes, to, ahead);
         });
         for (int64_t r = 0; r < here; ++r, to += kGather) {
           for (int64_t i = 0; i < end - first; ++i) to[i] += base[r];

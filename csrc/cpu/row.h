@@ -55,27 +55,35 @@ TOKRED_INLINE void pack_row(const T* from, int64_t dim, Accumulator<T>* to) {
   for (; d < dim; ++d) to[d] = to_float(from[d]);
 }
 
+template <class T>
+using Four __attribute__((vector_size(4 * sizeof(T)))) = T;
+
+// Four rows of four.
+template <class T>
+TOKRED_INLINE void transpose(Four<T> x[4]) {
+  using Index = decltype(Four<T>{} < Four<T>{});
+  constexpr Index kLow = {0, 4, 1, 5}, kHigh = {2, 6, 3, 7};
+  const Four<T> even_low = __builtin_shuffle(x[0], x[2], kLow);
+  const Four<T> even_high = __builtin_shuffle(x[0], x[2], kHigh);
+  const Four<T> odd_low = __builtin_shuffle(x[1], x[3], kLow);
+  const Four<T> odd_high = __builtin_shuffle(x[1], x[3], kHigh);
+  x[0] = __builtin_shuffle(even_low, odd_low, kLow);
+  x[1] = __builtin_shuffle(even_low, odd_low, kHigh);
+  x[2] = __builtin_shuffle(even_high, odd_high, kLow);
+  x[3] = __builtin_shuffle(even_high, odd_high, kHigh);
+}
+
 // from [rows][columns] to [columns][rows], both without gaps.
 template <class Acc>
 TOKRED_INLINE void transpose(const Acc* from, int64_t rows, int64_t columns, Acc* to) {
-  typedef Acc Four __attribute__((vector_size(4 * sizeof(Acc))));
-  using Index = decltype(Four{} < Four{});
-  constexpr Index kLow = {0, 4, 1, 5}, kHigh = {2, 6, 3, 7};
   const int64_t row_end = rows / 4 * 4, column_end = columns / 4 * 4;
   for (int64_t row = 0; row < row_end; row += 4) {
     for (int64_t column = 0; column < column_end; column += 4) {
-      Four x[4];
+      Four<Acc> x[4];
       for (int i = 0; i < 4; ++i) {
         std::memcpy(&x[i], from + (row + i) * columns + column, sizeof x[i]);
       }
-      const Four even_low = __builtin_shuffle(x[0], x[2], kLow);
-      const Four even_high = __builtin_shuffle(x[0], x[2], kHigh);
-      const Four odd_low = __builtin_shuffle(x[1], x[3], kLow);
-      const Four odd_high = __builtin_shuffle(x[1], x[3], kHigh);
-      x[0] = __builtin_shuffle(even_low, odd_low, kLow);
-      x[1] = __builtin_shuffle(even_low, odd_low, kHigh);
-      x[2] = __builtin_shuffle(even_high, odd_high, kLow);
-      x[3] = __builtin_shuffle(even_high, odd_high, kHigh);
+      transpose<Acc>(x);
       for (int i = 0; i < 4; ++i) std::memcpy(to + (column + i) * rows + row, &x[i], sizeof x[i]);
     }
     for (int64_t column = column_end; column < columns; ++column) {

@@ -10,11 +10,9 @@ namespace tokred::TOKRED_ISA {
 // where a paged key lies.
 constexpr int64_t kAhead = 16;
 
-typedef float Four __attribute__((vector_size(16)));
-
 // The first two steps of sum(): four lanes are left. Copying parts out of the registers instead
 // would make the compiler keep the sums in such parts all along.
-TOKRED_INLINE Four fold(f32x16 v) {
+TOKRED_INLINE Four<float> fold(f32x16 v) {
 #if defined(__AVX2__)
 #if defined(__AVX512F__)
   const auto half = __builtin_shufflevector(v.r[0], v.r[0], 0, 1, 2, 3, 4, 5, 6, 7) +
@@ -29,11 +27,11 @@ TOKRED_INLINE Four fold(f32x16 v) {
 #endif
 }
 // The sums of four vectors, lane by lane.
-TOKRED_INLINE Four sums(const Four* folded) {
-  const Four low = __builtin_shufflevector(folded[0], folded[1], 0, 4, 1, 5) +
-                   __builtin_shufflevector(folded[0], folded[1], 2, 6, 3, 7);
-  const Four high = __builtin_shufflevector(folded[2], folded[3], 0, 4, 1, 5) +
-                    __builtin_shufflevector(folded[2], folded[3], 2, 6, 3, 7);
+TOKRED_INLINE Four<float> sums(const Four<float>* folded) {
+  const Four<float> low = __builtin_shufflevector(folded[0], folded[1], 0, 4, 1, 5) +
+                          __builtin_shufflevector(folded[0], folded[1], 2, 6, 3, 7);
+  const Four<float> high = __builtin_shufflevector(folded[2], folded[3], 0, 4, 1, 5) +
+                           __builtin_shufflevector(folded[2], folded[3], 2, 6, 3, 7);
   return __builtin_shufflevector(low, high, 0, 1, 4, 5) +
          __builtin_shufflevector(low, high, 2, 3, 6, 7);
 }
@@ -65,7 +63,7 @@ TOKRED_INLINE void score_four(const float* query, int64_t stride, const T* keys,
                               const int64_t* offset, int64_t dim, const Steps& steps,
                               float* scores) {
   constexpr int kTogether = kCount == 1 ? 4 : kCount == 2 ? 2 : 1;  // up to eight registers of sums
-  Four folded[kCount][4];
+  Four<float> folded[kCount][4];
 #pragma GCC unroll 1
   for (int first = 0; first < 4; first += kTogether) {
     f32x16 sum[kTogether][kCount];
@@ -98,7 +96,7 @@ TOKRED_INLINE void score_four(const float* query, int64_t stride, const T* keys,
   }
 #pragma GCC unroll 4
   for (int row = 0; row < kCount; ++row) {
-    const Four four = sums(folded[row]);
+    const Four<float> four = sums(folded[row]);
     std::memcpy(scores + row * kScoreChunk, &four, sizeof four);
   }
 }
