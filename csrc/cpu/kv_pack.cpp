@@ -2,6 +2,7 @@
 // once.
 #include "kv_pack_rows.h"
 #include "parallel.h"
+#include "sizes.h"
 
 namespace tokred::TOKRED_ISA {
 namespace {
@@ -14,8 +15,6 @@ int64_t tokens_per_task(const PackFormat& f) {
   return tokens > f.group_size ? tokens / f.group_size * f.group_size : f.group_size;
 }
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Waking threads takes longer than packing a few thousand numbers.
 Parallel threads_for(int64_t numbers, Parallel parallel) {
   if (numbers < 32768) parallel.threads = 1;
@@ -25,15 +24,6 @@ Parallel threads_for(int64_t numbers, Parallel parallel) {
 template <class T>
 const T* head_start(const HeadTensor& x, int64_t batch, int64_t head) {
   return static_cast<const T*>(x.data) + batch * x.stride_batch + head * x.stride_head;
-}
-
-template <class F>
-void visit_stored(DType dtype, F f) {
-  switch (dtype) {
-    case DType::f16: f.template operator()<f16>(); break;
-    case DType::bf16: f.template operator()<bf16>(); break;
-    default: f.template operator()<float>();
-  }
 }
 
 template <class T>
@@ -66,7 +56,7 @@ TOKRED_INLINE Scales splat_scales(const f16* scale, const f16* offset, const Pac
 
 // The numbers of a row of codes, one byte each, and of its row of params.
 template <PackScheme kScheme, class T>
-void decode_row(const uint8_t* code, const f16* params, const PackFormat& f, T* to) {
+TOKRED_INLINE void decode_row(const uint8_t* code, const f16* params, const PackFormat& f, T* to) {
   if (f.axis == GroupAxis::token) {
     for (int64_t d = 0; d < f.head_dim; d += kLanes) {
       const Scales s = load_scales<kScheme>(params + d, params + f.head_dim + d, f);
@@ -85,7 +75,7 @@ void decode_row(const uint8_t* code, const f16* params, const PackFormat& f, T* 
 
 // Rows that share a row of params, or one row along channels.
 template <PackScheme kScheme, class T>
-void unpack_rows(const uint8_t* codes, int64_t stride, int64_t rows, const f16* params,
+TOKRED_INLINE void unpack_rows(const uint8_t* codes, int64_t stride, int64_t rows, const f16* params,
                  const PackFormat& f, T* out) {
   alignas(64) float number[kMaxHeadDim];
   alignas(64) uint8_t code[kMaxHeadDim];
@@ -226,7 +216,7 @@ void for_parts(const PackedRows& packed, int64_t batch, int64_t heads, const Par
 }  // namespace
 
 void kv_pack(const KvPackParams& p, const Parallel& parallel) {
-  visit_stored(p.dtype, [&]<class T>() {
+  visit_f32(p.dtype, [&]<class T>() {
     for_parts(p.packed, p.batch, p.heads, parallel,
               [&](int64_t batch, int64_t head, int64_t first, int64_t last) {
                 pack_part<T>(p, batch, head, first, last);
@@ -235,7 +225,7 @@ void kv_pack(const KvPackParams& p, const Parallel& parallel) {
 }
 
 void kv_unpack(const KvUnpackParams& p, const Parallel& parallel) {
-  visit_stored(p.dtype, [&]<class T>() {
+  visit_f32(p.dtype, [&]<class T>() {
     visit_scheme(p.packed.format.scheme, [&]<PackScheme kScheme>() {
       for_parts(p.packed, p.batch, p.heads, parallel,
                 [&](int64_t batch, int64_t head, int64_t first, int64_t last) {
@@ -246,7 +236,7 @@ void kv_unpack(const KvUnpackParams& p, const Parallel& parallel) {
 }
 
 void kv_append(const KvAppendParams& p, const Parallel& parallel) {
-  visit_stored(p.dtype, [&]<class T>() { append<T>(p, parallel); });
+  visit_f32(p.dtype, [&]<class T>() { append<T>(p, parallel); });
 }
 
 }  // namespace tokred::TOKRED_ISA

@@ -93,7 +93,7 @@ inline void join_codes(const uint8_t* code, int64_t head_dim, int32_t bits, uint
 }
 
 // One byte for every channel, from a row of codes.
-inline void split_codes(const uint8_t* row, int64_t head_dim, int32_t bits, uint8_t* code) {
+TOKRED_INLINE void split_codes(const uint8_t* row, int64_t head_dim, int32_t bits, uint8_t* code) {
   switch (bits) {
     case 1: return split_plain<1>(row, head_dim, code);
     case 2: return split_plain<2>(row, head_dim, code);

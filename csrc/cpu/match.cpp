@@ -8,6 +8,7 @@
 #include "match_plan.h"
 #include "parallel.h"
 #include "row.h"
+#include "sizes.h"
 
 namespace tokred::TOKRED_ISA {
 namespace {
@@ -52,9 +53,6 @@ int64_t block_rows(const MatchParams& p, const Parallel& parallel) {
   return (rows + kRowStep - 1) / kRowStep * kRowStep;
 }
 
-constexpr int64_t kAlign = 64;
-TOKRED_INLINE int64_t aligned(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
-
 int64_t columns_bytes(const MatchParams& p) { return aligned(16 * p.b.count + 4); }
 int64_t scratch_bytes(const MatchParams& p, int64_t block) {
   return aligned(4 * block * p.channels) + aligned(4 * kChunk * p.channels) +
@@ -62,7 +60,7 @@ int64_t scratch_bytes(const MatchParams& p, int64_t block) {
 }
 
 char* workspace_start(const MatchParams& p) {
-  return reinterpret_cast<char*>(aligned(reinterpret_cast<int64_t>(p.workspace)));
+  return aligned(p.workspace);
 }
 Columns columns_of(const MatchParams& p, int64_t item) {
   char* memory = workspace_start(p) + item * columns_bytes(p);

@@ -66,9 +66,7 @@ struct PackedForward {
         values(s.v, p.v, s.slots, p.dtype, p.keys, at.batch, at.kv_head),
         query(keys, !at.indices, at.rows), sums(values, !at.indices, at.rows, partial.out),
         result(partial) {
-    visit_dtype(p.dtype, [&]<class T>() {
-      if constexpr (sizeof(T) < 8) load_queries<T>();
-    });
+    visit_f32(p.dtype, [&]<class T>() { load_queries<T>(); });
     query.start();
     result.clear();
   }
@@ -145,9 +143,8 @@ void packed_attention(const PackedAttentionParams& s, const Parallel& parallel) 
                       run_split(s, at, split, result);
                     },
                     [&](const ListRows& at, const Partial<float>& result) {
-                      visit_dtype(s.attention.dtype, [&]<class T>() {
-                        if constexpr (sizeof(T) < 8) write_result<T>(s, at, result);
-                      });
+                      visit_f32(s.attention.dtype,
+                                [&]<class T>() { write_result<T>(s, at, result); });
                     });
 }
 

@@ -94,9 +94,7 @@ int64_t packed_qk_score_workspace(const PackedScoreParams& s, const Parallel&) {
 void packed_qk_score(const PackedScoreParams& s, const Parallel& parallel) {
   const QkScoreParams& p = s.score;
   const QueryPlan plan(p);
-  visit_dtype(p.dtype, [&]<class T>() {
-    if constexpr (sizeof(T) < 8) pack_queries<T>(s, plan, parallel);
-  });
+  visit_f32(p.dtype, [&]<class T>() { pack_queries<T>(s, plan, parallel); });
   const Vote votes(plan.rest(p), p.batch, p.heads_q, p.keys);
   const int64_t chunks = divide_up(p.keys, kScoreChunk);
   const int64_t heads = p.reduction == HeadReduction::head_mean ? 1 : p.heads_kv;

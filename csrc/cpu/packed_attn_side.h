@@ -155,8 +155,8 @@ TOKRED_INLINE f32x16 dequantize(PackScheme scheme, int32_t bits, f32x16 code, f3
 inline void unpack_token(const SideView& side, const Place& place, float* out) {
   const PackFormat& f = side.format;
   if (!place.params) {
-    visit_dtype(side.dtype, [&]<class T>() {
-      if constexpr (sizeof(T) < 8) pack_row(reinterpret_cast<const T*>(place.row), f.head_dim, out);
+    visit_f32(side.dtype, [&]<class T>() {
+      pack_row(reinterpret_cast<const T*>(place.row), f.head_dim, out);
     });
     return;
   }

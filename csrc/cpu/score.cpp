@@ -161,14 +161,12 @@ void qk_score(const QkScoreParams& p, const Parallel& parallel) {
 void transition_stats(const TransitionParams& p, const Parallel& parallel) {
   constexpr int64_t kTokens = 64;
   const int64_t blocks = divide_up(p.tokens, kTokens);
-  visit_dtype(p.dtype, [&]<class T>() {
-    if constexpr (sizeof(T) < 8) {
-      parallel_tasks(parallel, p.batch * blocks, [&](int64_t task, int64_t) {
-        const int64_t first = task % blocks * kTokens;
-        const int64_t end = first + kTokens < p.tokens ? first + kTokens : p.tokens;
-        for (int64_t t = first; t < end; ++t) compare_rows<T>(p, task / blocks, t);
-      });
-    }
+  visit_f32(p.dtype, [&]<class T>() {
+    parallel_tasks(parallel, p.batch * blocks, [&](int64_t task, int64_t) {
+      const int64_t first = task % blocks * kTokens;
+      const int64_t end = first + kTokens < p.tokens ? first + kTokens : p.tokens;
+      for (int64_t t = first; t < end; ++t) compare_rows<T>(p, task / blocks, t);
+    });
   });
 }
 

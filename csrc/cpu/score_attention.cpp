@@ -286,13 +286,11 @@ struct ColumnTask {
 void attention_rows(const AttentionRowsParams& rows, const Parallel& parallel) {
   const AttentionParams& p = rows.attention;
   const int64_t chunks = divide_up(p.keys, kScoreChunk);
-  visit_dtype(p.dtype, [&]<class T>() {
-    if constexpr (sizeof(T) < 8) {
-      parallel_tasks(parallel, p.batch * p.heads_kv * chunks, [&](int64_t task, int64_t) {
-        const int64_t head = task / chunks, first = task % chunks * kScoreChunk;
-        RowLogits<T>(rows, head / p.heads_kv, head % p.heads_kv, first).run();
-      });
-    }
+  visit_f32(p.dtype, [&]<class T>() {
+    parallel_tasks(parallel, p.batch * p.heads_kv * chunks, [&](int64_t task, int64_t) {
+      const int64_t head = task / chunks, first = task % chunks * kScoreChunk;
+      RowLogits<T>(rows, head / p.heads_kv, head % p.heads_kv, first).run();
+    });
   });
   if (!rows.softmax) return;
   const bool whole = rows.first == 0 && rows.last == p.keys;
@@ -310,15 +308,12 @@ void attention_columns(const AttentionColumnsParams& columns, const Parallel& pa
     panels /= 2;
   }
   const int64_t blocks = divide_up(p.keys, panels * kLanes);
-  visit_dtype(p.dtype, [&]<class T>() {
-    if constexpr (sizeof(T) < 8) {
-      parallel_tasks(parallel, heads * blocks, [&](int64_t task, int64_t) {
-        // Under causality the first keys cost most: they go first.
-        const int64_t head = task % heads, first = task / heads * panels * kLanes;
-        ColumnTask(columns, head / p.heads_kv, head % p.heads_kv, first, panels)
-            .template run<T>();
-      });
-    }
+  visit_f32(p.dtype, [&]<class T>() {
+    parallel_tasks(parallel, heads * blocks, [&](int64_t task, int64_t) {
+      // Under causality the first keys cost most: they go first.
+      const int64_t head = task % heads, first = task / heads * panels * kLanes;
+      ColumnTask(columns, head / p.heads_kv, head % p.heads_kv, first, panels).template run<T>();
+    });
   });
 }
 

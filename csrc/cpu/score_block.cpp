@@ -275,18 +275,10 @@ void score_blocks(const BlockScoreParams& p, const RulePlan& plan, const Paralle
   if (p.reduction == HeadReduction::softmax_vote) votes.count_votes(p.out, parallel);
 }
 
-// Calls f.template operator()<T>(); float64 is refused by the front ends.
-template <class F>
-void visit_storage(DType dtype, const F& f) {
-  visit_dtype(dtype, [&]<class T>() {
-    if constexpr (sizeof(T) < 8) f.template operator()<T>();
-  });
-}
-
 }  // namespace
 
 void block_pool(const BlockPoolParams& p, const Parallel& parallel) {
-  visit_storage(p.dtype, [&]<class T>() {
+  visit_f32(p.dtype, [&]<class T>() {
     if (p.heads > 0) {
       pool_all<T>(p, parallel);
       return;
@@ -305,7 +297,7 @@ int64_t block_score_workspace(const BlockScoreParams& p, const Parallel&) {
 
 void block_score(const BlockScoreParams& p, const Parallel& parallel) {
   const RulePlan plan(p);
-  visit_storage(p.dtype, [&]<class T>() {
+  visit_f32(p.dtype, [&]<class T>() {
     parallel_tasks(parallel, p.batch * p.queries * p.heads_kv * plan.rows,
                    [&](int64_t task, int64_t) {
                      const int64_t head = task / plan.rows;
@@ -313,7 +305,7 @@ void block_score(const BlockScoreParams& p, const Parallel& parallel) {
                                          task % plan.rows);
                    });
   });
-  visit_storage(p.pooled_dtype, [&]<class T>() { score_blocks<T>(p, plan, parallel); });
+  visit_f32(p.pooled_dtype, [&]<class T>() { score_blocks<T>(p, plan, parallel); });
 }
 
 }  // namespace tokred::TOKRED_ISA

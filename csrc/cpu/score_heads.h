@@ -5,7 +5,7 @@
 #include "../ops/score_params.h"
 #include "parallel.h"
 #include "row.h"
-#include "sparse_attn_visible.h"
+#include "sizes.h"
 #include "vexp.h"
 
 namespace tokred::TOKRED_ISA {
@@ -13,12 +13,6 @@ namespace tokred::TOKRED_ISA {
 // Columns that are scored, and summed in a vote, at a time: part of the order of summation.
 inline constexpr int64_t kScoreChunk = 512;
 inline constexpr int64_t kScoreRows = 4;  // rows scored together
-constexpr int64_t kAlign = 64;
-
-TOKRED_INLINE int64_t aligned(int64_t bytes) { return divide_up(bytes, kAlign) * kAlign; }
-TOKRED_INLINE char* aligned(void* memory) {
-  return reinterpret_cast<char*>(aligned(reinterpret_cast<int64_t>(memory)));
-}
 
 TOKRED_INLINE bool is_mean(HeadReduction reduction) {
   return reduction == HeadReduction::group_mean || reduction == HeadReduction::head_mean;

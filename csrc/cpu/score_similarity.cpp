@@ -16,8 +16,6 @@ namespace {
 
 constexpr int64_t kPackedTogether = 64;  // columns of a packing task
 
-TOKRED_INLINE int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-
 // One batch entry's columns that take part, in order: s = packed row . packed column + offsets.
 struct Columns {
   int32_t* count;   // [1]
@@ -26,7 +24,7 @@ struct Columns {
   float* packed;    // [Nb][C]
 
   Columns(const SimilarityStatsParams& p, int64_t item) {
-    char* memory = reinterpret_cast<char*>(aligned(reinterpret_cast<int64_t>(p.workspace)));
+    char* memory = aligned(p.workspace);
     memory += item * bytes(p);
     const int64_t table = aligned(4 * p.columns);
     count = reinterpret_cast<int32_t*>(memory);
@@ -35,7 +33,7 @@ struct Columns {
     packed = reinterpret_cast<float*>(memory + 64 + 2 * table);
   }
   static int64_t bytes(const SimilarityStatsParams& p) {
-    return 64 + 2 * aligned(4 * p.columns) + aligned(4 * p.columns * p.channels);
+    return kAlign + 2 * aligned(4 * p.columns) + aligned(4 * p.columns * p.channels);
   }
 };
 
@@ -237,9 +235,7 @@ int64_t similarity_stats_workspace(const SimilarityStatsParams& p, const Paralle
 }
 
 void similarity_stats(const SimilarityStatsParams& p, const Parallel& parallel) {
-  visit_dtype(p.dtype, [&]<class T>() {
-    if constexpr (sizeof(T) < 8) similarity_all<T>(p, parallel);
-  });
+  visit_f32(p.dtype, [&]<class T>() { similarity_all<T>(p, parallel); });
 }
 
 }  // namespace tokred::TOKRED_ISA

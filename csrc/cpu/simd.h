@@ -363,5 +363,12 @@ TOKRED_INLINE void visit_dtype(DType dtype, F f) {
     case DType::f64: f.template operator()<double>(); break;
   }
 }
+// The same for what accumulates in f32: f64 is refused by the front end of such an op.
+template <class F>
+TOKRED_INLINE void visit_f32(DType dtype, F f) {
+  visit_dtype(dtype, [&]<class T>() {
+    if constexpr (sizeof(T) < 8) f.template operator()<T>();
+  });
+}
 
 }  // namespace tokred::TOKRED_ISA

@@ -4,16 +4,13 @@
 
 #include "../ops/attention_params.h"
 #include "simd.h"
+#include "sizes.h"
 
 namespace tokred::TOKRED_ISA {
 
 // Rows or keys of a streaming block: a multiple of every tile height. Part of the result's
 // definition, because the softmax is rescaled once a block.
 inline constexpr int kBlock = 96;
-
-inline constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline constexpr int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // The query heads that share one row order: those of a kv head, or one where blocks of queries and
 // keys are masked by query head, so that heads do not wait for each other's keys.

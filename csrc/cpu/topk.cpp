@@ -314,7 +314,7 @@ int64_t topk_workspace(const TopkParams& p, const Parallel& parallel) {
 }
 
 void topk(const TopkParams& p, const Parallel& parallel) {
-  visit_scores(p.dtype, [&]<class T>() { choose_all<T>(p, parallel); });
+  visit_f32(p.dtype, [&]<class T>() { choose_all<T>(p, parallel); });
 }
 
 }  // namespace tokred::TOKRED_ISA

@@ -80,7 +80,7 @@ void gather_rows(const GatherParams& p, const GatherItem& item, int64_t batch, i
 
 void compact(const CompactParams& p, const Parallel& parallel) {
   if (p.is_bool) return compact_rows<uint8_t>(p, parallel);
-  visit_scores(p.dtype, [&]<class T>() { compact_rows<T>(p, parallel); });
+  visit_f32(p.dtype, [&]<class T>() { compact_rows<T>(p, parallel); });
 }
 
 void gather_tokens(const GatherParams& p, const Parallel& parallel) {

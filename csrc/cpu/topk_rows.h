@@ -3,6 +3,7 @@
 
 #include "../ops/topk_params.h"
 #include "simd.h"
+#include "sizes.h"
 
 namespace tokred::TOKRED_ISA {
 
@@ -28,37 +29,21 @@ TOKRED_INLINE int64_t rows_per_task(int64_t columns) {
   return columns < kElements ? kElements / (columns + 1) + 1 : 1;
 }
 
-TOKRED_INLINE int64_t round_up(int64_t count, int64_t step) {
-  return (count + step - 1) / step * step;
-}
-
-// visit_dtype without f64, which the front ends refuse.
-template <class F>
-TOKRED_INLINE void visit_scores(DType dtype, F f) {
-  switch (dtype) {
-    case DType::f32: f.template operator()<float>(); break;
-    case DType::f16: f.template operator()<f16>(); break;
-    case DType::bf16: f.template operator()<bf16>(); break;
-    case DType::f64: break;
-  }
-}
-
 // Hands out pieces of memory, each aligned to a cache line.
 class Slices {
  public:
   explicit Slices(void* memory)
-      : next_(round_up(reinterpret_cast<int64_t>(memory), kLine)), start_(next_) {}
+      : next_(reinterpret_cast<int64_t>(aligned(memory))), start_(next_) {}
   template <class T>
   T* take(int64_t count) {
     T* piece = reinterpret_cast<T*>(next_);
-    next_ += round_up(count * static_cast<int64_t>(sizeof(T)), kLine);
+    next_ += aligned(count * static_cast<int64_t>(sizeof(T)));
     return piece;
   }
   // Bytes that all pieces need, wherever the memory starts.
-  int64_t bytes() const { return next_ - start_ + kLine; }
+  int64_t bytes() const { return next_ - start_ + kAlign; }
 
  private:
-  static constexpr int64_t kLine = 64;
   int64_t next_, start_;
 };
 

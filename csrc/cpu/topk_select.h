@@ -108,6 +108,30 @@ TOKRED_INLINE uint32_t chosen_mask(f32x16 v, f32x16 limit, Cut& cut) {
   return mask | equal;
 }
 
+// The cut that leaves exactly `wanted` of x[0, n), where no more than a Vec of them are inside the
+// bracket: of those the rank is counted.
+template <class T>
+Cut cut_inside(const Bracket& b, int64_t wanted, const T* x, int64_t n) {
+  const f32x16 low = splat(b.low), high = splat(b.high), infinity = splat(kInfinity);
+  float inside[2 * kLanes];
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const f32x16 v = load_entries(x, i, n);
+    const uint32_t mask = greater_mask(v, low) & ~greater_mask(v, high);
+    pack_lanes(inside + count, v, mask);
+    count += bit_count(mask);
+  }
+  store(inside + count, infinity);
+  const f32x16 mine = load(inside);
+  i32x16 rank = splat(0);
+  for (int64_t i = 0; i < count; ++i) rank = count_greater(rank, splat(inside[i]), mine);
+  const int64_t rest = wanted - b.above_high;
+  const i32x16 limit = splat(static_cast<int32_t>(rest));
+  const float threshold = least_lane(select_greater(limit, rank, mine, infinity));
+  const uint32_t above = greater_mask(mine, splat(threshold)) & ((1u << count) - 1);
+  return {threshold, rest - bit_count(above)};
+}
+
 // Narrows the bracket until a threshold leaves at least `at_least` of x[0, n), and at most
 // `at_most`, or until so many are equal that there is none: then the cut leaves exactly at_least,
 // and b.low is the greatest threshold that leaves more. `hint` is tried first where it is inside.
@@ -118,6 +142,9 @@ Cut search(Bracket& b, int64_t at_least, int64_t at_most, const T* x, int64_t n,
   for (int step = hint > b.low && hint < b.high ? -1 : 0;; ++step) {
     // Where a step excludes nothing, scores may be equal: the ends may be close to each other.
     if (in_gap) tighten(b, x, n);
+    if (at_least == at_most && b.above_low - b.above_high <= kLanes) {
+      return cut_inside(b, at_least, x, n);
+    }
     const int64_t places = static_cast<int64_t>(order_key(b.high)) - order_key(b.low);
     if (places <= 1) return {b.high, at_least - b.above_high};
     const float t = step < 0 ? hint : probe(b, at_least + (at_most - at_least) / 2, step);
@@ -181,15 +208,18 @@ bool append(const T* x, int64_t n, int64_t first, Cut cut, int64_t capacity, Ent
 inline void keep_chosen(Entries& entries, Cut cut) {
   const f32x16 limit = splat(cut.threshold);
   const int64_t n = entries.count;
-  entries.count = 0;
+  float* const value = entries.value;
+  int32_t* const index = entries.index;
+  int64_t kept = 0;
   for (int64_t i = 0; i < n; i += kLanes) {
-    const f32x16 v = load_entries(entries.value, i, n);
-    const i32x16 index = load(entries.index + i);
+    const f32x16 v = load_entries(value, i, n);
+    const i32x16 position = load(index + i);
     const uint32_t mask = chosen_mask(v, limit, cut);
-    pack_lanes(entries.value + entries.count, v, mask);
-    pack_lanes(entries.index + entries.count, index, mask);
-    entries.count += bit_count(mask);
+    pack_lanes(value + kept, v, mask);
+    pack_lanes(index + kept, position, mask);
+    kept += bit_count(mask);
   }
+  entries.count = kept;
 }
 
 // Ends the values with NaN up to whole vectors; returns their number with those.

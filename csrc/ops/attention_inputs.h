@@ -25,6 +25,16 @@ inline void check_token_count(const Tensor& t, const char* name, int64_t dim) {
                " may have at most 2^31 - 1 tokens, got ", t.size(dim));
 }
 
+// Slot ids i32 [B, rows].
+inline void check_slots(const Tensor& slots, int64_t batch, const char* shape, const Tensor& like,
+                        const char* like_name) {
+  check_shape(slots, "slots", {batch, -1}, shape);
+  check_dtype(slots, "slots", ScalarType::Int);
+  check_same_device(slots, "slots", like, like_name);
+  check_last_contiguous(slots, "slots");
+  check_token_count(slots, "slots", 1);
+}
+
 inline void check_head_dim(const Tensor& t, const char* name, int64_t dim) {
   TOKRED_CHECK(t.size(dim) >= 1 && t.size(dim) <= kMaxHeadDim, "the head dimension of ", name,
                " must be between 1 and ", kMaxHeadDim, ", got ", t.size(dim));

@@ -91,11 +91,7 @@ inline SlotTable slot_table(const OptionalTensor& slots, int64_t batch, const Pa
                slots ? 1 : batch, slots ? " of a pool, as slots are given," : "",
                " got shape ", shape_string(codes));
   if (!slots) return {nullptr, 0, packed.rows};
-  check_shape(*slots, "slots", {batch, -1}, "[B, capacity]");
-  check_dtype(*slots, "slots", ScalarType::Int);
-  check_same_device(*slots, "slots", codes, name);
-  check_last_contiguous(*slots, "slots");
-  check_token_count(*slots, "slots", 1);
+  check_slots(*slots, batch, "[B, capacity]", codes, name);
   return {static_cast<const int32_t*>(slots->const_data_ptr()), slots->stride(0),
           slots->size(1)};
 }

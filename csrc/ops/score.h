@@ -48,11 +48,7 @@ inline void set_slots(QkScoreParams& p, const OptionalTensor& slots, const Tenso
                shape_string(k));
   p.keys = p.stored_keys = k.size(2);
   if (!slots) return;
-  check_shape(*slots, "slots", {p.batch, -1}, "[B, N]");
-  check_dtype(*slots, "slots", ScalarType::Int);
-  check_same_device(*slots, "slots", q, "q");
-  check_last_contiguous(*slots, "slots");
-  check_token_count(*slots, "slots", 1);
+  check_slots(*slots, p.batch, "[B, N]", q, "q");
   p.slots = static_cast<const int32_t*>(slots->const_data_ptr());
   p.slots_stride_batch = slots->stride(0);
   p.keys = slots->size(1);
