@@ -198,6 +198,13 @@ def assert_bitwise_equal(actual: Any, expected: Any, context: str = "") -> None:
             )
 
 
+def assert_one_result(results: dict[str, Any]) -> None:
+    """All of them have the bits of the first."""
+    first, *others = results.items()
+    for name, result in others:
+        assert_bitwise_equal(result, first[1], f"{name} against {first[0]}")
+
+
 def assert_as_accurate(
     actual: Tensor, exact: Tensor, same_precision: Tensor, slack: float, context: str = ""
 ) -> None:

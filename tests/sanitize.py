@@ -25,6 +25,7 @@ TESTS = [
     "test_score.py",
     "test_score_attention.py",
     "test_score_similarity.py",
+    "test_combine_states.py",
     "test_sparse_attn.py",
     "test_sparse_decode.py",
     "test_sparse_lists.py",

@@ -6,18 +6,26 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from attention_cases import (
+    assert_batch_does_not_matter,
+    assert_gradients_are_accurate,
+    assert_same_on_every_cpu,
+    gradcheck,
+    gradients,
+    in_half_precision,
+    random_bias,
+    random_qkv,
+)
 from conftest import (
     FLOATS,
     Backend,
     assert_as_accurate,
     assert_bitwise_equal,
-    flat,
     generator,
     label,
     move,
+    widened,
 )
-from test_sparse_attn import in_half_precision, widened
-from torch import Tensor
 
 import tokred
 from tokred import reference
@@ -44,9 +52,7 @@ class Case:
 
     def inputs(self) -> tuple:
         rng = generator(2)
-        q = torch.randn(self.batch, self.heads_q, self.queries, self.head_dim, generator=rng)
-        k = torch.randn(self.batch, self.heads_kv, self.keys, self.head_dim, generator=rng)
-        v = torch.randn(self.batch, self.heads_kv, self.keys, self.value_dim, generator=rng)
+        qkv = random_qkv(self, rng)
         heads = {"shared": 1, "group": self.heads_kv, "query": self.heads_q}[self.mask_heads]
         blocks = (-(-self.queries // self.block_q), -(-self.keys // self.block_k))
         block_mask = torch.rand(self.batch, heads, *blocks, generator=rng) < self.density
@@ -54,12 +60,9 @@ class Case:
             block_mask = block_mask.repeat_interleave(self.heads_q // self.heads_kv, 1)
         bias = mask = None
         if self.pairs:
-            bias = torch.randn(self.batch, self.heads_kv, self.keys, generator=rng)
-            bias[:, :, ::7] = -torch.inf
-            bias = bias.to(torch.promote_types(self.dtype, torch.float32))
+            bias = random_bias(self, rng, hidden=7)
             shape = (self.batch, self.heads_q, self.queries, self.keys)
             mask = torch.rand(shape, generator=rng) < 0.7
-        qkv = (t.to(self.dtype) for t in (q, k, v))
         return (*qkv, block_mask, self.block_q, self.block_k, self.causal, None, bias, mask)
 
 
@@ -92,24 +95,6 @@ def as_mask(inputs: tuple) -> tuple:
     return q, k, v, bias, causal, scale, visible if mask is None else visible & mask
 
 
-def gradients(backend: Backend, inputs: tuple, grad_out: Tensor, grad_lse: Tensor) -> list[Tensor]:
-    """Of q, k, v and, where there is one, key_bias."""
-    q, k, v, *rest, bias, mask = inputs
-    if backend.name == "simt":
-        results = torch.ops.tokred_simt.block_sparse_attention(*inputs)
-        *grads, grad_bias = torch.ops.tokred_simt.block_sparse_attention_backward(
-            grad_out, grad_lse, q, k, v, *rest[:3], *results, *rest[3:], bias, mask
-        )
-        return grads if bias is None else [*grads, grad_bias.sum_to_size(bias.shape)]
-    tensors = [q, k, v] if bias is None else [q, k, v, bias]
-    leaves = [move(t, backend.device).detach().requires_grad_() for t in tensors]
-    rest, mask = move(rest, backend.device), move(mask, backend.device)
-    bias = None if bias is None else leaves[3]
-    results = backend.function("block_sparse_attention")(*leaves[:3], *rest, bias, mask)
-    grads = torch.autograd.grad(results, leaves, move([grad_out, grad_lse], backend.device))
-    return [g.cpu() for g in grads]
-
-
 def skip_double(backend: Backend, dtype: torch.dtype) -> None:
     if backend.name in ("simt", "cuda") and dtype == torch.float64:
         pytest.skip("float64 is for the CPU")
@@ -133,21 +118,7 @@ def test_against_float64(backend: Backend, case: Case) -> None:
 @pytest.mark.parametrize("case", CASES, ids=label)
 def test_gradients_against_float64(kernels: Backend, case: Case) -> None:
     skip_double(kernels, case.dtype)
-    inputs = case.inputs()
-    rng = generator(6)
-    exact_out, exact_lse = reference.block_sparse_attention(*widened(inputs))
-    grad_out = torch.randn(exact_out.shape, generator=rng).to(case.dtype)
-    grad_lse = torch.randn(exact_lse.shape, generator=rng)
-    grad_lse = grad_lse.to(torch.promote_types(case.dtype, torch.float32))
-    oracle = Backend("reference")
-    exact = gradients(oracle, widened(inputs), grad_out.double(), grad_lse.double())
-    plain = gradients(oracle, inputs, grad_out, grad_lse)
-    actual = gradients(kernels, inputs, grad_out, grad_lse)
-    for name, a, e, p in zip(("q", "k", "v", "key_bias"), actual, exact, plain, strict=False):
-        assert a.shape == e.shape and a.dtype == p.dtype
-        unit = torch.finfo(case.dtype).eps * (4 if case.dtype in FLOATS[1:] else 16)
-        slack = unit * e.abs().max().item() if e.numel() else 0
-        assert_as_accurate(a, e, p, slack, f"gradient of {name}")
+    assert_gradients_are_accurate(kernels, "block_sparse_attention", case.inputs())
 
 
 @pytest.mark.parametrize("size", [(16, 16), (3, 3), (64, 64)], ids=str)
@@ -161,7 +132,8 @@ def test_rows_without_blocks_are_zero(backend: Backend, size: tuple[int, int]) -
     out, lse = backend.run("block_sparse_attention", *inputs)
     assert out.eq(0).all() and lse.eq(-torch.inf).all()
     if backend.name != "reference":
-        grads = gradients(backend, inputs, torch.ones_like(out), torch.ones_like(lse))
+        ones = torch.ones_like(out), torch.ones_like(lse)
+        grads = gradients(backend, "block_sparse_attention", inputs, *ones)
         assert all(g.eq(0).all() for g in grads)
 
 
@@ -182,7 +154,7 @@ def test_all_true_is_dense(kernels: Backend, size: tuple[int, int], causal: bool
     arguments = move([grad_out, grad_lse, q, k, v, None, *dense], kernels.device)
     rest = (causal, None, None, None, None)
     expected = move(ops.biased_attention_backward(*arguments, *rest), "cpu")
-    actual = gradients(kernels, inputs, grad_out, grad_lse)
+    actual = gradients(kernels, "block_sparse_attention", inputs, grad_out, grad_lse)
     assert_bitwise_equal(actual, expected[:3], "gradients")
 
 
@@ -209,32 +181,14 @@ def test_views_equal_their_copies(kernels: Backend) -> None:
     ids=label,
 )
 def test_gradcheck(one_thread: None, case: Case) -> None:
-    q, k, v, *rest, _, _ = replace(case, dtype=torch.float64).inputs()
-
-    def function(q: Tensor, k: Tensor, v: Tensor) -> tuple:
-        out, lse = tokred.block_sparse_attention(q, k, v, *rest)
-        return out, lse.masked_fill(lse == -torch.inf, 0)
-
-    assert torch.autograd.gradcheck(function, [t.requires_grad_() for t in (q, k, v)])
+    assert gradcheck("block_sparse_attention", replace(case, dtype=torch.float64).inputs())
 
 
 @pytest.mark.parametrize("size", [(16, 16), (7, 5)], ids=str)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_batch_does_not_matter(kernels: Backend, dtype: torch.dtype, size: tuple[int, int]) -> None:
     case = Case(*size, batch=4, dtype=dtype, mask_heads="query", pairs=True, causal=True)
-    inputs = case.inputs()
-    grad_out = torch.randn(4, 4, 37, 16, generator=generator()).to(dtype)
-    grad_lse = torch.randn(4, 4, 37, generator=generator())
-
-    def run(index: slice | Tensor) -> list[Tensor]:
-        part = tuple(t[index] if isinstance(t, Tensor) else t for t in inputs)
-        outputs = flat(kernels.run("block_sparse_attention", *part))
-        return outputs + gradients(kernels, part, grad_out[index], grad_lse[index])
-
-    whole = run(slice(None))
-    order = torch.randperm(4, generator=generator())
-    assert_bitwise_equal(run(order), [t[order] for t in whole], "permuted")
-    assert_bitwise_equal(run(slice(2, 3)), [t[2:3] for t in whole], "alone")
+    assert_batch_does_not_matter(kernels, "block_sparse_attention", case.inputs())
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
@@ -249,16 +203,7 @@ def test_batch_does_not_matter(kernels: Backend, dtype: torch.dtype, size: tuple
 )
 def test_isa_and_threads_do_not_matter(on_every_cpu, case: Case, dtype: torch.dtype) -> None:
     inputs = replace(case, dtype=dtype).inputs()
-    out, lse = tokred.block_sparse_attention(*inputs)
-    grads = torch.randn_like(out), torch.randn_like(lse)
-
-    def run() -> list[Tensor]:
-        results = tokred.block_sparse_attention(*inputs)
-        return [*results, *gradients(Backend("cpu"), inputs, *grads)]
-
-    results = on_every_cpu(run)
-    for name, result in results.items():
-        assert_bitwise_equal(result, next(iter(results.values())), name)
+    assert_same_on_every_cpu(on_every_cpu, "block_sparse_attention", inputs)
 
 
 def test_memory_is_linear(one_thread: None) -> None:

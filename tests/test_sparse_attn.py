@@ -6,17 +6,17 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from conftest import (
-    FLOATS,
-    Backend,
-    assert_as_accurate,
-    assert_bitwise_equal,
-    flat,
-    generator,
-    label,
-    move,
-    widened,
+from attention_cases import (
+    assert_batch_does_not_matter,
+    assert_close_to_exact,
+    assert_gradients_are_accurate,
+    assert_same_on_every_cpu,
+    gradcheck,
+    in_half_precision,
+    random_mask,
+    random_qkv,
 )
+from conftest import FLOATS, Backend, assert_bitwise_equal, generator, label, widened
 from torch import Tensor
 
 import tokred
@@ -43,35 +43,18 @@ class Case:
 
     def inputs(self) -> tuple:
         rng = generator(1)
+        qkv = random_qkv(self, rng, self.magnitude)
         heads, keys = (self.batch, self.heads_kv), self.keys
-        q = torch.randn(self.batch, self.heads_q, self.queries, self.head_dim, generator=rng)
-        k = torch.randn(*heads, keys, self.head_dim, generator=rng)
-        v = torch.randn(*heads, keys, self.value_dim, generator=rng)
         shapes = {"full": (*heads, keys), "shared": (1, 1, keys), "holes": (self.batch, 1, keys)}
         bias = None
         if self.bias != "none":
             bias = torch.rand(shapes[self.bias], generator=rng).mul(5).add(1).log()
             bias[..., ::3] = -torch.inf if self.bias == "holes" else 0.5
             bias = bias.to(torch.promote_types(self.dtype, torch.float32))
-        shapes = {
-            "keys": (self.batch, 1, 1, keys),
-            "heads": (1, self.heads_q, 1, keys),
-            "pairs": (1, 1, self.queries, keys),
-            "full": (self.batch, self.heads_q, self.queries, keys),
-        }
-        mask = None
-        if self.mask != "none":
-            mask = torch.rand(shapes[self.mask], generator=rng) < 0.6
-            mask[:, :, :1] &= self.mask != "full"
-        return (
-            (q * self.magnitude).to(self.dtype),
-            k.to(self.dtype),
-            v.to(self.dtype),
-            bias,
-            self.causal,
-            self.scale,
-            mask,
-        )
+        mask = random_mask(self, rng, 0.6)
+        if self.mask == "full":
+            mask[:, :, :1] = False
+        return (*qkv, bias, self.causal, self.scale, mask)
 
 
 BIASES, MASKS = ("none", "full", "shared", "holes"), ("none", "keys", "heads", "pairs", "full")
@@ -107,33 +90,17 @@ CASES = [
 ]
 
 
-def in_half_precision(inputs: tuple) -> Tensor:
-    """Plain torch as tensor cores do it: float32 logits, probabilities rounded before the PV."""
-    q, k, v = inputs[:3]
-    eye = torch.eye(k.shape[2], dtype=torch.float32).expand(*v.shape[:2], -1, -1)
-    weights, _ = reference.biased_attention(q.float(), k.float(), eye, *inputs[3:])
-    group = q.shape[1] // k.shape[1]
-    rounded = weights.to(v.dtype).float() @ v.float().repeat_interleave(group, 1)
-    return rounded.to(v.dtype)
-
-
 @pytest.mark.parametrize("case", CASES, ids=label)
 def test_against_float64(backend: Backend, case: Case) -> None:
     if backend.name in ("simt", "cuda") and case.dtype == torch.float64:
         pytest.skip("float64 is for the CPU")
     inputs = case.inputs()
-    out, lse = backend.run("biased_attention", *inputs)
-    exact, exact_lse = reference.biased_attention(*widened(inputs))
+    results = backend.run("biased_attention", *inputs)
+    exact = reference.biased_attention(*widened(inputs))
     plain, plain_lse = reference.biased_attention(*inputs)
     if case.dtype in FLOATS[1:]:
         plain = in_half_precision(inputs)
-    assert out.dtype == case.dtype and lse.dtype == plain_lse.dtype
-    eps = torch.finfo(lse.dtype).eps
-    largest = exact_lse.nan_to_num(0, 0, 0).abs().max().item() if lse.numel() else 0
-    assert_as_accurate(lse, exact_lse, plain_lse, 8 * eps * (1 + largest), "lse")
-    # A logit's rounding error moves the probabilities by as much, relatively.
-    slack = torch.finfo(case.dtype).eps + 8 * eps * (1 + largest)
-    assert_as_accurate(out, exact, plain, slack, "out")
+    assert_close_to_exact(results, exact, (plain, plain_lse))
 
 
 def test_sizes_as_bias_are_repeated_keys(backend: Backend) -> None:
@@ -188,23 +155,6 @@ def test_two_dimensional_bias_and_mask() -> None:
     assert_bitwise_equal(short, full)
 
 
-def gradients(backend: Backend, inputs: tuple, grad_out: Tensor, grad_lse: Tensor) -> list[Tensor]:
-    """Of q, k, v and, where there is one, key_bias."""
-    count = 3 if inputs[3] is None else 4
-    if backend.name == "simt":
-        q, k, v, bias, causal, scale, mask = inputs
-        results = torch.ops.tokred_simt.biased_attention(*inputs)
-        *grads, grad_bias = torch.ops.tokred_simt.biased_attention_backward(
-            grad_out, grad_lse, q, k, v, bias, *results, causal, scale, mask, None, None
-        )
-        return grads if bias is None else [*grads, grad_bias.sum_to_size(bias.shape)]
-    leaves = [move(t, backend.device).detach().requires_grad_() for t in inputs[:count]]
-    rest = move(inputs[count:], backend.device)
-    results = backend.function("biased_attention")(*leaves, *rest)
-    grads = torch.autograd.grad(results, leaves, move([grad_out, grad_lse], backend.device))
-    return [g.cpu() for g in grads]
-
-
 GRADIENT_CASES = [
     Case(),
     Case(1, 6, 2, 33, 40, 32, 24, bias="full"),
@@ -221,23 +171,8 @@ GRADIENT_CASES = [
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("case", GRADIENT_CASES, ids=label)
 def test_gradients_against_float64(kernels: Backend, case: Case, dtype: torch.dtype) -> None:
-    case = replace(case, dtype=dtype)
-    inputs = case.inputs()
-    rng = generator(6)
-    exact_out, exact_lse = reference.biased_attention(*widened(inputs))
-    grad_out = torch.randn(exact_out.shape, generator=rng).to(dtype)
-    grad_lse = torch.randn(exact_lse.shape, generator=rng)
-    oracle = Backend("reference")
-    exact = gradients(oracle, widened(inputs), grad_out.double(), grad_lse.double())
-    plain = gradients(oracle, inputs, grad_out, grad_lse)
-    actual = gradients(kernels, inputs, grad_out, grad_lse)
-    for name, a, e, p in zip(("q", "k", "v", "key_bias"), actual, exact, plain, strict=False):
-        assert a.shape == e.shape and a.dtype == p.dtype
-        # Half precision also rounds out, which delta reads, and on GPUs p and ds; float32 goes
-        # through tensor cores in pieces there.
-        unit = torch.finfo(dtype).eps * (8 if dtype == torch.float32 else 2)
-        slack = unit * (1 + case.magnitude) * e.abs().max().item() if e.numel() else 0
-        assert_as_accurate(a, e, p, slack, f"gradient of {name}")
+    inputs = replace(case, dtype=dtype).inputs()
+    assert_gradients_are_accurate(kernels, "biased_attention", inputs, case.magnitude)
 
 
 @pytest.mark.parametrize(
@@ -251,17 +186,7 @@ def test_gradients_against_float64(kernels: Backend, case: Case, dtype: torch.dt
     ids=label,
 )
 def test_gradcheck(one_thread: None, case: Case) -> None:
-    q, k, v, bias, causal, scale, mask = replace(case, dtype=torch.float64).inputs()
-    hidden = bias is not None and bias.isinf().any()
-    leaves = [t.requires_grad_() for t in (q, k, v)]
-    if bias is not None and not hidden:
-        leaves.append(bias.requires_grad_())
-
-    def function(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None = bias) -> tuple:
-        out, lse = tokred.biased_attention(q, k, v, key_bias, causal, scale, mask)
-        return out, lse.masked_fill(lse == -torch.inf, 0)
-
-    assert torch.autograd.gradcheck(function, leaves)
+    assert gradcheck("biased_attention", replace(case, dtype=torch.float64).inputs())
 
 
 def test_only_what_requires_grad_gets_one() -> None:
@@ -300,21 +225,7 @@ def test_autocast_casts_all_but_the_bias() -> None:
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_batch_does_not_matter(kernels: Backend, dtype: torch.dtype) -> None:
     case = Case(4, 4, 2, 21, 50, 32, 32, dtype, bias="full", mask="keys", causal=True)
-    inputs = case.inputs()
-    grad_out = torch.randn(4, 4, 21, 32, generator=generator()).to(dtype)
-    grad_lse = torch.randn(4, 4, 21, generator=generator())
-
-    def run(index: slice | Tensor) -> list[Tensor]:
-        part = tuple(t[index] if isinstance(t, Tensor) else t for t in inputs)
-        outputs = flat(kernels.run("biased_attention", *part))
-        return outputs + gradients(kernels, part, grad_out[index], grad_lse[index])
-
-    whole = run(slice(None))
-    assert_bitwise_equal(run(slice(None)), whole, "again")
-    order = torch.randperm(4, generator=generator())
-    assert_bitwise_equal(run(order), [t[order] for t in whole], "permuted")
-    one = slice(2, 3)
-    assert_bitwise_equal(run(one), [t[one] for t in whole], "alone")
+    assert_batch_does_not_matter(kernels, "biased_attention", case.inputs())
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
@@ -328,10 +239,4 @@ def test_batch_does_not_matter(kernels: Backend, dtype: torch.dtype) -> None:
 )
 def test_isa_and_threads_do_not_matter(on_every_cpu, case: Case, dtype: torch.dtype) -> None:
     inputs = replace(case, dtype=dtype).inputs()
-    out, lse = tokred.biased_attention(*inputs)
-    grads = torch.randn_like(out), torch.randn_like(lse)
-    results = on_every_cpu(
-        lambda: [*tokred.biased_attention(*inputs), *gradients(Backend("cpu"), inputs, *grads)]
-    )
-    for name, result in results.items():
-        assert_bitwise_equal(result, next(iter(results.values())), name)
+    assert_same_on_every_cpu(on_every_cpu, "biased_attention", inputs)

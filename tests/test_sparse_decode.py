@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from attention_cases import assert_close_to_exact, random_bias, random_mask, random_qkv
 from conftest import (
     FLOATS,
     Backend,
-    assert_as_accurate,
     assert_bitwise_equal,
+    assert_one_result,
     generator,
     label,
     widened,
@@ -38,27 +39,15 @@ class Case:
     mask: str = "none"
     magnitude: float = 1.0
 
+    @property
+    def heads_q(self) -> int:
+        return self.heads_kv * self.group
+
     def inputs(self) -> tuple:
         rng = generator(1)
-        heads = self.heads_kv * self.group
-        q = torch.randn(self.batch, heads, self.queries, self.head_dim, generator=rng)
-        k = torch.randn(self.batch, self.heads_kv, self.keys, self.head_dim, generator=rng)
-        v = torch.randn(self.batch, self.heads_kv, self.keys, self.value_dim, generator=rng)
-        bias = None
-        if self.bias:
-            bias = torch.randn(self.batch, self.heads_kv, self.keys, generator=rng)
-            bias[..., ::5] = -torch.inf
-            bias = bias.to(torch.promote_types(self.dtype, torch.float32))
-        mask = None
-        if self.mask != "none":
-            shape = {
-                "padding": (self.batch, 1, 1, self.keys),
-                "heads": (1, heads, 1, self.keys),
-                "full": (self.batch, heads, self.queries, self.keys),
-            }[self.mask]
-            mask = torch.rand(shape, generator=rng) < 0.5
-        tensors = ((q * self.magnitude).to(self.dtype), k.to(self.dtype), v.to(self.dtype))
-        return (*tensors, bias, self.causal, None, mask)
+        qkv = random_qkv(self, rng, self.magnitude)
+        bias = random_bias(self, rng, hidden=5) if self.bias else None
+        return (*qkv, bias, self.causal, None, random_mask(self, rng, 0.5))
 
 
 SIZES = [
@@ -93,17 +82,10 @@ def test_against_float64(kernels: Backend, case: Case) -> None:
     if kernels.name in ("simt", "cuda") and case.dtype == torch.float64:
         pytest.skip("float64 is for the CPU")
     inputs = case.inputs()
-    out, lse = kernels.run("biased_attention", *inputs)
-    exact, exact_lse = reference.biased_attention(*widened(inputs))
-    plain, plain_lse = reference.biased_attention(*inputs)
-    assert out.dtype == case.dtype and lse.dtype == plain_lse.dtype
-    eps = torch.finfo(lse.dtype).eps
-    largest = exact_lse.nan_to_num(0, 0, 0).abs().max().item() if lse.numel() else 0
-    assert_as_accurate(lse, exact_lse, plain_lse, 8 * eps * (1 + largest), "lse")
-    # A logit's rounding error moves the weights by as much, relatively; tensor cores round them.
-    most = inputs[2].abs().max().item() if inputs[2].numel() else 0
-    slack = (torch.finfo(case.dtype).eps + 8 * eps * (1 + largest)) * (1 + most)
-    assert_as_accurate(out, exact, plain, slack, "out")
+    results = kernels.run("biased_attention", *inputs)
+    exact, plain = (reference.biased_attention(*x) for x in (widened(inputs), inputs))
+    largest_value = inputs[2].abs().max().item() if inputs[2].numel() else 0
+    assert_close_to_exact(results, exact, plain, largest_value)
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
@@ -209,9 +191,7 @@ def test_batch_does_not_matter(kernels: Backend, dtype: torch.dtype, keys: int) 
 )
 def test_isa_and_threads_do_not_matter(on_every_cpu, case: Case, dtype: torch.dtype) -> None:
     inputs = replace(case, dtype=dtype).inputs()
-    results = on_every_cpu(lambda: tokred.biased_attention(*inputs))
-    for name, result in results.items():
-        assert_bitwise_equal(result, next(iter(results.values())), name)
+    assert_one_result(on_every_cpu(lambda: tokred.biased_attention(*inputs)))
 
 
 def test_positions_hide_as_a_mask_does(kernels: Backend) -> None:

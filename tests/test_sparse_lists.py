@@ -1,4 +1,4 @@
-"""sparse_attention against its float64 oracle, its gradients, and combine_states."""
+"""sparse_attention against its float64 oracle, and its gradients."""
 
 from __future__ import annotations
 
@@ -6,15 +6,25 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from attention_cases import (
+    assert_batch_does_not_matter,
+    assert_close_to_exact,
+    assert_gradients_are_accurate,
+    assert_same_on_every_cpu,
+    gradcheck,
+    gradients,
+    random_bias,
+    random_grads,
+    random_mask,
+    random_qkv,
+)
 from conftest import (
     FLOATS,
     Backend,
-    assert_as_accurate,
     assert_bitwise_equal,
-    flat,
+    assert_one_result,
     generator,
     label,
-    move,
     widened,
 )
 from torch import Tensor
@@ -46,9 +56,7 @@ class Case:
 
     def inputs(self) -> tuple:
         rng = generator(1)
-        q = torch.randn(self.batch, self.heads_q, self.queries, self.head_dim, generator=rng)
-        k = torch.randn(self.batch, self.heads_kv, self.keys, self.head_dim, generator=rng)
-        v = torch.randn(self.batch, self.heads_kv, self.keys, self.value_dim, generator=rng)
+        qkv = random_qkv(self, rng, self.magnitude)
         heads = {"head": self.heads_q, "kv": self.heads_kv, "one": 1}[self.lists]
         shape = (self.batch, heads, -(-self.queries // self.block_q), self.length)
         margin = 3 if self.invalid else 0
@@ -59,21 +67,10 @@ class Case:
             indices[..., 2::13] = 2**31 - 1
         bias = None
         if self.bias != "none":
-            bias_shape = (1, 1) if self.bias == "shared" else (self.batch, self.heads_kv)
-            bias = torch.randn(*bias_shape, self.keys, generator=rng)
-            if self.bias == "holes":
-                bias[..., ::3] = -torch.inf
-            bias = bias.to(torch.promote_types(self.dtype, torch.float32))
-        mask = None
-        if self.mask != "none":
-            mask_shape = {
-                "keys": (self.batch, 1, 1, self.keys),
-                "heads": (1, self.heads_q, 1, self.keys),
-                "full": (self.batch, self.heads_q, self.queries, self.keys),
-            }[self.mask]
-            mask = torch.rand(mask_shape, generator=rng) < 0.6
-        tensors = ((q * self.magnitude).to(self.dtype), k.to(self.dtype), v.to(self.dtype))
-        return (*tensors, indices, None, bias, self.causal, mask, self.block_q)
+            hidden = 3 if self.bias == "holes" else None
+            bias = random_bias(self, rng, self.bias == "shared", hidden)
+        mask = random_mask(self, rng, 0.6)
+        return (*qkv, indices, None, bias, self.causal, mask, self.block_q)
 
 
 SIZES = [
@@ -117,17 +114,10 @@ def test_against_float64(backend: Backend, case: Case) -> None:
     if backend.name in ("simt", "cuda") and case.dtype == torch.float64:
         pytest.skip("float64 is for the CPU")
     inputs = case.inputs()
-    out, lse = backend.run("sparse_attention", *inputs)
-    exact, exact_lse = reference.sparse_attention(*widened(inputs))
-    plain, plain_lse = reference.sparse_attention(*inputs)
-    assert out.dtype == case.dtype and lse.dtype == plain_lse.dtype
-    eps = torch.finfo(lse.dtype).eps
-    largest = exact_lse.nan_to_num(0, 0, 0).abs().max().item() if lse.numel() else 0
-    assert_as_accurate(lse, exact_lse, plain_lse, 8 * eps * (1 + largest), "lse")
-    # A logit's rounding error moves the weights by as much, relatively; tensor cores round them.
-    most = inputs[2].abs().max().item() if inputs[2].numel() else 0
-    slack = (torch.finfo(case.dtype).eps + 8 * eps * (1 + largest)) * (1 + most)
-    assert_as_accurate(out, exact, plain, slack, "out")
+    results = backend.run("sparse_attention", *inputs)
+    exact, plain = (reference.sparse_attention(*x) for x in (widened(inputs), inputs))
+    largest_value = inputs[2].abs().max().item() if inputs[2].numel() else 0
+    assert_close_to_exact(results, exact, plain, largest_value)
 
 
 @pytest.mark.parametrize("lists", ["head", "kv", "one"])
@@ -265,26 +255,6 @@ def test_rotation(backend: Backend, dtype: torch.dtype, lists: str, block_q: int
 # ---- Gradients ----------------------------------------------------------------------------------
 
 
-def gradients(backend: Backend, inputs: tuple, grad_out: Tensor, grad_lse: Tensor) -> list[Tensor]:
-    """Of q, k, v and, where there is one, key_bias."""
-    q, k, v, indices, scale, bias, causal, mask, block_q = inputs
-    if backend.name == "simt":
-        results = torch.ops.tokred_simt.sparse_attention(*inputs)
-        *grads, grad_bias = torch.ops.tokred_simt.sparse_attention_backward(
-            grad_out, grad_lse, q, k, v, indices, *results, scale, bias, causal, mask, block_q
-        )
-        return grads if bias is None else [*grads, grad_bias.sum_to_size(bias.shape)]
-    leaves = [
-        move(t, backend.device).detach().requires_grad_() for t in (q, k, v, bias) if t is not None
-    ]
-    key_bias = leaves[3] if bias is not None else None
-    rest = move((scale, key_bias, causal, mask, block_q), backend.device)
-    function = backend.function("sparse_attention")
-    results = function(*leaves[:3], move(indices, backend.device), *rest)
-    grads = torch.autograd.grad(results, leaves, move([grad_out, grad_lse], backend.device))
-    return [g.cpu() for g in grads]
-
-
 GRADIENT_CASES = [
     Case(),
     Case(1, 6, 2, 9, 40, 32, 24, bias="full", lists="head"),
@@ -302,24 +272,11 @@ GRADIENT_CASES = [
 @pytest.mark.parametrize("case", GRADIENT_CASES, ids=label)
 def test_gradients_against_float64(kernels: Backend, case: Case, dtype: torch.dtype) -> None:
     inputs = replace(case, dtype=dtype).inputs()
-    rng = generator(6)
-    exact_out, exact_lse = reference.sparse_attention(*widened(inputs))
-    grad_out = torch.randn(exact_out.shape, generator=rng).to(dtype)
-    grad_lse = torch.randn(exact_lse.shape, generator=rng)
-    oracle = Backend("reference")
     if case.length == 0 or case.keys == 0:
-        for grad in gradients(kernels, inputs, grad_out, grad_lse):
+        for grad in gradients(kernels, "sparse_attention", inputs, *random_grads(inputs)):
             assert grad.eq(0).all()
         return
-    exact = gradients(oracle, widened(inputs), grad_out.double(), grad_lse.double())
-    plain = gradients(oracle, inputs, grad_out, grad_lse)
-    actual = gradients(kernels, inputs, grad_out, grad_lse)
-    for name, a, e, p in zip(("q", "k", "v", "key_bias"), actual, exact, plain, strict=False):
-        assert a.shape == e.shape and a.dtype == p.dtype
-        # Half precision also rounds out, which delta reads.
-        unit = torch.finfo(dtype).eps * (8 if dtype == torch.float32 else 2)
-        slack = unit * 2 * e.abs().max().item() if e.numel() else 0
-        assert_as_accurate(a, e, p, slack, f"gradient of {name}")
+    assert_gradients_are_accurate(kernels, "sparse_attention", inputs)
 
 
 @pytest.mark.parametrize(
@@ -333,16 +290,7 @@ def test_gradients_against_float64(kernels: Backend, case: Case, dtype: torch.dt
     ids=label,
 )
 def test_gradcheck(one_thread: None, case: Case) -> None:
-    q, k, v, indices, scale, bias, *rest = replace(case, dtype=torch.float64).inputs()
-    leaves = [t.requires_grad_() for t in (q, k, v)]
-    if bias is not None and not bias.isinf().any():
-        leaves.append(bias.requires_grad_())
-
-    def function(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None = bias) -> tuple:
-        out, lse = tokred.sparse_attention(q, k, v, indices, scale, key_bias, *rest)
-        return out, lse.masked_fill(lse == -torch.inf, 0)
-
-    assert torch.autograd.gradcheck(function, leaves)
+    assert gradcheck("sparse_attention", replace(case, dtype=torch.float64).inputs())
 
 
 # ---- The same bits ------------------------------------------------------------------------------
@@ -352,21 +300,7 @@ def test_gradcheck(one_thread: None, case: Case) -> None:
 @pytest.mark.parametrize("length", [30, 1500])
 def test_batch_does_not_matter(kernels: Backend, dtype: torch.dtype, length: int) -> None:
     case = Case(4, 4, 2, 3, 50, 8, 8, dtype, length=length, bias="full", mask="keys", causal=True)
-    inputs = case.inputs()
-    grad_out = torch.randn(4, 4, 3, 8, generator=generator()).to(dtype)
-    grad_lse = torch.randn(4, 4, 3, generator=generator())
-
-    def run(index: slice | Tensor) -> list[Tensor]:
-        part = tuple(t[index] if isinstance(t, Tensor) else t for t in inputs)
-        outputs = flat(kernels.run("sparse_attention", *part))
-        return outputs + gradients(kernels, part, grad_out[index], grad_lse[index])
-
-    whole = run(slice(None))
-    assert_bitwise_equal(run(slice(None)), whole, "again")
-    order = torch.randperm(4, generator=generator())
-    assert_bitwise_equal(run(order), [t[order] for t in whole], "permuted")
-    one = slice(2, 3)
-    assert_bitwise_equal(run(one), [t[one] for t in whole], "alone")
+    assert_batch_does_not_matter(kernels, "sparse_attention", case.inputs())
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
@@ -381,13 +315,7 @@ def test_batch_does_not_matter(kernels: Backend, dtype: torch.dtype, length: int
 )
 def test_isa_and_threads_do_not_matter(on_every_cpu, case: Case, dtype: torch.dtype) -> None:
     inputs = replace(case, dtype=dtype).inputs()
-    out, lse = tokred.sparse_attention(*inputs)
-    grads = torch.randn_like(out), torch.randn_like(lse)
-    results = on_every_cpu(
-        lambda: [*tokred.sparse_attention(*inputs), *gradients(Backend("cpu"), inputs, *grads)]
-    )
-    for name, result in results.items():
-        assert_bitwise_equal(result, next(iter(results.values())), name)
+    assert_same_on_every_cpu(on_every_cpu, "sparse_attention", inputs)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -395,51 +323,4 @@ def test_rotation_has_the_same_bits_everywhere(on_every_cpu, dtype: torch.dtype)
     q, k, v, indices, *_ = Case(dtype=dtype, head_dim=40).inputs()
     angle = torch.rand(24, 20, generator=generator(2)) * 6
     options = {"rope_cos": angle.cos(), "rope_sin": angle.sin()}
-    results = on_every_cpu(lambda: tokred.sparse_attention(q, k, v, indices, **options))
-    for name, result in results.items():
-        assert_bitwise_equal(result, next(iter(results.values())), name)
-
-
-# ---- combine_states -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_halves_combine_to_the_whole(backend: Backend, dtype: torch.dtype) -> None:
-    q, k, v, *_ = Case(queries=33, head_dim=40, value_dim=40, dtype=dtype).inputs()
-    parts = []
-    for keys in (slice(0, 13), slice(13, 40)):
-        parts += backend.run("biased_attention", q, k[:, :, keys], v[:, :, keys])
-    out, lse = backend.run("combine_states", *parts)
-    exact, exact_lse = reference.biased_attention(q.double(), k.double(), v.double())
-    assert out.dtype == dtype
-    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
-    tolerance = 4 * torch.finfo(dtype).eps
-    torch.testing.assert_close(out.double(), exact, rtol=tolerance, atol=max(tolerance, 1e-5))
-
-
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_combine_with_empty_sets(backend: Backend, dtype: torch.dtype) -> None:
-    out_a, out_b = (torch.randn(2, 3, 5, 24, generator=generator(i)).to(dtype) for i in (1, 2))
-    lse_a, lse_b = (torch.randn(2, 3, 5, generator=generator(i)) for i in (3, 4))
-    out_a[0], lse_a[0] = torch.nan, -torch.inf
-    out_b[:, 0], lse_b[:, 0] = torch.nan, -torch.inf
-    out, lse = backend.run("combine_states", out_a, lse_a, out_b, lse_b)
-    assert out[0, 0].eq(0).all() and lse[0, 0].eq(-torch.inf).all()
-    assert out[0, 1:].equal(out_b[0, 1:]) and lse[0, 1:].equal(lse_b[0, 1:])
-    assert out[1, 0].equal(out_a[1, 0]) and lse[1, 0].equal(lse_a[1, 0])
-    torch.testing.assert_close(lse[1, 1:], torch.logaddexp(lse_a, lse_b)[1, 1:])
-
-
-@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
-def test_combine_has_the_same_bits_everywhere(on_every_cpu, dtype: torch.dtype) -> None:
-    outs = [torch.randn(2, 7, 3, 21, generator=generator(i)).to(dtype) for i in (1, 2)]
-    width = torch.promote_types(dtype, torch.float32)
-    lses = [torch.randn(2, 3, 7, generator=generator(i)).to(width) for i in (3, 4)]
-    views = [t.transpose(1, 2) for t in outs]
-    results = on_every_cpu(lambda: tokred.combine_states(views[0], lses[0], views[1], lses[1]))
-    for name, result in results.items():
-        assert_bitwise_equal(result, next(iter(results.values())), name)
-    exact = reference.combine_states(*(t.double() for t in (views[0], lses[0], views[1], lses[1])))
-    for a, e in zip(results.popitem()[1], exact, strict=True):
-        tolerance = 2 * torch.finfo(a.dtype).eps + 1e-6 * (dtype != torch.float64)
-        torch.testing.assert_close(a.double(), e, rtol=tolerance, atol=tolerance)
+    assert_one_result(on_every_cpu(lambda: tokred.sparse_attention(q, k, v, indices, **options)))
