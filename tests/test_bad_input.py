@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
+from bad_input import names_the_argument
 
 import tokred
 
@@ -173,16 +172,9 @@ BLOCKS = [
     (tokred.combine_states, (Q, STATE, Q, STATE.mT), {}, "lse_b must"),
 ]
 
-BAD = [*MATCH, *BIPARTITE, *MERGE, *ATTENTION, *POSITIONS, *SPARSE, *BLOCKS]
-IDS = [f"{function.__name__}: {message}" for function, _, _, message in BAD]
-
-
-@pytest.mark.parametrize(("function", "args", "kwargs", "message"), BAD, ids=IDS)
-def test_bad_input_names_the_argument(
-    function: Callable, args: tuple, kwargs: dict, message: str
-) -> None:
-    with pytest.raises(RuntimeError, match=message):
-        function(*args, **kwargs)
+test_bad_input_names_the_argument = names_the_argument(
+    [*MATCH, *BIPARTITE, *MERGE, *ATTENTION, *POSITIONS, *SPARSE, *BLOCKS]
+)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
+from bad_input import names_the_argument
 
 import tokred
 from tokred import PackedKV, PackFormat
@@ -193,16 +193,9 @@ SCORE = [
     (score, (Q, POOL), {"slots": SLOTS.long()}, "slots must be int32"),
 ]
 
-BAD = [*PACK, *UNPACK, *APPEND, *ATTENTION, *SCORE]
-IDS = [f"{function.__name__}: {message}" for function, _, _, message in BAD]
-
-
-@pytest.mark.parametrize(("function", "args", "kwargs", "message"), BAD, ids=IDS)
-def test_bad_input_names_the_argument(
-    function: Callable, args: tuple, kwargs: dict, message: str
-) -> None:
-    with pytest.raises(RuntimeError, match=message):
-        function(*args, **kwargs)
+test_bad_input_names_the_argument = names_the_argument(
+    [*PACK, *UNPACK, *APPEND, *ATTENTION, *SCORE]
+)
 
 
 def test_unpacks_to_floats_only() -> None:

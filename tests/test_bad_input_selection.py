@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from bad_input import names_the_argument
 
 import tokred
 
@@ -119,16 +120,7 @@ IMPORTANCE = [
     (moved, (A[..., ::2], A[..., ::2]), {}, "before must be contiguous"),
 ]
 
-BAD = [*TOPK, *SCORE, *IMPORTANCE]
-IDS = [f"{function.__name__}: {message}" for function, _, _, message in BAD]
-
-
-@pytest.mark.parametrize(("function", "args", "kwargs", "message"), BAD, ids=IDS)
-def test_bad_input_names_the_argument(
-    function: Callable, args: tuple, kwargs: dict, message: str
-) -> None:
-    with pytest.raises(RuntimeError, match=message):
-        function(*args, **kwargs)
+test_bad_input_names_the_argument = names_the_argument([*TOPK, *SCORE, *IMPORTANCE])
 
 
 def rotated(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

@@ -12,6 +12,7 @@ from conftest import (
     Backend,
     assert_as_accurate,
     assert_bitwise_equal,
+    assert_one_result,
     generator,
     label,
 )
@@ -309,9 +310,7 @@ def test_isa_and_threads_do_not_matter(on_every_cpu: Any, case: Case, dtype: tor
         rows = [tokred.attention_rows(q, k, denominator=d, **options) for d in ranges]
         return [*columns, *rows, tokred.attention_rows(q, k, softmax=False, **options)]
 
-    first, *others = on_every_cpu(results).items()
-    for name, result in others:
-        assert_bitwise_equal(result, first[1], f"{name} against {first[0]}")
+    assert_one_result(on_every_cpu(results))
 
 
 def test_inputs_that_require_grad_are_refused(one_thread: None) -> None:
