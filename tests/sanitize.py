@@ -24,6 +24,7 @@ TESTS = [
     "test_topk_paths.py",
     "test_score.py",
     "test_score_attention.py",
+    "test_score_blocks.py",
     "test_score_similarity.py",
     "test_combine_states.py",
     "test_sparse_attn.py",

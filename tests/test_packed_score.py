@@ -9,7 +9,6 @@ import torch
 from conftest import (
     FLOATS,
     Backend,
-    assert_as_accurate,
     assert_bitwise_equal,
     generator,
     label,
@@ -22,12 +21,10 @@ from packed_cases import (
     assert_same_on_every_cpu,
     spoil,
 )
+from score_cases import REDUCTIONS, check_accuracy
 from test_packed_attn import CACHE, CHANNEL, PAGES, RING
 
 from tokred import reference
-
-REDUCTIONS = ("none", "group_mean", "group_max", "head_mean", "softmax_vote")
-EPS = torch.finfo(torch.float32).eps
 
 SIZES = [
     Case(),
@@ -73,10 +70,7 @@ def test_scores_against_float64(backend: Backend, case: Case, reduce: str) -> No
     plain = reference.packed_qk_score(*inputs)
     logits = reference.packed_qk_score(*widened(case.score_inputs("none")))
     actual = backend.run("packed_qk_score", *inputs)
-    assert actual.dtype == torch.float32 and actual.shape == exact.shape
-    finite = logits[logits.isfinite()].abs()
-    largest = finite.max().item() if len(finite) else 0.0
-    assert_as_accurate(actual, exact, plain, 8 * EPS * (1 + largest))
+    check_accuracy(actual, exact, plain, logits)
 
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)

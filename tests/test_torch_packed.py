@@ -8,9 +8,8 @@ import pytest
 import torch
 from conftest import assert_bitwise_equal, generator
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch_cases import assert_compiles_once, flops, tokens
 
 import tokred
 from tokred import PackFormat, reference
@@ -18,10 +17,6 @@ from tokred import PackFormat, reference
 OPS = torch.ops.tokred
 TOKENWISE = PackFormat(4, 8, "token")
 CHANNELWISE = PackFormat(3, 16, "channel", "symmetric", True)
-
-
-def tokens(*shape: int, grad: bool = False) -> Tensor:
-    return torch.randn(*shape, generator=generator()).requires_grad_(grad)
 
 
 def packed(form: PackFormat, *shape: int) -> tokred.PackedKV:
@@ -124,16 +119,8 @@ FUNCTIONS = [pack_and_attend, grow_and_attend]
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_compile_without_breaks_or_recompiles(function) -> None:
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
-    frames = []
-    for length in (21, 30, 33):
-        x = tokens(2, 2, length, 32)
-        with torch.no_grad():
-            assert_bitwise_equal(compiled(x), function(x))
-        frames.append(counter.frame_count)
-    # Tracing may start over within the first call, to step out of a context manager.
-    assert frames == frames[:1] * 3
+    calls = [(tokens(2, 2, length, 32),) for length in (21, 30, 33)]
+    assert_compiles_once(function, calls)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -248,16 +235,11 @@ def test_flop_counts() -> None:
     keys, values = packed(TOKENWISE, 2, 2, 24, 32), packed(CHANNELWISE, 2, 2, 24, 48)
     indices = torch.zeros(2, 2, 1, 3, dtype=torch.int32)
 
-    def count(function) -> int:
-        with FlopCounterMode(display=False) as counter:
-            function()
-        return counter.get_total_flops()
-
     pair = 2 * 2 * 4 * 5
-    dense = count(lambda: tokred.packed_attention(q, keys, values))
-    listed = count(lambda: tokred.packed_attention(q, keys, values, indices=indices))
+    dense = flops(lambda: tokred.packed_attention(q, keys, values))
+    listed = flops(lambda: tokred.packed_attention(q, keys, values, indices=indices))
     assert dense == pair * 24 * (32 + 48) and listed == pair * 3 * (32 + 48)
-    assert count(lambda: tokred.packed_qk_score(q, keys)) == 2 * 2 * 4 * 24 * 32
+    assert flops(lambda: tokred.packed_qk_score(q, keys)) == 2 * 2 * 4 * 24 * 32
 
 
 def test_sizes_of_a_packed_tensor() -> None:

@@ -1,0 +1,44 @@
+"""The package: what comes with an import, and what it says without its library."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tokred
+
+
+def test_import_is_light() -> None:
+    """Only torch comes with the functional API; models are imported when they are patched."""
+    code = (
+        "import sys, torch; before = set(sys.modules); import tokred; "
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}; "
+        "print(*new & {'timm', 'transformers', 'torchvision', 'diffusers', 'numpy'}); "
+        "print(*[n for n in sys.modules if n.startswith(('tokred.methods', 'tokred.models'))])"
+    )
+    package_root = Path(tokred.__file__).parents[1]
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=package_root, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.split() == []
+
+
+def test_missing_library_says_what_to_do(tmp_path, monkeypatch) -> None:
+    from tokred import _library
+
+    monkeypatch.setattr(_library, "LIBRARY_FOLDER", tmp_path)
+    with pytest.raises(ImportError, match="make build"):
+        _library.load()
+    (tmp_path / "libtokred.so").write_bytes(b"not a library")
+    with pytest.raises(ImportError, match="does not load"):
+        _library.load()
+
+
+def test_everything_exported_exists() -> None:
+    for name in set(tokred.__all__) - {"patch"}:
+        assert callable(getattr(tokred, name)) and getattr(tokred, name).__doc__
+    with pytest.raises(AttributeError, match="nothing_like_that"):
+        tokred.nothing_like_that  # noqa: B018
