@@ -7,12 +7,10 @@ and text generated from a packed cache.
 
 from __future__ import annotations
 
-import json
-import statistics
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +19,20 @@ from torch import Tensor
 from torch.nn import functional
 
 import tokred
-from tokred.demo_text import (
-    PROMPTS,
+from tokred.demo_report import (
     SpeedRow,
-    dense_attention,
+    mark_dense,
+    new_figure,
     new_table,
+    perplexity_table,
+    plot_lines,
+    plot_speed,
+    publish,
+    save_figure,
+    speed_rows,
     speed_table,
-    text_ids,
 )
+from tokred.demo_text import dense_attention, generate_text, text_ids
 from tokred.models.smollm2 import load_smollm2
 
 # What of the default options is left out. Groups along tokens need a window, so what has none packs
@@ -104,18 +108,13 @@ def run(plan: CachePlan, output: Path) -> CacheReport:
     with torch.inference_mode(), dense_attention(model):
         dense, perplexity = _perplexities(model, ids, plan)
         speed, memory = _speeds(model, plan)
-        generated = _generate(model, tokenizer, plan)
+        cache = tokred.PackedCache(model.config, 4, window=0)
+        generated = generate_text(model, tokenizer, plan.generated, past_key_values=cache)
     full = _float16_bytes(model.config)
     report = CacheReport(plan, dense, full, perplexity, memory, speed, generated)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "text_cache.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
-    save_plot(report, output / "text_cache.png")
     speeds = speed_table("cache", report.speed)
-    for table in (_perplexity_table(report), _memory_table(report), speeds):
-        console.print(table)
-    console.print(_verdict(report))
-    written = (str(output / f"text_cache.{kind}") for kind in ("png", "json"))
-    console.print("written:", ", ".join(written))
+    tables = (_perplexity_table(report), _memory_table(report), speeds)
+    publish(console, report, output / "text_cache", save_plot, tables, _verdict(report))
     return report
 
 
@@ -204,9 +203,8 @@ def _speeds(model: torch.nn.Module, plan: CachePlan) -> tuple[list[SpeedRow], li
                     begin = time.perf_counter()
                     model(token, past_key_values=contender.cache)
                     contender.seconds.append(time.perf_counter() - begin)
-        rates = {name: 1 / statistics.median(c.seconds[1:]) for name, c in contenders.items()}
-        slowest = rates["dense, SDPA"]
-        speed += [SpeedRow(name, context, rate, rate / slowest) for name, rate in rates.items()]
+        seconds = {name: contender.seconds for name, contender in contenders.items()}
+        speed += speed_rows(context, seconds, "dense, SDPA")
     return speed, memory
 
 
@@ -220,66 +218,34 @@ def _float16_bytes(config: Any) -> int:
     return 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
 
 
-def _generate(model: torch.nn.Module, tokenizer: Any, plan: CachePlan) -> list[str]:
-    """Both prompts in one batch, the shorter padded on the left, from 4 bits without a window."""
-    inputs = tokenizer(list(PROMPTS), return_tensors="pt", padding=True)
-    cache = tokred.PackedCache(model.config, 4, window=0)
-    ids = model.generate(
-        **inputs, max_new_tokens=plan.generated, do_sample=False, past_key_values=cache
-    )
-    return tokenizer.batch_decode(ids, skip_special_tokens=True)
-
-
 def save_plot(report: CacheReport, path: Path) -> None:
     """Perplexity and bytes of a token over the bits, and tokens per second over the context."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    quality, size, speed = figure.subplots(1, 3)
-    for variant in VARIANTS:
-        rows = [row for row in report.perplexity if row.variant == variant]
-        quality.plot([r.bits for r in rows], [r.perplexity for r in rows], "o-", label=variant)
-    quality.axhline(report.dense_perplexity, color="black", linewidth=0.8, label="dense")
+    figure, (quality, size, speed) = new_figure(12, 3)
+    plot_lines(quality, report.perplexity, "variant", "bits", "perplexity")
+    mark_dense(quality, report.dense_perplexity, "dense")
     quality.set_yscale("log")
     for axis in (quality.yaxis.set_major_formatter, quality.yaxis.set_minor_formatter):
         axis("{x:.0f}")
     quality.set_ylabel("perplexity")
-    for context in report.plan.contexts:
-        rows = [row for row in report.memory if row.context == context]
-        size.plot([r.bits for r in rows], [r.bytes_per_token / 1e3 for r in rows], "o-",
-                  label=f"{context} tokens")  # fmt: skip
-    size.axhline(report.float16_bytes_per_token / 1e3, color="black", linewidth=0.8,
-                 label="dense, float16")  # fmt: skip
+    plot_lines(size, report.memory, "context", "bits", "bytes_per_token", "{} tokens", unit=1e3)
+    mark_dense(size, report.float16_bytes_per_token / 1e3, "dense, float16")
     size.set_ylim(bottom=0)
     size.set_ylabel("kB per token, everything counted")
-    for cache in dict.fromkeys(row.method for row in report.speed):
-        rows = [row for row in report.speed if row.method == cache]
-        speed.plot([r.context for r in rows], [r.tokens_per_second for r in rows], "o-",
-                   label=cache)  # fmt: skip
-    speed.set_xscale("log", base=2)
-    speed.set_ylim(bottom=0)
-    speed.set_xlabel("tokens in the cache")
-    speed.set_ylabel("tokens decoded per second")
     for axes in (quality, size):
         axes.set_xlabel("bits")
-    for axes in (quality, size, speed):
-        axes.legend(fontsize=8)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle("SmolLM2-135M, computed in float32", fontsize=10)
-    figure.savefig(path, dpi=150)
+    plot_speed(speed, report.speed)
+    save_figure(figure, "SmolLM2-135M, computed in float32", path)
 
 
 def _perplexity_table(report: CacheReport) -> Any:
-    title = f"Perplexity of {report.plan.texts * report.plan.scored} tokens"
-    table = new_table(title, ("cache", "bits", "perplexity", "to dense"))
-    table.add_row("dense", "32", f"{report.dense_perplexity:.3f}", "1")
-    for row in report.perplexity:
-        ratio = f"{row.to_dense:.4f}"
-        table.add_row(row.variant, str(row.bits), f"{row.perplexity:.3f}", ratio)
-    return table
+    return perplexity_table(
+        f"Perplexity of {report.plan.texts * report.plan.scored} tokens",
+        ("cache", "bits"),
+        [
+            ("dense", 32, report.dense_perplexity, None),
+            *((row.variant, row.bits, row.perplexity, row.to_dense) for row in report.perplexity),
+        ],
+    )
 
 
 def _memory_table(report: CacheReport) -> Any:

@@ -6,13 +6,11 @@ contexts, and text generated from prompts of different lengths in one batch.
 
 from __future__ import annotations
 
-import json
 import math
-import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,18 @@ import torch
 from torch import Tensor
 
 import tokred
+from tokred.demo_report import (
+    SpeedRow,
+    mark_dense,
+    new_figure,
+    perplexity_table,
+    plot_lines,
+    plot_speed,
+    publish,
+    save_figure,
+    speed_rows,
+    speed_table,
+)
 from tokred.models.offline import MissingModelError
 from tokred.models.smollm2 import load_smollm2
 
@@ -56,14 +66,6 @@ class PerplexityRow:
 
 
 @dataclass(frozen=True)
-class SpeedRow:
-    method: str
-    context: int
-    tokens_per_second: float
-    speed_up: float  # over SDPA
-
-
-@dataclass(frozen=True)
 class TextReport:
     plan: TextPlan
     dense_perplexity: float
@@ -92,15 +94,11 @@ def run(plan: TextPlan, output: Path) -> TextReport:
         dense, rows = _perplexities(model, ids[:, : plan.tokens], plan)
         exact = _is_exact(model, ids[:, : plan.tokens])
         speed = _speeds(model, ids, plan)
-        generated = _generate(model, tokenizer, plan)
+        with tokred.patch(model, "token_select", k=8, n_init=2, n_local=4):
+            generated = generate_text(model, tokenizer, plan.generated)
     report = TextReport(plan, dense, rows, speed, exact, generated)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "text.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
-    save_plot(report, output / "text.png")
-    for table in (_perplexity_table(report), speed_table("method", report.speed)):
-        console.print(table)
-    console.print(_verdict(report))
-    console.print("written:", ", ".join(str(output / name) for name in ("text.png", "text.json")))
+    tables = (_perplexity_table(report), speed_table("method", report.speed))
+    publish(console, report, output / "text", save_plot, tables, _verdict(report))
     return report
 
 
@@ -189,77 +187,39 @@ def _speeds(model: torch.nn.Module, ids: Tensor, plan: TextPlan) -> list[SpeedRo
                     model(ids[:, context + step][:, None], past_key_values=cache)
                     seconds[name].append(time.perf_counter() - begin)
                 cache.crop(-1)
-        rates = {name: 1 / statistics.median(times[1:]) for name, times in seconds.items()}
-        rows += [SpeedRow(n, context, rate, rate / rates["SDPA"]) for n, rate in rates.items()]
+        rows += speed_rows(context, seconds, "SDPA")
     return sorted(rows, key=lambda row: row.context)
 
 
-def _generate(model: torch.nn.Module, tokenizer: Any, plan: TextPlan) -> list[str]:
-    """Both prompts in one batch, the shorter padded on the left, with few keys."""
+def generate_text(model: torch.nn.Module, tokenizer: Any, tokens: int, **options: Any) -> list[str]:
+    """Both prompts continued in one batch, the shorter padded on the left."""
     inputs = tokenizer(list(PROMPTS), return_tensors="pt", padding=True)
-    with tokred.patch(model, "token_select", k=8, n_init=2, n_local=4):
-        ids = model.generate(**inputs, max_new_tokens=plan.generated, do_sample=False)
+    ids = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, **options)
     return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
 def save_plot(report: TextReport, path: Path) -> None:
     """Perplexity over keys, and tokens per second over the context."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    quality, speed = figure.subplots(1, 2)
-    for method in dict.fromkeys(row.method for row in report.perplexity):
-        rows = [row for row in report.perplexity if row.method == method]
-        quality.plot([r.keys for r in rows], [r.perplexity for r in rows], "o-", label=method)
-    quality.axhline(report.dense_perplexity, color="black", linewidth=0.8, label="all keys")
+    figure, (quality, speed) = new_figure(9, 2)
+    plot_lines(quality, report.perplexity, "method", "keys", "perplexity")
+    mark_dense(quality, report.dense_perplexity, "all keys")
     quality.set_xscale("log", base=2)
     quality.set_xlabel(f"keys attended to, of {report.plan.tokens}")
     quality.set_ylabel("perplexity")
-    for method in dict.fromkeys(row.method for row in report.speed):
-        rows = [row for row in report.speed if row.method == method]
-        speed.plot([r.context for r in rows], [r.tokens_per_second for r in rows], "o-",
-                   label=method)  # fmt: skip
-    speed.set_xscale("log", base=2)
-    speed.set_ylim(bottom=0)
-    speed.set_xlabel("tokens in the cache")
-    speed.set_ylabel("tokens decoded per second")
-    for axes in (quality, speed):
-        axes.legend(fontsize=8)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle("SmolLM2-135M, float32", fontsize=10)
-    figure.savefig(path, dpi=150)
-
-
-def new_table(title: str, headings: tuple[str, ...]) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for i, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if i else "left", no_wrap=True)
-    return table
+    plot_speed(speed, report.speed)
+    save_figure(figure, "SmolLM2-135M, float32", path)
 
 
 def _perplexity_table(report: TextReport) -> Any:
-    title = f"Perplexity of {report.plan.tokens} tokens of text"
-    table = new_table(title, ("method", "keys", "perplexity", "to dense"))
-    table.add_row("dense (SDPA)", str(report.plan.tokens), f"{report.dense_perplexity:.3f}", "1")
-    for row in report.perplexity:
-        ratio = f"{row.to_dense:.4f}"
-        table.add_row(row.method, str(row.keys), f"{row.perplexity:.3f}", ratio)
-    return table
-
-
-def speed_table(what: str, rows: Sequence[SpeedRow]) -> Any:
-    """Tokens per second of whatever the rows compare."""
-    table = new_table("Decoding, one sequence", (what, "context", "tokens / s", "speed-up"))
-    for row in rows:
-        rate = f"{row.tokens_per_second:.1f}"
-        table.add_row(row.method, str(row.context), rate, f"{row.speed_up:.2f}×")
-    return table
+    tokens = report.plan.tokens
+    return perplexity_table(
+        f"Perplexity of {tokens} tokens of text",
+        ("method", "keys"),
+        [
+            ("dense (SDPA)", tokens, report.dense_perplexity, None),
+            *((row.method, row.keys, row.perplexity, row.to_dense) for row in report.perplexity),
+        ],
+    )
 
 
 def _verdict(report: TextReport) -> str:
