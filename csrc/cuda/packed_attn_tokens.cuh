@@ -44,56 +44,38 @@ struct TilePlaces : KeySlots<kDecodeKeys> {
   int k[kDecodeKeys], v[kDecodeKeys];
 };
 
-struct TokenInfo {
-  int key;
-  float bias;
-  int k, v;
-};
+// Of attention to the `tokens` of a cache: also where both sides of the token lie.
+struct TokenLookUp {
+  struct Info {
+    int key;
+    float bias;
+    int k, v;
+  };
+  const AttentionParams& a;
+  const HeadView& view;
+  SidePlaces k, v;
+  int tokens;
 
-// What one lane brings of tile after tile, as KeyStream.
-class TokenStream {
- public:
-  // Positions first, first + step, .. below `end` of the list.
+  __device__ TokenLookUp(const PackedDecodeParams& p, const HeadView& view, int64_t tokens)
+      : a(p.decode.sparse.attention), view(view), k(p.k, p.slots, view.batch, tokens),
+        v(p.v, p.slots, view.batch, tokens), tokens(static_cast<int>(tokens)) {}
+
+  __device__ __forceinline__ Info operator()(int entry) const {
+    const Info none{-1, -kInfinity, kNowhere, kNowhere};
+    if (entry < 0 || entry >= tokens || !view.key_exists(a, entry)) return none;
+    const int k_place = k.place(entry), v_place = v.place(entry);
+    if (k_place == kNowhere || v_place == kNowhere) return none;
+    const float* bias = view.key_bias;
+    return {entry, bias ? kLog2E * bias[entry * a.bias_stride_key] : 0.0f, k_place, v_place};
+  }
+};
+using TokenInfo = TokenLookUp::Info;
+
+struct TokenStream : ListStream<uint32_t, TokenLookUp> {
   __device__ TokenStream(const PackedDecodeParams& p, const ListView& list, int64_t tokens,
                          int64_t first, int64_t step, int64_t end)
-      : a_(p.decode.sparse.attention), list_(list), k_(p.k, p.slots, list.view.batch, tokens),
-        v_(p.v, p.slots, list.view.batch, tokens), tokens_(static_cast<int>(tokens)),
-        position_(static_cast<uint32_t>(first)), step_(static_cast<uint32_t>(step)),
-        end_(static_cast<uint32_t>(end)) {
-    const int entry = read();
-    info_ = look_up(entry);
-    entry_ = read();
-  }
-
-  __device__ __forceinline__ TokenInfo next() {
-    const TokenInfo info = info_;
-    info_ = look_up(entry_);
-    entry_ = read();
-    return info;
-  }
-
- private:
-  __device__ __forceinline__ int read() {
-    const int entry = position_ < end_ ? list_.entry(position_) : -1;
-    position_ += step_;
-    return entry;
-  }
-  __device__ __forceinline__ TokenInfo look_up(int entry) const {
-    const TokenInfo none{-1, -kInfinity, kNowhere, kNowhere};
-    if (entry < 0 || entry >= tokens_ || !list_.view.key_exists(a_, entry)) return none;
-    const int k = k_.place(entry), v = v_.place(entry);
-    if (k == kNowhere || v == kNowhere) return none;
-    const float* bias = list_.view.key_bias;
-    return {entry, bias ? kLog2E * bias[entry * a_.bias_stride_key] : 0.0f, k, v};
-  }
-
-  const AttentionParams& a_;
-  const ListView& list_;
-  SidePlaces k_, v_;
-  int tokens_;
-  uint32_t position_, step_, end_;
-  int entry_;
-  TokenInfo info_;
+      : ListStream(list, static_cast<uint32_t>(first), static_cast<uint32_t>(step),
+                   static_cast<uint32_t>(end), TokenLookUp(p, list.view, tokens)) {}
 };
 
 // Starts the copies of `bytes` of the packed rows of a tile, two lanes a row.

@@ -108,27 +108,23 @@ __device__ __forceinline__ auto listed_rows(const RowSource<T>& source,
   };
 }
 
-struct KeyInfo {
-  int key;
-  float bias;
-};
-
-// What one thread brings of tile after tile: its entry is read two tiles ahead, and what the entry
-// leads to one tile ahead, so that neither is waited for.
-class KeyStream {
+// What one thread brings of tile after tile: its entry is read two tiles ahead, and look_up(entry),
+// what the entry leads to, one tile ahead, so that neither is waited for.
+template <class Position, class LookUp>
+class ListStream {
  public:
   // Positions first, first + step, .. below `end` of the list.
-  __device__ KeyStream(const AttentionParams& p, const ListView& list, int64_t first, int64_t step,
-                       int64_t end)
-      : p_(p), list_(list), position_(first), step_(step), end_(end) {
+  __device__ ListStream(const ListView& list, Position first, Position step, Position end,
+                        const LookUp& look_up)
+      : list_(list), look_up_(look_up), position_(first), step_(step), end_(end) {
     const int entry = read();
-    info_ = look_up(entry);
+    info_ = look_up_(entry);
     entry_ = read();
   }
 
-  __device__ __forceinline__ KeyInfo next() {
-    const KeyInfo info = info_;
-    info_ = look_up(entry_);
+  __device__ __forceinline__ auto next() {
+    const auto info = info_;
+    info_ = look_up_(entry_);
     entry_ = read();
     return info;
   }
@@ -139,17 +135,35 @@ class KeyStream {
     position_ += step_;
     return entry;
   }
-  __device__ __forceinline__ KeyInfo look_up(int entry) const {
-    if (entry < 0 || !list_.view.key_exists(p_, entry)) return {-1, -kInfinity};
-    return {entry, list_.view.key_bias ? kLog2E * list_.view.key_bias[entry * p_.bias_stride_key]
-                                       : 0.0f};
-  }
 
-  const AttentionParams& p_;
   const ListView& list_;
-  int64_t position_, step_, end_;
+  LookUp look_up_;
+  Position position_, step_, end_;
   int entry_;
-  KeyInfo info_;
+  typename LookUp::Info info_;
+};
+
+// Of attention to keys that lie in order: whether the key exists, and its bias.
+struct KeyLookUp {
+  struct Info {
+    int key;
+    float bias;
+  };
+  const AttentionParams& p;
+  const HeadView& view;
+
+  __device__ __forceinline__ Info operator()(int entry) const {
+    if (entry < 0 || !view.key_exists(p, entry)) return {-1, -kInfinity};
+    const float* bias = view.key_bias;
+    return {entry, bias ? kLog2E * bias[entry * p.bias_stride_key] : 0.0f};
+  }
+};
+using KeyInfo = KeyLookUp::Info;
+
+struct KeyStream : ListStream<int64_t, KeyLookUp> {
+  __device__ KeyStream(const AttentionParams& p, const ListView& list, int64_t first, int64_t step,
+                       int64_t end)
+      : ListStream(list, first, step, end, {p, list.view}) {}
 };
 
 // Products to logits, for kRowTiles tiles of rows and a tile of keys; row(i, h) is the row of the
