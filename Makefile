@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export TORCH_VERSION := 2.13.0   # the only place that pins torch
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: build demo test bench bench-full lint sanitize clean
+.PHONY: build demo test test-avx512 bench bench-full lint sanitize clean
 
 $(VENV)/ready: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -50,6 +50,10 @@ lint: $(VENV)/test
 
 test: build $(VENV)/test lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Not part of test: it emulates a CPU, which takes hours. BOCHS are the options of run.py.
+test-avx512: build $(VENV)/test
+	$(BIN)/python tests/avx512/run.py $(BOCHS)
 
 sanitize: build $(VENV)/test
 	$(BIN)/python tests/sanitize.py

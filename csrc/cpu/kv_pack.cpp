@@ -75,8 +75,8 @@ TOKRED_INLINE void decode_row(const uint8_t* code, const f16* params, const Pack
 
 // Rows that share a row of params, or one row along channels.
 template <PackScheme kScheme, class T>
-TOKRED_INLINE void unpack_rows(const uint8_t* codes, int64_t stride, int64_t rows, const f16* params,
-                 const PackFormat& f, T* out) {
+TOKRED_INLINE void unpack_rows(const uint8_t* codes, int64_t stride, int64_t rows,
+                               const f16* params, const PackFormat& f, T* out) {
   alignas(64) float number[kMaxHeadDim];
   alignas(64) uint8_t code[kMaxHeadDim];
   for (int64_t i = 0; i < rows; ++i, codes += stride, out += f.head_dim) {

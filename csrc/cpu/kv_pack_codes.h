@@ -4,7 +4,7 @@
 
 #include "../ops/attention_params.h"
 #include "../ops/kv_layout.h"
-#include "simd.h"
+#include "storage.h"
 
 namespace tokred::TOKRED_ISA {
 

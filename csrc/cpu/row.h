@@ -2,14 +2,39 @@
 // with a fixed summation order.
 #pragma once
 
-#include "simd.h"
+#include "storage.h"
 
 namespace tokred::TOKRED_ISA {
+
+// Eight values, zeros behind them: the end of rows whose length is a multiple of eight.
+template <class T>
+TOKRED_INLINE Vec<Accumulator<T>> load_half(const T* p) {
+  T lane[kLanes] = {};
+  for (int i = 0; i < kLanes / 2; ++i) lane[i] = p[i];
+  return load_as(lane);
+}
+#if defined(__AVX512F__)
+TOKRED_INLINE f32x16 load_half(const float* p) {
+  return {(f32x16::N)_mm512_zextps256_ps512(_mm256_loadu_ps(p))};
+}
+#elif defined(__AVX2__)
+TOKRED_INLINE f32x16 load_half(const float* p) {
+  return {(f32x16::N)_mm256_loadu_ps(p), f32x16::N{}};
+}
+#endif
+#ifdef __AVX2__
+TOKRED_INLINE __m256i load_half_bits(const void* p) {
+  return _mm256_zextsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+}
+TOKRED_INLINE f32x16 load_half(const bf16* p) { return widen_bf16(load_half_bits(p)); }
+TOKRED_INLINE f32x16 load_half(const f16* p) { return widen_f16(load_half_bits(p)); }
+#endif
 
 // The first `count` <= 16 values, zeros behind them.
 template <class T>
 TOKRED_INLINE Vec<Accumulator<T>> load_row(const T* p, int64_t count) {
   if (count >= kLanes) return load_as(p);
+  if (count == kLanes / 2) return load_half(p);
   T lane[kLanes] = {};
   for (int64_t i = 0; i < count; ++i) lane[i] = p[i];
   return load_as(lane);

@@ -1,9 +1,10 @@
-// Products of a few rows with many gathered ones. Lanes are channels, so a gathered row is read
-// where it lies, once for all the rows that meet it; the sum over the lanes is the tree of sum(),
-// taken for sixteen rows at a time. No result depends on how many rows share a call.
+// Products of a few rows with many gathered ones. Lanes are channels, so a gathered row is read once
+// for all the rows that meet it, where it lies; the sum over the lanes is the tree of sum(), taken
+// for sixteen rows at a time. No result depends on how many rows share a call.
 #pragma once
 
 #include "row.h"
+#include "sizes.h"
 
 namespace tokred::TOKRED_ISA {
 
@@ -16,28 +17,45 @@ template <class T>
 TOKRED_INLINE Vec<Accumulator<T>> load_channels(const T* p) {
   return load_as(p);
 }
-TOKRED_INLINE f32x16 load_channels(const bf16* p) {
-#if defined(__AVX512F__)
-  const __m512i raw =
-      _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+template <class T>
+TOKRED_INLINE Vec<Accumulator<T>> load_half_channels(const T* p) {
+  return load_half(p);
+}
+#ifdef __AVX2__
+TOKRED_INLINE f32x16 widen_channels(__m256i raw) {
+#ifdef __AVX512F__
   const __m512i shift = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi32(16), 0);
   const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
-  return {(f32x16::N)_mm512_and_si512(_mm512_sllv_epi32(raw, shift), high)};
-#elif defined(__AVX2__)
-  const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {(f32x16::N)_mm512_and_si512(_mm512_sllv_epi32(_mm512_broadcast_i64x4(raw), shift), high)};
+#else
   const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
   return {(f32x16::N)_mm256_slli_epi32(raw, 16), (f32x16::N)_mm256_and_si256(raw, high)};
+#endif
+}
+TOKRED_INLINE f32x16 load_channels(const bf16* p) {
+  return widen_channels(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+TOKRED_INLINE f32x16 load_half_channels(const bf16* p) {
+  return widen_channels(load_half_bits(p));
+}
 #else
+TOKRED_INLINE f32x16 load_channels(const bf16* p) {
   float lane[kLanes];
   for (int i = 0; i < kLanes; ++i) lane[i % 2 * 8 + i / 2] = to_float(p[i]);
   return load(lane);
-#endif
 }
+TOKRED_INLINE f32x16 load_half_channels(const bf16* p) {
+  bf16 lane[kLanes] = {};
+  for (int i = 0; i < kLanes / 2; ++i) lane[i] = p[i];
+  return load_channels(lane);
+}
+#endif
 
 // The first `count` channels, zeros behind them.
 template <class T>
 TOKRED_INLINE Vec<Accumulator<T>> load_channels(const T* p, int64_t count) {
   if (count >= kLanes) return load_channels(p);
+  if (count == kLanes / 2) return load_half_channels(p);
   T lane[kLanes] = {};
   for (int64_t i = 0; i < count; ++i) lane[i] = p[i];
   return load_channels(lane);
@@ -54,7 +72,7 @@ TOKRED_INLINE void store_channels(bf16* p, f32x16 v, int64_t count) {
   store_row(p, load(natural), count);
 }
 
-inline constexpr int64_t whole_lanes(int64_t dim) { return (dim + kLanes - 1) / kLanes * kLanes; }
+inline constexpr int64_t whole_lanes(int64_t dim) { return round_up(dim, kLanes); }
 
 // A row times `scale`, zeros up to whole_lanes(dim).
 template <class T>

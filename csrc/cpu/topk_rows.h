@@ -2,8 +2,8 @@
 #pragma once
 
 #include "../ops/topk_params.h"
-#include "simd.h"
 #include "sizes.h"
+#include "storage.h"
 
 namespace tokred::TOKRED_ISA {
 
