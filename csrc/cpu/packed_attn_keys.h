@@ -5,6 +5,7 @@
 #pragma once
 
 #include "packed_attn_block.h"
+#include "packed_attn_words.h"
 
 namespace tokred::TOKRED_ISA {
 
