@@ -4,6 +4,7 @@
 #include "../ops/kv_pack_params.h"
 #include "hadamard.h"
 #include "kv_pack_groups.h"
+#include "sizes.h"
 
 namespace tokred::TOKRED_ISA {
 
@@ -191,20 +192,19 @@ void pack_tokens(const LoadRow& load_row, const Place& place, const Ahead& ahead
                  int64_t row_bytes, int64_t first, int64_t last, const PackedRows& p,
                  const PackedHead& to) {
   const PackFormat& f = p.format;
-  const auto least_of = [](int64_t a, int64_t b) { return a < b ? a : b; };
   RowBlock<T> block;
   block.row_bytes = row_bytes;
   const auto load_rows = [&](int64_t token, int64_t rows, int64_t step) {
     for (int64_t i = 0; i < rows; ++i) {
       block.row[i] = load_row(token + i, i);
       block.place[i] = place(token + i);
-      block.ahead[i] = reinterpret_cast<const char*>(ahead(least_of(token + i + step, last - 1)));
+      block.ahead[i] = reinterpret_cast<const char*>(ahead(smaller(token + i + step, last - 1)));
     }
   };
   if (f.axis == GroupAxis::channel) {
     constexpr int64_t kStep = kMaxGroups / (kMaxHeadDim / kPackMultiple);
     for (int64_t t = first; t < last; t += kStep) {
-      const int64_t rows = least_of(kStep, last - t);
+      const int64_t rows = smaller(kStep, last - t);
       load_rows(t, rows, kStep);
       visit_scheme(f.scheme,
                    [&]<PackScheme kScheme>() { pack_channels<kScheme>(block, rows, p, to); });
@@ -216,8 +216,8 @@ void pack_tokens(const LoadRow& load_row, const Place& place, const Ahead& ahead
     int64_t loaded = -1;
     const auto each_block = [&](const auto& use) {
       for (int64_t t = start; t < start + f.group_size; t += step) {
-        const int64_t rows = least_of(step, start + f.group_size - t);
-        if (loaded != t) load_rows(t, rows, least_of(step, f.group_size));
+        const int64_t rows = smaller(step, start + f.group_size - t);
+        if (loaded != t) load_rows(t, rows, smaller(step, f.group_size));
         loaded = t;
         use(rows);
       }

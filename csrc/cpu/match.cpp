@@ -50,7 +50,7 @@ int64_t block_rows(const MatchParams& p, const Parallel& parallel) {
   const int64_t fit = (int64_t{1} << 16) / (p.channels > 0 ? p.channels : 1);
   int64_t rows = fit < 96 ? 96 : fit > 384 ? 384 : fit;
   while (rows > 96 && p.batch * ((p.a.count + rows - 1) / rows) < 4 * parallel.threads) rows /= 2;
-  return (rows + kRowStep - 1) / kRowStep * kRowStep;
+  return round_up(rows, kRowStep);
 }
 
 int64_t columns_bytes(const MatchParams& p) { return aligned(16 * p.b.count + 4); }
@@ -252,7 +252,7 @@ template <class T>
 void match_block(const MatchParams& p, int64_t item, int64_t row0, int64_t block,
                  const Scratch& s) {
   const int64_t valid = p.a.count - row0 < block ? p.a.count - row0 : block;
-  const int64_t rows_used = (valid + kRowStep - 1) / kRowStep * kRowStep;
+  const int64_t rows_used = round_up(valid, kRowStep);
   for (int64_t i = 0; i < rows_used; i += kLanes) pack_panel<T>(p, item, row0, i, s);
   const Columns columns = columns_of(p, item);
   const bool general = p.band >= 0 || p.a.weight || p.b.weight;

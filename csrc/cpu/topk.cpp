@@ -40,7 +40,7 @@ Plan plan_of(const TopkParams& p, const Parallel& parallel) {
   plan.forced = p.must_keep.data ? plan.width : ends;
   plan.sorts = p.order == RowOrder::score || p.has_top_p;
   plan.packs = p.must_keep.data || plan.width <= kShortRow;
-  plan.chunks = (plan.width + kChunk - 1) / kChunk;
+  plan.chunks = divide_up(plan.width, kChunk);
   const bool splits = !plan.packs && plan.chunks > 1 && plan.units < parallel.threads;
   if (splits) plan.chunk_room = plan.found < kChunk ? plan.found : kChunk;
   return plan;
@@ -297,7 +297,7 @@ void choose_all(const TopkParams& p, const Parallel& parallel) {
   const Plan plan = plan_of(p, parallel);
   if (plan.chunk_room > 0) return choose_split<T>(p, plan, parallel);
   const int64_t step = rows_per_task(plan.width);
-  parallel_tasks(parallel, (plan.units + step - 1) / step, [&](int64_t task, int64_t worker) {
+  parallel_tasks(parallel, divide_up(plan.units, step), [&](int64_t task, int64_t worker) {
     Scratch s = scratch_of(p, plan, worker);
     const int64_t last = (task + 1) * step < plan.units ? (task + 1) * step : plan.units;
     for (int64_t number = task * step; number < last; ++number) choose<T>(p, plan, number, s);

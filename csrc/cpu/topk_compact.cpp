@@ -50,7 +50,7 @@ void compact_row(const CompactParams& p, int64_t r) {
 template <class T>
 void compact_rows(const CompactParams& p, const Parallel& parallel) {
   const int64_t step = rows_per_task(p.columns + p.capacity);
-  parallel_tasks(parallel, (p.rows + step - 1) / step, [&](int64_t task, int64_t) {
+  parallel_tasks(parallel, divide_up(p.rows, step), [&](int64_t task, int64_t) {
     const int64_t last = (task + 1) * step < p.rows ? (task + 1) * step : p.rows;
     for (int64_t r = task * step; r < last; ++r) compact_row<T>(p, r);
   });
@@ -90,14 +90,14 @@ void gather_tokens(const GatherParams& p, const Parallel& parallel) {
   for (int64_t n = 0; n < p.items; ++n) {
     const GatherItem& item = p.item[n];
     step[n] = kTaskBytes / (item.row_bytes + 1) + 1;
-    const int64_t chunks = (p.count + step[n] - 1) / step[n];
+    const int64_t chunks = divide_up(p.count, step[n]);
     first_task[n + 1] = first_task[n] + p.batch * item.heads * chunks;
   }
   parallel_tasks(parallel, first_task[p.items], [&](int64_t task, int64_t) {
     int64_t n = 0;
     while (task >= first_task[n + 1]) ++n;
     const GatherItem& item = p.item[n];
-    const int64_t chunks = (p.count + step[n] - 1) / step[n];
+    const int64_t chunks = divide_up(p.count, step[n]);
     const int64_t within = task - first_task[n], list = within / chunks;
     const int64_t first = within % chunks * step[n];
     const int64_t last = first + step[n] < p.count ? first + step[n] : p.count;

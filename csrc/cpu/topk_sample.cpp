@@ -130,7 +130,7 @@ int64_t inverse_transform_sample_workspace(const InverseTransformParams& p,
 void inverse_transform_sample(const InverseTransformParams& p, const Parallel& parallel) {
   const int64_t step = rows_per_task(8 * (p.columns + p.num_samples));
   visit_f32(p.dtype, [&]<class T>() {
-    parallel_tasks(parallel, (p.rows + step - 1) / step, [&](int64_t task, int64_t worker) {
+    parallel_tasks(parallel, divide_up(p.rows, step), [&](int64_t task, int64_t worker) {
       Slices memory(static_cast<char*>(p.workspace) + worker * scratch_bytes(p));
       Scratch s = take_scratch(memory, p);
       const int64_t last = (task + 1) * step < p.rows ? (task + 1) * step : p.rows;
