@@ -190,4 +190,33 @@ TOKRED_INLINE T sum(Vec<T> v) {
   return lane[0];
 }
 
+// Lane i changes places with lane i ^ distance, for the distances 1, 2, 4, 8.
+struct LaneSwaps {
+  int32_t lane[4][kLanes];
+};
+constexpr LaneSwaps lane_swaps() {
+  LaneSwaps swaps{};
+  for (int level = 0; level < 4; ++level) {
+    for (int i = 0; i < kLanes; ++i) swaps.lane[level][i] = i ^ (1 << level);
+  }
+  return swaps;
+}
+alignas(64) inline constexpr LaneSwaps kLaneSwaps = lane_swaps();
+
+// f(.. f(lane, lane) ..) over the sixteen lanes, in any order: f takes whole registers. Of equal
+// numbers, 0 and -0 for one, any may be the result.
+template <class T, class F>
+TOKRED_INLINE T fold_lanes(Vec<T> v, const F& f) {
+  auto x = v.r[0];
+#pragma GCC unroll 4
+  for (int i = 1; i < Vec<T>::kRegisters; ++i) x = f(x, v.r[i]);
+#pragma GCC unroll 4
+  for (int level = 0; 1 << level < Vec<T>::kWidth; ++level) {
+    typename Native<T>::bits other;
+    std::memcpy(&other, kLaneSwaps.lane[level], sizeof other);
+    x = f(x, __builtin_shuffle(x, other));
+  }
+  return x[0];
+}
+
 }  // namespace tokred::TOKRED_ISA

@@ -22,7 +22,7 @@ struct Plan {
   int64_t found;       // capacity for candidates
   int64_t forced;      // capacity for forced entries
   bool sorts;          // entries are needed in order of their scores
-  bool packs;          // candidates are packed into a buffer first
+  bool packs;          // candidates are packed into a buffer first, without those to keep
   int64_t chunk_room;  // capacity of a chunk's candidates where rows are split, else 0
   int64_t chunks;
 };
@@ -39,7 +39,7 @@ Plan plan_of(const TopkParams& p, const Parallel& parallel) {
                                                                : plan.width;
   plan.forced = p.must_keep.data ? plan.width : ends;
   plan.sorts = p.order == RowOrder::score || p.has_top_p;
-  plan.packs = p.must_keep.data || plan.width <= kShortRow;
+  plan.packs = p.must_keep.data;
   plan.chunks = divide_up(plan.width, kChunk);
   const bool splits = !plan.packs && plan.chunks > 1 && plan.units < parallel.threads;
   if (splits) plan.chunk_room = plan.found < kChunk ? plan.found : kChunk;
@@ -109,7 +109,7 @@ TOKRED_INLINE f32x16 ranked(f32x16 v) { return max(v, splat(-kInfinity)) + splat
 template <class T>
 void append_all(const T* x, int64_t begin, int64_t end, Entries& to) {
   for (int64_t i = begin; i < end; i += kLanes) {
-    store(to.value + to.count, ranked(load_entries(x, i, end)));
+    store(to.value + to.count, ranked(load_row(x + i, end - i)));
     store(to.index + to.count, load(kLaneNumbers) + splat(static_cast<int32_t>(i)));
     to.count += end - i < kLanes ? end - i : kLanes;
   }
@@ -201,12 +201,12 @@ void write(const TopkParams& p, int64_t number, int64_t wanted, Scratch& s) {
   p.counts[number] = static_cast<int32_t>(count);
 }
 
+// x: the row of the unit.
 template <class T>
-void choose(const TopkParams& p, const Plan& plan, int64_t number, Scratch& s) {
+void choose(const TopkParams& p, const Plan& plan, int64_t number, const T* x, Scratch& s) {
   const Unit unit = unit_of(p, plan, number);
   s.forced.count = s.found.count = 0;
   if (unit.wanted == 0) return write(p, number, 0, s);
-  const T* x = row_start<T>(p.scores, unit.row);
   append_all(x, unit.begin, unit.first, s.forced);
   if (plan.packs) {
     pack_candidates(x, row_start<uint8_t>(p.must_keep, unit.row), unit.first, unit.last, s.packed,
@@ -215,8 +215,7 @@ void choose(const TopkParams& p, const Plan& plan, int64_t number, Scratch& s) {
   append_all(x, unit.last, unit.end, s.forced);
   const int64_t count = unit.last - unit.first, wanted = unit.wanted - s.forced.count;
   if (plan.packs) {
-    find(Candidates<float>{s.packed, round_up(count, kLanes), unit.first, floor_of(p), wanted},
-         plan.found, s);
+    find(Candidates<float>{s.packed, count, unit.first, floor_of(p), wanted}, plan.found, s);
   } else {
     find(Candidates<T>{x + unit.first, count, unit.first, floor_of(p), wanted}, plan.found, s);
   }
@@ -292,15 +291,32 @@ void choose_split(const TopkParams& p, const Plan& plan, const Parallel& paralle
   });
 }
 
+// A short row is searched while the next one comes.
+template <class T>
+void bring_closer(const T* row, int64_t columns) {
+  for (int64_t i = 0; i < columns; i += 64 / static_cast<int64_t>(sizeof(T))) {
+    __builtin_prefetch(row + i);
+  }
+}
+
 template <class T>
 void choose_all(const TopkParams& p, const Parallel& parallel) {
   const Plan plan = plan_of(p, parallel);
   if (plan.chunk_room > 0) return choose_split<T>(p, plan, parallel);
   const int64_t step = rows_per_task(plan.width);
+  const auto row_of = [&](int64_t number) {
+    return row_start<T>(p.scores, p.segments > 1 ? number / p.segments : number);
+  };
   parallel_tasks(parallel, divide_up(plan.units, step), [&](int64_t task, int64_t worker) {
     Scratch s = scratch_of(p, plan, worker);
     const int64_t last = (task + 1) * step < plan.units ? (task + 1) * step : plan.units;
-    for (int64_t number = task * step; number < last; ++number) choose<T>(p, plan, number, s);
+    const T* row = row_of(task * step);
+    for (int64_t number = task * step; number < last; ++number) {
+      const T* next = number + 1 < last ? row_of(number + 1) : row;
+      if (p.columns <= kShortRow && next != row) bring_closer(next, p.columns);
+      choose<T>(p, plan, number, row, s);
+      row = next;
+    }
   });
 }
 

@@ -70,33 +70,6 @@ TOKRED_INLINE uint32_t lowest_bits(uint32_t mask, int64_t count) {
   return mask ^ rest;
 }
 
-// Lane i changes places with lane i ^ distance, for the distances 1, 2, 4, 8.
-struct LaneSwaps {
-  int32_t lane[4][kLanes];
-};
-constexpr LaneSwaps lane_swaps() {
-  LaneSwaps swaps{};
-  for (int level = 0; level < 4; ++level) {
-    for (int i = 0; i < kLanes; ++i) swaps.lane[level][i] = i ^ (1 << level);
-  }
-  return swaps;
-}
-alignas(64) inline constexpr LaneSwaps kLaneSwaps = lane_swaps();
-
-// f(.. f(lane, lane) ..) over the sixteen lanes, in any order: f takes whole registers.
-template <class T, class F>
-TOKRED_INLINE T fold_lanes(Vec<T> v, const F& f) {
-  auto x = v.r[0];
-#pragma GCC unroll 4
-  for (int i = 1; i < Vec<T>::kRegisters; ++i) x = f(x, v.r[i]);
-#pragma GCC unroll 4
-  for (int level = 0; 1 << level < Vec<T>::kWidth; ++level) {
-    typename Native<T>::bits other;
-    std::memcpy(&other, kLaneSwaps.lane[level], sizeof other);
-    x = f(x, __builtin_shuffle(x, other));
-  }
-  return x[0];
-}
 TOKRED_INLINE int64_t lane_total(i32x16 v) {
   return fold_lanes(v, [](auto a, auto b) { return a + b; });
 }
@@ -152,6 +125,29 @@ TOKRED_INLINE void pack_lanes(T* to, Vec<T> v, uint32_t mask) {
   store(lane, v);
   int64_t count = 0;
   for (; mask; mask &= mask - 1) to[count++] = lane[__builtin_ctz(mask)];
+#endif
+}
+
+// Appends the lanes of v above the limit, and their positions: lane i is at first + i. Overwrites
+// sixteen places behind the last one.
+TOKRED_INLINE void append_greater(f32x16 v, f32x16 limit, int32_t first, float* value,
+                                  int32_t* index, int64_t& count) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const int mask = _mm256_movemask_ps((__m256)(v.r[i] > limit.r[i]));
+    const __m256i lanes = _mm256_cvtepu8_epi32(
+        _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kBitNumbers.number[mask])));
+    _mm256_storeu_ps(value + count, _mm256_permutevar8x32_ps((__m256)v.r[i], lanes));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(index + count),
+                        _mm256_add_epi32(lanes, _mm256_set1_epi32(first + 8 * i)));
+    count += __builtin_popcount(mask);
+  }
+#else
+  const uint32_t mask = greater_mask(v, limit);
+  pack_lanes(value + count, v, mask);
+  pack_lanes(index + count, load(kLaneNumbers) + splat(first), mask);
+  count += bit_count(mask);
 #endif
 }
 

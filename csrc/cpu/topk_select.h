@@ -7,10 +7,19 @@
 
 namespace tokred::TOKRED_ISA {
 
-// x[i, i + 16) as floats, NaN from n on.
+// Where the Vec is read that has x[i, n) in it, or its first sixteen: the last one of a row begins
+// before i, so that nothing is read behind n.
+TOKRED_INLINE int64_t vec_start(int64_t i, int64_t n) {
+  return i + kLanes <= n || n < kLanes ? i : n - kLanes;
+}
+// That Vec as floats, NaN before i and from n on.
 template <class T>
 TOKRED_INLINE f32x16 load_entries(const T* x, int64_t i, int64_t n) {
   if (i + kLanes <= n) return load_as(x + i);
+  if (n >= kLanes) {
+    const i32x16 known = splat(static_cast<int32_t>(i - (n - kLanes)));
+    return select_greater(known, load(kLaneNumbers), splat(kNaN), load_as(x + n - kLanes));
+  }
   float lane[kLanes];
   for (int64_t j = 0; j < kLanes; ++j) lane[j] = i + j < n ? to_float(x[i + j]) : kNaN;
   return load(lane);
@@ -164,18 +173,20 @@ Cut search(Bracket& b, int64_t at_least, int64_t at_most, const T* x, int64_t n,
 // where they are more than `capacity`. kSparse: few are expected, so that it pays to skip.
 template <bool kSparse, bool kTies, class T>
 bool append_above(const T* x, int64_t n, int64_t first, Cut cut, int64_t capacity, Entries& to) {
-  const f32x16 limit = splat(cut.threshold), zero = splat(0.0f);
-  const i32x16 lane = load(kLaneNumbers);
+  const f32x16 limit = splat(cut.threshold);
   int64_t count = to.count;
   const auto append = [&](f32x16 v, int64_t i) {
-    const uint32_t mask = kTies ? chosen_mask(v, limit, cut) : greater_mask(v, limit);
-    const int64_t added = bit_count(mask);
-    if (count + added > capacity) return false;
-    // + 0 makes -0 into +0, which are equal.
-    pack_lanes(to.value + count, v + zero, mask);
-    pack_lanes(to.index + count, lane + splat(static_cast<int32_t>(first + i)), mask);
-    count += added;
-    return true;
+    const auto position = static_cast<int32_t>(first + vec_start(i, n));
+    v = v + splat(0.0f);  // makes -0 into +0, which are equal
+    if constexpr (kTies) {
+      const uint32_t mask = chosen_mask(v, limit, cut);
+      pack_lanes(to.value + count, v, mask);
+      pack_lanes(to.index + count, load(kLaneNumbers) + splat(position), mask);
+      count += bit_count(mask);
+    } else {
+      append_greater(v, limit, position, to.value, to.index, count);
+    }
+    return count <= capacity;
   };
   int64_t i = 0;
   if constexpr (kSparse) {
@@ -204,15 +215,14 @@ bool append(const T* x, int64_t n, int64_t first, Cut cut, int64_t capacity, Ent
                            : append_above<false, false>(x, n, first, cut, capacity, to);
 }
 
-// Keeps of all entries those that the cut chooses, in the order they have.
-inline void keep_chosen(Entries& entries, Cut cut) {
+// Keeps of the entries, NaN up to n, those that the cut chooses, in the order they have.
+inline void keep_chosen(Entries& entries, int64_t n, Cut cut) {
   const f32x16 limit = splat(cut.threshold);
-  const int64_t n = entries.count;
   float* const value = entries.value;
   int32_t* const index = entries.index;
   int64_t kept = 0;
   for (int64_t i = 0; i < n; i += kLanes) {
-    const f32x16 v = load_entries(value, i, n);
+    const f32x16 v = load(value + i);
     const i32x16 position = load(index + i);
     const uint32_t mask = chosen_mask(v, limit, cut);
     pack_lanes(value + kept, v, mask);
@@ -239,7 +249,7 @@ inline void keep_best(Entries& entries, int64_t wanted, float& hint) {
   Bracket bracket{entries.below, greatest_lane(greatest), entries.count, 0};
   const Cut cut = search(bracket, wanted, wanted, entries.value, n, hint);
   hint = cut.threshold;
-  keep_chosen(entries, cut);
+  keep_chosen(entries, n, cut);
 }
 
 // Keeps the best `wanted` forced entries, which may be -inf.
@@ -247,9 +257,9 @@ inline void keep_best_forced(Entries& entries, int64_t wanted) {
   if (entries.count <= wanted) return;
   const int64_t n = fill_up(entries);
   const Survey known = survey(entries.value, n, -kInfinity);
-  if (known.above <= wanted) return keep_chosen(entries, {-kInfinity, wanted - known.above});
+  if (known.above <= wanted) return keep_chosen(entries, n, {-kInfinity, wanted - known.above});
   Bracket bracket = bracket_of(known);
-  keep_chosen(entries, search(bracket, wanted, wanted, entries.value, n));
+  keep_chosen(entries, n, search(bracket, wanted, wanted, entries.value, n));
 }
 
 // Candidates of one row: those of x[0, n) above the floor. x[0] stands at position `first`.
