@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 import tokred
+from tokred.models import attention
 
 SLIDING = ["sliding_attention", "full_attention"]
 MODELS = {
@@ -69,7 +70,7 @@ def caches(model: nn.Module, **options: Any) -> tuple[Any, tokred.PackedCache]:
 
 def in_parts(model: nn.Module, ids: Tensor, mask: Tensor, parts: tuple, cache: Any) -> Tensor:
     """The logits of the tokens that are no padding, from forward passes of so many tokens."""
-    model.set_attn_implementation("tokred")
+    model.set_attn_implementation(attention.register())
     logits, start = [], 0
     for length in parts:
         stop = start + length
@@ -119,7 +120,7 @@ def test_generation_within_the_window_is_that_of_eager(
     mask = mask if padded else None
     model.set_attn_implementation("eager")
     expected = generated(model, ids, mask, **options)
-    model.set_attn_implementation("tokred")
+    model.set_attn_implementation(attention.register())
     for window in ({"key_axis": "channel", "window": 32}, {"key_axis": "token", "window": 32}):
         cache = tokred.PackedCache(model.config, 2, **window)
         assert torch.equal(generated(model, ids, mask, past_key_values=cache, **options), expected)
@@ -128,7 +129,7 @@ def test_generation_within_the_window_is_that_of_eager(
 @pytest.mark.parametrize("name", ["4 bits", "2 bits"])
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=str)
 def test_generation_is_that_of_the_oracle(llama: nn.Module, name: str, options: dict) -> None:
-    llama.set_attn_implementation("tokred")
+    llama.set_attn_implementation(attention.register())
     ids, mask = left_padded()
     options = {"max_new_tokens": 12, **options}
     plain, ours = caches(llama, **FORMATS[name])
@@ -165,7 +166,7 @@ def test_a_copy_goes_its_own_way(llama: nn.Module) -> None:
 
 
 def test_assisted_generation_rolls_back(llama: nn.Module) -> None:
-    llama.set_attn_implementation("tokred")
+    llama.set_attn_implementation(attention.register())
     ids = torch.randint(3, 97, (1, 6), generator=generator(5)).repeat(1, 4)
     expected = generated(llama, ids, None, max_new_tokens=12)
     removed = []
