@@ -13,6 +13,7 @@ from torch import Tensor
 import tokred
 from tokred import PackedKV, PackFormat, reference
 from tokred.ops.kv_pack import packed_tokens
+from tokred.reference.kv_pack import hadamard
 
 
 def packing(text: str) -> PackFormat:
@@ -44,6 +45,21 @@ def spoil(packed: PackedKV, hidden: Tensor, number: float) -> PackedKV:
     assert hidden.any()
     params = packed.params.masked_fill(hidden[:, None, :, None], number)
     return replace(packed, params=params)
+
+
+def fixed_point_slack(backend: Backend, q: Tensor, k: PackedKV, scale: float | None) -> float:
+    """How far logits may be off because the CPU takes half queries in fixed point.
+
+    A channel is off by half a step, at most 2^-15 of the largest one; a sum of them by a few times
+    the root of its squares.
+    """
+    if not backend.name.startswith("cpu") or q.dtype == torch.float32 or k.format.scheme == "fp8":
+        return 0.0
+    if not q.numel() or not k.num_tokens:
+        return 0.0
+    rows = hadamard(q.float()) if k.format.rotated else q.float()
+    scale = q.shape[-1] ** -0.5 if scale is None else abs(scale)
+    return 2**-12 * scale * float(rows.abs().max() * reference.kv_unpack(k).norm(dim=-1).max())
 
 
 def alone(value: object, item: slice, batch: int) -> object:

@@ -67,7 +67,7 @@ struct PackedForward {
         query(keys, !at.indices, at.rows), sums(values, !at.indices, at.rows, partial.out),
         result(partial) {
     visit_f32(p.dtype, [&]<class T>() { load_queries<T>(); });
-    query.start();
+    query.start(static_cast<float>(p.scale));
     result.clear();
   }
 
@@ -78,7 +78,6 @@ struct PackedForward {
       float* to = query.natural + row * p.head_dim;
       pack_row(rows[at.first_row + row], p.head_dim, to);
       if (keys.format.rotated) rotate_row(to, p.head_dim);
-      for (int64_t d = 0; d < p.head_dim; ++d) to[d] *= static_cast<float>(p.scale);
     }
   }
 

@@ -134,4 +134,9 @@ TOKRED_INLINE Codes codes_read(const PackFormat& f, bool in_order) {
   return in_order || f.axis == GroupAxis::channel ? codes_of(f) : Codes::none;
 }
 
+// Whether rows of this type meet such codes in fixed point; see packed_attn_fixed.h.
+TOKRED_INLINE bool in_fixed_point(Codes codes, DType dtype) {
+  return dtype != DType::f32 && codes != Codes::none && codes != Codes::fp8;
+}
+
 }  // namespace tokred::TOKRED_ISA

@@ -15,24 +15,32 @@ class PackedQuery {
  public:
   const SideView& side;
   const Codes codes;
+  const bool fixed;  // the queries meet codes in fixed point
   const int64_t rows, dim;
   alignas(64) float natural[kMost * kMaxHeadDim];  // [rows][dim], to be filled before start()
 
   PackedQuery(const SideView& keys, bool in_order, int64_t count)
-      : side(keys), codes(codes_read(keys.format, in_order)), rows(count),
-        dim(keys.format.head_dim) {}
+      : side(keys), codes(codes_read(keys.format, in_order)),
+        fixed(in_fixed_point(codes, keys.dtype)), rows(count), dim(keys.format.head_dim) {}
 
-  void start() {
+  // Logits are `scale` times the dot products.
+  void start(float scale) {
     const PackFormat& f = side.format;
-    if (codes == Codes::none) return;
+    const bool alone = f.axis == GroupAxis::channel;
     alignas(64) float factor[kMaxHeadDim];
-    word_factors(codes, f, factor);
+    if (codes != Codes::none) word_factors(codes, f, factor);
     for (int64_t row = 0; row < rows; ++row) {
-      const float* from = natural + row * dim;
-      for (int64_t d = 0; d < dim; d += kLanes) {
+      float* from = natural + row * dim;
+      // Unscaled, most of it is exact.
+      if (fixed && alone) {
+        fix_row(from, f.group_size, scale, units_ + row * dim, steps_[row], rests_[row]);
+      }
+      for (int64_t d = 0; d < dim; d += kLanes) store(from + d, load(from + d) * splat(scale));
+      if (codes == Codes::none) continue;
+      for (int64_t d = 0; d < dim && !fixed; d += kLanes) {
         store(placed_ + row * dim + d, load(from + d) * load(factor + d));
       }
-      if (f.axis == GroupAxis::token) continue;
+      if (!alone) continue;
       for (int64_t g = 0; g < groups_per_row(f); ++g) {
         f32x16 total = splat(0.0f);
         for (int64_t d = 0; d < f.group_size; d += kLanes) {
@@ -56,8 +64,49 @@ class PackedQuery {
   }
 
  private:
-  alignas(64) float placed_[kMost * kMaxHeadDim];  // natural, times word_factors()
+  alignas(64) float placed_[kMost * kMaxHeadDim];  // natural, times word_factors(); or else
+  alignas(64) int16_t units_[kMost * kMaxHeadDim];  // in fixed point; see PairRows
+  float steps_[kMost][kMostUnits], rests_[kMost][kMostUnits];
   float sums_[kMost][kMostUnits];
+
+  // A row in groups of `size`, times `scale`, for PairRows. What rounding took away meets the
+  // middle code: so errors meet codes without their mean.
+  void fix_row(const float* row, int64_t size, float scale, int16_t* units, float* steps,
+               float* rests) const {
+    const float middle = 0.5f * static_cast<float>((1 << side.format.bits) - 1);
+    for (int64_t first = 0; first < dim; first += size) {
+      FixedRange range;
+      for (int64_t d = first; d < first + size; d += kLanes) range.see(load(row + d));
+      const FixedStep step = range.step();
+      f32x16 rest = splat(0.0f);
+      for (int64_t d = first; d < first + size; d += kLanes) {
+        const f32x16 exact = load(row + d) * splat(step.inverse);
+        rest = rest + (exact - to_f32(round_even(exact)));
+        store_units(units + d, fixed_order(exact));
+      }
+      *steps++ = step.step * scale;
+      *rests++ = step.step * scale * middle * sum(rest);
+    }
+  }
+
+  // dot_codes() of `count` rows.
+  void dot_fixed(const PairRows& x, int64_t count, const Place* tokens, int64_t token_count,
+                 const float* scales, int64_t groups, float* logits, PlacesAhead& ahead) const {
+    visit_codes(codes, [&]<Codes kCodes>() {
+      visit_vnni([&]<bool kVnni>() {
+        dot_codes<kCodes, PairRows, kVnni>(x, count, tokens, token_count, scales, groups,
+                                           dim / groups / kLanes, logits, ahead);
+      });
+    });
+  }
+  void dot_floats(const float* numbers, int64_t count, const Place* tokens, int64_t token_count,
+                  const float* scales, int64_t groups, float* logits, PlacesAhead& ahead) const {
+    const FloatRows x{numbers, dim};
+    visit_codes(codes, [&]<Codes kCodes>() {
+      dot_codes<kCodes>(x, count, tokens, token_count, scales, groups, dim / groups / kLanes,
+                        logits, ahead);
+    });
+  }
 
   void dot_unpacked(const BlockPlaces& block, float* logits, PlacesAhead& ahead) const {
     UnpackedRows keys;
@@ -73,10 +122,12 @@ class PackedQuery {
     const int64_t groups = groups_per_row(f);
     BlockParams params;
     params.take(f, block);
-    visit_codes(codes, [&]<Codes kCodes>() {
-      dot_codes<kCodes>(placed_, dim, rows, block.at, block.count, params.scale[0], groups,
-                        f.group_size / kLanes, logits, ahead);
-    });
+    if (fixed) {
+      dot_fixed({units_, dim, steps_[0], rests_[0]}, rows, block.at, block.count, params.scale[0],
+                groups, logits, ahead);
+    } else {
+      dot_floats(placed_, rows, block.at, block.count, params.scale[0], groups, logits, ahead);
+    }
     if (f.scheme == PackScheme::fp8) return;
     for (int64_t row = 0; row < rows; ++row, logits += kGather) {
       for (int64_t i = 0; i < block.count; i += kLanes) {
@@ -93,6 +144,8 @@ class PackedQuery {
     const PackFormat& f = side.format;
     GroupParams params;
     alignas(64) float scaled[kFewRows<float> * kMaxHeadDim];
+    alignas(64) int16_t units[kFewRows<float> * kMaxHeadDim];
+    float steps[kFewRows<float>][kMostUnits], rests[kFewRows<float>][kMostUnits];
     for (int64_t first = 0, end; first < block.count; first = end) {
       end = block.group_end(first);
       params.take(f, block.at[first].params);
@@ -100,22 +153,24 @@ class PackedQuery {
         const int64_t here = smaller(rows - row, kFewRows<float>);
         float base[kFewRows<float>];
         for (int64_t r = 0; r < here; ++r) {
-          const float* q = natural + (row + r) * dim;
+          const float *q = natural + (row + r) * dim, *x = fixed ? q : placed_ + (row + r) * dim;
           f32x16 total = splat(0.0f);
           for (int64_t d = 0; d < dim; d += kLanes) {
-            store(scaled + r * dim + d,
-                  load(placed_ + (row + r) * dim + d) * load(params.scale + d));
+            store(scaled + r * dim + d, load(x + d) * load(params.scale + d));
             if (f.scheme != PackScheme::fp8) {
               total = fma(load(q + d), load(params.offset + d), total);
             }
           }
           base[r] = sum(total);
+          if (fixed) fix_row(scaled + r * dim, dim, 1, units + r * dim, steps[r], rests[r]);
         }
         float* to = logits + row * kGather + first;
-        visit_codes(codes, [&]<Codes kCodes>() {
-          dot_codes<kCodes>(scaled, dim, here, block.at + first, end - first, nullptr, 1,
-                            dim / kLanes, to, ahead);
-        });
+        const Place* at = block.at + first;
+        if (fixed) {
+          dot_fixed({units, dim, steps[0], rests[0]}, here, at, end - first, nullptr, 1, to, ahead);
+        } else {
+          dot_floats(scaled, here, at, end - first, nullptr, 1, to, ahead);
+        }
         for (int64_t r = 0; r < here; ++r, to += kGather) {
           for (int64_t i = 0; i < end - first; ++i) to[i] += base[r];
         }

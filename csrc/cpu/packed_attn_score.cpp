@@ -43,7 +43,7 @@ struct PackedScorer {
     const SideView side = side_of(s, item, kv_head);
     PackedQuery<kScoreRows> query(side, true, count);
     copy_bytes(query.natural, plan.row(s.score, item, kv_head, row), 4 * count * plan.stride);
-    query.start();
+    query.start(1);
     alignas(64) float logits[kScoreRows * kGather];
     BlockPlaces blocks[2];
     find_block(side, 0, blocks[0]);

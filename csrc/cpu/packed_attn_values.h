@@ -4,6 +4,7 @@
 #pragma once
 
 #include "packed_attn_block.h"
+#include "packed_attn_pairs.h"
 
 namespace tokred::TOKRED_ISA {
 
@@ -13,12 +14,14 @@ class PackedSums {
  public:
   const SideView& side;
   const Codes codes;
+  const bool fixed;  // the weights meet codes in fixed point
   const int64_t rows, dim;
 
   // `out` [rows][dim] is finished by finish().
   PackedSums(const SideView& values, bool in_order, int64_t count, float* out)
-      : side(values), codes(codes_read(values.format, in_order)), rows(count),
-        dim(values.format.head_dim), out_(out) {
+      : side(values), codes(codes_read(values.format, in_order)),
+        fixed(in_fixed_point(codes, values.dtype)), rows(count), dim(values.format.head_dim),
+        out_(out) {
     fill_zero(out_, rows * dim * 4);
     if (!by_channel()) return;
     fill_zero(sums_, rows * dim * 4);
@@ -49,7 +52,8 @@ class PackedSums {
     for (int64_t row = 0; row < rows; ++row) {
       for (int64_t d = 0; d < dim; d += kLanes) {
         float* to = out_ + row * dim + d;
-        store(to, fma(load(sums_ + row * dim + d), load(factor + d), load(to)));
+        const f32x16 sums = load(sums_ + row * dim + d);
+        store(to, fixed ? load(to) + natural_order(sums) : fma(sums, load(factor + d), load(to)));
       }
       for (int64_t g = 0; g < groups_per_row(f); ++g) {
         const f32x16 offset = splat(sum(load(offsets_[row][g])));
@@ -62,7 +66,8 @@ class PackedSums {
 
  private:
   float* const out_;
-  // Along channels: sums of codes in place, and of offsets by token % 16.
+  // Along channels: sums of codes in place, or in the order of add_pairs(); and of offsets by
+  // token % 16.
   alignas(64) float sums_[kMost * kMaxHeadDim];
   alignas(64) float offsets_[kMost][kMostUnits][kLanes];
 
@@ -96,6 +101,8 @@ class PackedSums {
     const PackFormat& f = side.format;
     BlockParams params;
     params.take(f, block);
+    FixedBlock pairs;
+    if (fixed) pairs.take(block.at, block.count, dim, f.bits);
     alignas(64) float scaled[kFewRows<float>][kMostUnits][kGather];
     for (int64_t row = 0; row < rows; row += kFewRows<float>) {
       const int64_t here = smaller(rows - row, kFewRows<float>);
@@ -103,11 +110,31 @@ class PackedSums {
         scale_weights(params, weights + (row + r) * kGather, block.count, scaled[r],
                       offsets_[row + r]);
       }
-      visit_codes(codes, [&]<Codes kCodes>() {
-        add_codes<kCodes>(scaled[0][0], kMostUnits * kGather, here, f.group_size / kUnit, block.at,
-                          block.count, dim / kUnit, sums_ + row * dim, dim, ahead);
-      });
+      float* out = sums_ + row * dim;
+      if (fixed) {
+        pairs.weigh(scaled[0][0], kMostUnits * kGather, here, groups_per_row(f));
+        add_fixed(pairs, here, f.group_size, out, ahead);
+      } else {
+        add_floats(scaled[0][0], kMostUnits * kGather, here, f.group_size, block.at, block.count,
+                   out, ahead);
+      }
     }
+  }
+  // out_row += the weighted sums of codes in groups of so many channels.
+  void add_fixed(const FixedBlock& block, int64_t count, int64_t group_size, float* out,
+                 PlacesAhead& ahead) const {
+    visit_codes(codes, [&]<Codes kCodes>() {
+      visit_vnni([&]<bool kVnni>() {
+        add_pairs<kCodes, kVnni>(block, count, group_size / kLanes, dim, out, dim, ahead);
+      });
+    });
+  }
+  void add_floats(const float* weights, int64_t row_weights, int64_t count, int64_t group_size,
+                  const Place* tokens, int64_t token_count, float* out, PlacesAhead& ahead) const {
+    visit_codes(codes, [&]<Codes kCodes>() {
+      add_codes<kCodes>(weights, row_weights, count, group_size / kUnit, tokens, token_count,
+                        dim / kUnit, out, dim, ahead);
+    });
   }
   // A token of weight 0 may be hidden: its params do not count, whatever they are.
   void scale_weights(const BlockParams& params, const float* weights, int64_t count,
@@ -131,22 +158,27 @@ class PackedSums {
   void add_token_groups(const BlockPlaces& block, const float* weights, PlacesAhead& ahead) {
     const PackFormat& f = side.format;
     GroupParams params;
+    FixedBlock pairs;
     alignas(64) float factor[kMaxHeadDim], part[kFewRows<float> * kMaxHeadDim];
     in_place_factors(codes, f, factor);
     for (int64_t first = 0, end; first < block.count; first = end) {
       end = block.group_end(first);
-      params.take(f, block.at[first].params);
-      for (int64_t d = 0; d < dim; d += kLanes) {
+      const Place* tokens = block.at + first;
+      params.take(f, tokens->params);
+      if (fixed) pairs.take(tokens, end - first, dim, f.bits);
+      for (int64_t d = 0; d < dim && !fixed; d += kLanes) {
         store(params.scale + d, load(params.scale + d) * load(factor + d));
       }
       for (int64_t row = 0; row < rows; row += kFewRows<float>) {
         const int64_t here = smaller(rows - row, kFewRows<float>);
         const float* weight = weights + row * kGather + first;
         fill_zero(part, here * dim * 4);
-        visit_codes(codes, [&]<Codes kCodes>() {
-          add_codes<kCodes>(weight, kGather, here, dim / kUnit, block.at + first, end - first,
-                            dim / kUnit, part, dim, ahead);
-        });
+        if (fixed) {
+          pairs.weigh(weight, kGather, here, 1);
+          add_fixed(pairs, here, dim, part, ahead);
+        } else {
+          add_floats(weight, kGather, here, dim, tokens, end - first, part, ahead);
+        }
         for (int64_t r = 0; r < here; ++r) {
           add_group(params, part + r * dim, weight + r * kGather, end - first,
                     out_ + (row + r) * dim);
@@ -160,7 +192,8 @@ class PackedSums {
     for (int64_t i = 0; i < count; ++i) total += weight[i];
     if (total == 0) return;
     for (int64_t d = 0; d < dim; d += kLanes) {
-      f32x16 sum = fma(load(params.scale + d), load(part + d), load(out + d));
+      const f32x16 sums = fixed ? natural_order(load(part + d)) : load(part + d);
+      f32x16 sum = fma(load(params.scale + d), sums, load(out + d));
       if (side.format.scheme != PackScheme::fp8) {
         sum = fma(splat(total), load(params.offset + d), sum);
       }

@@ -61,15 +61,20 @@ TOKRED_INLINE Vec<Accumulator<T>> load_channels(const T* p, int64_t count) {
   return load_channels(lane);
 }
 
+// Of lanes that are even channels, then odd ones.
+TOKRED_INLINE f32x16 natural_order(f32x16 v) {
+  float lane[kLanes], natural[kLanes];
+  store(lane, v);
+  for (int i = 0; i < kLanes; ++i) natural[i] = lane[i % 2 * 8 + i / 2];
+  return load(natural);
+}
+
 template <class T>
 TOKRED_INLINE void store_channels(T* p, Vec<Accumulator<T>> v, int64_t count) {
   store_row(p, v, count);
 }
 TOKRED_INLINE void store_channels(bf16* p, f32x16 v, int64_t count) {
-  float lane[kLanes], natural[kLanes];
-  store(lane, v);
-  for (int i = 0; i < kLanes; ++i) natural[i] = lane[i % 2 * 8 + i / 2];
-  store_row(p, load(natural), count);
+  store_row(p, natural_order(v), count);
 }
 
 inline constexpr int64_t whole_lanes(int64_t dim) { return round_up(dim, kLanes); }
