@@ -88,6 +88,47 @@ def test_more_forced_entries_than_room(kernels: Backend) -> None:
     run(kernels, scores, 4096, must_keep=scores.abs() < 2)
 
 
+def drifting(rows: int, columns: int, kind: str) -> Tensor:
+    """Rows that resemble those before them, until they do not."""
+    scores = randn(rows, columns)
+    row = torch.arange(rows)[:, None]
+    if kind == "slowly":
+        scores += row * 0.01
+    elif kind == "in jumps":
+        scores += (row % 7 == 6) * 100.0 - (row % 11 == 5) * 1e30
+    elif kind == "in scale":
+        scores *= 2.0 ** (row % 40 - 20)
+    elif kind == "ties":
+        scores = (scores * 8).round() / 8
+    elif kind == "few values":
+        scores = scores.round()
+    elif kind == "signed zeros":
+        scores = torch.where(scores.abs() < 1, scores * 0.0, scores)
+    elif kind == "special":
+        scores[::3, ::5], scores[1::3, ::4], scores[::4, 1::9] = torch.nan, -torch.inf, torch.inf
+    return scores
+
+
+@pytest.mark.parametrize("columns", [5, 16, 31, 289, 2048])
+@pytest.mark.parametrize(
+    "kind",
+    ["not at all", "slowly", "in jumps", "in scale", "ties", "few values", "signed zeros",
+     "special"],
+)  # fmt: skip
+def test_rows_that_drift(kernels: Backend, kind: str, columns: int) -> None:
+    """Each row is tried near the threshold of the one before."""
+    scores = drifting(90, columns, kind)
+    for k in {1, columns // 5, columns - 1}:
+        run(kernels, scores, k)
+    run(kernels, scores.to(torch.bfloat16), columns // 4)
+    lengths = torch.randint(0, columns + 1, (90,), generator=generator(8)).int()
+    row_k = torch.randint(0, columns // 3 + 1, (90,), generator=generator(9)).int()
+    keep = torch.rand(90, columns, generator=generator(10)) < 0.05
+    run(kernels, scores, columns // 3, lengths=lengths, row_k=row_k)
+    run(kernels, scores, columns // 3, must_keep=keep, threshold=0.3)
+    run(kernels, scores, columns // 3, num_sinks=2, num_locals=3, lengths=lengths)
+
+
 def test_a_sample_between_two_entries_picks_the_first(backend: Backend) -> None:
     """The curve of five equal scores is 0, 1/4, .. 1; the samples are 1/4, 5/8 and 1."""
     indices, counts = backend.run("inverse_transform_sample", torch.ones(1, 5), 3, None)

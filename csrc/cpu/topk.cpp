@@ -1,15 +1,16 @@
 // Exact top-k of rows. A long row is read once where a guess by sample holds: entries above it are
-// packed sixteen at a time, then the few that are left are cut to k or sorted. A short row is
-// packed above the threshold of the row before, or after a search in the cache. Long rows are split
-// among threads where rows are few.
+// packed sixteen at a time, then the few that are left are cut to k or sorted. A short row is cut
+// near the threshold of the row before, or packed above it, or searched in the cache. Long rows are
+// split among threads where rows are few.
 //
 // [8, 131072] in fp32: 4.2 MB, 0.1 ms at 40 GB/s; packing is 20 operations a vector of sixteen,
 // which keeps two cores busy for about as long, and sorting 2048 entries takes half of it again.
-// [18432, 289]: 21 MB, 1 ms; searching takes four times that on one core.
+// [18432, 289]: 21 MB, 1 ms; searching takes four times that on one core, two passes over rows that
+// resemble each other three times.
 #include "../ops/topk_params.h"
 #include "parallel.h"
 #include "row.h"
-#include "topk_select.h"
+#include "topk_near.h"
 
 namespace tokred::TOKRED_ISA {
 namespace {
@@ -52,8 +53,9 @@ struct Scratch {
   float* sample;    // [kSample]
   uint64_t* words;  // [2][plan.found]
   Entries forced, found;
-  // Thresholds that served the row before: to find candidates in a short row, and to keep the best.
+  // What served the row before: thresholds to find candidates in a short row, and to keep the best.
   float find_hint, keep_hint;
+  Neighbourhood near;
 };
 
 Entries take_entries(Slices& memory, int64_t capacity) {
@@ -141,6 +143,8 @@ template <class T>
 void find(const Candidates<T>& c, int64_t capacity, Scratch& s) {
   if (c.wanted <= 0) return;
   const bool is_short = c.n <= kShortRow;
+  const bool tries = is_short && !s.words && s.near.known();
+  if (tries && find_near(c, capacity, s.near, s.found)) return;
   const float guess = is_short ? s.find_hint : guess_threshold(c, s.sample);
   if (guess >= c.floor && find_above(c, guess, capacity, s.found)) return;
   find_by_search(c, capacity, s.found);
@@ -186,7 +190,10 @@ void write(const TopkParams& p, int64_t number, int64_t wanted, Scratch& s) {
   keep_best_forced(s.forced, wanted);
   const int64_t rest = wanted - s.forced.count;
   int64_t count = s.forced.count + (s.found.count < rest ? s.found.count : rest);
-  if (s.found.count > rest + (s.words ? rest / 8 : 0)) keep_best(s.found, rest, s.keep_hint);
+  if (const int64_t excess = s.found.count - rest; excess > (s.words ? rest / 8 : 0)) {
+    keep_best(s.found, rest, s.keep_hint);
+    s.near.learn(s.keep_hint, s.found.below, excess);
+  }
   if (!s.words) {
     merge_by_position(s.forced, s.found, value, index);
   } else if (count > 0) {

@@ -73,9 +73,6 @@ TOKRED_INLINE uint32_t lowest_bits(uint32_t mask, int64_t count) {
 TOKRED_INLINE int64_t lane_total(i32x16 v) {
   return fold_lanes(v, [](auto a, auto b) { return a + b; });
 }
-TOKRED_INLINE float greatest_lane(f32x16 v) {
-  return fold_lanes(v, [](auto a, auto b) { return a > b ? a : b; });
-}
 TOKRED_INLINE float least_lane(f32x16 v) {
   return fold_lanes(v, [](auto a, auto b) { return a < b ? a : b; });
 }
@@ -147,6 +144,25 @@ TOKRED_INLINE void append_greater(f32x16 v, f32x16 limit, int32_t first, float* 
   const uint32_t mask = greater_mask(v, limit);
   pack_lanes(value + count, v, mask);
   pack_lanes(index + count, load(kLaneNumbers) + splat(first), mask);
+  count += bit_count(mask);
+#endif
+}
+
+// Appends the lanes of v above `low` but not above `high`. Overwrites sixteen places behind.
+TOKRED_INLINE void pack_between(f32x16 v, f32x16 low, f32x16 high, float* value, int64_t& count) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const __m256 above = (__m256)(v.r[i] > high.r[i]);
+    const int mask = _mm256_movemask_ps(_mm256_andnot_ps(above, (__m256)(v.r[i] > low.r[i])));
+    const __m256i lanes = _mm256_cvtepu8_epi32(
+        _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kBitNumbers.number[mask])));
+    _mm256_storeu_ps(value + count, _mm256_permutevar8x32_ps((__m256)v.r[i], lanes));
+    count += __builtin_popcount(mask);
+  }
+#else
+  const uint32_t mask = greater_mask(v, low) & ~greater_mask(v, high);
+  pack_lanes(value + count, v, mask);
   count += bit_count(mask);
 #endif
 }
