@@ -59,7 +59,7 @@ struct BlockParams {
     alignas(64) float stored[2 * kMostUnits * kGather], turned[2 * kMostUnits * kGather];
     const int64_t count = whole_lanes(block.count);
     collect(block, count, numbers, stored);
-    transpose(stored, count, numbers, turned);
+    turn(stored, count, numbers, turned);
     for (int64_t g = 0; g < groups; ++g) {
       const float *scales = turned + g * count, *offsets = turned + (groups + g) * count;
       for (int64_t i = 0; i < count; i += kLanes) {
@@ -92,6 +92,21 @@ struct BlockParams {
         }
     }
     for (int64_t i = 0; i < count * numbers; i += kLanes) store(to + i, load_params(rows + i));
+  }
+  // [number][token] of [token][number]. Numbers are few, tokens many: so the loop is over these.
+  static void turn(const float* from, int64_t count, int64_t numbers, float* to) {
+    int64_t first = 0;
+    for (; first + 4 <= numbers; first += 4) {
+      for (int64_t i = 0; i < count; i += 4) {
+        Four<float> x[4];
+        for (int j = 0; j < 4; ++j) std::memcpy(&x[j], from + (i + j) * numbers + first, 16);
+        transpose<float>(x);
+        for (int j = 0; j < 4; ++j) std::memcpy(to + (first + j) * count + i, &x[j], 16);
+      }
+    }
+    for (; first < numbers; ++first) {
+      for (int64_t i = 0; i < count; ++i) to[first * count + i] = from[i * numbers + first];
+    }
   }
   template <int kNumbers>
   static void copy(const BlockPlaces& block, int64_t count, uint16_t* to) {

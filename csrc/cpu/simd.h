@@ -212,11 +212,19 @@ TOKRED_INLINE T fold_lanes(Vec<T> v, const F& f) {
   for (int i = 1; i < Vec<T>::kRegisters; ++i) x = f(x, v.r[i]);
 #pragma GCC unroll 4
   for (int level = 0; 1 << level < Vec<T>::kWidth; ++level) {
-    typename Native<T>::bits other;
-    std::memcpy(&other, kLaneSwaps.lane[level], sizeof other);
+    typename Native<T>::bits other{};
+    if constexpr (sizeof(T) == 4) {
+      std::memcpy(&other, kLaneSwaps.lane[level], sizeof other);
+    } else {
+      for (int i = 0; i < Vec<T>::kWidth; ++i) other[i] = i ^ (1 << level);
+    }
     x = f(x, __builtin_shuffle(x, other));
   }
   return x[0];
+}
+template <class T>
+TOKRED_INLINE T greatest_lane(Vec<T> v) {
+  return fold_lanes(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 }  // namespace tokred::TOKRED_ISA

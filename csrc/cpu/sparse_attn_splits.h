@@ -48,26 +48,29 @@ struct Partial {
 template <class Acc>
 __attribute__((noinline)) static void exponentiate(int64_t rows, int64_t count, Acc* weights,
                                                    Acc* shrink, const Partial<Acc>& result) {
+  Acc base[kMaxRows];
   for (int64_t row = 0; row < rows; ++row) {
-    Acc* logits = weights + row * kGather;
+    const Acc* logits = weights + row * kGather;
     Vec<Acc> most = splat(result.top[row]);
     for (int64_t i = 0; i < count; i += kLanes) most = max(load(logits + i), most);
-    Acc lane[kLanes];
-    store(lane, most);
-    Acc top = lane[0];
-    for (int i = 1; i < kLanes; ++i) top = lane[i] > top ? lane[i] : top;
+    const Acc top = greatest_lane(most);
     // A row that has seen nothing yet: exp(-inf - 0), not exp(-inf + inf).
-    const Acc base = top > -kInfinity<Acc> ? top : 0;
+    base[row] = top > -kInfinity<Acc> ? top : 0;
+    shrink[row] = result.top[row] - base[row];
+    result.top[row] = top;
+  }
+  for (int64_t row = 0; row < rows; row += kLanes) {
+    store_row(shrink + row, exp(load_row(shrink + row, rows - row)), rows - row);
+  }
+  for (int64_t row = 0; row < rows; ++row) {
+    Acc* logits = weights + row * kGather;
     Vec<Acc> sum_of = splat(Acc{0});
     for (int64_t i = 0; i < count; i += kLanes) {
-      const Vec<Acc> weight = exp(load(logits + i) - splat(base));
+      const Vec<Acc> weight = exp(load(logits + i) - splat(base[row]));
       store(logits + i, weight);
       sum_of = sum_of + weight;
     }
-    store(lane, exp(splat(result.top[row] - base)));
-    shrink[row] = lane[0];
-    result.total[row] = result.total[row] * lane[0] + sum(sum_of);
-    result.top[row] = top;
+    result.total[row] = result.total[row] * shrink[row] + sum(sum_of);
   }
 }
 
