@@ -1,7 +1,7 @@
 """Low-bit keys and values: packing, decode attention on packed caches, and the sparse packed step.
 
 pack, unpack: [1, 8, 32768, 128], beside the torch formulation and ggml's q4_0 and q8_0 (which keep
-a scale every 32 numbers, pack on one thread, and round their keys' scale to nothing else). decode:
+a scale every 32 numbers, work on one thread, and write to a buffer that is there). decode:
 32 query heads on 8 key heads, D = 128, beside ONNX Runtime's GroupQueryAttention (one scale a
 tensor) and ggml's attention in its best layout; and beside our own dense attention on bf16. step:
 score the packed keys, choose 2048, attend to them; in records of 144 bytes, and apart.
@@ -42,10 +42,14 @@ def pack_in_torch(x: Tensor, bits: int, group_size: int, axis: str) -> tuple[Ten
     return packed, scale, low
 
 
-def unpack_in_torch(packed: Tensor, scale: Tensor, low: Tensor, bits: int) -> Tensor:
+def unpack_in_torch(
+    packed: Tensor, scale: Tensor, low: Tensor, bits: int, out: Tensor | None = None
+) -> Tensor:
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
     codes = (packed[..., None] >> shifts & 2**bits - 1).flatten(-2)
     groups = codes.unflatten(-1, (scale.shape[-2], -1)).float()
+    if out is not None:
+        return torch.mul(groups, scale, out=out.view(groups.shape)).add_(low)
     return (groups * scale + low).flatten(-2)
 
 
@@ -74,26 +78,28 @@ def pack_case(bits: int, group_size: int, axis: str, dtype: str, device: str) ->
                 bytes_moved=moved, ceiling="copy")
 
 
-def unpack_case(bits: int, group_size: int, axis: str, device: str) -> Case:
+def unpack_case(bits: int, group_size: int, axis: str, into: bool, device: str) -> Case:
+    """To a fresh tensor, whose pages the system clears first, or into one that is there."""
     shape = (1, HEADS_KV, PACKED_TOKENS, DIM)
 
     def build() -> dict[str, Callable]:
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
         packed = tokred.kv_pack(x, bits, group_size, axis)
         theirs = pack_in_torch(x, bits, group_size, axis)
+        out = torch.empty_like(x) if into else None
         candidates = {
-            "tokred.kv_unpack": partial(tokred.kv_unpack, packed),
-            "torch": partial(unpack_in_torch, *theirs, bits),
+            "tokred.kv_unpack": partial(tokred.kv_unpack, packed, out=out),
+            "torch": partial(unpack_in_torch, *theirs, bits, out),
         }
-        if device == "cpu" and bits in ggml.TYPES and axis == "channel":
+        if into and device == "cpu" and bits in ggml.TYPES and axis == "channel":
             rows = ggml.Rows(x, bits)
             rows.pack()
             candidates[f"ggml q{bits}_0, 1 thread"] = rows.unpack
         return candidates
 
     moved = 4 * HEADS_KV * PACKED_TOKENS * DIM + packed_bytes(8, PACKED_TOKENS, bits, group_size)
-    return Case("packed", f"unpack, {bits} bits, {group_size} along {axis}s", shape, "float32",
-                build, bytes_moved=moved, ceiling="copy")
+    name = f"unpack{' into a buffer' * into}, {bits} bits, {group_size} along {axis}s"
+    return Case("packed", name, shape, "float32", build, bytes_moved=moved, ceiling="copy")
 
 
 def packed_sides(cache: Cache, bits: int, axis: str = "channel") -> tuple[PackedKV, PackedKV]:
@@ -229,8 +235,9 @@ def cases(run: Run) -> Iterator[Case]:
     yield pack_case(4, 64, "token", "float32", run.device)
     yield pack_case(2, 32, "channel", "float32", run.device)
     yield pack_case(2, 32, "token", "float32", run.device)
-    yield unpack_case(4, 64, "channel", run.device)
-    yield unpack_case(2, 32, "token", run.device)
+    for into in (False, True):
+        yield unpack_case(4, 64, "channel", into, run.device)
+        yield unpack_case(2, 32, "token", into, run.device)
     longest = 131072
     for bits in (8, 4, 2):
         yield decode_case(longest, bits, "channel", run)
@@ -243,7 +250,7 @@ def cases(run: Run) -> Iterator[Case]:
         return
     for bits in (8, 3, 1):
         yield pack_case(bits, 64, "channel", "float32", run.device)
-        yield unpack_case(bits, 64, "channel", run.device)
+        yield unpack_case(bits, 64, "channel", True, run.device)
     for dtype in ("float16", "bfloat16"):
         yield pack_case(4, 64, "channel", dtype, run.device)
         yield pack_case(4, 64, "token", dtype, run.device)

@@ -120,6 +120,9 @@ inline constexpr const char* kSchemas[] = {
     // -> [B,H,N,D] in the dtype named
     "kv_unpack(Tensor codes, Tensor params, int bits, SymInt group_size, str axis, str scheme, "
     "bool rotated, str dtype) -> Tensor",
+    // out [B,H,N,D], the tokens of a head without gaps
+    "kv_unpack_into(Tensor codes, Tensor params, int bits, SymInt group_size, str axis, "
+    "str scheme, bool rotated, Tensor(a!) out) -> ()",
     // x [B,H,L,D], codes and params of capacity S, window [B,H,W,D], lengths i32 [B],
     // slots i32 [B,capacity]
     "kv_append(Tensor x, Tensor(a!) codes, Tensor(b!) params, Tensor(c!)? window, SymInt length, "

@@ -76,7 +76,22 @@ BROKEN = [
     (as_format(axis="token", group_size=7), "group_size along tokens must divide the 24"),
     (as_format(axis="token", group_size=8), "params must"),
 ]
+OUT = torch.zeros(2, 2, 24, 32)
 UNPACK = [(unpack, (packed,), {}, message) for packed, message in BROKEN]
+UNPACK += [
+    (unpack, (PACKED,), {"out": out}, message)
+    for out, message in (
+        (OUT[0], "out must have 4 dimensions"),
+        (OUT[:, :, :23], "out must be .* with size 24 in dimension 2"),
+        (OUT[..., :16], "out must be .* with size 32 in dimension 3"),
+        (OUT.double(), "out must be float32, float16 or bfloat16"),
+        (torch.zeros(2, 2, 24, 64)[..., ::2], "out must be contiguous in its last dimension"),
+        (torch.zeros(2, 24, 2, 32).transpose(1, 2), "out must have the tokens of a head without"),
+        (OUT[:, :1].expand(2, 2, 24, 32), "out must not overlap itself"),
+        (OUT[:1].expand(2, 2, 24, 32), "out must not overlap itself"),
+        (torch.zeros(2000).as_strided((2, 2, 24, 32), (32, 900, 32, 1)), "must not overlap itself"),
+    )
+]
 
 NEW = torch.zeros(2, 2, 3, 32)
 WINDOW = torch.zeros(2, 2, 8, 32)
@@ -196,6 +211,13 @@ SCORE = [
 test_bad_input_names_the_argument = names_the_argument(
     [*PACK, *UNPACK, *APPEND, *ATTENTION, *SCORE]
 )
+
+
+def test_unpacks_to_the_dtype_of_a_buffer() -> None:
+    with pytest.raises(ValueError, match=r"dtype must be that of out, torch.float32, or None"):
+        unpack(PACKED, torch.float16, OUT)
+    with pytest.raises(ValueError, match="out"):
+        unpack(PACKED, out=OUT.clone().requires_grad_())
 
 
 def test_unpacks_to_floats_only() -> None:

@@ -100,8 +100,7 @@ void unpack_part(const KvUnpackParams& p, int64_t batch, int64_t head, int64_t f
   const int64_t step = f.axis == GroupAxis::token ? f.group_size : 1;
   const uint8_t* codes = from.codes + first * stride;
   const uint16_t* params = from.params + first / step * p.packed.params_stride_row;
-  T* out = static_cast<T*>(p.out) +
-           ((batch * p.heads + head) * p.packed.rows + first) * f.head_dim;
+  T* out = const_cast<T*>(head_start<T>(p.out, batch, head)) + first * f.head_dim;
   for (int64_t t = first; t < last; t += step, params += p.packed.params_stride_row) {
     unpack_rows<kScheme>(codes, stride, step, reinterpret_cast<const f16*>(params), f, out);
     codes += step * stride;

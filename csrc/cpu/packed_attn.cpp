@@ -1,6 +1,7 @@
 // packed_attention on the CPU for few queries, and over lists of tokens. It is bound by arithmetic,
 // not by memory: with four query heads a token of 128 channels takes 128 multiply-adds of eight
-// lanes, as in full precision, and in four bits it is 144 bytes.
+// lanes in f32, as in full precision, or 64 of pairs in fixed point, and in four bits it is 144
+// bytes.
 #include "hadamard.h"
 #include "packed_attn_keys.h"
 #include "packed_attn_prefill.h"

@@ -243,16 +243,18 @@ __global__ void __launch_bounds__(kPackThreads)
   const int channel = static_cast<int>(threadIdx.x) % kLanes * 8;
   const int64_t row =
       int64_t{blockIdx.x} * (kPackThreads / kLanes) + static_cast<int>(threadIdx.x) / kLanes;
+  const int64_t token = row % packed.rows, head = row / packed.rows % p.heads;
+  const int64_t batch = row / packed.rows / p.heads;
   float x[8] = {};
   if (row < p.batch * p.heads * packed.rows && channel < dim) {
-    const int64_t token = row % packed.rows, head = row / packed.rows % p.heads;
-    const int64_t batch = row / packed.rows / p.heads;
     RowReader reader(packed, batch, head, channel, CodeReader(f, channel));
     reader.numbers(x, token);
   }
   if (f.rotated) rotate_row(x, dim);
   if (row >= p.batch * p.heads * packed.rows) return;
-  store_eight(static_cast<T*>(p.out) + row * dim, channel, dim, true, x);
+  auto* to = static_cast<T*>(const_cast<void*>(p.out.data)) + batch * p.out.stride_batch +
+             head * p.out.stride_head + token * dim;
+  store_eight(to, channel, dim, scoring::is_aligned(p.out, p.dtype), x);
 }
 
 }  // namespace tokred::cuda::packing

@@ -165,10 +165,40 @@ Tensor kv_unpack(const Tensor& codes, const Tensor& params, int64_t bits, int64_
                           : p.dtype == DType::f16 ? ScalarType::Half
                                                   : ScalarType::BFloat16;
   Tensor out = allocate(codes, {p.batch, p.heads, p.packed.rows, p.packed.format.head_dim}, type);
-  p.out = out.mutable_data_ptr();
-  backend.will_write(p.out, (p.dtype == DType::f32 ? 4 : 2) * p.batch * out.stride(0));
+  p.out = {out.mutable_data_ptr(), out.stride(0), out.stride(1), out.stride(2)};
+  backend.will_write(out.mutable_data_ptr(),
+                     (p.dtype == DType::f32 ? 4 : 2) * p.batch * out.stride(0));
   backend.kv_unpack(p);
   return out;
+}
+
+// The same into a tensor that is there.
+template <class Backend>
+void kv_unpack_into(const Tensor& codes, const Tensor& params, int64_t bits, int64_t group_size,
+                    std::string_view axis, std::string_view scheme, bool rotated, Tensor out) {
+  KvUnpackParams p{};
+  p.packed = packed_rows(codes, params, {"", bits, group_size, axis, scheme, rotated}, codes,
+                         "codes");
+  p.batch = codes.size(0);
+  p.heads = codes.size(1);
+  const int64_t tokens = p.packed.rows, head_dim = p.packed.format.head_dim;
+  check_shape(out, "out", {p.batch, p.heads, tokens, head_dim}, "[B, H, N, D]");
+  p.dtype = float_dtype(out, "out", false);
+  check_same_device(out, "out", codes, "codes");
+  check_last_contiguous(out, "out");
+  TOKRED_CHECK(tokens <= 1 || out.stride(2) == head_dim,
+               "out must have the tokens of a head without gaps, ", head_dim,
+               " numbers apart, got stride ", out.stride(2));
+  const int64_t head = tokens * head_dim, by_head = out.stride(1), by_item = out.stride(0);
+  const int64_t heads = p.heads > 1 ? by_head * (p.heads - 1) : 0;
+  const int64_t items = p.batch > 1 ? by_item * (p.batch - 1) : 0;
+  TOKRED_CHECK((p.heads <= 1 || by_head >= head + (by_head > by_item ? items : 0)) &&
+                   (p.batch <= 1 || by_item >= head + (by_head > by_item ? 0 : heads)),
+               "out must not overlap itself, got strides (", by_item, ", ", by_head, ", ",
+               out.stride(2), ", 1) for shape ", shape_string(out));
+  p.out = {out.mutable_data_ptr(), by_item, by_head, out.stride(2)};
+  if (p.batch == 0 || p.heads == 0 || tokens == 0) return;
+  Backend(codes).kv_unpack(p);
 }
 
 // Grows a cache in place; see KvAppendParams.

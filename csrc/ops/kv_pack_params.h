@@ -37,7 +37,7 @@ struct KvPackParams {
 
 struct KvUnpackParams {
   PackedRows packed;
-  void* out;                           // [B, H, N, D] contiguous
+  HeadTensor out;                      // [B, H, N, D], written; tokens of a head without gaps
   int64_t batch, heads;
   DType dtype;                         // of out
 };

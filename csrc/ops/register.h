@@ -44,6 +44,7 @@ void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("combine_states", TORCH_BOX(&combine_states<Backend>));
   m.impl("kv_pack", TORCH_BOX(&kv_pack<Backend>));
   m.impl("kv_unpack", TORCH_BOX(&kv_unpack<Backend>));
+  m.impl("kv_unpack_into", TORCH_BOX(&kv_unpack_into<Backend>));
   m.impl("kv_append", TORCH_BOX(&kv_append<Backend>));
   m.impl("packed_attention", TORCH_BOX(&packed_attention<Backend>));
   m.impl("packed_qk_score", TORCH_BOX(&packed_qk_score<Backend>));

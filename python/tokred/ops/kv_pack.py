@@ -217,15 +217,31 @@ def kv_pack(
     return PackedKV(codes, params, PackFormat(bits, group_size, axis, scheme, rotate))
 
 
-def kv_unpack(packed: PackedKV, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What the codes stand for: [B, H, N, D] in float32, float16 or bfloat16.
+def kv_unpack(
+    packed: PackedKV, dtype: torch.dtype | None = None, out: Tensor | None = None
+) -> Tensor:
+    """What the codes stand for, [B, H, N, D].
+
+    Args:
+        dtype: float32, float16 or bfloat16; float32, or that of out, where None.
+        out: [B, H, N, D] to be written and returned. The tokens of a head have no gaps, heads and
+            items may lie apart: out = buffer[:, :, :N]. On the CPU a large result that is fresh
+            takes longer to get from the system than to compute.
 
     Raises:
-        RuntimeError: codes and params that do not fit each other or the format.
-        ValueError: another dtype.
+        RuntimeError: codes and params that do not fit each other or the format; an out of another
+            shape or device, or with strides that do not fit.
+        ValueError: another dtype, one that is not out's, or an out that requires grad.
 
     Complexity: one read of the codes, one write of the result. `packed_attention` does not need it.
     """
+    if out is not None:
+        refuse_grad("kv_unpack", out=out)
+        if dtype not in (None, out.dtype):
+            raise ValueError(f"dtype must be that of out, {out.dtype}, or None, got {dtype}")
+        _ops.kv_unpack_into.default(*packed.arguments(), out)
+        return out
+    dtype = torch.float32 if dtype is None else dtype
     if dtype not in _DTYPE_NAMES:
         raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
     return _ops.kv_unpack.default(*packed.arguments(), _DTYPE_NAMES[dtype])
@@ -308,6 +324,11 @@ def _kv_unpack_fake(
     torch._check(codes.dim() == 4, lambda: f"codes must be [B, H, N, bytes], got {codes.dim()}-D")
     shape = (*codes.shape[:3], codes.shape[3] * 8 // bits)
     return codes.new_empty(shape, dtype=getattr(torch, dtype))
+
+
+@torch.library.register_fake("tokred::kv_unpack_into")
+def _kv_unpack_into_fake(*args: Any) -> None:
+    return None
 
 
 @torch.library.register_fake("tokred::kv_append")
