@@ -163,6 +163,34 @@ def test_arkv_steps() -> None:
             assert sorted(cache.position[b, h].tolist()) == [x[0] for x in stored[b][h]]
 
 
+def test_arkv_grows_in_place() -> None:
+    """New buffers with the first shrink, which leaves less in full precision, and never again."""
+    q, k, v = heads(queries=70, keys=70)
+    cache = arkv.compress_prompt(q[:, :, 12:20], k[:, :, :20], v[:, :, :20], 14, 30, window=8)
+    places, sizes = [], []
+    for t in range(20, 70):
+        cache.step(*(x[:, :, t : t + 1] for x in (q, k, v)))
+        places.append([x.data_ptr() for x in (cache.k, cache.v, cache.position)])
+        sizes.append(cache.num_tokens)
+    shrinks = [i for i in range(1, 50) if sizes[i] < sizes[i - 1]]
+    first = shrinks[0]
+    assert len(shrinks) >= 3 and sizes[first - 1] == 30
+    assert all(place == places[0] for place in places[:first])
+    assert all(place == places[first] for place in places[first:])
+    assert cache.k.untyped_storage().nbytes() == 2 * 2 * 16 * 4 * (31 - cache.packed_k.num_tokens)
+
+
+def test_arkv_refuses_other_tokens() -> None:
+    q, k, v = heads(queries=8, keys=20)
+    cache = arkv.compress_prompt(q, k, v, 14, 30, window=8)
+    q, k, v = (x[:, :, :1] for x in (q, k, v))
+    wrong = (("k", k[:1]), ("k", k.half()), ("v", v[:, :1]), ("v", v.expand(2, 2, 2, 16)))
+    for name, token in wrong:
+        with pytest.raises(ValueError, match=f"{name} must be one token"):
+            cache.step(q, **{"k": k, "v": v} | {name: token})
+    assert cache.num_tokens == 20 and cache.length == 20
+
+
 @pytest.mark.parametrize("retrieval", [[False, True, False], [True] * 3, [False] * 3])
 def test_packed_razor_heads(retrieval: list[bool]) -> None:
     """Heads of two lengths in one pool, as attention on what is stored of each."""

@@ -11,8 +11,7 @@ follows from the entropy, variance and kurtosis of its attention, relative to th
 An approximate version, different from the released code in this: an fp8 scale is that of one token
 of one head, where the release shares it among all heads and items of a slot; the tokens of every
 head stay in the order of their positions, where the release orders those of the first head only
-(it matters to
-the pooling of scores alone).
+(it matters to the pooling of scores alone).
 """
 
 from __future__ import annotations
@@ -84,7 +83,11 @@ class ArkvCache:
     """One layer: packed tokens, then those in full precision. Every head has its own.
 
     packed_k, packed_v: fp8, P tokens. k [B, Hkv, R, D], v [B, Hkv, R, Dv]: in full precision.
-    position: int64 [B, Hkv, P + R], where the tokens stood.
+    position: int64 [B, Hkv, P + R], where the tokens stood. The last three are the filled part of
+    buffers in which they grow.
+
+    Memory: P tokens in fp8 and room for cache_size + 1 - P in full precision, as many as there are
+    right before a shrink; 8 bytes a head for the position of each.
     """
 
     packed_k: PackedKV
@@ -96,6 +99,10 @@ class ArkvCache:
     cache_size: int
     window: int
     length: int
+
+    def __post_init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+        self._hold(self.k, self.v, self.position)
 
     @property
     def num_tokens(self) -> int:
@@ -110,12 +117,19 @@ class ArkvCache:
         Returns:
             [B, Hq, 1, Dv]: one softmax over tokens of both precisions.
 
-        Complexity: one read of all tokens and a copy of those in full precision; a shrink, every
-        quarter of the cache, reads and packs them all.
+        Raises:
+            ValueError: k or v of another shape or dtype than those in the cache; it is unchanged.
+
+        Complexity: one read of all tokens, and a write of the new one; a shrink, every quarter of
+        the cache, reads and packs them all. Only the first shrink makes new buffers.
         """
-        self.k, self.v = torch.cat([self.k, k], 2), torch.cat([self.v, v], 2)
-        new = torch.full_like(self.position[..., :1], self.length)
-        self.position = torch.cat([self.position, new], 2)
+        for name, token in (("k", k), ("v", v)):
+            self._check(name, token)
+        for name, token in (("k", k), ("v", v), ("position", self.length)):
+            end = getattr(self, name).shape[2] + 1
+            grown = self._buffers[name][:, :, :end]
+            grown[:, :, -1:] = token
+            setattr(self, name, grown)
         self.length += 1
         out, lse = tokred.packed_attention(q, self.packed_k, self.packed_v, self.k, self.v, scale)
         if self.num_tokens > self.cache_size:
@@ -142,8 +156,31 @@ class ArkvCache:
         sides = [(self.packed_k, self.k), (self.packed_v, self.v)]
         rows = [torch.cat([tokred.kv_unpack(p, x.dtype), x], 2) for p, x in sides]
         self.packed_k, self.packed_v = (pack_fp8(x) for x in tokred.gather_tokens(rows, low.int()))
-        self.k, self.v = tokred.gather_tokens(rows, whole.int())
-        self.position = self.position.gather(2, torch.cat([low, whole], 2))
+        position = self.position.gather(2, torch.cat([low, whole], 2))
+        self._hold(*tokred.gather_tokens(rows, whole.int()), position)
+
+    def _hold(self, k: Tensor, v: Tensor, position: Tensor) -> None:
+        """Copies these into buffers with room for all tokens that come before the next shrink."""
+        for name, x in (("k", k), ("v", v), ("position", position)):
+            packed = 0 if name == "position" else self.packed_k.num_tokens
+            room = max(self.cache_size - packed, x.shape[2]) + 1
+            buffer = self._buffers.get(name)
+            if buffer is None or buffer.shape[2] != room:
+                buffer = x.new_empty(*x.shape[:2], room, *x.shape[3:])
+                self._buffers[name] = buffer
+            filled = buffer[:, :, : x.shape[2]]
+            filled.copy_(x)
+            setattr(self, name, filled)
+
+    def _check(self, name: str, token: Tensor) -> None:
+        """Refuses a token that the buffer would broadcast or round."""
+        held = getattr(self, name)
+        expected = [*held.shape[:2], 1, held.shape[3]]
+        if list(token.shape) != expected or token.dtype != held.dtype:
+            raise ValueError(
+                f"{name} must be one token {expected} in {held.dtype}, as the cache holds them, "
+                f"got {list(token.shape)} in {token.dtype}"
+            )
 
 
 def pack_fp8(x: Tensor) -> PackedKV:
