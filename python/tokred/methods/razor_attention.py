@@ -2,18 +2,21 @@
 one token that stands for all that was dropped.
 
 RazorAttention: Efficient KV Cache Compression Through Retrieval Heads (arXiv 2407.15891). Packed
-in a few bits, heads of either kind share one pool: see `pack_heads`.
+in a few bits, heads of either kind share one pool, into which decoding appends: see `pack_heads`.
 """
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 import tokred
 from tokred import PackedKV, PackFormat
+from tokred._library import refuse_grad
 
 
 def head_scores(q: Tensor, k: Tensor, period: int) -> tuple[Tensor, Tensor]:
@@ -67,7 +70,8 @@ class RazorHeads:
     """The cache of heads that are no retrieval heads: sinks, one compensation token, recent tokens.
 
     k [B, H, S, D] and v [B, H, S, Dv], the compensation token behind the sinks; dropped is the
-    number of tokens it stands for, in float32 [B, H].
+    number of tokens it stands for, in float32 [B, H]. The recent tokens are a ring, of which row
+    `oldest` is the first to leave.
     """
 
     k: Tensor
@@ -75,6 +79,7 @@ class RazorHeads:
     dropped: Tensor
     num_sinks: int
     window: int
+    oldest: int = 0
 
     def attend(self, q: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
         """Attention of q [B, Hq, L, D]: the compensation token's logit gets + log(dropped)."""
@@ -83,21 +88,34 @@ class RazorHeads:
         return tokred.biased_attention(q, self.k, self.v, bias, scale=scale)
 
     def append(self, k: Tensor, v: Tensor) -> None:
-        """Adds one token k [B, H, 1, D], v [B, H, 1, Dv]; the oldest recent one is compensated."""
-        place = self.num_sinks
-        oldest = place + 1
-        full = self.k.shape[2] - oldest >= self.window
-        for name, new in (("k", k), ("v", v)):
-            cache = torch.cat([getattr(self, name), new], dim=2)
-            if full:
-                mean, left = cache[:, :, place].float(), cache[:, :, oldest].float()
-                count = self.dropped[..., None]
-                mean = ((count * mean + left) / (count + 1)).to(cache.dtype)
-                kept = [cache[:, :, :place], mean[:, :, None], cache[:, :, oldest + 1 :]]
-                cache = torch.cat(kept, dim=2)
-            setattr(self, name, cache)
-        if full:
-            self.dropped = self.dropped + 1
+        """Adds one token k [B, H, 1, D], v [B, H, 1, Dv]; the oldest recent one is compensated.
+
+        Raises:
+            ValueError: k or v of another shape or dtype than the tokens held, which stay unchanged.
+
+        Complexity: in place, one row is written. Only while there are fewer recent tokens than
+        `window`, so after a short prompt, a token takes a copy of the cache.
+        """
+        for name, token, held in (("k", k, self.k), ("v", v, self.v)):
+            _check(name, token, [*held.shape[:2], 1, held.shape[3]], (held.dtype,))
+        first = self.num_sinks + 1
+        if self.k.shape[2] - first < self.window:
+            self.k, self.v = torch.cat([self.k, k], 2), torch.cat([self.v, v], 2)
+            return
+        count = self.dropped[..., None]
+        for cache, token in ((self.k, k), (self.v, v)):
+            mean, left = cache[:, :, self.num_sinks], cache[:, :, first + self.oldest]
+            mean.copy_((count * mean.float() + left.float()) / (count + 1))
+            left.copy_(token[:, :, 0])
+        self.dropped = self.dropped + 1
+        self.oldest = (self.oldest + 1) % self.window
+
+
+def _check(name: str, x: Tensor, shape: list[int], dtypes: tuple[torch.dtype, ...]) -> None:
+    """Refuses tokens that a cache would broadcast or round, or could not pack."""
+    if list(x.shape) != shape or x.dtype not in dtypes:
+        names = " or ".join(map(str, dtypes))
+        raise ValueError(f"{name} must be {shape} in {names}, got {list(x.shape)} in {x.dtype}")
 
 
 def compress(
@@ -107,13 +125,18 @@ def compress(
 
     Args:
         k: [B, H, N, D], rotated keys; v: [B, H, N, Dv].
-        window: recent tokens kept; max(4000, N / compression) where None, as published.
+        window: recent tokens kept, at least 1; max(4000, N / compression) where None, as published.
 
     Returns:
         RazorHeads. With nothing to drop the compensation token has count 0, that is no weight.
+
+    Raises:
+        ValueError: a window below 1.
     """
     tokens = k.shape[2]
     window = max(4000, int(tokens / compression)) if window is None else window
+    if window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
     sinks = min(num_sinks, tokens)
     start = max(tokens - window, sinks)
 
@@ -127,13 +150,9 @@ def compress(
 
 
 def razor_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    retrieval: Tensor,
-    others: RazorHeads,
+    q: Tensor, k: Tensor, v: Tensor, retrieval: Tensor, others: RazorHeads,
     scale: float | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """One decode step over both kinds of heads.
 
     Args:
@@ -157,11 +176,19 @@ def razor_attention(
 
 @dataclass
 class PackedRazorHeads:
-    """All heads of a prompt in one pool of packed tokens, each with as many as it keeps.
+    """All heads in one pool of packed tokens, each with as many as it keeps.
 
-    k, v: [1, 1, S, ..], S the sum over items and heads. The rest is a row for every item and head:
-    slots i32 [B Hkv, T], where its tokens are in the pool, lengths i32 [B Hkv], how many they are,
-    and bias f32 [B Hkv, 1, T], log(dropped) for compensation tokens.
+    k, v: [1, 1, S, ..], S places. The tables have a row for every item and head: slots i32
+    [B Hkv, T], where its tokens are in the pool, lengths i32 [B Hkv], how many they are, and bias
+    f32 [B Hkv, 1, T], log(dropped) for compensation tokens.
+
+    kinds: i64 [R] and i64 [Hkv - R], the retrieval heads and the others; rooms: how many slots a
+    head of either kind has. length: tokens so far. means, dropped: f32 [B, Hkv - R, D | Dv] and
+    [B, Hkv - R], what compensation tokens are packed from. entered: tokens that have been in the
+    window, of which the last `window` still are, in a ring.
+
+    Memory: the packed tokens; 8 B Hkv T bytes of tables; the means, 4 bytes a number; and from the
+    first append on, room for a sixteenth more tokens of retrieval heads (16 at least).
     """
 
     k: PackedKV
@@ -169,25 +196,115 @@ class PackedRazorHeads:
     slots: Tensor
     lengths: Tensor
     bias: Tensor
+    kinds: tuple[Tensor, Tensor]
+    rooms: tuple[int, int]
+    length: int
+    means: tuple[Tensor, Tensor]
+    dropped: Tensor
+    num_sinks: int
+    window: int
+    entered: int
 
     def attend(self, q: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
-        """Attention of q [B, Hq, L, D] to the prompt, in one call for heads of all lengths.
+        """Attention of q [B, Hq, L, D] to all tokens so far, in one call for heads of all lengths.
 
         Returns:
-            out [B, Hq, L, Dv] and lse [B, Hq, L], for `combine_states` with that of later tokens.
+            out [B, Hq, L, Dv] and lse [B, Hq, L], for `combine_states` with that of other tokens.
         """
         rows = q.reshape(self.slots.shape[0], -1, *q.shape[2:])
-        out, lse = tokred.packed_attention(
-            rows,
-            self.k,
-            self.v,
-            scale=scale,
-            key_bias=self.bias,
-            length=self.slots.shape[1],
-            lengths=self.lengths,
-            slots=self.slots,
-        )
+        longest = max(n for n, kind in zip(self._held(), self.kinds, strict=True) if len(kind))
+        cache = {"length": longest, "lengths": self.lengths, "slots": self.slots}
+        cache["key_bias"] = self.bias[:, :, :longest]
+        out, lse = tokred.packed_attention(rows, self.k, self.v, scale=scale, **cache)
         return out.reshape(*q.shape[:3], -1), lse.reshape(q.shape[:3])
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Adds tokens of all heads, k [B, Hkv, L, D] and v [B, Hkv, L, Dv], packed as the prompt.
+
+        Retrieval heads keep them all. In other heads a token takes the place of the oldest recent
+        one, which joins the mean: (N mean + token) / (N + 1) of what its codes stand for, computed
+        and kept in float32, so that packing it again and again adds up no error.
+
+        Raises:
+            ValueError: k or v of another shape, no float dtype that `kv_pack` takes, or requiring
+                grad; nothing was appended.
+
+        Complexity: packs the new tokens and unpacks those that leave, in place; the pool is copied
+        whenever retrieval heads have grown by a sixteenth.
+        """
+        heads = sum(map(len, self.kinds))
+        for name, x, packed in (("k", k, self.k), ("v", v, self.v)):
+            shape = [self.slots.shape[0] // heads, heads, *k.shape[2:3], packed.head_dim]
+            _check(name, x, shape, (torch.float32, torch.float16, torch.bfloat16))
+        refuse_grad("append", k=k, v=v)
+        # A ring takes no more than its size at once.
+        for part in zip(k.split(self.window, 2), v.split(self.window, 2), strict=True):
+            self._append(*part)
+
+    def _held(self) -> tuple[int, int]:
+        """Tokens that a retrieval head holds, and another one."""
+        return self.length, self.num_sinks + 1 + min(self.entered, self.window)
+
+    def _append(self, k: Tensor, v: Tensor) -> None:
+        batch, heads, tokens = k.shape[:3]
+        retrieval, others = self.kinds
+        whole, sinks = self.length + tokens, self.num_sinks
+        room = self.rooms[0] if whole <= self.rooms[0] else whole + max(whole // 16, 16)
+        self._make_room(room, sinks + 1 + self.window)
+        new = torch.arange(tokens, device=k.device)
+        columns = new.new_empty(heads, tokens)
+        columns[retrieval] = self.length + new
+        columns[others] = sinks + 1 + (self.entered + new) % self.window
+        slots = self.slots.view(batch, heads, -1)
+        places = slots.gather(2, columns.expand(batch, -1, -1))
+        leaving = places[:, others, max(self.window - self.entered, 0) :]
+        count, left = self.dropped[..., None], leaving.shape[2]
+        for pool, x, mean in zip((self.k, self.v), (k, v), self.means, strict=True):
+            rows = (part[:, :, leaving.flatten()] for part in (pool.codes, pool.params))
+            old = tokred.kv_unpack(PackedKV(*rows, pool.format))[0, 0].unflatten(0, leaving.shape)
+            _write(pool, x, places)
+            if leaving.numel() > 0:
+                mean.copy_((count * mean + old.sum(2)) / (count + left))
+                _write(pool, mean[:, :, None], slots[:, others, sinks, None])
+        self.dropped = self.dropped + left
+        self.length += tokens
+        self.entered += tokens
+        self._fill_tables()
+
+    def _make_room(self, *rooms: int) -> None:
+        """Slots for so many tokens of a retrieval head, and of another one; never fewer."""
+        rooms = tuple(n if len(kind) else 0 for n, kind in zip(rooms, self.kinds, strict=True))
+        if rooms == self.rooms:
+            return
+        more = max(rooms) - self.slots.shape[1]
+        self.slots, self.bias = pad(self.slots, (0, more)), pad(self.bias, (0, more))
+        slots = self.slots.view(self.dropped.shape[0], -1, max(rooms))
+        before = places = self.k.num_tokens
+        for kind, first, last in zip(self.kinds, self.rooms, rooms, strict=True):
+            shape = slots.shape[0], len(kind), last - first
+            fresh = torch.arange(math.prod(shape), dtype=torch.int32, device=slots.device)
+            slots[:, kind, first:last] = (fresh + places).view(shape)
+            places += len(fresh)
+        behind = (0, 0, 0, places - before)
+        for name, pool in (("k", self.k), ("v", self.v)):
+            rows = (pad(part, behind) for part in (pool.codes, pool.params))
+            setattr(self, name, PackedKV(*rows, pool.format))
+        self.rooms = rooms
+
+    def _fill_tables(self) -> None:
+        """Writes what the heads hold into lengths and bias."""
+        batch, others = self.dropped.shape[0], self.kinds[1]
+        for kind, held in zip(self.kinds, self._held(), strict=True):
+            self.lengths.view(batch, -1)[:, kind] = held
+        if len(others):
+            bias = self.bias.view(batch, -1, self.bias.shape[2])
+            bias[:, others, self.num_sinks] = self.dropped.log()
+
+
+def _write(pool: PackedKV, x: Tensor, places: Tensor) -> None:
+    """Packs x [B, H, L, D] into a pool [1, 1, S, ..] at places i32 [B, H, L], all different."""
+    if x.numel() > 0:
+        tokred.kv_append(x.flatten(0, 1)[:, None], pool, 0, slots=places.flatten(0, 1))
 
 
 def pack_heads(
@@ -200,33 +317,33 @@ def pack_heads(
         retrieval: bool [Hkv], which key heads those are. others: the rest, Hkv - R heads.
         key, value: formats along channels, as tokens of different heads follow each other.
 
-    Memory: the packed tokens that are kept, and 8 B Hkv T bytes of tables.
+    Raises:
+        ValueError: formats along tokens.
     """
-    batch, heads = k.shape[0], retrieval.shape[0]
-    kept, short = k.shape[2], others.k.shape[2]
-    device = k.device
-    lengths = torch.where(retrieval.to(device), kept, short).expand(batch, -1)
-    places = max(kept, short)
-    # The pool has first the tokens of all retrieval heads, item by item, then those of the others.
-    rank = torch.empty(heads, dtype=torch.int64, device=device)
-    for mine in (retrieval, ~retrieval):
-        rank[mine] = torch.arange(int(mine.sum()), device=device)
-    item = torch.arange(batch, device=device)[:, None]
-    whole = (item * k.shape[1] + rank) * kept
-    some = batch * k.shape[1] * kept + (item * others.k.shape[1] + rank) * short
-    first = torch.where(retrieval.to(device), whole, some)
-    slots = first[..., None] + torch.arange(places, device=device)
-    bias = torch.zeros(batch, heads, places, device=device)
-    bias[:, ~retrieval, others.num_sinks] = others.dropped.log()
-
-    def pack(x: Tensor, rest: Tensor, form: PackFormat) -> PackedKV:
-        rows = torch.cat([part.reshape(1, 1, -1, part.shape[3]) for part in (x, rest)], 2)
-        return tokred.kv_pack(rows, *astuple(form))
-
-    return PackedRazorHeads(
-        pack(k, others.k, key),
-        pack(v, others.v, value),
-        slots.flatten(0, 1).int(),
-        lengths.flatten().int(),
-        bias.flatten(0, 1)[:, None],
+    for name, form in (("key", key), ("value", value)):
+        if form.axis != "channel":
+            raise ValueError(f"{name} must have groups along channels, got axis {form.axis!r}")
+    device, rows = k.device, k.shape[0] * len(retrieval)
+    retrieval = retrieval.to(device)
+    packed = PackedRazorHeads(
+        key.empty(1, 1, 0, k.shape[3], device),
+        value.empty(1, 1, 0, v.shape[3], device),
+        slots=torch.zeros(rows, 0, dtype=torch.int32, device=device),
+        lengths=torch.zeros(rows, dtype=torch.int32, device=device),
+        bias=torch.zeros(rows, 1, 0, device=device),
+        kinds=tuple(mine.nonzero()[:, 0] for mine in (retrieval, ~retrieval)),
+        rooms=(0, 0),
+        length=k.shape[2],
+        means=tuple(x[:, :, others.num_sinks].float().clone() for x in (others.k, others.v)),
+        dropped=others.dropped,
+        num_sinks=others.num_sinks,
+        window=others.window,
+        entered=others.k.shape[2] - others.num_sinks - 1 + others.oldest,
     )
+    packed._make_room(k.shape[2], others.k.shape[2])
+    packed._fill_tables()
+    slots = packed.slots.view(k.shape[0], len(retrieval), -1)
+    for kind, *sides in zip(packed.kinds, (k, others.k), (v, others.v), strict=True):
+        for pool, x in zip((packed.k, packed.v), sides, strict=True):
+            _write(pool, x, slots[:, kind, : x.shape[2]])
+    return packed
