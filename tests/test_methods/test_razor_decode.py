@@ -23,7 +23,9 @@ def unpacked(x: Tensor) -> Tensor:
     return tokred.kv_unpack(packed).view(x.shape)
 
 
-def pack(k: Tensor, v: Tensor, retrieval: list[bool], form: PackFormat = EIGHT_BITS):
+def pack(
+    k: Tensor, v: Tensor, retrieval: list[bool], form: PackFormat = EIGHT_BITS
+) -> razor.PackedRazorHeads:
     mine = torch.tensor(retrieval)
     others = razor.compress(k[:, ~mine], v[:, ~mine], SINKS, WINDOW)
     return razor.pack_heads(k[:, mine], v[:, mine], mine, others, form, form)
