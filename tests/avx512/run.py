@@ -4,10 +4,10 @@
     python tests/avx512/run.py --every 1 tests/test_topk.py     # all cases of a file
     python tests/avx512/run.py --every 4 --offset 1 -- -k "not large"
 
-Boots Linux in Bochs, which emulates an Ice Lake instruction by instruction (with --cpu, another
-processor: corei7_skylake_x has no VNNI), with this environment's Python and this repository on its
-disk. There pytest runs the cases that use the avx512 kernels, as
-select_cases.py chooses them. Prints what pytest prints and exits with its status.
+Boots Linux in Bochs, which emulates a Skylake-X that has VNNI as well, instruction by instruction,
+with this environment's Python and this repository on its disk. There pytest runs the cases that use
+the avx512 kernels, as select_cases.py chooses them. Prints what pytest prints and exits with its
+status.
 
 Needs Debian or a relative of it on x86-64, 3 GB of memory, 4 GB of disk in build/avx512, and the
 packages bochs, bochs-sdl, bochsbios, vgabios, busybox-static, cpio, e2fsprogs, isolinux,
@@ -73,7 +73,7 @@ BOCHSRC = """\
 memory: guest=3072, host=2048
 romimage: file=/usr/share/bochs/BIOS-bochs-latest
 vgaromimage: file=/usr/share/bochs/VGABIOS-lgpl-latest
-cpu: model={cpu}, ips=200000000, reset_on_triple_fault=0
+cpu: model=corei7_skylake_x, {features}ips=200000000, reset_on_triple_fault=0
 clock: sync=none
 ata0-master: type=disk, mode=flat, path=disk.img
 ata1-master: type=cdrom, path=boot.iso, status=inserted
@@ -216,13 +216,14 @@ def make_disk(every: int, offset: int, pytest_arguments: list[str]) -> None:
     shutil.rmtree(disk)
 
 
-def emulate(bochs: str, cpu: str, display: str) -> int:
+def emulate(bochs: str, features: str, display: str) -> int:
     """Boots the CD, prints what the machine prints, and returns the exit status of pytest."""
     serial, log = BUILD / "serial.txt", BUILD / "bochs-output.txt"
     serial.write_text("")
     (BUILD / "disk.img.lock").unlink(missing_ok=True)
     command = [bochs, "-q", "-f", "bochsrc"]
-    settings = BOCHSRC.format(cpu=cpu) + f"display_library: {display}\n"
+    more = f"add_features={features}, " if features else ""
+    settings = BOCHSRC.format(features=more) + f"display_library: {display}\n"
     if display == "sdl2":  # Debian's Bochs, which starts in a debugger and would play sounds
         (BUILD / "debugger").write_text("continue\n")
         command += ["-rc", "debugger"]
@@ -263,7 +264,9 @@ def main() -> int:
     parser.add_argument("--every", type=int, default=16, help="run one case in so many (16)")
     parser.add_argument("--offset", type=int, default=0, help="which of them (0)")
     parser.add_argument("--bochs", default="bochs", help="the emulator (bochs)")
-    parser.add_argument("--cpu", default="corei7_icelake_u", help="what it is (corei7_icelake_u)")
+    parser.add_argument(
+        "--features", default="avx512vnni", help="what it has beside a Skylake-X's (avx512vnni)"
+    )
     parser.add_argument("--display", default="sdl2", help="a display library it has (sdl2)")
     parser.add_argument("pytest_arguments", nargs="*", default=["tests"])
     arguments = parser.parse_args()
@@ -271,7 +274,7 @@ def main() -> int:
     BUILD.mkdir(parents=True, exist_ok=True)
     make_boot_cd()
     make_disk(arguments.every, arguments.offset, arguments.pytest_arguments)
-    return emulate(arguments.bochs, arguments.cpu, arguments.display)
+    return emulate(arguments.bochs, arguments.features, arguments.display)
 
 
 if __name__ == "__main__":
