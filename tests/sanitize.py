@@ -39,7 +39,9 @@ TESTS = [
     "test_wgmma.py",
     "test_kv_pack.py",
     "test_kv_append.py",
+    "test_kv_unpack.py",
     "test_packed_attn.py",
+    "test_packed_fixed.py",
     "test_packed_lists.py",
     "test_packed_score.py",
 ]

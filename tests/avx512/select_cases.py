@@ -22,6 +22,12 @@ def pytest_sessionstart() -> None:
         pytest.exit("this CPU has no AVX-512, or not all of it", returncode=1)
 
 
+def pytest_report_header() -> str:
+    """What the kernels may use, of that which they ask for."""
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    return "cpu: " + " ".join(sorted(flag for flag in flags if flag.startswith("avx512")))
+
+
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
     """Leaves out the files without such cases, which may need packages that are not there."""
     if not collection_path.name.startswith("test_") or collection_path.is_dir():
