@@ -4,10 +4,13 @@
     python tests/avx512/run.py --every 1 tests/test_topk.py     # all cases of a file
     python tests/avx512/run.py --every 4 --offset 1 -- -k "not large"
 
-Boots Linux in Bochs, which emulates a Skylake-X that has VNNI as well, instruction by instruction,
-with this environment's Python and this repository on its disk. There pytest runs the cases that use
-the avx512 kernels, as select_cases.py chooses them. Prints what pytest prints and exits with its
-status.
+Boots Linux in Bochs, which emulates a Skylake-X instruction by instruction, with this environment's
+Python and this repository on its disk. There pytest runs the cases that use the avx512 kernels, as
+select_cases.py chooses them. Prints what pytest prints and exits with its status.
+
+The line "cpu:" that pytest begins with has avx512_vnni where the kernels use VNNI. A Skylake-X has
+none; Bochs adds it, but 3.0 reports it only if cpu/cpudb/intel/corei7_skylake-x.cc is changed to
+set ecx of leaf 7 to get_std_cpuid_leaf_7_ecx(0). Its Ice Lake, which reports it, did not boot.
 
 Needs Debian or a relative of it on x86-64, 3 GB of memory, 4 GB of disk in build/avx512, and the
 packages bochs, bochs-sdl, bochsbios, vgabios, busybox-static, cpio, e2fsprogs, isolinux,
