@@ -19,33 +19,29 @@ struct FixedStep {
   float step, inverse;
 };
 
-// The step of numbers that are seen first: the greatest one takes fifteen bits.
-class FixedRange {
- public:
-  void see(f32x16 x) {
-    for (int i = 0; i < f32x16::kRegisters; ++i) {
-      most_.r[i] = greater_lanes((i32x16::N)x.r[i] & INT32_MAX, most_.r[i]);
-    }
-  }
-  // NaN unless all are finite, and with it whatever they are multiplied by.
-  FixedStep step() const {
-    const int32_t most = fold_lanes(most_, greater_lanes);
-    const int32_t exponent = most >> 23 > 15 ? most >> 23 : 15;  // less has no inverse
-    if (exponent == 255) return {NAN, 0.0f};
-    return {power(exponent - 14), power(254 + 14 - exponent)};
-  }
+TOKRED_INLINE float power_of_two(int32_t biased_exponent) {
+  const int32_t bits = biased_exponent << 23;
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
 
- private:
-  i32x16 most_ = splat(0);  // magnitudes are in the order of their bits
-
-  static i32x16::N greater_lanes(i32x16::N a, i32x16::N b) { return a > b ? a : b; }
-  static float power(int32_t exponent) {
-    const int32_t bits = exponent << 23;
-    float x;
-    std::memcpy(&x, &bits, sizeof x);
-    return x;
+// The step of x[0, count): the greatest number takes fifteen bits. NaN unless all are finite, and
+// with it whatever they are multiplied by.
+TOKRED_INLINE FixedStep fixed_step(const float* x, int64_t count) {
+  const auto greater_lanes = [](auto a, auto b) { return a > b ? a : b; };
+  i32x16 most = splat(0);  // magnitudes are in the order of their bits
+  for (int64_t first = 0; first < count; first += kLanes) {
+    const f32x16 number = load_row(x + first, count - first);
+    most = map<i32x16>([&](int i) {
+      return greater_lanes((i32x16::N)number.r[i] & INT32_MAX, most.r[i]);
+    });
   }
-};
+  int32_t exponent = greatest_lane(most) >> 23;
+  if (exponent == 255) return {NAN, 0.0f};
+  if (exponent < 15) exponent = 15;  // less has no inverse
+  return {power_of_two(exponent - 14), power_of_two(254 + 14 - exponent)};
+}
 
 // Sixteen numbers of units, to the nearest; what would be 32768 is 32767.
 TOKRED_INLINE void store_units(int16_t* p, f32x16 units) {

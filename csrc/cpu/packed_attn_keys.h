@@ -28,7 +28,7 @@ class PackedQuery {
     const PackFormat& f = side.format;
     const bool alone = f.axis == GroupAxis::channel;
     alignas(64) float factor[kMaxHeadDim];
-    if (codes != Codes::none) word_factors(codes, f, factor);
+    if (codes != Codes::none && !fixed) word_factors(codes, f, factor);
     for (int64_t row = 0; row < rows; ++row) {
       float* from = natural + row * dim;
       // Unscaled, most of it is exact.
@@ -75,9 +75,7 @@ class PackedQuery {
                float* rests) const {
     const float middle = 0.5f * static_cast<float>((1 << side.format.bits) - 1);
     for (int64_t first = 0; first < dim; first += size) {
-      FixedRange range;
-      for (int64_t d = first; d < first + size; d += kLanes) range.see(load(row + d));
-      const FixedStep step = range.step();
+      const FixedStep step = fixed_step(row + first, size);
       f32x16 rest = splat(0.0f);
       for (int64_t d = first; d < first + size; d += kLanes) {
         const f32x16 exact = load(row + d) * splat(step.inverse);

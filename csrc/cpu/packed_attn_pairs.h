@@ -48,9 +48,7 @@ struct FixedBlock {
     for (int64_t row = 0; row < rows; ++row) {
       for (int64_t g = 0; g < groups; ++g) {
         const float* from = weights + row * stride + g * kGather;
-        FixedRange range;
-        for (int64_t i = 0; i < count; i += kLanes) range.see(load_row(from + i, count - i));
-        const FixedStep step = range.step();
+        const FixedStep step = fixed_step(from, count);
         steps[row][g] = step.step;
         for (int64_t i = 0; i < count; i += kLanes) {
           store_units(units[row][g] + i, load_row(from + i, count - i) * splat(step.inverse));

@@ -1,6 +1,6 @@
-// Products of a few rows with many gathered ones. Lanes are channels, so a gathered row is read once
-// for all the rows that meet it, where it lies; the sum over the lanes is the tree of sum(), taken
-// for sixteen rows at a time. No result depends on how many rows share a call.
+// Products of a few rows with many gathered ones. Lanes are channels, so a gathered row is read
+// once for all the rows that meet it, where it lies; the sum over the lanes is the tree of sum(),
+// taken for sixteen rows at a time. No result depends on how many rows share a call.
 #pragma once
 
 #include "row.h"

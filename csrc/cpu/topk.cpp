@@ -124,7 +124,7 @@ void pack_candidates(const T* x, const uint8_t* keep, int64_t begin, int64_t end
                      Entries& forced) {
   pack_row(x + begin, end - begin, packed);
   store(packed + (end - begin), splat(kNaN));
-  for (int64_t i = begin; keep && i < end; i += kLanes) {
+  for (int64_t i = begin; i < end; i += kLanes) {
     float* to = packed + (i - begin);
     uint8_t kept[kLanes] = {};
     std::memcpy(kept, keep + i, static_cast<size_t>(end - i < kLanes ? end - i : kLanes));

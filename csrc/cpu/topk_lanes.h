@@ -99,6 +99,11 @@ constexpr BitNumbers bit_numbers() {
   return table;
 }
 alignas(64) inline constexpr BitNumbers kBitNumbers = bit_numbers();
+// The lanes of a mask of eight, one after another.
+TOKRED_INLINE __m256i lanes_of(uint32_t mask) {
+  return _mm256_cvtepu8_epi32(
+      _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kBitNumbers.number[mask])));
+}
 #endif
 
 // Writes the lanes of the mask one after another. Overwrites all of to[0, 16).
@@ -111,10 +116,8 @@ TOKRED_INLINE void pack_lanes(T* to, Vec<T> v, uint32_t mask) {
 #pragma GCC unroll 2
   for (int i = 0; i < 2; ++i) {
     const uint32_t part = mask >> (8 * i) & 255;
-    const __m256i lanes = _mm256_cvtepu8_epi32(
-        _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kBitNumbers.number[part])));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
-                        _mm256_permutevar8x32_epi32((__m256i)v.r[i], lanes));
+                        _mm256_permutevar8x32_epi32((__m256i)v.r[i], lanes_of(part)));
     to += __builtin_popcount(part);
   }
 #else
@@ -132,9 +135,8 @@ TOKRED_INLINE void append_greater(f32x16 v, f32x16 limit, int32_t first, float* 
 #if defined(__AVX2__) && !defined(__AVX512F__)
 #pragma GCC unroll 2
   for (int i = 0; i < 2; ++i) {
-    const int mask = _mm256_movemask_ps((__m256)(v.r[i] > limit.r[i]));
-    const __m256i lanes = _mm256_cvtepu8_epi32(
-        _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kBitNumbers.number[mask])));
+    const uint32_t mask = _mm256_movemask_ps((__m256)(v.r[i] > limit.r[i]));
+    const __m256i lanes = lanes_of(mask);
     _mm256_storeu_ps(value + count, _mm256_permutevar8x32_ps((__m256)v.r[i], lanes));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(index + count),
                         _mm256_add_epi32(lanes, _mm256_set1_epi32(first + 8 * i)));
@@ -154,10 +156,8 @@ TOKRED_INLINE void pack_between(f32x16 v, f32x16 low, f32x16 high, float* value,
 #pragma GCC unroll 2
   for (int i = 0; i < 2; ++i) {
     const __m256 above = (__m256)(v.r[i] > high.r[i]);
-    const int mask = _mm256_movemask_ps(_mm256_andnot_ps(above, (__m256)(v.r[i] > low.r[i])));
-    const __m256i lanes = _mm256_cvtepu8_epi32(
-        _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kBitNumbers.number[mask])));
-    _mm256_storeu_ps(value + count, _mm256_permutevar8x32_ps((__m256)v.r[i], lanes));
+    const uint32_t mask = _mm256_movemask_ps(_mm256_andnot_ps(above, (__m256)(v.r[i] > low.r[i])));
+    _mm256_storeu_ps(value + count, _mm256_permutevar8x32_ps((__m256)v.r[i], lanes_of(mask)));
     count += __builtin_popcount(mask);
   }
 #else

@@ -37,28 +37,6 @@ struct Neighbourhood {
 
 inline constexpr int64_t kMostNear = 4 * kLanes;
 
-// The cut that leaves the best `rest` of value[0, count); NaN behind them up to whole vectors.
-inline Cut cut_among(const float* value, int64_t count, int64_t rest) {
-  const f32x16 infinity = splat(kInfinity);
-  const i32x16 limit = splat(static_cast<int32_t>(rest));
-  f32x16 least = infinity;
-  for (int64_t first = 0; first < count; first += kLanes) {
-    const f32x16 mine = load(value + first);
-    i32x16 rank = splat(0);
-    for (int64_t i = 0; i < count; ++i) rank = count_greater(rank, splat(value[i]), mine);
-    const f32x16 chosen = select_greater(limit, rank, mine, infinity);
-    least = min(select_number(mine, chosen, infinity), least);
-  }
-  const float threshold = least_lane(least);
-  int64_t above = 0, equal = 0;
-  for (int64_t first = 0; first < count; first += kLanes) {
-    above += bit_count(greater_mask(load(value + first), splat(threshold)));
-    equal += bit_count(equal_mask(load(value + first), splat(threshold)));
-  }
-  const int64_t ties = rest - above;
-  return ties == equal ? Cut{just_below(threshold), 0} : Cut{threshold, ties};
-}
-
 // Finds exactly the best `wanted` candidates where the threshold lies in the neighbourhood.
 template <class T>
 bool find_near(const Candidates<T>& c, int64_t capacity, Neighbourhood& near, Entries& found) {

@@ -117,28 +117,40 @@ TOKRED_INLINE uint32_t chosen_mask(f32x16 v, f32x16 limit, Cut& cut) {
   return mask | equal;
 }
 
+// The cut that leaves the best `rest` of value[0, count); NaN behind them up to whole vectors.
+inline Cut cut_among(const float* value, int64_t count, int64_t rest) {
+  const f32x16 infinity = splat(kInfinity);
+  const i32x16 limit = splat(static_cast<int32_t>(rest));
+  f32x16 least = infinity;
+  for (int64_t first = 0; first < count; first += kLanes) {
+    const f32x16 mine = load(value + first);
+    i32x16 rank = splat(0);
+    for (int64_t i = 0; i < count; ++i) rank = count_greater(rank, splat(value[i]), mine);
+    const f32x16 chosen = select_greater(limit, rank, mine, infinity);
+    least = min(select_number(mine, chosen, infinity), least);
+  }
+  const float threshold = least_lane(least);
+  int64_t above = 0, equal = 0;
+  for (int64_t first = 0; first < count; first += kLanes) {
+    above += bit_count(greater_mask(load(value + first), splat(threshold)));
+    equal += bit_count(equal_mask(load(value + first), splat(threshold)));
+  }
+  const int64_t ties = rest - above;
+  return ties == equal ? Cut{just_below(threshold), 0} : Cut{threshold, ties};
+}
+
 // The cut that leaves exactly `wanted` of x[0, n), where no more than a Vec of them are inside the
-// bracket: of those the rank is counted.
+// bracket.
 template <class T>
 Cut cut_inside(const Bracket& b, int64_t wanted, const T* x, int64_t n) {
-  const f32x16 low = splat(b.low), high = splat(b.high), infinity = splat(kInfinity);
+  const f32x16 low = splat(b.low), high = splat(b.high);
   float inside[2 * kLanes];
   int64_t count = 0;
   for (int64_t i = 0; i < n; i += kLanes) {
-    const f32x16 v = load_entries(x, i, n);
-    const uint32_t mask = greater_mask(v, low) & ~greater_mask(v, high);
-    pack_lanes(inside + count, v, mask);
-    count += bit_count(mask);
+    pack_between(load_entries(x, i, n), low, high, inside, count);
   }
-  store(inside + count, infinity);
-  const f32x16 mine = load(inside);
-  i32x16 rank = splat(0);
-  for (int64_t i = 0; i < count; ++i) rank = count_greater(rank, splat(inside[i]), mine);
-  const int64_t rest = wanted - b.above_high;
-  const i32x16 limit = splat(static_cast<int32_t>(rest));
-  const float threshold = least_lane(select_greater(limit, rank, mine, infinity));
-  const uint32_t above = greater_mask(mine, splat(threshold)) & ((1u << count) - 1);
-  return {threshold, rest - bit_count(above)};
+  store(inside + count, splat(kNaN));
+  return cut_among(inside, count, wanted - b.above_high);
 }
 
 // Narrows the bracket until a threshold leaves at least `at_least` of x[0, n), and at most

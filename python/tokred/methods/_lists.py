@@ -1,4 +1,4 @@
-"""What the attention methods share: lists of consecutive keys, and lengths."""
+"""What the attention methods share: lists of consecutive keys, lengths, and a check of tokens."""
 
 from __future__ import annotations
 
@@ -24,3 +24,12 @@ def key_lengths(k: Tensor, lengths: Tensor | None) -> Tensor:
     if lengths is not None:
         return lengths.to(torch.int32)
     return torch.full((k.shape[0],), k.shape[2], dtype=torch.int32, device=k.device)
+
+
+def check_tokens(name: str, x: Tensor, shape: list[int], dtypes: tuple[torch.dtype, ...]) -> None:
+    """Refuses tokens [B, H, L, D] that a cache would broadcast or round, or could not pack."""
+    if list(x.shape) != shape or x.dtype not in dtypes:
+        names = " or ".join(map(str, dtypes))
+        tokens = "one token " if shape[2:3] == [1] else ""
+        got = f"{list(x.shape)} in {x.dtype}"
+        raise ValueError(f"{name} must be {tokens}{shape} in {names}, got {got}")

@@ -25,6 +25,8 @@ from torch.nn.functional import avg_pool1d
 import tokred
 from tokred import PackedKV
 
+from ._lists import check_tokens
+
 # The exponents 1 / tau of entropy, variance and kurtosis that the paper calibrates.
 TAU = (7.77, 5.41, 5.53)
 GAMMA = 263.8
@@ -123,8 +125,8 @@ class ArkvCache:
         Complexity: one read of all tokens, and a write of the new one; a shrink, every quarter of
         the cache, reads and packs them all. Only the first shrink makes new buffers.
         """
-        for name, token in (("k", k), ("v", v)):
-            self._check(name, token)
+        for name, token, held in (("k", k, self.k), ("v", v, self.v)):
+            check_tokens(name, token, [*held.shape[:2], 1, held.shape[3]], (held.dtype,))
         for name, token in (("k", k), ("v", v), ("position", self.length)):
             end = getattr(self, name).shape[2] + 1
             grown = self._buffers[name][:, :, :end]
@@ -171,16 +173,6 @@ class ArkvCache:
             filled = buffer[:, :, : x.shape[2]]
             filled.copy_(x)
             setattr(self, name, filled)
-
-    def _check(self, name: str, token: Tensor) -> None:
-        """Refuses a token that the buffer would broadcast or round."""
-        held = getattr(self, name)
-        expected = [*held.shape[:2], 1, held.shape[3]]
-        if list(token.shape) != expected or token.dtype != held.dtype:
-            raise ValueError(
-                f"{name} must be one token {expected} in {held.dtype}, as the cache holds them, "
-                f"got {list(token.shape)} in {token.dtype}"
-            )
 
 
 def pack_fp8(x: Tensor) -> PackedKV:

@@ -18,6 +18,8 @@ import tokred
 from tokred import PackedKV, PackFormat
 from tokred._library import refuse_grad
 
+from ._lists import check_tokens
+
 
 def head_scores(q: Tensor, k: Tensor, period: int) -> tuple[Tensor, Tensor]:
     """How much each query head looks back to earlier copies of the same token.
@@ -97,7 +99,7 @@ class RazorHeads:
         `window`, so after a short prompt, a token takes a copy of the cache.
         """
         for name, token, held in (("k", k, self.k), ("v", v, self.v)):
-            _check(name, token, [*held.shape[:2], 1, held.shape[3]], (held.dtype,))
+            check_tokens(name, token, [*held.shape[:2], 1, held.shape[3]], (held.dtype,))
         first = self.num_sinks + 1
         if self.k.shape[2] - first < self.window:
             self.k, self.v = torch.cat([self.k, k], 2), torch.cat([self.v, v], 2)
@@ -109,13 +111,6 @@ class RazorHeads:
             left.copy_(token[:, :, 0])
         self.dropped = self.dropped + 1
         self.oldest = (self.oldest + 1) % self.window
-
-
-def _check(name: str, x: Tensor, shape: list[int], dtypes: tuple[torch.dtype, ...]) -> None:
-    """Refuses tokens that a cache would broadcast or round, or could not pack."""
-    if list(x.shape) != shape or x.dtype not in dtypes:
-        names = " or ".join(map(str, dtypes))
-        raise ValueError(f"{name} must be {shape} in {names}, got {list(x.shape)} in {x.dtype}")
 
 
 def compress(
@@ -235,7 +230,7 @@ class PackedRazorHeads:
         heads = sum(map(len, self.kinds))
         for name, x, packed in (("k", k, self.k), ("v", v, self.v)):
             shape = [self.slots.shape[0] // heads, heads, *k.shape[2:3], packed.head_dim]
-            _check(name, x, shape, (torch.float32, torch.float16, torch.bfloat16))
+            check_tokens(name, x, shape, (torch.float32, torch.float16, torch.bfloat16))
         refuse_grad("append", k=k, v=v)
         # A ring takes no more than its size at once.
         for part in zip(k.split(self.window, 2), v.split(self.window, 2), strict=True):
