@@ -15,8 +15,6 @@ exception.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +22,10 @@ from torch import nn
 
 import tokred
 from tokred import methods, models
+
+from .overrides import Overrides
+from .settings import Settings
+from .token_state import TokenState
 
 
 def patch(
@@ -87,127 +89,6 @@ def patch(
         )
     settings = Settings(prop_attn, trace_source, weighted_pool, num_prefix)
     return Patch(model, options_class(**options), settings)
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """The options every method has; patch() documents them."""
-
-    prop_attn: bool = True
-    trace_source: bool = False
-    weighted_pool: bool = False
-    num_prefix: int | None = None
-
-
-class Overrides:
-    """Attributes set on instances, and hooks, all of which undo() takes back."""
-
-    def __init__(self) -> None:
-        self._assigned: list[tuple[Any, str, Any, Any]] = []
-        self._replaced: list[tuple[nn.Module, str, Any, Any]] = []
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-
-    def replace(self, module: nn.Module, name: str, function: Callable, *args: Any) -> None:
-        """Makes module.name(...) call function(*args, original, ...)."""
-        previous = getattr(module, name)
-        original = getattr(previous, "tokred_original", previous)
-        replacement = partial(function, *args, original)
-        replacement.tokred_original = original
-        self._replaced.append((module, name, module.__dict__.get(name), replacement))
-        setattr(module, name, replacement)
-
-    def assign(self, owner: Any, name: str, value: Any) -> None:
-        """Sets an attribute of anything, such as a config."""
-        self._assigned.append((owner, name, getattr(owner, name), value))
-        setattr(owner, name, value)
-
-    def hook(self, module: nn.Module, function: Callable[..., None]) -> None:
-        """Calls function(module, args, output) after each of module's forward passes."""
-        self._hooks.append(module.register_forward_hook(function))
-
-    def undo(self) -> None:
-        """Restores everything.
-
-        Raises:
-            RuntimeError: something was replaced again since; nothing is restored then.
-        """
-        for module, name, _, replacement in self._replaced:
-            if module.__dict__.get(name) is not replacement:
-                raise RuntimeError(
-                    f"{type(module).__name__}.{name} was replaced after this patch was applied: "
-                    "leave nested patches in the reverse order of entering them"
-                )
-        for owner, name, _, value in self._assigned:
-            if getattr(owner, name) != value:
-                raise RuntimeError(
-                    f"{type(owner).__name__}.{name} was changed inside the patch, from {value!r} "
-                    f"to {getattr(owner, name)!r}: change it back before leaving"
-                )
-        for owner, name, previous, _ in reversed(self._assigned):
-            setattr(owner, name, previous)
-        for module, name, previous, _ in reversed(self._replaced):
-            if previous is None:
-                delattr(module, name)
-            else:
-                setattr(module, name, previous)
-        for hook in self._hooks:
-            hook.remove()
-        self._assigned.clear()
-        self._replaced.clear()
-        self._hooks.clear()
-
-
-class TokenState:
-    """One stack of layers: what each of them merges, and the state of the latest forward pass.
-
-    The first layer starts a forward pass afresh, so nothing carries over from one to the next,
-    and torch.compile sees only attributes that are written before they are read. One forward pass
-    at a time: threads need models of their own.
-    """
-
-    def __init__(self, plans: list, num_prefix: int, settings: Settings) -> None:
-        self.plans = plans
-        self.num_prefix = num_prefix
-        self.prop_attn = settings.prop_attn
-        self.trace_source = settings.trace_source
-        self.ran = False
-        self.counts: tuple[int, ...] = ()
-        self.size: torch.Tensor | None = None
-        self.token_map: torch.Tensor | None = None
-        self.ones: torch.Tensor | None = None
-        self.metric: torch.Tensor | None = None
-
-    def begin(self, x: torch.Tensor) -> None:
-        """Starts a forward pass on x [B, N, C]."""
-        self.ran = True
-        self.counts = (x.shape[1],)
-        self.size = self.token_map = self.metric = None
-        # The sizes before any merge: one element, so that an unmerged pass costs nothing.
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        self.ones = torch.ones(1, 1, dtype=wide, device=x.device).expand(x.shape[0], x.shape[1])
-
-    def key_bias(self) -> torch.Tensor | None:
-        """log(size) f32 [B, 1, N], or None where attention needs no bias."""
-        if self.size is None or not self.prop_attn:
-            return None
-        return self.size.log().unsqueeze(1)
-
-    def reduce(self, x: torch.Tensor, layer: int) -> torch.Tensor:
-        """Merges x [B, N, C] as the layer's plan says, by the metric its attention left here."""
-        metric, self.metric = self.metric, None
-        if metric.dtype == torch.float64:
-            metric = metric.float()
-        plan = self.plans[layer](metric, self.num_prefix)
-        if plan is None:
-            return x
-        token_map, num_out = plan
-        # SigLIP's tokens come channel-first out of the patch convolution; the op wants rows.
-        x, self.size = tokred.merge(x.contiguous(), token_map, num_out, self.size)
-        self.counts += (num_out,)
-        if self.trace_source:
-            earlier = self.token_map
-            self.token_map = token_map if earlier is None else tokred.compose(token_map, earlier)
-        return x
 
 
 class Patch:

@@ -1,0 +1,15 @@
+"""The options that every method has."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The options every method has; patch() documents them."""
+
+    prop_attn: bool = True
+    trace_source: bool = False
+    weighted_pool: bool = False
+    num_prefix: int | None = None
