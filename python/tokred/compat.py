@@ -1,0 +1,16 @@
+"""What differs between the releases that tokred serves, in one place."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+
+def release(package: str) -> tuple[int, int]:
+    """The first two numbers of an installed package's version."""
+    major, minor = version(package).split(".")[:2]
+    return int(major), int(minor)
+
+
+def cache_keyword() -> str:
+    """The cache's name in `forward` and `generate`: `past_key_values` before transformers 5.24."""
+    return "cache" if release("transformers") >= (5, 24) else "past_key_values"
