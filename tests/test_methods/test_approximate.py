@@ -16,6 +16,14 @@ def test_marked_approximate() -> None:
         assert "approximate" in METHODS[name].load().__doc__
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_module_names_its_paper(name: str) -> None:
+    """The registry's title, whole, and its number on arXiv are in the docstring of the module."""
+    doc = " ".join(METHODS[name].load().__doc__.split())
+    assert METHODS[name].title in doc
+    assert METHODS[name].arxiv in doc
+
+
 def test_tca_core_tokens() -> None:
     """Per block the tokens least similar to the others of their block, as many as the head has."""
     q, k, v = heads(queries=50, keys=50, groups=(4, 2))

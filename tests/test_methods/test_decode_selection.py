@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import assert_bitwise_equal
-from dense import attend, close, heads, listed, logits, repeat
+from dense import attend, close, heads, logits
 from torch import Tensor
 
 import tokred
 from tokred.methods import kinetics
 from tokred.methods.fasa import DominantKeys, chunk_dims, dominant_dims, fasa_attention
-from tokred.methods.quest import page_bounds, quest_attention
+from tokred.methods.quest import quest_attention
 from tokred.methods.tidal_decode import TidalDecode
 from tokred.methods.top_k_attention import top_k_attention
 
@@ -120,77 +120,6 @@ def test_fasa_dominant_keys_refuse() -> None:
 
 def group_mean(q: Tensor, k: Tensor) -> Tensor:
     return logits(q, k)[:, :, 0].unflatten(1, (k.shape[1], -1)).mean(2)
-
-
-def kinetics_visible(q: Tensor, k: Tensor, length: int, row: int, variant: str) -> Tensor:
-    """bool [Hkv, N] for one row, by the published description."""
-    sink, local, topk, block = 4, 10, 3, 8
-    visible = torch.zeros(k.shape[1], k.shape[2], dtype=torch.bool)
-    mean = group_mean(q, k)[row]
-    if variant == "token":
-        topk = 24
-        if length <= sink + topk + local:
-            visible[:, :length] = True
-            return visible
-        visible[:, :sink] = visible[:, length - local : length] = True
-        visible[:, sink : length - local] |= top_visible(mean[:, sink : length - local], topk)
-        return visible
-    n_full = -(-(sink + local + topk * block) // block) * block
-    if length <= n_full:
-        visible[:, :length] = True
-        return visible
-    dynamic = (length - local - sink) // block * block
-    visible[:, :sink] = visible[:, sink + dynamic : length] = True
-    part = mean[:, sink : sink + dynamic]
-    if variant == "block":
-        chosen = top_visible(part.unflatten(-1, (-1, block)).mean(-1), topk)
-        visible[:, sink : sink + dynamic] |= chosen.repeat_interleave(block, -1)
-        return visible
-    stride = block // 2
-    windows = part.unfold(-1, block, stride).mean(-1)
-    for head in range(k.shape[1]):
-        starts = windows[head].topk(min(2 * topk, windows.shape[-1])).indices
-        tokens = sorted({int(s) * stride + i for s in starts for i in range(block)})
-        visible[head, [sink + t for t in tokens[: topk * block]]] = True
-    return visible
-
-
-@pytest.mark.parametrize("variant", ["token", "block", "strided"])
-def test_kinetics(variant: str) -> None:
-    q, k, v = heads(batch=6)
-    lengths = torch.tensor([200, 131, 57, 38, 9, 1], dtype=torch.int32)
-    if variant == "token":
-        indices = kinetics.token_topk(q, k, 24, 4, 10, lengths)
-    elif variant == "block":
-        indices = kinetics.block_topk(q, k, 3, 8, 4, 10, lengths)
-    else:
-        indices = kinetics.strided_topk(q, k, 3, 8, 4, 10, lengths)
-    rows = enumerate(lengths.tolist())
-    expected = torch.stack([kinetics_visible(q, k, n, row, variant) for row, n in rows])
-    assert torch.equal(listed(indices, 200), expected)
-    out, _ = kinetics.kinetics_attention(q, k, v, indices)
-    close(out, attend(q, k, v, repeat(expected, q)[:, :, None]))
-
-
-@pytest.mark.parametrize("reduce", ["none", "group_max"])
-def test_quest(reduce: str) -> None:
-    q, k, v = heads(keys=203)
-    mask = torch.ones(2, 203, dtype=torch.bool)
-    mask[1, :40] = False
-    neutral = torch.nn.functional.pad(k.masked_fill(~mask[:, None, :, None], 0), (0, 0, 0, 5))
-    hidden = torch.nn.functional.pad(~mask, (0, 5), value=True)
-    low = neutral.masked_fill(hidden[:, None, :, None], torch.inf).unflatten(2, (-1, 16)).amin(3)
-    high = neutral.masked_fill(hidden[:, None, :, None], -torch.inf).unflatten(2, (-1, 16)).amax(3)
-    query = q[:, :, 0, None]
-    score = torch.maximum(query * repeat(low, q), query * repeat(high, q)).sum(-1)
-    score = score.masked_fill(hidden.unflatten(1, (-1, 16)).all(-1)[:, None], -torch.inf)
-    if reduce == "group_max":
-        score = repeat(score.unflatten(1, (2, 3)).amax(2), q)
-    visible = top_visible(score, 4).repeat_interleave(16, -1)[..., :203] & mask[:, None]
-    out, _ = quest_attention(q, k, v, num_keys=64, reduce=reduce, mask=mask)
-    close(out, attend(q, k, v, visible[:, :, None]))
-    bounds = page_bounds(k, mask=mask)
-    assert torch.equal(quest_attention(q, k, v, 64, 16, bounds, reduce, mask)[0], out)
 
 
 def test_short_caches_are_attended_whole() -> None:

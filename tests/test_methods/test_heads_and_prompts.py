@@ -74,37 +74,20 @@ def test_razor_head_scores() -> None:
     assert chosen.tolist() == [[False, True], [True, False]]
 
 
-@pytest.mark.parametrize("pooling", [False, True])
-def test_prompt_distill(pooling: bool) -> None:
-    q, k, _ = heads(keys=50)
-    hidden, positions = torch.randn(2, 50, 8), torch.arange(50)[None] + 3
-    mask = torch.ones(2, 50, dtype=torch.bool)
-    mask[1, :12] = False
+def test_prompt_distill_defaults() -> None:
+    """Pooling is on, and the last prompt token comes on top of the 1024 tokens."""
+    q, k, _ = heads(keys=1100)
+    hidden, positions = torch.randn(2, 1100, 4), torch.arange(1100)[None]
+    result = prompt_distill(q, k, hidden, positions)
+    assert result.lengths.tolist() == [1025, 1025]
+    assert (result.indices[:, -1] == 1099).all()
     score = logits(q, k)[:, :, 0].mean(1)
-    score = score.masked_fill(~mask, 0)
-    score[:, 40:] = 0
-    if pooling:
-        score = functional.avg_pool1d(score[:, None], 5, 1, 2)[:, 0]
-    score[:, 40:] = -torch.inf
-    score = score.masked_fill(~mask, -torch.inf)
-    chosen = score.topk(10).indices.sort(-1).values
-    expected = torch.cat([chosen, torch.arange(40, 50).expand(2, -1)], 1)
-
-    result = prompt_distill(q, k, hidden, positions, 10, 40, pooling, mask)
-    assert torch.equal(result.indices.long(), expected)
-    assert torch.equal(result.hidden, hidden.gather(1, expected[..., None].expand(-1, -1, 8)))
-    assert torch.equal(result.position_ids, expected + 3)
-    assert result.lengths.tolist() == [20, 20]
-
-
-def test_prompt_distill_pads_short_rows() -> None:
-    q, k, _ = heads(keys=9)
-    mask = torch.ones(2, 9, dtype=torch.bool)
-    mask[1, :6] = False
-    result = prompt_distill(q, k, torch.randn(2, 9, 4), torch.arange(9)[None], 5, mask=mask)
-    assert result.lengths.tolist() == [5, 3]
-    assert result.indices[1].tolist() == [6, 7, 8, -1, -1]
-    assert not result.hidden[1, 3:].any()
+    score[:, 1099] = 0
+    score = functional.avg_pool1d(score[:, None], 5, 1, 2)[:, 0, :1099]
+    chosen = score.topk(1024).indices.sort(-1).values
+    assert torch.equal(result.indices[:, :-1].long(), chosen)
+    few = prompt_distill(q, k, hidden, positions, 0, prompt_end=1090, pooling=False)
+    assert few.indices.tolist() == [list(range(1090, 1100))] * 2
 
 
 def test_zero_tuning() -> None:

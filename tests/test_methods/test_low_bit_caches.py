@@ -87,22 +87,54 @@ def test_kivi_without_room() -> None:
     cache = KiviCache(2, 2, 64, 32, group_size=16, residual=32, dtype=torch.float32)
     with pytest.raises(RuntimeError, match="room for 64"):
         cache.append(k, v)
+    for name, wrong in (("k", k.half()), ("v", v[:, :, :5]), ("v", v[:1]), ("v", v[:, :1])):
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            cache.append(**{"k": k[:, :, :6], "v": v[:, :, :6]} | {name: wrong})
     assert cache.length == 0 and not cache.packed_v.codes.any()
+    assert not cache.window_k.any() and not cache.window_v.any()
+    with pytest.raises(ValueError, match="group_size must be at least 1, got 0"):
+        KiviCache(1, 1, 64, 32, group_size=0)
 
 
-def test_arkv_layers() -> None:
-    """Entropy, variance and kurtosis of the last queries' weights, and each layer's share."""
-    q, k, _ = heads(queries=8, keys=60)
-    causal = torch.ones(8, 60, dtype=torch.bool).tril(52)
-    p = logits(q, k).masked_fill(~causal, -torch.inf).softmax(-1)
+@pytest.mark.parametrize(("window", "tokens"), [(8, 60), (2, 3), (8, 9), (8, 8)])
+def test_arkv_layers(window: int, tokens: int) -> None:
+    """Entropy, variance and kurtosis of the last queries' weights on the keys before them."""
+    q, k, _ = heads(queries=window, keys=tokens)
+    causal = torch.ones(window, tokens, dtype=torch.bool).tril(tokens - window)
+    p = logits(q, k).masked_fill(~causal, -torch.inf).softmax(-1)[..., : tokens - window]
     entropy = -(p * torch.log(p + 1e-10)).sum()
-    variance = ((p - p.mean(2, keepdim=True)) ** 2).sum(2).div(7).sum()
+    variance = ((p - p.mean(2, keepdim=True)) ** 2).sum(2).div(window - 1).sum()
     moments = [((p - p.mean(2, keepdim=True)) ** n).mean(2) for n in (2, 4)]
     kurtosis = (moments[1] / moments[0].clamp(min=1e-8) ** 2).sum()
-    expected = entropy ** (1 / 7.77) * variance ** (1 / 5.41) * kurtosis ** (1 / 5.53)
-    assert arkv.layer_score(q, k) == pytest.approx(float(expected), rel=1e-4)
-    assert arkv.origin_budgets([2.0, 1.0, 4.0, 3.0], 96, 32, 500) == [64, 32, 64, 48]
-    assert arkv.origin_budgets([2.0, 1.0, 4.0, 3.0], 96, 32, 50) == [18, 18, 18, 18]
+    tau = 7.774380648611771, 5.407015096778621, 5.527702582901318
+    parts = zip((entropy, variance, kurtosis), tau, strict=True)
+    expected = float(torch.stack([x ** (1 / t) for x, t in parts]).prod())
+    assert arkv.layer_score(q, k) == pytest.approx(expected, rel=1e-4)
+
+
+def test_arkv_budgets() -> None:
+    """Each layer's share of the greatest score, whichever layer has it; halves to even."""
+    assert arkv.origin_budgets([2.0, 1.0, 4.0, 3.0], 96, 32, 500) == [32, 16, 64, 48]
+    assert arkv.origin_budgets([2.0, 1.0, 4.0, 3.0], 96, 32, 50) == [18, 16, 18, 18]
+    assert arkv.origin_budgets([1.0, 2.0, 3.0], 38, 32, 500) == [2, 4, 6]
+    assert arkv.origin_budgets([1.0, 3.0, 4.0], 42, 32, 500) == [2, 8, 10]
+    assert arkv.origin_budgets([0.0, 0.0], 96, 32, 500) == [64, 64]
+    assert arkv.origin_budgets([1.0], 96, 32, 20) == [0]
+    assert arkv.origin_budgets([], 96, 32, 500) == []
+
+
+def test_arkv_refuses_sizes() -> None:
+    q, k, v = heads(queries=8, keys=60)
+    with pytest.raises(ValueError, match="cache_size must be more than window = 32, got 32"):
+        arkv.origin_budgets([1.0], 32, 32, 500)
+    with pytest.raises(ValueError, match="window must be at least 1, got 0"):
+        arkv.compress_prompt(q, k, v, 8, 30, window=0)
+    with pytest.raises(ValueError, match="origin_budget must be at least 0, got -1"):
+        arkv.compress_prompt(q, k, v, -1, 30, window=8)
+    with pytest.raises(ValueError, match="q must have the last 32 queries, got 8"):
+        arkv.compress_prompt(q, k, v, 8, 40)
+    with pytest.raises(ValueError, match="q must have from 2 to the 60 tokens of k, got 1"):
+        arkv.layer_score(q[:, :, :1], k)
 
 
 def in_fp8(x: Tensor) -> Tensor:
@@ -188,6 +220,9 @@ def test_arkv_refuses_other_tokens() -> None:
     for name, token in wrong:
         with pytest.raises(ValueError, match=f"{name} must be one token"):
             cache.step(q, **{"k": k, "v": v} | {name: token})
+    for query in (q[:1], q[:, :5], q.expand(-1, -1, 2, -1), q[..., :8]):
+        with pytest.raises(ValueError, match="q must be"):
+            cache.step(query, k, v)
     assert cache.num_tokens == 20 and cache.length == 20
 
 

@@ -4,54 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dense import attend, close, heads, listed, logits
+from dense import attend, close, heads, logits
 from torch.nn import functional
 
 from tokred.methods import dhsa, landmark, paro_attention
 from tokred.methods.rectified_spattn import rectified_attention
-
-
-def dhsa_transcription(q, k, block, budget, edges, num_sinks, num_locals, window) -> torch.Tensor:
-    """bool [B, nQ, N], token by token."""
-    batch, _, tokens, _ = q.shape
-    query, key = q.double().mean(1), k.double().mean(1)
-    blocks = -(-tokens // block)
-    visible = torch.zeros(batch, blocks, tokens, dtype=torch.bool)
-    for b in range(batch):
-        for i in range(blocks):
-            rows = query[b, i * block : (i + 1) * block]
-            mean = rows.mean(0) * len(rows) ** 0.5
-            end = min((i + 1) * block, tokens)
-            score = []
-            for t in range(end):
-                c = max(e for e in range(len(edges) - 1) if edges[e] <= t)
-                chunk = key[b, edges[c] : edges[c + 1]]
-                value = float(mean @ (chunk.mean(0) * len(chunk) ** 0.5))
-                hidden = window is not None and t < end - window
-                forced = t < num_sinks or t >= end - num_locals
-                score.append((not forced, hidden and not forced, -value, t))
-            for _, hidden, _, t in sorted(score)[:budget]:
-                visible[b, i, t] = not hidden
-    return visible
-
-
-@pytest.mark.parametrize(("num_sinks", "window"), [(0, None), (3, None), (0, 40)])
-def test_dhsa(num_sinks: int, window: int | None) -> None:
-    q, k, v = heads(queries=100, keys=100, groups=(4, 2))
-    edges = [0, 7, 30, 31, 64, 90, 100]
-    boundaries = torch.tensor([edges], dtype=torch.int32)
-    options = {"num_sinks": num_sinks, "num_locals": 6, "window": window}
-    indices = dhsa.dhsa_indices(q, k, 16, 24, boundaries, **options)
-    expected = dhsa_transcription(q, k, 16, 24, edges, num_sinks, 6, window)
-    assert torch.equal(listed(indices, 100), expected)
-
-    causal = torch.ones(100, 100, dtype=torch.bool).tril()
-    visible = expected.repeat_interleave(16, 1)[:, :100] & causal
-    visible[:, -10:] = causal[-10:]
-    out = dhsa.dhsa_attention(
-        q, k, v, 16, instruction_tokens=10, budget=24, boundaries=boundaries, **options
-    )
-    close(out, attend(q, k, v, visible[:, None]))
 
 
 def test_dhsa_fixed_chunks_are_boundaries() -> None:
@@ -61,19 +18,22 @@ def test_dhsa_fixed_chunks_are_boundaries() -> None:
     assert torch.equal(dhsa.dhsa_indices(q, k, 16, 20, chunk_size=32), given)
 
 
+@pytest.mark.parametrize("density", [0.05, 0.3, 1.0])
 @pytest.mark.parametrize("force_ends", [False, True])
-def test_dhsa_blocks(force_ends: bool) -> None:
+def test_dhsa_blocks(force_ends: bool, density: float) -> None:
+    """The first and the newest block whatever the density, and the best ones between them."""
     q, k, _ = heads(queries=96, keys=96, groups=(2, 2))
-    mask = dhsa.dhsa_block_mask(q, k, 32, 8, density=0.3, force_ends=force_ends)
+    mask = dhsa.dhsa_block_mask(q, k, 32, 8, density=density, force_ends=force_ends)
     means = [x.double().unflatten(2, (-1, n)).mean(3) for x, n in ((q, 32), (k, 8))]
     score = means[0] @ means[1].transpose(-1, -2)
     expected = torch.zeros_like(mask)
     for row in range(3):
-        seen = 4 * (row + 1)
+        seen, kept = 4 * (row + 1), max(int(density * 12), 1)
         part = score[:, :, row, :seen]
         if force_ends:
             part[..., 0] = part[..., -1] = torch.inf
-        expected[:, :, row, :seen].scatter_(-1, part.topk(min(3, seen)).indices, True)
+            kept = max(kept, 2)
+        expected[:, :, row, :seen].scatter_(-1, part.topk(min(kept, seen)).indices, True)
     assert torch.equal(mask, expected)
 
 

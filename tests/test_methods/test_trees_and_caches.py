@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 
 import pytest
@@ -23,19 +24,40 @@ def ancestors_or_self(tree: recycling.Tree) -> torch.Tensor:
     return visible
 
 
-def test_default_tree() -> None:
+def test_published_tree() -> None:
+    """The tree of 80 nodes, each written as the ranks of its path."""
+    published = re.findall(r"\d+", """
+        0 1 2 3 4 5 6 7
+        00 01 02 03 04 05 06 07 10 11 12 13 20 21 22 30 31 40 50 60 70
+        000 001 002 003 004 005 006 007 010 011 012 020 021 030 040 050 060 070
+        100 101 110 200 300 400 500
+        0000 0001 0002 0003 0004 0010 0011 0020 0030 0040 0100 0200 1000 2000 3000
+        00000 00001 00002 00010 00020 00100 01000 10000
+        000000 000001 000100
+    """)  # fmt: skip
     tree = recycling.default_tree()
-    assert len(tree) == 81
+    assert len(tree) == len(published) + 1 == 81
+    names = [""]
+    for parent, rank in zip(tree.parent[1:].tolist(), tree.rank[1:].tolist(), strict=True):
+        names.append(f"{names[parent]}{rank}")
+    assert names[1:] == published
+    assert tree.depth.tolist() == [len(name) for name in names]
+
+
+def test_other_trees() -> None:
+    tree = recycling.rank_sum_tree((8, 21, 25, 15, 8, 3))
     assert tree.depth.bincount().tolist() == [1, 8, 21, 25, 15, 8, 3]
     assert torch.equal(tree.depth[1:], tree.depth[tree.parent[1:]] + 1)
     siblings = {(int(p), int(r)) for p, r in zip(tree.parent, tree.rank, strict=True)}
     assert len(siblings) == 81
     with pytest.raises(ValueError, match="before its parent"):
         recycling.Tree.from_paths([(0, 1)])
+    with pytest.raises(ValueError, match="widths must be at least 1, got 0"):
+        recycling.rank_sum_tree((2, 0))
 
 
 def test_tree_attention() -> None:
-    tree = recycling.default_tree((3, 4, 2), 3)
+    tree = recycling.rank_sum_tree((3, 4, 2), 3)
     past = 30
     q, k, v = heads(queries=len(tree), keys=past + len(tree))
     visible = torch.cat([torch.ones(len(tree), past).bool(), ancestors_or_self(tree)], 1)
@@ -46,7 +68,7 @@ def test_tree_attention() -> None:
 def test_token_recycling_round() -> None:
     """Draft, verify and recycle with a model that counts upwards."""
     vocabulary = 40
-    tree = recycling.default_tree((3, 4, 2), 3)
+    tree = recycling.rank_sum_tree((3, 4, 2), 3)
     adjacency = torch.zeros(vocabulary, 3, dtype=torch.int64)
     adjacency[:, 1] = (torch.arange(vocabulary) + 1) % vocabulary
     adjacency[:, 2] = 7

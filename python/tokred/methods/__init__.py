@@ -54,7 +54,8 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "token_select",
-            "TokenSelect: Dynamic Token-Level KV Cache Selection",
+            "TokenSelect: Efficient Long-Context Inference and Length Extrapolation for LLMs "
+            "via Dynamic Token-Level KV Cache Selection",
             "2411.02886",
             "exact",
             "at every step attend to the cached tokens that all heads of a layer vote for",
@@ -92,25 +93,26 @@ METHODS: dict[str, Method] = {
             "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference",
             "2406.10774",
             "exact",
-            "keep the pages of keys with the greatest upper bound of their logits",
+            "keep the newest page of keys and those with the greatest upper bound of their logits",
         ),
         Method(
             "dhsa",
-            "Long-Context Modeling with Dynamic Hierarchical Sparse Attention",
+            "Long-Context Modeling with Dynamic Hierarchical Sparse Attention for On-Device LLMs",
             "2510.24606",
             "exact",
             "score chunks of keys per block of queries, keep a budget of tokens",
         ),
         Method(
             "rectified_spattn",
-            "Rectified SpaAttn: Revisiting Attention Sparsity for Video Generation",
+            "Rectified SpaAttn: Revisiting Attention Sparsity for Efficient Video Generation",
             "2511.19835",
             "exact",
             "attend to critical blocks, rescale, add what the skipped blocks pool to",
         ),
         Method(
             "paro_attention",
-            "PAROAttention: Pattern-Aware ReOrdering for Sparse and Quantized Attention",
+            "PAROAttention: Pattern-Aware ReOrdering for Efficient Sparse and Quantized "
+            "Attention in Visual Generation Models",
             "2506.16054",
             "exact",
             "reorder a video's tokens so that attention becomes blocks, keep fixed ones",
@@ -124,35 +126,39 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "landmark",
-            "Landmark Attention: Random-Access Infinite Context Length",
+            "Landmark Attention: Random-Access Infinite Context Length for Transformers",
             "2305.16300",
             "exact",
             "see earlier blocks through their landmark token, in a two-level softmax",
         ),
         Method(
             "prompt_distill",
-            "PromptDistill: Query-based Selective Token Retention in Intermediate Layers",
+            "PromptDistill: Query-based Selective Token Retention in Intermediate Layers for "
+            "Efficient Large Language Model Inference",
             "2503.23274",
             "exact",
             "from one layer on keep the prompt tokens that the last one attends to most",
         ),
         Method(
             "zero_tuning",
-            "ZeroTuning: Unlocking the Initial Token's Power Without Training",
+            "ZeroTuning: Unlocking the Initial Token's Power to Enhance Large Language Models "
+            "Without Training",
             "2505.11739",
             "exact",
             "scale each head's attention to the first token, from the lse alone",
         ),
         Method(
             "gated_attention",
-            "Gated Attention for Large Language Models",
+            "Gated Attention for Large Language Models: Non-linearity, Sparsity, and "
+            "Attention-Sink-Free",
             "2505.06708",
             "exact",
             "a sigmoid gate on the attention output, per head or per element",
         ),
         Method(
             "token_recycling",
-            "Turning Trash into Treasure: Accelerating Inference with Token Recycling",
+            "Turning Trash into Treasure: Accelerating Inference of Large Language Models "
+            "with Token Recycling",
             "2408.08696",
             "exact",
             "draft a tree from an adjacency table, verify it in one forward pass",
@@ -166,14 +172,16 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "free_cache",
-            "FlashDLM: Accelerating Diffusion Language Model Inference",
+            "FlashDLM: Accelerating Diffusion Language Model Inference via Efficient KV "
+            "Caching and Guided Diffusion",
             "2505.21467",
             "exact",
             "diffusion language models keep the keys of finished blocks",
         ),
         Method(
             "cartridges",
-            "Cartridges: Lightweight Long Context Representations via Self-Study",
+            "Cartridges: Lightweight and General-Purpose Long Context Representations via "
+            "Self-Study",
             "2506.06266",
             "exact",
             "one trained KV prefix, read once for all sequences of a batch",
@@ -194,35 +202,40 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "act_qkv",
-            "Activation-aware Probe-Query: Effective Key-Value Retrieval",
+            "Activation-aware Probe-Query: Effective Key-Value Retrieval for Long-Context "
+            "LLMs Inference",
             "2502.13542",
             "approximate",
             "a probe query that stresses unusual queries retrieves blocks of keys",
         ),
         Method(
             "kv_share",
-            "KVShare: Multi-Tenant KV Cache Reuse",
+            "KVShare: An LLM Service System with Efficient and Effective Multi-Tenant KV "
+            "Cache Reuse",
             "2503.16525",
             "approximate",
             "reuse another request's cache, recompute the tokens that deviate most",
         ),
         Method(
             "arkv",
-            "ARKV: Adaptive and Resource-Efficient KV Cache Management",
+            "ARKV: Adaptive and Resource-Efficient KV Cache Management under Limited Memory "
+            "Budget for Long-Context Inference in LLMs",
             "2603.08727",
             "approximate",
             "one cache of tokens in full precision, tokens in fp8 and evicted ones",
         ),
         Method(
             "kv_merger",
-            "Model Tells You Where to Merge: Adaptive KV Cache Merging for LLMs",
+            "Model Tells You Where to Merge: Adaptive KV Cache Merging for LLMs on "
+            "Long-Context Tasks",
             "2407.08454",
             "approximate",
             "runs of neighbouring keys that are alike become one, weighted around a pivot",
         ),
         Method(
             "ems",
-            "EMS: Adaptive Evict-then-Merge Strategy for Head-wise KV Cache Compression",
+            "EMS: Adaptive Evict-then-Merge Strategy for Head-wise KV Cache Compression Based "
+            "on Global-Local Importance",
             "2412.08521",
             "approximate",
             "each head evicts its least important tokens, merges the middle ones into kept ones",

@@ -1,4 +1,4 @@
-"""What the attention methods share: lists of consecutive keys, lengths, and a check of tokens."""
+"""What the methods share: lists of consecutive keys, lengths, and checks of arguments."""
 
 from __future__ import annotations
 
@@ -24,6 +24,13 @@ def key_lengths(k: Tensor, lengths: Tensor | None) -> Tensor:
     if lengths is not None:
         return lengths.to(torch.int32)
     return torch.full((k.shape[0],), k.shape[2], dtype=torch.int32, device=k.device)
+
+
+def check_least(least: float, **values: float) -> None:
+    """Refuses values below `least`, in the caller's name of the argument."""
+    for name, value in values.items():
+        if not value >= least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def check_tokens(name: str, x: Tensor, shape: list[int], dtypes: tuple[torch.dtype, ...]) -> None:

@@ -6,12 +6,19 @@ Long-Context Inference in LLMs (arXiv 2603.08727).
 A prompt beyond the cache size keeps its heavy hitters and its last window. While decoding, a cache
 that has grown beyond its size keeps three quarters of what lies before the window: the best of them
 in full precision, as many as the layer's budget allows, and the others in fp8. A layer's budget
-follows from the entropy, variance and kurtosis of its attention, relative to the layers before it.
+follows from the entropy, variance and kurtosis of its attention, relative to the greatest of all
+layers.
 
-An approximate version, different from the released code in this: an fp8 scale is that of one token
-of one head, where the release shares it among all heads and items of a slot; the tokens of every
-head stay in the order of their positions, where the release orders those of the first head only
-(it matters to the pooling of scores alone).
+An approximate version, different from the released code in this:
+
+- an fp8 scale is that of one token of one head, stored in float16; the release shares a float32 one
+  among all heads and items of a slot;
+- kept tokens of every head stay in the order of their positions; the release keeps those of a
+  prompt in the order of their scores, and later orders those of the first head only. It matters to
+  the pooling of scores over neighbours alone;
+- weights are float32, and layer scores float64, whatever the dtype of the model; the release
+  rounds the weights to that dtype before it takes scores of them;
+- a window of one query has no variance and is refused, where the release computes NaN.
 """
 
 from __future__ import annotations
@@ -25,23 +32,34 @@ from torch.nn.functional import avg_pool1d
 import tokred
 from tokred import PackedKV
 
-from ._lists import check_tokens
+from ._lists import check_least, check_tokens
 
-# The exponents 1 / tau of entropy, variance and kurtosis that the paper calibrates.
-TAU = (7.77, 5.41, 5.53)
-GAMMA = 263.8
+# The tau in the exponents 1 / tau of entropy, variance and kurtosis, and the weight of variance in
+# scores of tokens: what the release sets for all of its models.
+TAU = (7.774380648611771, 5.407015096778621, 5.527702582901318)
+GAMMA = 263.8108280337562
 
 
 def layer_score(q: Tensor, k: Tensor, tau: tuple[float, float, float] = TAU) -> float:
     """How much a layer gains from full precision: H^(1/t1) V^(1/t2) kappa^(1/t3).
 
     Args:
-        q: [B, Hq, W, D], the last W > 1 queries of a prompt. k: [B, Hkv, N, D].
+        q: [B, Hq, W, D], the last W queries of a prompt, at least 2. k: [B, Hkv, N, D].
+        tau: the exponents' inverses, t1, t2 and t3.
 
-    H is the entropy of all their weights, V the sum of every key's variance over the queries, kappa
-    the sum of m4 / m2^2 of the same. O(B Hq W N) memory.
+    Of the weights of all these queries on the N - W keys before them (normalised over all N), H is
+    the entropy, V the sum of every key's variance over the queries and kappa the sum of m4 / m2^2
+    of the same. 0 where there is no key before the window. O(B Hq W N) memory.
+
+    Raises:
+        ValueError: fewer than two queries, or more than keys.
     """
-    p = tokred.attention_rows(q, k, causal=True).double()
+    window, tokens = q.shape[2], k.shape[2]
+    if not 2 <= window <= tokens:
+        raise ValueError(f"q must have from 2 to the {tokens} tokens of k, got {window}")
+    if window == tokens:
+        return 0.0
+    p = tokred.attention_rows(q, k, causal=True)[..., : tokens - window].double()
     entropy = -(p * (p + 1e-10).log()).sum()
     variance = p.var(2).sum()
     deviation = p - p.mean(2, keepdim=True)
@@ -55,17 +73,25 @@ def origin_budgets(scores: list[float], cache_size: int, window: int, tokens: in
     """Tokens that every layer may keep in full precision, besides the window.
 
     Args:
-        scores: layer_score of the layers in order; each is compared with the greatest so far, so
-            that the first layer always has the whole budget.
+        scores: layer_score of all layers; each is compared with the greatest of them, wherever
+            that stands.
+        cache_size: tokens the cache may have, more than window.
         tokens: of the prompt.
+
+    Raises:
+        ValueError: a cache_size that is not above the window, or a window below 1.
     """
-    most = min(cache_size - window, tokens - window)
-    budgets, greatest = [], 0.0
-    for score in scores:
-        greatest = max(greatest, score)
-        share = score / greatest if greatest > 0 else 1.0
-        budgets.append(max(min(round(share * (cache_size - window)), most), 0))
-    return budgets
+    _check_sizes(cache_size, window)
+    most = max(min(cache_size - window, tokens - window), 0)
+    greatest = max(scores, default=0.0)
+    shares = (score / greatest if greatest > 0 else 1.0 for score in scores)
+    return [max(min(round(share * (cache_size - window)), most), 0) for share in shares]
+
+
+def _check_sizes(cache_size: int, window: int) -> None:
+    check_least(1, window=window)
+    if cache_size <= window:
+        raise ValueError(f"cache_size must be more than window = {window}, got {cache_size}")
 
 
 def heavy_hitters(mean: Tensor, variance: Tensor, heads_kv: int, window: int) -> Tensor:
@@ -120,13 +146,18 @@ class ArkvCache:
             [B, Hq, 1, Dv]: one softmax over tokens of both precisions.
 
         Raises:
-            ValueError: k or v of another shape or dtype than those in the cache; it is unchanged.
+            ValueError: k or v of another shape or dtype than those in the cache, or a q that does
+                not fit them; the cache is unchanged.
 
         Complexity: one read of all tokens, and a write of the new one; a shrink, every quarter of
         the cache, reads and packs them all. Only the first shrink makes new buffers.
         """
         for name, token, held in (("k", k, self.k), ("v", v, self.v)):
             check_tokens(name, token, [*held.shape[:2], 1, held.shape[3]], (held.dtype,))
+        batch, heads, _, dim = k.shape
+        if q.shape[0] != batch or q.shape[1] % heads or [*q.shape[2:]] != [1, dim]:
+            wanted = f"[{batch}, a multiple of {heads}, 1, {dim}]"
+            raise ValueError(f"q must be {wanted}, got {[*q.shape]}")
         for name, token in (("k", k), ("v", v), ("position", self.length)):
             end = getattr(self, name).shape[2] + 1
             grown = self._buffers[name][:, :, :end]
@@ -188,8 +219,16 @@ def compress_prompt(
     Args:
         q: [B, Hq, window, D], the last queries. k: [B, Hkv, N, D]; v: [B, Hkv, N, Dv].
         origin_budget: of origin_budgets. cache_size: tokens the cache may have, more than window.
+
+    Raises:
+        ValueError: a cache_size that is not above the window, a window below 1, a negative budget,
+            or, with a prompt beyond the cache, a q of another number of queries than the window.
     """
+    _check_sizes(cache_size, window)
+    check_least(0, origin_budget=origin_budget)
     tokens = k.shape[2]
+    if tokens > cache_size and q.shape[2] != window:
+        raise ValueError(f"q must have the last {window} queries, got {q.shape[2]}")
     position = torch.arange(tokens, device=k.device).expand(*k.shape[:2], -1)
     if tokens > cache_size:
         _, lse = tokred.biased_attention(q, k, v, causal=True)

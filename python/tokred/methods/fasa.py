@@ -17,6 +17,8 @@ from torch import Tensor
 import tokred
 from tokred.selection import block_mask
 
+from ._lists import check_least
+
 LANES = 16  # rows of whole lanes are read fastest
 
 if TYPE_CHECKING:
@@ -44,11 +46,16 @@ def chunk_agreement(q: Tensor, k: Tensor, top: int = 256, interleaved: bool = Fa
 
     Args:
         q: [B, Hq, L, D], rotated calibration queries; k: [B, Hkv, N, D], rotated keys.
-        top: keys compared: |top keys of the chunk and of the head| / top, averaged over queries.
+        top: keys compared, at least 1 and at most N: |top keys of the chunk and of the head| / top,
+            averaged over queries.
 
     Returns:
         f32 [Hq, D / 2]. O(B Hq L N D) time.
+
+    Raises:
+        ValueError: top below 1, or no queries or keys.
     """
+    check_least(1, top=top, L=q.shape[2], N=k.shape[2])
     heads, head_dim = q.shape[1], q.shape[3]
     top = min(top, k.shape[2])
     agreement = torch.zeros(heads, head_dim // 2, device=q.device)
@@ -76,7 +83,12 @@ def dominant_dims(
     Calibrated once: the chunks hardly differ from task to task. Arguments as in chunk_agreement;
     num_chunks is 8, 12 or 16 of 64 in the paper. With `shared` they are those of each key head,
     [Hkv, 2 * num_chunks], for `DominantKeys`: the agreement is meaned over its query heads.
+
+    Raises:
+        ValueError: num_chunks outside [1, D / 2], or as in chunk_agreement.
     """
+    if not 1 <= num_chunks <= q.shape[3] // 2:
+        raise ValueError(f"num_chunks must be from 1 to {q.shape[3] // 2}, got {num_chunks}")
     agreement = chunk_agreement(q, k, top, interleaved)
     if shared:
         agreement = agreement.unflatten(0, (k.shape[1], -1)).mean(1)
@@ -149,15 +161,17 @@ def fasa_attention(
     Args:
         q: [B, Hq, 1, D] and k: [B, Hkv, N, D], rotated; v: [B, Hkv, N, Dv].
         dims: i32 [Hq, 2F] from dominant_dims, or the DominantKeys of k.
-        num_keys: keys each query head attends to, or, with DominantKeys, each group of them.
+        num_keys: keys each query head attends to, or, with DominantKeys, each group of them; at
+            least 1. A row with fewer visible keys attends to them all.
         mask: bool [B, N], False where a key is padding.
 
     Returns:
         out [B, Hq, 1, Dv], lse f32 [B, Hq, 1].
 
     Raises:
-        ValueError: for DominantKeys of another number of keys than k's.
+        ValueError: for DominantKeys of another number of keys than k's, or num_keys below 1.
     """
+    check_least(1, num_keys=num_keys)
     if isinstance(dims, DominantKeys):
         if dims.length != k.shape[2]:
             raise ValueError(f"dims must hold the {k.shape[2]} keys of k, got {dims.length}")

@@ -10,6 +10,8 @@ from torch import Tensor
 
 import tokred
 
+from ._lists import check_tokens
+
 
 class FreeCache:
     """Keys and values of the prompt and of finished blocks, one layer, in a buffer made once.
@@ -47,8 +49,12 @@ class FreeCache:
         """Appends a finished block k [B, H, n, D], v [B, H, n, Dv].
 
         Raises:
-            ValueError: it does not fit; the cache is unchanged.
+            ValueError: it does not fit, or is of another shape or dtype than the cache, which is
+                unchanged.
         """
+        tokens = k.shape[2:3]
+        for name, x, held in (("k", k, self._k), ("v", v, self._v)):
+            check_tokens(name, x, [*held.shape[:2], *tokens, held.shape[3]], (held.dtype,))
         end = self.length + k.shape[2]
         if end > self._k.shape[2]:
             raise ValueError(f"the cache has room for {self._k.shape[2]} tokens, not for {end}")

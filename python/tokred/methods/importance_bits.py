@@ -78,12 +78,17 @@ def mixed_bits(
 
     Args:
         k: [B, Hkv, N, D], v: [B, Hkv, N, D]. importance: f32 [B, N].
-        share: of the tokens, that get few bits.
+        share: of the tokens, that get few bits: int(share * N) of them.
         few, many: formats of keys and values along channels; rotated and symmetric with a scale a
             token, in 4 and 8 bits, where None.
 
+    Raises:
+        ValueError: a share outside [0, 1].
+
     Complexity: one read of k and v.
     """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share must be in [0, 1], got {share}")
     tokens, dim = k.shape[2:]
     important = tokens - int(share * tokens)
     best = tokred.topk(importance, important, order="position")[1]

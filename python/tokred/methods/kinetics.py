@@ -2,7 +2,8 @@
 
 Kinetics: Rethinking Test-Time Scaling Laws (arXiv 2506.05333). Every function returns the keys a
 group of query heads attends to, i32 [B, Hkv, width] with -1 padding, for kinetics_attention; rows
-with fewer keys than the budget get them all.
+with fewer keys than the budget get them all. The release leaves the first layer dense, which is up
+to the caller; its variants that draw tokens at random are not here.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 import tokred
 from tokred.selection import block_mask, expand_blocks
 
-from ._lists import key_lengths, range_list
+from ._lists import check_least, key_lengths, range_list
 
 
 def token_topk(
@@ -28,8 +29,13 @@ def token_topk(
 
     Args:
         q: [B, Hq, 1, D]; k: [B, Hkv, N, D].
-        lengths: i32 [B], the keys of each row; all N where None.
+        topk, sink, local: at least 0.
+        lengths: i32 [B], the keys of each row; all N where None. A row without keys lists none.
+
+    Raises:
+        ValueError: a negative number.
     """
+    check_least(0, topk=topk, sink=sink, local=local)
     scores = tokred.qk_score(q, k, reduce="group_mean", lengths=lengths)
     per_row = key_lengths(k, lengths)[:, None]
     width = min(sink + topk + local, k.shape[2])
@@ -86,8 +92,11 @@ def block_topk(
     """The topk_blocks blocks of greatest mean logit, besides sinks and local tokens.
 
     Blocks start behind the sinks; what does not fill a block is local. The mean of the logits is
-    the logit of the mean key, so a cache of mean keys gives the same. Arguments as in token_topk.
+    the logit of the mean key, so a cache of mean keys gives the same. Arguments and errors as in
+    token_topk, and block_size at least 1.
     """
+    check_least(0, topk_blocks=topk_blocks, sink=sink, local=local)
+    check_least(1, block_size=block_size)
     lengths = key_lengths(k, lengths)
     dynamic = _dynamic_tokens(lengths, block_size, topk_blocks, sink, local)
     scores = _block_scores(q, k, sink, block_size)
@@ -106,32 +115,51 @@ def strided_topk(
     sink: int = 4,
     local: int = 64,
     lengths: Tensor | None = None,
+    stride: int = 8,
 ) -> Tensor:
-    """As block_topk over blocks that start every half block.
+    """As block_topk over overlapping blocks, one every `stride` tokens behind the sinks.
 
-    Twice as many blocks are chosen; of the tokens they cover the first topk_blocks * block_size by
-    position are kept, as published (so an overfull choice loses its newest tokens).
-
-    Raises:
-        ValueError: block_size is odd.
+    The blocks run up to the local tokens; what does not fill the last one is never chosen. Twice
+    as many blocks as topk_blocks are chosen, and of the tokens that they cover the first
+    topk_blocks * block_size by position are kept, as published (so an overfull choice loses its
+    newest tokens). Every row that has a whole block between sinks and locals chooses, even where
+    its tokens would fit into the budget. Arguments and errors as in block_topk, and stride at
+    least 1.
     """
-    if block_size % 2:
-        raise ValueError(f"block_size must be even, got {block_size}")
-    half = block_size // 2
-    lengths = key_lengths(k, lengths)
-    dynamic = _dynamic_tokens(lengths, block_size, topk_blocks, sink, local)
-    halves = _block_scores(q, k, sink, half)
-    scores = (halves[..., :-1] + halves[..., 1:]) / 2
-    count = min(2 * topk_blocks, scores.shape[-1])
-    per_row = (dynamic // half - 1).clamp(min=0).to(torch.int32)[:, None]
-    chosen = tokred.topk(scores, count, per_row)[1]
-    starts = block_mask(chosen, scores.shape[-1])
-    covered = torch.zeros(*halves.shape, dtype=torch.bool, device=k.device)
-    covered[..., :-1] |= starts
-    covered[..., 1:] |= starts
-    kept = tokred.compact(covered, capacity=2 * topk_blocks)[0]
-    middle = expand_blocks(kept, half, k.shape[2], sink)
-    return _key_list(middle, k, block_size, sink, local, topk_blocks, dynamic, lengths)
+    check_least(0, topk_blocks=topk_blocks, sink=sink, local=local)
+    check_least(1, block_size=block_size, stride=stride)
+    lengths, tokens = key_lengths(k, lengths), k.shape[2]
+    dynamic = (lengths - sink - local).clamp(min=0)
+    dynamic = torch.where(dynamic < block_size, 0, dynamic)
+    blocks = max(tokens - sink - block_size, -stride) // stride + 1
+    if blocks == 0:
+        return range_list(lengths * 0, lengths, tokens)[:, None].expand(-1, k.shape[1], -1)
+    logits = tokred.qk_score(q, k, reduce="group_mean", lengths=lengths)[..., sink:]
+    scores = torch.nn.functional.avg_pool1d(logits, block_size, stride)
+    per_row = torch.where(dynamic > 0, (dynamic - block_size) // stride + 1, 0)
+    count = min(2 * topk_blocks, blocks)
+    chosen = block_mask(
+        tokred.topk(scores, count, per_row[:, None].to(torch.int32))[1], blocks
+    ).int()
+    # +1 where a chosen block starts, -1 where it ends: its tokens have a positive running sum.
+    edges = torch.zeros(*chosen.shape[:2], tokens - sink + 1, dtype=torch.int32, device=k.device)
+    last = (blocks - 1) * stride + 1
+    edges[..., :last:stride] += chosen
+    edges[..., block_size : block_size + last : stride] -= chosen
+    covered = edges.cumsum(2)[..., :-1] > 0
+    kept = tokred.compact(covered, capacity=topk_blocks * block_size)[0]
+    middle = torch.where(kept >= 0, kept + sink, -1)
+    shape = (*middle.shape[:2], -1)
+    none = torch.zeros_like(lengths)
+    first = range_list(none, lengths.clamp(max=sink), sink)
+    newest = range_list(lengths - local, lengths, local)
+    parts = [first[:, None].expand(shape), middle, newest[:, None].expand(shape)]
+    selected = torch.cat(parts, -1)
+    # A row without a whole block keeps everything.
+    width = max(min(sink + local + block_size - 1, tokens), selected.shape[-1])
+    everything = range_list(none, lengths, width)[:, None].expand(shape)
+    selected = torch.nn.functional.pad(selected, (0, width - selected.shape[-1]), value=-1)
+    return torch.where((dynamic > 0)[:, None, None], selected, everything)
 
 
 def kinetics_attention(

@@ -19,6 +19,8 @@ from torch import Tensor
 import tokred
 from tokred import PackFormat
 
+from ._lists import check_least, check_tokens
+
 
 class KiviCache:
     """The keys and values of one layer: packed tokens, then windows in full precision."""
@@ -45,8 +47,10 @@ class KiviCache:
             residual: tokens in full precision, a multiple of group_size.
 
         Raises:
-            ValueError: it is not.
+            ValueError: it is not, or a number is below 1 (capacity below 0).
         """
+        check_least(1, batch=batch, heads=heads, head_dim=head_dim, group_size=group_size)
+        check_least(0, capacity=capacity)
         if residual < 1 or residual % group_size:
             raise ValueError(
                 f"residual must be a multiple of group_size = {group_size}, got {residual}"
@@ -66,8 +70,13 @@ class KiviCache:
         """Adds tokens k [B, Hkv, L, D] and v [B, Hkv, L, Dv].
 
         Raises:
-            RuntimeError: the cache has no room for them, and is unchanged.
+            ValueError: k or v of another shape or dtype than the windows.
+            RuntimeError: the cache has no room for them. It is unchanged in either case.
         """
+        tokens = k.shape[2:3]
+        for name, x, window in (("k", k, self.window_k), ("v", v, self.window_v)):
+            shape = [*window.shape[:2], *tokens, window.shape[3]]
+            check_tokens(name, x, shape, (window.dtype,))
         # Keys are packed sooner than values, so it is they that run out of room first.
         tokred.kv_append(k, self.packed_k, self.length, self.window_k)
         tokred.kv_append(v, self.packed_v, self.length, self.window_v)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 import tokred
 
+from ._lists import check_least
+
 
 def _landmark_logits(q: Tensor, landmarks: Tensor, scale: float | None) -> Tensor:
     """f32 [B, Hq, L, C]: the logits of q [B, Hq, L, D] with landmark keys [B, Hkv, C, D]."""
@@ -28,12 +30,19 @@ def landmark_attention(
 
     Args:
         q: [B, Hq, N, D]; k: [B, Hkv, N, D]; v: [B, Hkv, N, Dv].
-        block: tokens a block, of which the last is the landmark; the last block may be short.
+        block: tokens a block, at least 2, of which the last is the landmark; the last block may be
+            short. The release has 51 for LLaMA, 64 in its fused kernel.
 
     Returns:
         [B, Hq, N, Dv]. A query that sees nothing gets 0.
+
+    Raises:
+        ValueError: a block below 2, or q of another number of tokens than k.
     """
+    check_least(2, block=block)
     tokens = k.shape[2]
+    if q.shape[2] != tokens:
+        raise ValueError(f"q must have the {tokens} tokens of k, got {q.shape[2]}")
     position = torch.arange(tokens, device=q.device)
     landmark = position % block == block - 1
     logits = _landmark_logits(q, k[:, :, landmark], scale)
@@ -64,10 +73,15 @@ def retrieve_blocks(
 
     Args:
         q: [B, Hq, 1, D]; landmarks: [B, Hkv, C, D], the keys of the landmarks.
+        num_blocks: at least 0.
 
     Returns:
         i32 [B, Hq, num_blocks] by position, -1 padded.
+
+    Raises:
+        ValueError: a negative number of blocks.
     """
+    check_least(0, num_blocks=num_blocks)
     logits = _landmark_logits(q, landmarks, scale)[:, :, 0]
     return tokred.topk(logits, num_blocks, order="position")[1]
 
@@ -84,10 +98,18 @@ def landmark_decode(
 
     Args:
         q: [B, Hq, 1, D], the newest token; k, v: [B, Hkv, N, ..], its own included.
+        block, num_blocks: as in landmark_attention and retrieve_blocks.
 
     Returns:
         [B, Hq, 1, Dv].
+
+    Raises:
+        ValueError: a block below 2, a negative number of blocks, or more than one query.
     """
+    check_least(2, block=block)
+    check_least(0, num_blocks=num_blocks)
+    if q.shape[2] != 1:
+        raise ValueError(f"q must have one token, got {q.shape[2]}")
     tokens = k.shape[2]
     start = (tokens - 1) // block * block
     own = torch.arange(start, tokens, device=q.device) % block != block - 1

@@ -15,6 +15,8 @@ from torch import Tensor
 
 import tokred
 
+from ._lists import check_least
+
 ORDERS = tuple("".join(order) for order in permutations("FHW"))
 
 
@@ -46,7 +48,11 @@ def block_sums(q: Tensor, k: Tensor, block: int, scale: float | None = None) -> 
     """f32 [B, H, nq, nk]: the attention probability of every block x block rectangle, summed.
 
     One pass over the attention, of which only column sums of one block of queries exist at a time.
+
+    Raises:
+        ValueError: a block below 1.
     """
+    check_least(1, block=block)
     _, lse = tokred.biased_attention(q, k, k[..., :1], scale=scale)
     tail = -k.shape[2] % block
     rows = []

@@ -2,6 +2,9 @@
 
 PromptDistill: Query-based Selective Token Retention in Intermediate Layers for Efficient Large
 Language Model Inference (arXiv 2503.23274).
+
+The release takes padding on the right only; here it may lie on either side. Cutting the caches of
+the layers before the selection, which the release leaves off by default, is up to the caller.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ import torch
 from torch import Tensor
 
 import tokred
+
+from ._lists import check_least
 
 
 @dataclass(frozen=True)
@@ -28,28 +33,48 @@ class Distilled:
     lengths: Tensor
 
 
+def _prompt_end(k: Tensor, prompt_end: int | Tensor | None, mask: Tensor | None) -> Tensor:
+    """int64 [B, 1]: prompt_end, or the place of each row's last visible token."""
+    batch, tokens = k.shape[0], k.shape[2]
+    place = torch.arange(tokens, device=k.device)
+    if prompt_end is not None:
+        ends = torch.as_tensor(prompt_end, device=k.device)
+        if ends.dim() > 1 or (ends.dim() == 1 and ends.shape[0] != batch):
+            raise ValueError(f"prompt_end must be a number or [{batch}], got {[*ends.shape]}")
+        if (ends < 0).any() or (ends > tokens).any():
+            raise ValueError(f"prompt_end must be in [0, {tokens}], got {ends.tolist()}")
+        return ends.long().expand(batch)[:, None]
+    visible = place >= 0 if mask is None else mask
+    return torch.where(visible, place, -1).expand(batch, -1).max(1, keepdim=True).values
+
+
 def prompt_scores(
     q: Tensor,
     k: Tensor,
-    prompt_end: int,
-    pooling: bool = False,
+    prompt_end: int | Tensor | None = None,
+    pooling: bool = True,
     mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """The logit of the last prompt token with every prompt token, meaned over the heads.
+    """The logit of the last prompt token with the tokens before it, meaned over the heads.
 
     Args:
         q: [B, Hq, 1, D], the query of the last prompt token; k: [B, Hkv, N, D].
-        prompt_end: tokens from here on are not scored.
-        pooling: smooth with a window of five; tokens outside the prompt count as zeros.
+        prompt_end: where the last prompt token stands, for all rows or int [B]; tokens from there
+            on are not scored. The last visible token of each row where None.
+        pooling: smooth with a window of five; what is not scored counts as zeros.
         mask: bool [B, N], False where a token is padding.
 
     Returns:
         f32 [B, N], -inf for tokens that may not be chosen.
+
+    Raises:
+        ValueError: a prompt_end outside [0, N].
     """
+    ends = _prompt_end(k, prompt_end, mask)
     logits = tokred.qk_score(q, k, reduce="head_mean", scale=scale, mask=mask)[:, 0]
-    outside = torch.arange(k.shape[2], device=k.device) >= prompt_end
-    hidden = outside if mask is None else outside | ~mask
+    hidden = torch.arange(k.shape[2], device=k.device) >= ends
+    hidden = hidden if mask is None else hidden | ~mask
     if pooling:
         zeroed = logits.masked_fill(hidden, 0)
         logits = torch.nn.functional.avg_pool1d(zeroed[:, None], 5, stride=1, padding=2)[:, 0]
@@ -62,24 +87,37 @@ def prompt_distill(
     hidden: Tensor,
     position_ids: Tensor,
     num_tokens: int = 1024,
-    prompt_end: int | None = None,
-    pooling: bool = False,
+    prompt_end: int | Tensor | None = None,
+    pooling: bool = True,
     mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Distilled:
-    """Keeps num_tokens prompt tokens, and every token from prompt_end on.
+    """Keeps num_tokens tokens before the last prompt token, and every visible one from it on.
 
     Args:
-        q, k, pooling, mask, scale: as in prompt_scores.
+        q, k, prompt_end, pooling, mask, scale: as in prompt_scores.
         hidden: [B, N, C]; position_ids: [B, N] or [1, N].
-        prompt_end: N where None.
+        num_tokens: tokens chosen by score, at least 0: the last prompt token and those behind it
+            come on top. A row that has fewer keeps them all; one that is all padding keeps none.
+
+    Raises:
+        ValueError: num_tokens below 0, or a prompt_end outside [0, N].
+
+    With a prompt_end or a mask it waits for the device, to know how many places a row needs.
     """
-    tokens = k.shape[2]
-    prompt_end = tokens if prompt_end is None else prompt_end
+    check_least(0, num_tokens=num_tokens)
     scores = prompt_scores(q, k, prompt_end, pooling, mask, scale)
-    behind = tokens - prompt_end
+    behind = torch.arange(k.shape[2], device=k.device) >= _prompt_end(k, prompt_end, mask)
+    behind = behind if mask is None else behind & mask
+    budgets = num_tokens + behind.sum(1)
+    plain = prompt_end is None and mask is None
+    places = num_tokens + 1 if plain else int(budgets.max()) if len(budgets) else 0
     _, indices, lengths = tokred.topk_with_counts(
-        scores, min(num_tokens, prompt_end) + behind, order="position", num_locals=behind
+        scores,
+        min(places, k.shape[2]),
+        order="position",
+        row_k=budgets.to(torch.int32),
+        must_keep=behind,
     )
     positions = position_ids.expand(k.shape[0], -1)
     hidden, positions = tokred.gather_tokens([hidden, positions], indices)

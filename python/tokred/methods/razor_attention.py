@@ -18,7 +18,7 @@ import tokred
 from tokred import PackedKV, PackFormat
 from tokred._library import refuse_grad
 
-from ._lists import check_tokens
+from ._lists import check_least, check_tokens
 
 
 def head_scores(q: Tensor, k: Tensor, period: int) -> tuple[Tensor, Tensor]:
@@ -31,8 +31,13 @@ def head_scores(q: Tensor, k: Tensor, period: int) -> tuple[Tensor, Tensor]:
     Returns:
         (echo, induction), f32 [Hq]: the mean attention mass on earlier copies of the query's token,
         and on the tokens right behind those copies. O(L^2) time, one period of rows at a time.
+
+    Raises:
+        ValueError: a period below 1, or one that does not repeat in L tokens.
     """
     length = q.shape[2]
+    if not 1 <= period < length:
+        raise ValueError(f"period must be from 1 to less than {length} tokens, got {period}")
     totals = [torch.zeros(q.shape[1], device=q.device) for _ in range(2)]
     for start in range(period, length, period):
         end = min(start + period, length)
@@ -57,8 +62,14 @@ def retrieval_heads(
 
     Returns:
         bool [layers, Hkv]: the top echo_share by echo and the top induction_share by induction,
-        counted over all layers, at least one each.
+        counted over all layers: int(share * heads), at least one each.
+
+    Raises:
+        ValueError: a share outside [0, 1].
     """
+    for name, share in (("echo_share", echo_share), ("induction_share", induction_share)):
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name} must be in [0, 1], got {share}")
     chosen = torch.zeros(echo.shape[0], num_kv_heads, dtype=torch.bool, device=echo.device)
     for scores, share in ((echo, echo_share), (induction, induction_share)):
         grouped = scores.unflatten(-1, (num_kv_heads, -1)).amax(-1).flatten()
@@ -120,18 +131,22 @@ def compress(
 
     Args:
         k: [B, H, N, D], rotated keys; v: [B, H, N, Dv].
+        num_sinks: first tokens kept, at least 0. A prompt with fewer has as many sinks as tokens;
+            tokens that follow are recent ones.
         window: recent tokens kept, at least 1; max(4000, N / compression) where None, as published.
+        compression: at least 1.
 
     Returns:
         RazorHeads. With nothing to drop the compensation token has count 0, that is no weight.
 
     Raises:
-        ValueError: a window below 1.
+        ValueError: one of these below its least.
     """
+    check_least(0, num_sinks=num_sinks)
+    check_least(1, compression=compression)
     tokens = k.shape[2]
     window = max(4000, int(tokens / compression)) if window is None else window
-    if window < 1:
-        raise ValueError(f"window must be at least 1, got {window}")
+    check_least(1, window=window)
     sinks = min(num_sinks, tokens)
     start = max(tokens - window, sinks)
 

@@ -14,6 +14,8 @@ from torch import Tensor
 import tokred
 from tokred.selection import block_mask
 
+from ._lists import check_least
+
 
 @dataclass(frozen=True)
 class PooledBlocks:
@@ -73,7 +75,14 @@ def rectified_attention(
 
     Returns:
         [B, H, N, D].
+
+    Raises:
+        ValueError: a block below 1, or top_p or drop_rate outside [0, 1].
     """
+    check_least(1, block=block)
+    for name, value in (("top_p", top_p), ("drop_rate", drop_rate)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must be in [0, 1], got {value}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     queries, keys, values = (pool(x, block) for x in (q, k, v))
     blocks = keys.mean.shape[2]

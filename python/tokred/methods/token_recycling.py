@@ -1,8 +1,8 @@
 """Token Recycling: draft a tree of tokens from an adjacency table, verify it in one forward pass.
 
 Turning Trash into Treasure: Accelerating Inference of Large Language Models with Token Recycling
-(arXiv 2408.08696). The published tree is a fixed one of 80 nodes; default_tree has its number of
-nodes per level (8, 21, 25, 15, 8, 3) and fills each level by the sum of ranks.
+(arXiv 2408.08696). Drafting, verifying and the tree are those of the release. Where a token was
+drafted twice the successors of its last node stay, which the release leaves to the device.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 import tokred
+
+from ._lists import check_least
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,38 @@ class Tree:
         return len(self.parent)
 
 
-def default_tree(widths: tuple[int, ...] = (8, 21, 25, 15, 8, 3), branch: int = 8) -> Tree:
-    """A tree with that many nodes per level: of all children, those of least sum of ranks."""
+# How many successors the nodes of each level have, in order; all are tried from the best on.
+PUBLISHED_TREE = (
+    "8",
+    "84321111",
+    "832111112100100101100",
+    "5211100010010000001001100",
+    "311001000010100",
+    "20010000",
+)
+
+
+def default_tree() -> Tree:
+    """The published tree of 80 nodes and the root: 8, 21, 25, 15, 8 and 3 nodes a level."""
+    level: list[tuple[int, ...]] = [()]
+    paths: list[tuple[int, ...]] = []
+    for counts in PUBLISHED_TREE:
+        nodes = zip(level, map(int, counts), strict=True)
+        level = [(*path, rank) for path, count in nodes for rank in range(count)]
+        paths += level
+    return Tree.from_paths(paths)
+
+
+def rank_sum_tree(widths: tuple[int, ...], branch: int = 8) -> Tree:
+    """A tree with that many nodes a level: of all children, those of least sum of ranks.
+
+    Args:
+        branch: successors of a node at most.
+
+    Raises:
+        ValueError: a number below 1.
+    """
+    check_least(1, branch=branch, widths=min(widths, default=1))
     level: list[tuple[int, ...]] = [()]
     paths: list[tuple[int, ...]] = []
     for width in widths:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 import tokred
 
+from ._lists import check_least
+
 if TYPE_CHECKING:
     from tokred.models.attention import AttentionCall
 
@@ -33,14 +35,20 @@ def top_k_attention(
 
     Args:
         q: [B, Hq, L, D]; k: [B, Hkv, N, D]; v: [B, Hkv, N, Dv].
+        num_keys: keys a query attends to, at least 1; a query that sees fewer attends to them all,
+            and one that sees none has out 0 and lse -inf.
         causal: query i sees the keys j <= i + N - L.
         mask: bool [B | 1, Hq | 1, L | 1, N], True is visible.
-        chunk: queries whose logits exist at a time.
+        chunk: queries whose logits exist at a time, at least 1.
 
     Returns:
         out [B, Hq, L, Dv], lse f32 [B, Hq, L]; with num_keys >= N exactly those of
         tokred.biased_attention.
+
+    Raises:
+        ValueError: num_keys or chunk below 1.
     """
+    check_least(1, num_keys=num_keys, chunk=chunk)
     queries, keys = q.shape[2], k.shape[2]
     if num_keys >= keys:
         return tokred.biased_attention(q, k, v, causal=causal, scale=scale, mask=mask)
@@ -48,7 +56,7 @@ def top_k_attention(
     for start in range(0, queries, chunk):
         rows = slice(start, min(start + chunk, queries))
         # Only the keys that a causal chunk can see.
-        seen = keys - queries + rows.stop if causal else keys
+        seen = max(keys - queries + rows.stop, 0) if causal else keys
         part_mask = mask
         if mask is not None:
             part_mask = (mask[:, :, rows] if mask.shape[2] > 1 else mask)[..., :seen]

@@ -28,11 +28,19 @@ def rescale_first_token(
         out: [B, Hq, L, Dv] and lse: f32 [B, Hq, L] of the attention.
         q: [B, Hq, L, D].
         first_key: [B, Hkv, D]; first_value: [B, Hkv, Dv].
-        gamma: positive, [Hq] or a number of dimensions that broadcasts with [B, Hq, L].
+        gamma: at least 0, [Hq] or a shape that broadcasts with [B, Hq, L]. The values are the
+            caller's; where all of a query's weight lies on the first token, gamma 0 gives NaN.
 
     Returns:
         [B, Hq, L, Dv] in the dtype of out. A query that saw nothing (lse -inf) keeps its 0.
+
+    Raises:
+        ValueError: gamma of a shape that does not broadcast with [B, Hq, L].
     """
+    shape = [*(gamma[:, None] if gamma.dim() == 1 else gamma).shape]
+    short = list(zip(shape[::-1], [*lse.shape][::-1], strict=False))
+    if len(shape) > 3 or any(mine not in (1, theirs) for mine, theirs in short):
+        raise ValueError(f"gamma must broadcast with [B, Hq, L] = {[*lse.shape]}, got {shape}")
     group = q.shape[1] // first_key.shape[1]
     key, value = (t.float().repeat_interleave(group, 1) for t in (first_key, first_value))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
