@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
-from dense import attend, close, heads, listed, logits, repeat
+from dense import attend, close, heads, listed, repeat
 
 from tokred.methods import METHODS, act_qkv, kv_share, tca_attention
 
@@ -58,32 +60,85 @@ def test_tca_budgets() -> None:
         tca_attention.budget_prior(12, 0, 1)
 
 
-def test_act_qkv() -> None:
-    q, k, v = heads(queries=9, keys=130)
-    distance = (q - q.mean(2, keepdim=True)).norm(dim=-1, keepdim=True)
-    probe = (distance.softmax(2) * q).sum(2, keepdim=True)
-    close(act_qkv.probe_query(q), probe)
-    mask = torch.ones(2, 130, dtype=torch.bool)
-    mask[0, :16] = False
-    score = logits(probe, k)[:, :, 0].unflatten(1, (2, 3)).mean(2)
-    blocks = torch.full((2, 2, 9), -torch.inf, dtype=torch.float64)
+def test_act_qkv_probe() -> None:
+    """Running mean and variance in double, window by window; even weights in the warm-up."""
+    windows = [heads(queries=n, seed=n)[0] for n in (5, 1, 9, 4)]
+    stats = act_qkv.ActivationStats.of(windows[0], limit=2)
+    mean, variance = (f(windows[0].double(), 2, keepdim=True) for f in (torch.mean, torch.var))
+    for count, q in enumerate(windows):
+        length, flat = q.shape[2], q.double()
+        if count > 0:
+            n = min(count, 2)
+            stats = stats.updated(q)
+            new, spread = flat.mean(2, keepdim=True), flat.var(2, keepdim=True, unbiased=False)
+            shift = (new - mean) ** 2 / (1 + 1 / n)
+            variance = (variance * (n - 1 / length) + spread + shift) / (n + 1 - 1 / length)
+            mean = (mean * n + new) / (n + 1)
+        close(stats.mean, mean.float())
+        close(stats.variance, variance.float())
+        weight = torch.full((2, length), 1 / length).double()
+        if count > 2:
+            floor = variance.mean((1, 3), keepdim=True) / 100
+            weight = ((flat - mean) ** 2 / (variance + floor)).mean((1, 3))
+            weight /= weight.sum(1, keepdim=True)
+        close(act_qkv.activation_weights(q, stats), weight.float())
+        probe = (weight[:, None, :, None] * flat).sum(2, keepdim=True)
+        close(act_qkv.probe_query(q, stats), probe.float())
+    close(act_qkv.probe_query(windows[0]), windows[0].mean(2, keepdim=True))
+    same = windows[0][:, :, :1].expand(-1, -1, 3, -1)
+    even = act_qkv.ActivationStats(same[:, :, :1], stats.variance, 9, 2)
+    close(act_qkv.activation_weights(same, even), torch.full((2, 3), 1 / 3))
+    with pytest.raises(ValueError, match="L must be at least 2, got 1"):
+        act_qkv.ActivationStats.of(windows[1])
+
+
+@pytest.mark.parametrize(("tokens", "count"), [(130, 3), (130, 20), (16, 1), (15, 4), (64, 0)])
+def test_act_qkv(tokens: int, count: int) -> None:
+    """Blocks by the cosine with the keys that received most, all heads as one vector."""
+    q, k, v = heads(queries=9, keys=tokens)
+    received, question = torch.rand(2, 6, tokens), torch.randn(2, 6, 1, 16)
+    mask = torch.ones(2, tokens, dtype=torch.bool)
+    mask[0, : min(18, tokens - 2)] = False
+    probe = q.mean(2)
+    visible = torch.zeros(2, tokens, dtype=torch.bool)
     for b in range(2):
-        for m in range(9):
-            seen = mask[b, 16 * m : 16 * (m + 1)]
-            if seen.any():
-                blocks[b, :, m] = score[b, :, 16 * m : 16 * (m + 1)][:, seen].mean(-1)
-    probability = blocks.softmax(-1)
-    entropy = torch.special.entr(probability).sum(-1)
-    wanted = entropy.exp().ceil().long().clamp(max=4)
-    expected = torch.zeros(2, 2, 130, dtype=torch.bool)
-    for b in range(2):
-        for h in range(2):
-            for m in blocks[b, h].topk(int(wanted[b, h])).indices.tolist():
-                expected[b, h, 16 * m : 16 * (m + 1)] = True
-    indices = act_qkv.retrieve(q, k, 64, 16, mask)
-    assert torch.equal(listed(indices, 130), expected)
-    out, _ = act_qkv.act_qkv_attention(q, k, v, 64, 16, mask)
-    close(out, attend(q, k, v, (repeat(expected, q) & mask[:, None])[:, :, None]))
+        cosine = {}
+        for m in range(tokens // 16):
+            real = [t for t in range(16 * m, 16 * m + 16) if mask[b, t]]
+            if not real:
+                continue
+            keys = torch.stack([
+                k[b, h // 3, [real[i] for i in received[b, h, real].argsort()[-3:]]].mean(0)
+                for h in range(6)
+            ])  # fmt: skip
+            cosine[m] = sum(
+                weight * torch.cosine_similarity(x.flatten(), keys.flatten(), 0)
+                for weight, x in ((1, probe[b]), (0.5, question[b]))
+            )
+        for m in sorted(cosine, key=cosine.get)[::-1][:count]:
+            visible[b, 16 * m : 16 * m + 16] = mask[b, 16 * m : 16 * m + 16]
+    out, lse = act_qkv.act_qkv_attention(
+        q, k, v, received, count, 16, 3, question=question, mask=mask
+    )
+    close(out, attend(q, k, v, visible[:, None, None]).nan_to_num(0))
+    assert torch.equal(lse[:, 0, 0] == -torch.inf, ~visible.any(1))
+
+
+def test_act_qkv_budgets() -> None:
+    """Layers share what is left by density; halves to even, within the least and the most."""
+    scores = torch.randn(3, 7)
+    scores[1, 2:] = -torch.inf
+    scores[2, 1:] = -torch.inf
+    density = [torch.special.entr(row.double().softmax(-1)).sum() for row in scores]
+    expected = torch.stack([density[0] / math.log(7), density[1] / math.log(2), density[2] * 0])
+    close(act_qkv.information_density(scores), expected.float())
+    assert act_qkv.layer_budget([1.0, 2.0, 1.0], 0, 64, 0, 99) == 16
+    assert act_qkv.layer_budget([1.0, 2.0, 1.0], 1, 48, 0, 99) == 32
+    assert act_qkv.layer_budget([1.0, 2.0, 1.0], 2, 16, 0, 99) == 16
+    assert act_qkv.layer_budget([1.0, 1.0], 0, 5, 0, 99) == 2
+    assert act_qkv.layer_budget([1.0, 1.0], 0, 500, 32, 64) == 64
+    assert act_qkv.layer_budget([1.0, 1.0], 0, 5, 32, 64) == 32
+    assert act_qkv.layer_budget([0.0, 0.0], 0, 50, 8, 64) == 8
 
 
 def test_kv_share() -> None:
