@@ -58,6 +58,22 @@ def test_tca_budgets() -> None:
     assert budgets.tolist() == [1, 8]
     with pytest.raises(ValueError, match="power of two"):
         tca_attention.budget_prior(12, 0, 1)
+    with pytest.raises(ValueError, match="tolerance must be at least 0"):
+        tca_attention.calibrate_budgets(q, k, v, tolerance=-0.1)
+    with pytest.raises(ValueError, match=r"budgets must be \[2\], one a key head, got \[3\]"):
+        tca_attention.core_tokens(k, torch.ones(3).int())
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 17])
+def test_tca_with_a_short_last_block(tokens: int) -> None:
+    """A block of one token keeps it."""
+    q, k, v = heads(keys=tokens, groups=(4, 2))
+    kept = listed(tca_attention.core_tokens(k, torch.tensor([1, 3]).int(), 8), tokens)
+    assert kept[:, :, tokens // 8 * 8].all()
+    counts = [(min(n, 8) * (tokens // 8) + min(n, tokens % 8)) for n in (1, 3)]
+    assert kept.sum(-1).tolist() == [counts, counts]
+    out, _ = tca_attention.tca_attention(q, k, v, torch.tensor([1, 3]).int(), 8)
+    close(out, attend(q, k, v, repeat(kept, q)[:, :, None]))
 
 
 def test_act_qkv_probe() -> None:
@@ -167,3 +183,8 @@ def test_kv_share() -> None:
     close(out, attend(queries, k, v, visible))
     out, lse = kv_share.recompute_attention(queries, k, v, torch.full_like(chosen, -1))
     assert not out.any() and (lse == -torch.inf).all()
+    assert kv_share.choose_tokens(deviations, 0, 0).shape == (2, 0)
+    assert kv_share.choose_tokens(deviations, 1.0).tolist() == [list(range(40))] * 2
+    for name, options in (("share", (1.5,)), ("num_locals", (0.5, -1))):
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            kv_share.choose_tokens(deviations, *options)

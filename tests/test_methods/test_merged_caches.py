@@ -29,7 +29,7 @@ def segments(k: Tensor, alone: Tensor, threshold: float) -> list[list[int]]:
     """Runs of one head, found from the last token on."""
     runs = [[len(k) - 1]]
     for t in range(len(k) - 2, -1, -1):
-        similar = cosine_similarity(k[t], k[t + 1], 0) >= threshold
+        similar = cosine_similarity(k[t], k[t + 1], 0) > threshold
         if similar and not alone[t] and not alone[t + 1]:
             runs[-1].insert(0, t)
         else:
@@ -37,10 +37,11 @@ def segments(k: Tensor, alone: Tensor, threshold: float) -> list[list[int]]:
     return runs[::-1]
 
 
-@pytest.mark.parametrize("sigma", [None, 0.8])
+@pytest.mark.parametrize("sigma", [None, 0.8, 5.0])
 def test_kv_merger(sigma: float | None) -> None:
     q, k, v, scores = smooth_keys()
-    cache = kv_merger.kv_merger(k, v, scores, 0.75, num_heavy=5, num_recent=8, sigma=sigma)
+    width = {} if sigma == 5.0 else {"sigma": sigma}  # 5 is the default
+    cache = kv_merger.kv_merger(k, v, scores, 0.75, num_heavy=5, num_recent=8, **width)
     out, counted = (cache.attend(q[:, :, -1:], c)[0] for c in (False, True))
     longest = 0
     for b in range(2):
@@ -143,3 +144,33 @@ def test_ems_with_room_for_all() -> None:
     cache = ems.ems(k, v, torch.rand(2, 2, 20), 50, 10)
     close(cache.k, k)
     close(cache.attend(q)[0], tokred.biased_attention(q, k, v)[0])
+
+
+def test_merged_caches_refuse() -> None:
+    q, k, v = heads(queries=20, keys=20)
+    scores = torch.rand(2, 2, 20)
+    for options in ({"num_heavy": -1}, {"num_recent": -2}):
+        (name,) = options
+        with pytest.raises(ValueError, match=f"{name} must be at least 0"):
+            kv_merger.kv_merger(k, v, scores, **options)
+    with pytest.raises(ValueError, match="sigma must be positive, got 0"):
+        kv_merger.kv_merger(k, v, scores, sigma=0)
+    with pytest.raises(ValueError, match="window must be at least 1, got 0"):
+        ems.global_local_score(q, k, 0)
+    with pytest.raises(ValueError, match="budget must be at least 1, got 0"):
+        ems.ems(k, v, scores, 0, 3)
+    with pytest.raises(ValueError, match="num_merged must be at least 0, got -3"):
+        ems.ems(k, v, scores, 4, -3)
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_merging_next_to_nothing(tokens: int) -> None:
+    """One token is its own run; two alike ones become their weighted mean."""
+    q, k, v = heads(keys=tokens)
+    k = k[:, :, :1].expand_as(k).contiguous()
+    cache = kv_merger.kv_merger(k, v, torch.rand(2, 2, tokens), num_recent=0)
+    assert cache.counts.eq(tokens).all() and cache.k.shape[2] == 1
+    close(cache.k, k[:, :, :1])
+    close(cache.v, v.mean(2, keepdim=True))
+    everything = ems.ems(k, v, torch.rand(2, 2, tokens), 4, 4)
+    close(everything.attend(q)[0], tokred.biased_attention(q, k, v)[0])

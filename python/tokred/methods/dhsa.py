@@ -149,7 +149,8 @@ def dhsa_attention(
             a mask of N x N bytes.
 
     Returns:
-        [B, Hq, N, Dv].
+        [B, Hq, N, Dv]. A query before all keys that its block lists gets 0; with num_locals of
+        block_q or more there is none.
 
     Raises:
         ValueError: q of another number of tokens than k, or as in dhsa_indices.

@@ -3,12 +3,14 @@
 EMS: Adaptive Evict-then-Merge Strategy for Head-wise KV Cache Compression Based on Global-Local
 Importance (arXiv 2412.08521).
 
-An approximate version: only the outline is followed. Known: the score adds the attention received
-from all queries and from the recent ones, brought to the same mean; tokens are alike by cos(k, k')
-cos(v, v'); a token that is like no kept one belongs to a zero class, a centre that is thrown away,
-so that all heads do the same work; keys merge as directions, their norms apart. Chosen here: how
-many tokens merge (an argument, the published rule adapts it), the least likeness (an argument),
-plain means of directions, norms and values.
+An approximate version: only the outline is followed. As published: a score joins the attention
+received from all queries and from the recent ones, brought to the same mean; tokens are alike by
+cos(k, k') cos(v, v'); a token that is like no kept one belongs to a zero class, a centre that is
+thrown away, so that all heads do the same work; keys merge as directions, their norms apart.
+Different, or not known to be the same: the two scores add up; how many tokens merge is an argument
+and the same for all heads, where the published rule adapts both to each head; the least likeness is
+an argument; directions, norms and values merge in plain means, where the published ones are
+weighted by attention.
 """
 
 from __future__ import annotations
@@ -21,16 +23,22 @@ from torch.nn.functional import normalize
 
 import tokred
 
+from ._lists import check_least
+
 
 def global_local_score(q: Tensor, k: Tensor, window: int = 32) -> Tensor:
     """f32 [B, Hkv, N]: the attention that tokens receive from all and from the last queries.
 
     Args:
         q: [B, Hq, L, D], the queries of a causal prompt. k: [B, Hkv, L, D].
-        window: the last queries.
+        window: the last queries, at least 1.
+
+    Raises:
+        ValueError: a window below 1.
 
     2 (L + window) N D flops a head beside those of attention itself; nothing is stored.
     """
+    check_least(1, window=window)
     columns = [
         tokred.attention_columns(x, k, causal=True).unflatten(1, (k.shape[1], -1)).sum(2)
         for x in (q, q[:, :, -window:])
@@ -95,7 +103,12 @@ def ems(
         budget: tokens kept, the last `window` among them; the others are those of greatest score.
         num_merged: tokens that follow them in score, and merge where they are alike enough. What
             is left is evicted.
+
+    Raises:
+        ValueError: a budget below 1, or another number below 0.
     """
+    check_least(1, budget=budget)
+    check_least(0, num_merged=num_merged, window=window)
     tokens = k.shape[2]
     budget = min(budget, tokens)
     _, ranked = tokred.topk(

@@ -3,15 +3,17 @@
 Model Tells You Where to Merge: Adaptive KV Cache Merging for LLMs on Long-Context Tasks (arXiv
 2407.08454).
 
-Where cos(k_t, k_t-1) reaches the threshold, t joins the run of t - 1; heavy hitters and recent
+Where cos(k_t, k_t-1) exceeds the threshold, t joins the run of t - 1; heavy hitters and recent
 tokens stay alone. In a run the token of greatest attention is the pivot p, and key and value are
 means with the weights exp(-|k_p - k_i|^2 / (2 sigma^2)), normalised.
 
-An approximate version in one point: the printed sigma is defined by the weights that need it, so it
-is an argument here, by default the root mean square distance to the pivot of each run. The number
-of tokens that a merged one stands for is kept: attention may count it (see `MergedCache.attend`),
-the published one does not. The paper leaves the first two layers and the last one alone, which is
-up to the caller.
+An approximate version, in two points. The printed sigma is defined by the weights that need it; the
+default here is 5, which the paper's search finds best and around which it says that sigma lies. The
+printed weights of values have a factor, the size of the run, that the text does not explain; here
+they are those of keys. The number of tokens that a merged one stands for is kept: attention may
+count it (see `MergedCache.attend`), the published one does not. The paper leaves the first two
+layers and the last one alone, and takes numbers of heavy hitters and recent tokens that meet its
+budgets, which are up to the caller.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from torch import Tensor
 import tokred
 from tokred import PackedKV, PackFormat
 
+from ._lists import check_least
+
 
 def run_map(k: Tensor, alone: Tensor, threshold: float = 0.75) -> Tensor:
     """The run of every token, i32 [B, H, N], ascending from 0.
@@ -35,14 +39,19 @@ def run_map(k: Tensor, alone: Tensor, threshold: float = 0.75) -> Tensor:
     """
     rows = k.flatten(0, 1)
     _, cosine = tokred.transition_stats(rows[:, :-1], rows[:, 1:])
-    joins = cosine.unflatten(0, k.shape[:2]) >= threshold
+    joins = cosine.unflatten(0, k.shape[:2]) > threshold
     joins = joins & ~alone[..., 1:] & ~alone[..., :-1]
     starts = torch.nn.functional.pad(~joins, (1, 0), value=True)
     return (starts.cumsum(2) - 1).to(torch.int32)
 
 
 def stays_alone(scores: Tensor, num_heavy: int, num_recent: int) -> Tensor:
-    """bool [B, H, N]: the tokens of greatest score f32 [B, H, N], and the last ones."""
+    """bool [B, H, N]: the tokens of greatest score f32 [B, H, N], and the last ones.
+
+    Raises:
+        ValueError: a negative number.
+    """
+    check_least(0, num_heavy=num_heavy, num_recent=num_recent)
     places = min(num_heavy + num_recent, scores.shape[2])
     _, kept = tokred.topk(scores, places, num_locals=num_recent)
     alone = torch.zeros_like(scores, dtype=torch.bool)
@@ -86,7 +95,7 @@ def merge_runs(
     scores: Tensor,
     runs: Tensor,
     num_out: int | None = None,
-    sigma: float | None = None,
+    sigma: float | None = 5.0,
 ) -> MergedCache:
     """Merges every run into one token.
 
@@ -97,10 +106,16 @@ def merge_runs(
         runs: of run_map.
         num_out: places for runs, those beyond are dropped; the longest head's number where None,
             which waits for the device.
-        sigma: width of the weights; each run's root mean square distance where None.
+        sigma: width of the weights, positive; each run's root mean square distance to its pivot
+            where None.
+
+    Raises:
+        ValueError: a sigma that is not positive.
 
     Four passes over k, two over v.
     """
+    if sigma is not None and not sigma > 0:
+        raise ValueError(f"sigma must be positive, got {sigma}")
     num_out = int(runs.amax()) + 1 if num_out is None else num_out
     shape = runs.shape[:2]
     keys, values, scores, runs = (x.flatten(0, 1) for x in (k, v, scores, runs))
@@ -126,7 +141,7 @@ def kv_merger(
     threshold: float = 0.75,
     num_heavy: int = 0,
     num_recent: int = 32,
-    sigma: float | None = None,
+    sigma: float | None = 5.0,
 ) -> MergedCache:
     """The merged cache of a prompt; see run_map, stays_alone and merge_runs."""
     runs = run_map(k, stays_alone(scores, num_heavy, num_recent), threshold)

@@ -1,8 +1,10 @@
 """KVShare, approximate: reuse another request's cache, recompute the tokens that deviate most.
 
 KVShare: An LLM Service System with Efficient and Effective Multi-Tenant KV Cache Reuse (arXiv
-2503.16525). Known is that a few tokens of high deviation are recomputed. Not known is what the
-deviation is: here the relative distance of one early layer's fresh keys and values to the reused.
+2503.16525). As published, a few tokens of high deviation are recomputed. Different: the published
+deviation is weighted by attention, by a formula that is not followed here, and chooses tokens again
+while decoding; here it is the relative distance of one early layer's fresh keys and values to the
+reused ones, once. The published share is not known either: share is an argument.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ import torch
 from torch import Tensor
 
 import tokred
+
+from ._lists import check_least
 
 
 def deviation(fresh: list[Tensor], reused: list[Tensor]) -> Tensor:
@@ -31,7 +35,13 @@ def choose_tokens(deviations: Tensor, share: float = 0.15, num_locals: int = 1) 
     """i32 [B, max(int(share * N), num_locals)] by position: what to recompute.
 
     The last num_locals tokens, which the first new token depends on, are always among them.
+
+    Raises:
+        ValueError: a share outside [0, 1], or num_locals below 0.
     """
+    check_least(0, num_locals=num_locals)
+    if not 0 <= share <= 1:
+        raise ValueError(f"share must be in [0, 1], got {share}")
     tokens = deviations.shape[1]
     count = min(max(int(share * tokens), num_locals), tokens)
     return tokred.topk(deviations, count, order="position", num_locals=num_locals)[1]

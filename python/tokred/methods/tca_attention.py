@@ -1,9 +1,12 @@
 """TCA-Attention, approximate: each head keeps the least redundant tokens of every block.
 
 Training-free Context-adaptive Attention for Efficient Long Context Modeling (arXiv 2512.09238).
-Known are the choices of tokens per block, the prior over them and that redundancy decides inside a
-block. Not known is the redundancy metric: here it is the mean cosine similarity of a key to the
-other keys of its block.
+
+As published: the choices of tokens per block, the prior over them, and that redundancy decides
+inside a block. Different, or not known to be the same: the redundancy of a key is its mean cosine
+similarity to the other keys of its block; every block of a head keeps the same number of tokens,
+where a published configuration is the share of blocks that keep 1, 2, 4, .. of them; calibration
+takes the least number that meets a tolerance of the output.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ import torch
 from torch import Tensor
 
 import tokred
+
+from ._lists import check_least
 
 
 def budget_prior(block: int, mu: float, sigma: float) -> tuple[Tensor, Tensor]:
@@ -38,7 +43,11 @@ def calibrate_budgets(
     Args:
         q: [B, Hq, L, D], k: [B, Hkv, N, D], v: [B, Hkv, N, Dv] of one calibration pass.
         tolerance: the greatest relative error (Frobenius norm, over the heads of a group).
+
+    Raises:
+        ValueError: block is no power of two, or tolerance negative.
     """
+    check_least(0, tolerance=tolerance)
     heads = k.shape[1]
     full = tokred.biased_attention(q, k, v)[0].float()
     budgets = torch.full((heads,), block, dtype=torch.int32, device=q.device)
@@ -58,8 +67,15 @@ def core_tokens(k: Tensor, budgets: Tensor, block: int = 16) -> Tensor:
         k: [B, Hkv, N, D]; budgets: i32 [Hkv], tokens kept of every block.
 
     Returns:
-        i32 [B, Hkv, blocks * max block] by position within a block, -1 padded.
+        i32 [B, Hkv, blocks * block] by position, -1 padded behind the tokens of every block. A last
+        block with fewer tokens than its budget keeps them all.
+
+    Raises:
+        ValueError: a block below 1, or budgets that are not one a key head.
     """
+    check_least(1, block=block)
+    if [*budgets.shape] != [k.shape[1]]:
+        raise ValueError(f"budgets must be [{k.shape[1]}], one a key head, got {[*budgets.shape]}")
     stats = tokred.similarity_stats(k.flatten(0, 1), exclude_self=True, block_size=block)
     novelty = -stats.mean.unflatten(0, k.shape[:2])
     per_row = budgets.to(torch.int32)[None]
@@ -77,6 +93,9 @@ def tca_attention(
     causal: bool = True,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of all queries to core_tokens(k, budgets, block): out, lse."""
+    """Attention of all queries to core_tokens(k, budgets, block): out, lse.
+
+    A causal query before the first token kept has out 0 and lse -inf.
+    """
     kept = core_tokens(k, budgets, block)[:, :, None]
     return tokred.sparse_attention(q, k, v, kept, scale=scale, causal=causal, block_q=q.shape[2])
