@@ -16,6 +16,7 @@ from tokred.methods import dhsa, kinetics
 from tokred.methods.fasa import chunk_dims, fasa_attention
 from tokred.methods.prompt_distill import prompt_distill
 from tokred.methods.quest import page_bounds, quest_attention
+from tokred.methods.tca_attention import tca_attention
 from tokred.methods.top_k_attention import top_k_attention
 
 CASES = range(36)
@@ -255,6 +256,36 @@ def test_top_k(case: int) -> None:
     out, lse = top_k_attention(q, k, v, count, causal, chunk=chunk)
     close(out, attend(q, k, v, chosen & seen).nan_to_num(0))
     assert torch.equal(lse == -torch.inf, ~seen.any(-1).expand(2, 4, -1))
+
+
+def test_gradients_pass_by_the_choice() -> None:
+    """Chosen as without a gradient, and that of attention to the chosen keys."""
+    tensors = heads(queries=40, keys=40, groups=(4, 2))
+    one = tensors[0][:, :, :1], *tensors[1:]
+    methods = {
+        quest_attention: (one, {"num_keys": 8, "page_size": 4}),
+        dhsa.dhsa_attention: (tensors, {"block_q": 8, "instruction_tokens": 3, "budget": 9}),
+        tca_attention: (tensors, {"budgets": torch.tensor([1, 2]).int(), "block": 8}),
+    }  # fmt: skip
+    for method, (inputs, options) in methods.items():
+        expected = method(*inputs, **options)
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        out = method(*leaves, **options)
+        out, expected = (x[0] if isinstance(x, tuple) else x for x in (out, expected))
+        assert torch.equal(out, expected)
+        out.sum().backward()
+        assert all(x.grad.isfinite().all() and x.grad.any() for x in leaves)
+    q, k, _ = (x.clone().requires_grad_() for x in one)
+    for choose in (kinetics.token_topk, kinetics.block_topk, kinetics.strided_topk):
+        assert torch.equal(choose(q, k, 2, local=4), choose(*one[:2], 2, local=4))
+    hidden = torch.randn(2, 40, 8)
+    rows = prompt_distill(*one[:2], hidden, torch.arange(40)[None], 3)
+    leaf = hidden.clone().requires_grad_()
+    other = prompt_distill(q, k, leaf, torch.arange(40)[None], 3)
+    assert torch.equal(rows.hidden, other.hidden)
+    other.hidden.sum().backward()
+    kept = torch.zeros(2, 40).scatter(1, rows.indices.long(), 1.0)
+    assert torch.equal(leaf.grad, kept[..., None].expand(-1, -1, 8))
 
 
 def refusals() -> dict[str, Callable[[], object]]:

@@ -37,10 +37,9 @@ def chunk_scores(
         f32 [B, ceil(L / block_q), C]: q mean . k mean, unscaled.
     """
     statistic = "sqrt_mean" if sqrt_len else "mean"
-    queries, _ = tokred.block_pool(q.float().mean(1, keepdim=True), block_q, statistic)
-    keys, counts = tokred.block_pool(
-        k.float().mean(1, keepdim=True), statistic=statistic, boundaries=boundaries
-    )
+    q, k = (x.detach().float().mean(1, keepdim=True) for x in (q, k))
+    queries, _ = tokred.block_pool(q, block_q, statistic)
+    keys, counts = tokred.block_pool(k, statistic=statistic, boundaries=boundaries)
     scores = tokred.block_score(queries[:, :, :, 0], keys, counts, scale=1.0)[:, 0]
     if rest := q.shape[2] % block_q:
         scores[:, -1] *= rest / block_q
@@ -149,8 +148,8 @@ def dhsa_attention(
             a mask of N x N bytes.
 
     Returns:
-        [B, Hq, N, Dv]. A query before all keys that its block lists gets 0; with num_locals of
-        block_q or more there is none.
+        [B, Hq, N, Dv], differentiable, the choice itself aside. A query before all keys that its
+        block lists gets 0; with num_locals of block_q or more there is none.
 
     Raises:
         ValueError: q of another number of tokens than k, or as in dhsa_indices.
@@ -210,8 +209,8 @@ def dhsa_block_mask(
     check_least(1, block_q=block_q, block_k=block_k)
     if not 0 < density <= 1:
         raise ValueError(f"density must be in (0, 1], got {density}")
-    queries, _ = tokred.block_pool(q, block_q)
-    keys, counts = tokred.block_pool(k, block_k)
+    queries, _ = tokred.block_pool(q.detach(), block_q)
+    keys, counts = tokred.block_pool(k.detach(), block_k)
     scores = tokred.block_score(queries[:, :, :, 0], keys, counts, scale=1.0)
     blocks = scores.shape[-1]
     lengths = None

@@ -17,6 +17,11 @@ from tokred.selection import block_mask, expand_blocks
 from ._lists import check_least, key_lengths, range_list
 
 
+def _token_scores(q: Tensor, k: Tensor, lengths: Tensor | None) -> Tensor:
+    """f32 [B, Hkv, N]: the mean logit of the group on each key."""
+    return tokred.qk_score(q.detach(), k.detach(), reduce="group_mean", lengths=lengths)
+
+
 def token_topk(
     q: Tensor,
     k: Tensor,
@@ -36,7 +41,7 @@ def token_topk(
         ValueError: a negative number.
     """
     check_least(0, topk=topk, sink=sink, local=local)
-    scores = tokred.qk_score(q, k, reduce="group_mean", lengths=lengths)
+    scores = _token_scores(q, k, lengths)
     per_row = key_lengths(k, lengths)[:, None]
     width = min(sink + topk + local, k.shape[2])
     options = {"order": "position", "num_sinks": sink, "num_locals": local}
@@ -56,8 +61,9 @@ def _dynamic_tokens(
 def _block_scores(q: Tensor, k: Tensor, sink: int, block_size: int) -> Tensor:
     """f32 [B, Hkv, M]: mean logit of the group in each whole block behind the sinks."""
     blocks = max(k.shape[2] - sink, 0) // block_size
-    pooled, _ = tokred.block_pool(k[:, :, sink : sink + blocks * block_size], block_size)
-    return tokred.block_score(q, pooled, reduce="group_mean")[:, :, 0]
+    keys = k.detach()[:, :, sink : sink + blocks * block_size]
+    pooled, _ = tokred.block_pool(keys, block_size)
+    return tokred.block_score(q.detach(), pooled, reduce="group_mean")[:, :, 0]
 
 
 def _key_list(
@@ -134,7 +140,7 @@ def strided_topk(
     blocks = max(tokens - sink - block_size, -stride) // stride + 1
     if blocks == 0:
         return range_list(lengths * 0, lengths, tokens)[:, None].expand(-1, k.shape[1], -1)
-    logits = tokred.qk_score(q, k, reduce="group_mean", lengths=lengths)[..., sink:]
+    logits = _token_scores(q, k, lengths)[..., sink:]
     scores = torch.nn.functional.avg_pool1d(logits, block_size, stride)
     per_row = torch.where(dynamic > 0, (dynamic - block_size) // stride + 1, 0)
     count = min(2 * topk_blocks, blocks)

@@ -72,7 +72,8 @@ def prompt_scores(
         ValueError: a prompt_end outside [0, N].
     """
     ends = _prompt_end(k, prompt_end, mask)
-    logits = tokred.qk_score(q, k, reduce="head_mean", scale=scale, mask=mask)[:, 0]
+    options = {"reduce": "head_mean", "scale": scale, "mask": mask}
+    logits = tokred.qk_score(q.detach(), k.detach(), **options)[:, 0]
     hidden = torch.arange(k.shape[2], device=k.device) >= ends
     hidden = hidden if mask is None else hidden | ~mask
     if pooling:
@@ -120,5 +121,10 @@ def prompt_distill(
         must_keep=behind,
     )
     positions = position_ids.expand(k.shape[0], -1)
-    hidden, positions = tokred.gather_tokens([hidden, positions], indices)
+    (positions,) = tokred.gather_tokens([positions], indices)
+    if hidden.requires_grad:
+        rows = indices.clamp(min=0).long()[..., None].expand(-1, -1, hidden.shape[2])
+        hidden = hidden.gather(1, rows).masked_fill(indices[..., None] < 0, 0)
+    else:
+        (hidden,) = tokred.gather_tokens([hidden], indices)
     return Distilled(indices, hidden, positions, lengths)

@@ -32,7 +32,7 @@ def page_bounds(
         counts i32 [B, pages]. A full page never changes, so a cache computes each once.
     """
     check_least(1, page_size=page_size)
-    return tokred.block_pool(k, page_size, "min_max", mask=mask)
+    return tokred.block_pool(k.detach(), page_size, "min_max", mask=mask)
 
 
 def quest_attention(
@@ -60,13 +60,15 @@ def quest_attention(
 
     Returns:
         out [B, Hq, 1, Dv], lse f32 [B, Hq, 1]; 0 and -inf for a row that is all padding.
+        Differentiable, the choice itself aside.
 
     Raises:
         ValueError: num_keys or page_size below 1.
     """
     check_least(1, num_keys=num_keys, page_size=page_size)
     pooled, counts = page_bounds(k, page_size, mask) if bounds is None else bounds
-    scores = tokred.block_score(q, pooled, counts, rule="bounds", reduce=reduce, scale=scale)
+    options = {"rule": "bounds", "reduce": reduce, "scale": scale}
+    scores = tokred.block_score(q.detach(), pooled, counts, **options)
     newest = ends(counts > 0, 0, 1)[:, None, None]
     budget = min(max(num_keys // page_size, 1), scores.shape[-1])
     pages = tokred.topk(scores, budget, order="position", must_keep=newest)[1]

@@ -76,7 +76,7 @@ def core_tokens(k: Tensor, budgets: Tensor, block: int = 16) -> Tensor:
     check_least(1, block=block)
     if [*budgets.shape] != [k.shape[1]]:
         raise ValueError(f"budgets must be [{k.shape[1]}], one a key head, got {[*budgets.shape]}")
-    stats = tokred.similarity_stats(k.flatten(0, 1), exclude_self=True, block_size=block)
+    stats = tokred.similarity_stats(k.detach().flatten(0, 1), exclude_self=True, block_size=block)
     novelty = -stats.mean.unflatten(0, k.shape[:2])
     per_row = budgets.to(torch.int32)[None]
     return tokred.topk(novelty, block, row_k=per_row, order="position", block_size=block)[
