@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export TORCH_VERSION := 2.13.0   # the only place that pins torch
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: build demo test test-avx512 bench bench-full lint sanitize clean
+.PHONY: build demo test test-avx512 fuzz bench bench-full lint sanitize clean
 
 $(VENV)/ready: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -54,6 +54,11 @@ test: build $(VENV)/test lint
 # Not part of test: it emulates a CPU, which takes hours. BOCHS are the options of run.py.
 test-avx512: build $(VENV)/test
 	$(BIN)/python tests/avx512/run.py $(BOCHS)
+
+# An hour, with other cases each time; SEED=n repeats a run.
+SEED ?= $(shell date +%s)
+fuzz: build $(VENV)/test
+	$(BIN)/python tests/fuzz/run.py all --seconds 3600 --seed $(SEED)
 
 sanitize: build $(VENV)/test
 	$(BIN)/python tests/sanitize.py

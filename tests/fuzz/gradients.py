@@ -1,0 +1,99 @@
+"""Cases of the backward ops of attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from attention import (
+    BATCHED,
+    LOOSE,
+    biased,
+    biased_arguments,
+    blocks,
+    blocks_arguments,
+    lists,
+    lists_arguments,
+)
+from case import Case, namespace, op_case
+from draw import BF16, F16, F32, F64, Draw
+from torch import Tensor
+
+import tokred
+
+_SLACK = {F32: 3e-5, F16: 6e-3, BF16: 4e-2, F64: 1e-11}
+# The arguments of the backward ops in their order; None where absent.
+_BIASED = (
+    "grad_out", "grad_lse", "q", "k", "v", "key_bias", "out", "lse", "causal", "scale", "mask",
+    "query_position", "key_position",
+)  # fmt: skip
+_SPARSE = (
+    "grad_out", "grad_lse", "q", "k", "v", "indices", "out", "lse", "scale", "key_bias", "causal",
+    "mask", "block_q",
+)  # fmt: skip
+_BLOCKS = (
+    "grad_out", "grad_lse", "q", "k", "v", "block_mask", "block_q", "block_k", "out", "lse",
+    "causal", "scale", "key_bias", "mask",
+)  # fmt: skip
+
+
+def _backward(
+    draw: Draw, op: str, some: dict[str, Any], plain: Callable[..., Any], order: tuple[str, ...]
+) -> Case:
+    if "key_bias" in some and not some["k"].shape[:3].numel():
+        del some["key_bias"]  # until the gradient of an empty bias has its shape
+    if "key_bias" in some:
+        # The gradient of a shared bias is that of every item and head.
+        full = some["k"].shape[:3]
+        some["key_bias"] = some["key_bias"].expand(full).contiguous()
+    forward = dict(some)
+    out, lse = getattr(tokred, op)(**some)
+    some |= {"out": out, "lse": lse}
+    some["grad_out"] = draw.floats(out.shape, out.dtype, plain=True)
+    some["grad_lse"] = draw.floats(lse.shape, lse.dtype, plain=True) * draw.one_of(0, 1, 1)
+    some = {name: some.get(name) for name in order}
+    leaves = [name for name in ("q", "k", "v", "key_bias") if some[name] is not None]
+
+    def call(**inputs: Any) -> list[Tensor]:
+        op_backward = getattr(namespace(), f"{op}_backward").default
+        return list(op_backward(*(inputs[name] for name in order))[: len(leaves)])
+
+    def gradients(grad_out: Tensor, grad_lse: Tensor, **inputs: Any) -> list[Tensor]:
+        given = {name: inputs[name] for name in forward}
+        asked = {name: given[name].detach().requires_grad_() for name in leaves}
+        with torch.enable_grad():
+            result, log_sum = plain(**(given | asked))
+            log_sum = log_sum.masked_fill(log_sum == -torch.inf, 0)
+            loss = (result * grad_out).sum() + (log_sum * grad_lse).sum()
+            if not loss.requires_grad:
+                return [torch.zeros_like(leaf) for leaf in asked.values()]
+        return list(torch.autograd.grad(loss, list(asked.values()), materialize_grads=True))
+
+    # With large logits the rounding of a half-precision out decides.
+    tested = out.dtype in (F32, F64) or _greatest_logit(some) < 100
+    return Case(f"{op}_backward", some, gradients if tested else None, _SLACK[out.dtype], call=call,
+                batched=BATCHED, loose=LOOSE, dense=("lse", "grad_lse"))  # fmt: skip
+
+
+def _greatest_logit(some: dict[str, Any]) -> float:
+    q, k = some["q"].float(), some["k"].float()
+    return float(q.abs().max() * k.abs().max()) * q.shape[3] if q.numel() and k.numel() else 0.0
+
+
+@op_case
+def biased_attention_backward(draw: Draw) -> Case:
+    return _backward(draw, "biased_attention", biased_arguments(draw), biased, _BIASED)
+
+
+@op_case
+def sparse_attention_backward(draw: Draw) -> Case:
+    some = lists_arguments(draw)
+    for name in ("rope_cos", "rope_sin"):
+        some.pop(name, None)
+    return _backward(draw, "sparse_attention", some, lists, _SPARSE)
+
+
+@op_case
+def block_sparse_attention_backward(draw: Draw) -> Case:
+    return _backward(draw, "block_sparse_attention", blocks_arguments(draw), blocks, _BLOCKS)

@@ -1,0 +1,70 @@
+"""Whether memory grows from call to call: every op's heap after many calls is what it was."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import time
+
+import torch
+from compare import Mismatch
+from draw import Draw
+from examine import CASES
+
+CALLS, LONGEST_S = 100_000, 120.0
+WARM_UP = 200
+MOST_BYTES = 4096  # what the allocator's own lists may take
+_TRIED = 12
+
+
+class _Mallinfo2(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_size_t) for name in (
+        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks",
+        "fordblks", "keepcost",
+    ))  # fmt: skip
+
+
+_mallinfo2 = ctypes.CDLL(None).mallinfo2
+_mallinfo2.restype = _Mallinfo2
+
+
+def used() -> int:
+    """Bytes of the heap, mapped blocks included."""
+    gc.collect()
+    info = _mallinfo2()
+    return info.uordblks + info.hblkhd
+
+
+def examine(op: str, seed: int, calls: int = CALLS) -> None:
+    """Calls a small case of the op many times.
+
+    Raises:
+        Mismatch: the heap has grown.
+    """
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        case = _quickest(op, seed)
+        for _ in range(WARM_UP):
+            case.run(case.arguments)
+        before, end, count = used(), time.monotonic() + LONGEST_S, 0
+        while count < calls and time.monotonic() < end:
+            for _ in range(100):
+                case.run(case.arguments)
+            count += 100
+    grown = used() - before
+    print(f"heap: {op}, {count} calls: {grown:+d} bytes", flush=True)
+    if grown > MOST_BYTES:
+        raise Mismatch(f"{grown} bytes more after {count} calls: {case}")
+
+
+def _quickest(op: str, seed: int):
+    """Of a few cases that do something, the one that takes the least time."""
+    timed = []
+    for number in range(_TRIED):
+        case = CASES[op](Draw(op, 1000 * (seed + 1) + number, small=True))
+        if case.refusable or (case.batched and not case.batch()):
+            continue
+        start = time.perf_counter()
+        case.run(case.arguments)
+        timed.append((time.perf_counter() - start, number, case))
+    return min(timed)[2] if timed else CASES[op](Draw(op, 0, small=True))
