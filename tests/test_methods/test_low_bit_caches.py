@@ -87,9 +87,17 @@ def test_kivi_without_room() -> None:
     cache = KiviCache(2, 2, 64, 32, group_size=16, residual=32, dtype=torch.float32)
     with pytest.raises(RuntimeError, match="room for 64"):
         cache.append(k, v)
-    for name, wrong in (("k", k.half()), ("v", v[:, :, :5]), ("v", v[:1]), ("v", v[:, :1])):
-        with pytest.raises(ValueError, match=f"{name} must be"):
-            cache.append(**{"k": k[:, :, :6], "v": v[:, :, :6]} | {name: wrong})
+    fits = {"k": k[:, :, :6], "v": v[:, :, :6]}
+    crooked = fits["v"].mT.contiguous().mT
+    wrong = (("k", k.half()), ("v", v[:, :, :5]), ("v", v[:1]), ("v", v[:, :1]), ("v", crooked))
+    for name, x in wrong:
+        with pytest.raises(ValueError, match=f"{name} must "):
+            cache.append(**fits | {name: x})
+    with pytest.raises(ValueError, match="requires grad"):
+        cache.append(fits["k"], fits["v"].clone().requires_grad_())
+    for q in (torch.zeros(2, 3, 1, 32), torch.zeros(2, 4, 1, 16), torch.zeros(2, 4, 1, 32).half()):
+        with pytest.raises(ValueError, match=r"q must be \[2, a multiple of 2, 1, 32\]"):
+            cache.step(q, k[:, :, :1], v[:, :, :1])
     assert cache.length == 0 and not cache.packed_v.codes.any()
     assert not cache.window_k.any() and not cache.window_v.any()
     with pytest.raises(ValueError, match="group_size must be at least 1, got 0"):
@@ -220,9 +228,11 @@ def test_arkv_refuses_other_tokens() -> None:
     for name, token in wrong:
         with pytest.raises(ValueError, match=f"{name} must be one token"):
             cache.step(q, **{"k": k, "v": v} | {name: token})
-    for query in (q[:1], q[:, :5], q.expand(-1, -1, 2, -1), q[..., :8]):
+    for query in (q[:1], q[:, :5], q.expand(-1, -1, 2, -1), q[..., :8], q.half()):
         with pytest.raises(ValueError, match="q must be"):
             cache.step(query, k, v)
+    with pytest.raises(ValueError, match="requires grad"):
+        cache.step(q, k, v.clone().requires_grad_())
     assert cache.num_tokens == 20 and cache.length == 20
 
 

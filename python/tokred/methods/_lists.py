@@ -40,3 +40,17 @@ def check_tokens(name: str, x: Tensor, shape: list[int], dtypes: tuple[torch.dty
         tokens = "one token " if shape[2:3] == [1] else ""
         got = f"{list(x.shape)} in {x.dtype}"
         raise ValueError(f"{name} must be {tokens}{shape} in {names}, got {got}")
+
+
+def check_query(q: Tensor, k: Tensor) -> None:
+    """Refuses queries that do not fit the tokens k [B, Hkv, L, D], before a cache takes these."""
+    batch, heads, tokens, dim = k.shape
+    if (
+        q.dim() != 4
+        or q.shape[0] != batch
+        or q.shape[1] % heads
+        or [*q.shape[2:]] != [tokens, dim]
+        or q.dtype != k.dtype
+    ):
+        wanted = f"[{batch}, a multiple of {heads}, {tokens}, {dim}] in {k.dtype}"
+        raise ValueError(f"q must be {wanted}, got {[*q.shape]} in {q.dtype}")

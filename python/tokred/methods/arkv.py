@@ -31,8 +31,9 @@ from torch.nn.functional import avg_pool1d
 
 import tokred
 from tokred import PackedKV
+from tokred._library import refuse_grad
 
-from ._lists import check_least, check_tokens
+from ._lists import check_least, check_query, check_tokens
 
 # The tau in the exponents 1 / tau of entropy, variance and kurtosis, and the weight of variance in
 # scores of tokens: what the release sets for all of its models.
@@ -146,18 +147,16 @@ class ArkvCache:
             [B, Hq, 1, Dv]: one softmax over tokens of both precisions.
 
         Raises:
-            ValueError: k or v of another shape or dtype than those in the cache, or a q that does
-                not fit them; the cache is unchanged.
+            ValueError: k or v of another shape or dtype than those in the cache, a q that does not
+                fit them, or one that requires grad; the cache is unchanged.
 
         Complexity: one read of all tokens, and a write of the new one; a shrink, every quarter of
         the cache, reads and packs them all. Only the first shrink makes new buffers.
         """
         for name, token, held in (("k", k, self.k), ("v", v, self.v)):
             check_tokens(name, token, [*held.shape[:2], 1, held.shape[3]], (held.dtype,))
-        batch, heads, _, dim = k.shape
-        if q.shape[0] != batch or q.shape[1] % heads or [*q.shape[2:]] != [1, dim]:
-            wanted = f"[{batch}, a multiple of {heads}, 1, {dim}]"
-            raise ValueError(f"q must be {wanted}, got {[*q.shape]}")
+        check_query(q, k)
+        refuse_grad("step", q=q, k=k, v=v)
         for name, token in (("k", k), ("v", v), ("position", self.length)):
             end = getattr(self, name).shape[2] + 1
             grown = self._buffers[name][:, :, :end]

@@ -18,8 +18,9 @@ from torch import Tensor
 
 import tokred
 from tokred import PackFormat
+from tokred._library import refuse_grad
 
-from ._lists import check_least, check_tokens
+from ._lists import check_least, check_query, check_tokens
 
 
 class KiviCache:
@@ -70,13 +71,17 @@ class KiviCache:
         """Adds tokens k [B, Hkv, L, D] and v [B, Hkv, L, Dv].
 
         Raises:
-            ValueError: k or v of another shape or dtype than the windows.
+            ValueError: k or v of another shape or dtype than the windows, with a last dimension
+                that is not contiguous, or requiring grad.
             RuntimeError: the cache has no room for them. It is unchanged in either case.
         """
         tokens = k.shape[2:3]
         for name, x, window in (("k", k, self.window_k), ("v", v, self.window_v)):
             shape = [*window.shape[:2], *tokens, window.shape[3]]
             check_tokens(name, x, shape, (window.dtype,))
+            if x.stride(3) != 1:
+                raise ValueError(f"{name} must have a last dimension of stride 1, got {x.stride()}")
+        refuse_grad("append", k=k, v=v)
         # Keys are packed sooner than values, so it is they that run out of room first.
         tokred.kv_append(k, self.packed_k, self.length, self.window_k)
         tokred.kv_append(v, self.packed_v, self.length, self.window_v)
@@ -109,7 +114,11 @@ class KiviCache:
 
         Args:
             q: [B, Hq, L, D]; k: [B, Hkv, L, D]; v: [B, Hkv, L, Dv].
+
+        Raises:
+            ValueError, RuntimeError: as append, or a q that does not fit k; the cache is unchanged.
         """
+        check_query(q, k)
         if q.shape[2] == 1:
             self.append(k, v)
             return self.attend(q, scale=scale)[0]
