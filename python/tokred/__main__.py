@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
+import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,8 +18,8 @@ import tokred
 from . import _library
 
 
-def info(arguments: list[str]) -> int:
-    """What is installed here, and what the ops run on."""
+def info(options: argparse.Namespace) -> int:
+    """what is installed here, and what the ops run on"""
     lines = {
         "tokred": f"{tokred.__version__} in {Path(tokred.__file__).parent}",
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
@@ -38,31 +40,41 @@ def info(arguments: list[str]) -> int:
         )
     else:
         lines["cuda"] = "no device"
+    if options.json:
+        print(json.dumps(lines, indent=2))
+        return 0
     for name, value in lines.items():
         print(f"{name:18s} {value}")
     return 0
 
 
-def methods(arguments: list[str]) -> int:
-    """The published methods, with those marked whose papers leave formulas open."""
-    from .methods import METHODS
+def methods(options: argparse.Namespace) -> int:
+    """the published methods, with those marked whose papers leave formulas open"""
+    from .methods import METHODS, get
 
-    for method in METHODS.values():
+    chosen = [get(name) for name in options.names] or list(METHODS.values())
+    if options.json:
+        print(json.dumps([dataclasses.asdict(method) for method in chosen], indent=2))
+        return 0
+    for method in chosen:
         status = "" if method.status == "exact" else f" ({method.status})"
         print(f"{method.name:18s} arXiv:{method.arxiv}  {method.title}{status}")
         print(f"{'':18s} {method.summary}")
+    if options.names:
+        for method in chosen:
+            print(f"\n{(method.load().__doc__ or '').strip()}")
     return 0
 
 
 def demo(arguments: list[str]) -> int:
-    """Token merging on photographs, sparse attention and packed caches on text, in real models."""
+    """token merging on photographs, sparse attention and packed caches on text, in real models"""
     from .demo import main
 
     return main(arguments) or 0
 
 
 def bench(arguments: list[str]) -> int:
-    """The benchmarks of the checkout; arguments are passed on."""
+    """the benchmarks of the checkout"""
     checkout = Path(__file__).resolve().parents[2]
     if not (checkout / "bench" / "__main__.py").exists():
         print("tokred: the benchmarks are in the checkout, not in the wheel", file=sys.stderr)
@@ -70,21 +82,51 @@ def bench(arguments: list[str]) -> int:
     return subprocess.call([sys.executable, "-m", "bench", *arguments], cwd=checkout)
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    command.__name__: command for command in (info, methods, demo, bench)
-}
+# These have parsers of their own, --help included, and get what follows their names as it is.
+PASSED_ON = {"demo": demo, "bench": bench}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tokred",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="\n".join(f"{name:10s}{f.__doc__}" for name, f in COMMANDS.items()),
-    )
-    parser.add_argument("command", choices=COMMANDS, nargs="?", default="info")
-    options, arguments = parser.parse_known_args()
-    return COMMANDS[options.command](arguments)
+def parser() -> argparse.ArgumentParser:
+    """The parser of `python -m tokred`; demo and bench are listed in it only for its help."""
+    whole = argparse.ArgumentParser(prog="python -m tokred")
+    commands = whole.add_subparsers(dest="command", metavar="command")
+    for function in (info, methods):
+        command = commands.add_parser(
+            function.__name__, help=function.__doc__, description=function.__doc__
+        )
+        command.add_argument("--json", action="store_true", help="print JSON")
+        command.set_defaults(function=function)
+        if function is methods:
+            command.add_argument("names", nargs="*", help="only these, with what they do in full")
+    for name, passed_on in PASSED_ON.items():
+        commands.add_parser(name, help=passed_on.__doc__, add_help=False)
+    return whole
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; 2 and one line on stderr for arguments it does not take."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments) or ["info"]
+    if arguments[0] in PASSED_ON:
+        return PASSED_ON[arguments[0]](arguments[1:])
+    options = parser().parse_args(arguments)
+    try:
+        code = options.function(options)
+        sys.stdout.flush()
+    except ValueError as error:
+        print(f"tokred: {error}", file=sys.stderr)
+        return 2
+    return code
+
+
+def run() -> int:
+    """main(), quiet where the reader of a pipe has gone, as with `... | head`."""
+    try:
+        return main()
+    except BrokenPipeError:
+        # What is still buffered must not be written at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())
