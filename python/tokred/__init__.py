@@ -2,7 +2,8 @@
 
 The functional API below calls torch.ops.tokred.*, on CPU and CUDA tensors. The same ops in plain
 torch are in tokred.reference, attention modules in tokred.nn, the published methods in
-tokred.methods, and `tokred.patch` puts a method into a timm, transformers or diffusers model.
+tokred.methods, and `tokred.patch`, or `tokred.apply`, puts a method into a timm, transformers or
+diffusers model.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ __all__ = [
     "PackedKV",
     "Records",
     "SimilarityStats",
+    "apply",
     "attention_columns",
     "attention_rows",
     "biased_attention",
@@ -95,8 +97,8 @@ _LAZY_MODULES = ("cache", "methods", "models", "nn", "patching", "reference")
 
 def __getattr__(name: str) -> Any:
     """Imports what is not needed to run an op when it is first asked for."""
-    if name == "patch":
-        return importlib.import_module("tokred.patching").patch
+    if name in ("apply", "patch"):
+        return getattr(importlib.import_module("tokred.patching"), name)
     if name == "PackedCache":
         return importlib.import_module("tokred.cache").PackedCache
     if name in _LAZY_MODULES:

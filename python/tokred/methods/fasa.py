@@ -175,9 +175,9 @@ def fasa_attention(
     if isinstance(dims, DominantKeys):
         if dims.length != k.shape[2]:
             raise ValueError(f"dims must hold the {k.shape[2]} keys of k, got {dims.length}")
-        scores = dims.score(q, mask)
+        scores = dims.score(q.detach(), mask)
     else:
-        scores = tokred.qk_score(q, k, dims=dims, mask=mask)
+        scores = tokred.qk_score(q.detach(), k.detach(), dims=dims, mask=mask)
     indices = tokred.topk(scores, min(num_keys, k.shape[2]), order="position")[1]
     return tokred.sparse_attention(q, k, v, indices[:, :, None], scale=scale, mask=mask)
 
@@ -189,7 +189,7 @@ class FasaAttention:
         self.options = options
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
-        if call.q.shape[2] > 1:
+        if call.q.shape[2] > 1 or self.options.k >= call.num_keys:
             return call.dense()
         dims = self.options.dims[call.layer]
         visible = call.visible()
@@ -200,7 +200,8 @@ class FasaAttention:
 class Fasa:
     """Options of tokred.patch(model, "fasa", ...).
 
-    dims: i32 [Hq, F] for every layer, from dominant_dims. k: keys a query head attends to.
+    dims: i32 [Hq, F] for every layer with full attention, from dominant_dims. k: keys a query head
+        attends to.
     """
 
     dims: Sequence[Tensor]
@@ -209,10 +210,20 @@ class Fasa:
     adapters = ("causal_lm",)
     rotation = "cached"
 
-    def attention(self, num_layers: int) -> FasaAttention:
-        if len(self.dims) != num_layers:
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"k must be at least 1, got {self.k}")
+
+    def attention(self, layers: Sequence[int]) -> FasaAttention:
+        """The object that attends for all layers of a model.
+
+        Raises:
+            ValueError: not one entry of dims for every layer with full attention.
+        """
+        if len(self.dims) != len(layers):
             raise ValueError(
-                f"dims must have {num_layers} entries, one a layer, got {len(self.dims)}"
+                f"dims must have {len(layers)} entries, one for every layer with full attention, "
+                f"got {len(self.dims)}"
             )
         return FasaAttention(self)
 

@@ -6,6 +6,8 @@ arXiv 2410.05076).
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,17 +20,16 @@ if TYPE_CHECKING:
 
 
 class TidalAttention:
-    """The choice of one decode step, carried from layer to layer: `indices` i32 [B, Hq, k]."""
+    """What tokred.patch calls for every layer; prompts are attended to in full."""
 
     def __init__(self, options: TidalDecode) -> None:
         self.options = options
-        self.indices: Tensor | None = None
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
-        """What tokred.patch calls; prompts are attended to in full."""
-        if call.q.shape[2] > 1:
+        if call.q.shape[2] > 1 or self.options.k >= call.num_keys:
             return call.dense()
-        return self.step(call.layer, call.q, call.k, call.v, call.visible(), call.scale)
+        mask = call.visible()
+        return self.step(call.layer, call.q, call.k, call.v, call.carried, mask, call.scale)
 
     def step(
         self,
@@ -36,6 +37,7 @@ class TidalAttention:
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        carried: dict[str, Tensor],
         mask: Tensor | None = None,
         scale: float | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -44,6 +46,8 @@ class TidalAttention:
         Args:
             layer: its number, from 0; a step runs the layers in order.
             q: [B, Hq, 1, D]; k: [B, Hkv, N, D]; v: [B, Hkv, N, Dv].
+            carried: a dict for the layers of one step, empty at first; it holds the keys chosen
+                last, `indices` i32 [B, Hq, k].
             mask: bool [B | 1, N], False where a key is padding.
             scale: 1 / sqrt(D) where None.
 
@@ -58,16 +62,16 @@ class TidalAttention:
         chooses = layer in (options.sparse_layer_start, options.correction_layer)
         if layer < options.sparse_layer_start or chooses:
             if chooses:
-                logits = tokred.qk_score(q, k, scale=scale, mask=mask)
+                logits = tokred.qk_score(q.detach(), k.detach(), scale=scale, mask=mask)
                 kept = min(options.k, k.shape[2])
-                self.indices = tokred.topk(logits, kept, order="position")[1]
+                carried["indices"] = tokred.topk(logits, kept, order="position")[1]
             return tokred.biased_attention(q, k, v, scale=scale, mask=key_mask)
-        if self.indices is None:
+        if "indices" not in carried:
             raise ValueError(
                 f"layer {layer} is sparse, and layer {options.sparse_layer_start}, which chooses "
-                "for it, has not run yet"
+                "for it, has not run yet in this forward pass"
             )
-        chosen = self.indices[:, :, None]
+        chosen = carried["indices"][:, :, None]
         return tokred.sparse_attention(q, k, v, chosen, scale=scale, mask=key_mask)
 
 
@@ -78,6 +82,9 @@ class TidalDecode:
     Layers below sparse_layer_start attend to everything. Layer sparse_layer_start and layer
     correction_layer attend to everything too, and keep the k greatest logits of every query head;
     all other layers attend to the keys kept last. The newest token competes like any other.
+
+    The layers with full attention count, from 0: of a model in which every sixth layer has it, 2 is
+    the third of these. A correction_layer that the model does not have corrects nothing.
     """
 
     k: int = 256
@@ -86,8 +93,34 @@ class TidalDecode:
 
     adapters = ("causal_lm",)
     rotation = "cached"
+    carries = True
 
-    def attention(self, num_layers: int) -> TidalAttention:
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"k must be at least 1, got {self.k}")
+        for name in ("sparse_layer_start", "correction_layer"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+
+    def attention(self, layers: Sequence[int]) -> TidalAttention:
+        """The object that attends for all layers of a model.
+
+        Raises:
+            ValueError: sparse_layer_start lies beyond the model's last layer.
+        """
+        start, count = self.sparse_layer_start, len(layers)
+        if start > layers[-1]:
+            raise ValueError(
+                f"sparse_layer_start must be below {count}, the number of layers with full "
+                f"attention, got {start}"
+            )
+        if start >= count:
+            warnings.warn(
+                f"tidal_decode changes nothing: sparse_layer_start is {start}, and the model has "
+                f"{count} layers with full attention, from 0",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return TidalAttention(self)
 
 

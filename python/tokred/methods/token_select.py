@@ -17,6 +17,7 @@ which the release turns off, is left out.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -54,11 +55,10 @@ def _pooled(votes: Tensor, pool: int) -> Tensor:
 
 
 class TokenSelectAttention:
-    """What `tokred.patch` calls for every layer; `indices` are those of the latest choice."""
+    """What `tokred.patch` calls for every layer."""
 
     def __init__(self, options: TokenSelect) -> None:
         self.options = options
-        self.indices: Tensor | None = None
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         options = self.options
@@ -78,8 +78,8 @@ class TokenSelectAttention:
         options = self.options
         if options.n_init + options.k + options.n_local >= call.num_keys:
             return call.dense()
-        self.indices, counts = self._choose(call)
-        lists = self.indices[:, :, None]
+        indices, counts = self._choose(call)
+        lists = indices[:, :, None]
         queries = call.q.shape[2]
         if call.rotary is None:
             return call.attend_to(lists, block_q=queries)
@@ -128,8 +128,7 @@ class TokenSelectAttention:
 
     def _vote(self, call: AttentionCall, q: Tensor, mask: Tensor) -> Tensor:
         """See vote; on packed keys too."""
-        k = call.k if call.is_packed else call.k.detach()
-        votes = replace(call, q=q, k=k, scale=1.0).score("softmax_vote", mask)
+        votes = replace(call, q=q, scale=1.0).score("softmax_vote", mask)
         return _pooled(votes, self.options.pool)
 
 
@@ -173,7 +172,7 @@ class TokenSelect:
                 f"tokens are local, got {self.chunk}"
             )
 
-    def attention(self, num_layers: int) -> TokenSelectAttention:
+    def attention(self, layers: Sequence[int]) -> TokenSelectAttention:
         """The object that attends for all layers of a model."""
         return TokenSelectAttention(self)
 

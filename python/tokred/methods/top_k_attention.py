@@ -7,6 +7,7 @@ are measured against it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -62,7 +63,8 @@ def top_k_attention(
             part_mask = (mask[:, :, rows] if mask.shape[2] > 1 else mask)[..., :seen]
         inputs = (q[:, :, rows], k[:, :, :seen])
         options = {"causal": causal, "scale": scale, "mask": part_mask}
-        logits = tokred.attention_rows(*inputs, softmax=False, **options)
+        chooser = (x.detach() for x in inputs)
+        logits = tokred.attention_rows(*chooser, softmax=False, **options)
         indices = tokred.topk(logits, min(num_keys, seen), order="position")[1]
         part = tokred.sparse_attention(*inputs, v[:, :, :seen], indices, block_q=1, **options)
         parts.append(part)
@@ -114,7 +116,7 @@ class TopKAttention:
         if self.prefill not in ("select", "dense"):
             raise ValueError(f'prefill must be "select" or "dense", got {self.prefill!r}')
 
-    def attention(self, num_layers: int) -> TopKState:
+    def attention(self, layers: Sequence[int]) -> TopKState:
         return TopKState(self)
 
 

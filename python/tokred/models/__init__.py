@@ -32,21 +32,25 @@ def attach(
         One state per stack (none with check_only, which installs nothing).
 
     Raises:
-        ValueError: no adapter finds a layer.
+        ValueError: no adapter finds a layer; the message says why, as far as it is known.
     """
     states = []
     found = False
+    reasons = []
     for name in method.adapters:
         adapter = importlib.import_module(f"tokred.models.{name}")
         for stack in adapter.stacks(model, method, settings):
             found = True
             if not check_only:
                 states.append(stack.install(method, settings, overrides))
+        if hasattr(adapter, "why_not"):
+            reasons.append(adapter.why_not(model))
     if not found:
         supported = "; ".join(_SUPPORTED[name] for name in method.adapters)
+        why = "".join(f" ({reason})" for reason in reasons if reason)
         raise ValueError(
-            f"{type(model).__name__} has no layer that {type(method).__name__} can be put into; "
-            f"supported are: {supported}"
+            f"{type(model).__name__} has no layer that {type(method).__name__} can be put into"
+            f"{why}; supported are: {supported}"
         )
     return states
 

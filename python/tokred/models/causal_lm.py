@@ -5,11 +5,13 @@ its attention to the method. A method is a dataclass of options with
 
     adapters = ("causal_lm",)
     rotation = "cached" or "compact"
-    def attention(self, num_layers: int) -> AttentionMethod
+    carries = True      # only if layers leave something for later ones in `AttentionCall.carried`
+    def attention(self, layers: Sequence[int]) -> AttentionMethod
 
-whose `attend` is called once a layer and forward pass, in the order of the layers, so what one
-layer leaves in the object the next ones find. Layers with a sliding window, and those that bring
-lists of keys of their own, are left alone.
+where `layers` are the model's own numbers of those layers; `attend` is called once a layer and
+forward pass, in their order, by threads at once if the model is. Methods count full-attention
+layers alone, from 0. Layers that see only a part of the keys, by a window, in chunks or by lists of
+their own, are left alone.
 
 With rotation "compact" the queries and keys come without rotation, and are cached so: a cache made
 inside the patch then fits only models inside it.
@@ -17,153 +19,166 @@ inside the patch then fits only models inside it.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from os.path import commonprefix
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tokred.patching import Overrides, Settings
 
 from . import attention
+from .full_attention import explain, full_attention
+from .rotary import Rotary, find_rotary, unrotated
+
+__all__ = ["Rotary", "Stack", "stacks"]
 
 
-class Rotary:
-    """A model's rotary embedding at any position, for attention modules that rotate by halves."""
-
-    def __init__(self, embedding: nn.Module, rotate: Callable) -> None:
-        self._embedding = embedding
-        self._rotate = rotate
-        self._table: tuple[Tensor, Tensor] | None = None
-
-    def tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos and sin f32 [length or more, D] of the positions from 0."""
-        table = self._table
-        if table is None or table[0].shape[0] < length or table[0].device != device:
-            # Doubling keeps the number of tables that a growing cache asks for small.
-            positions = torch.arange(1 << max(length - 1, 63).bit_length(), device=device)
-            like = torch.empty(1, dtype=torch.float32, device=device)
-            cos, sin = self._embedding(like, positions[None])
-            self._table = cos[0], sin[0]
-        return self._table
-
-    def halves(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos and sin f32 [length or more, D / 2], as `sparse_attention` takes them."""
-        cos, sin = self.tables(length, device)
-        return cos[:, : cos.shape[1] // 2], sin[:, : sin.shape[1] // 2]
-
-    def rotate(self, x: Tensor, positions: Tensor, limit: int) -> Tensor:
-        """x [B, H, L, D] rotated to positions [B | 1, L] below the limit, as the model does it."""
-        cos, sin = self.tables(limit, x.device)
-        cos, sin = (table[positions].to(x.dtype) for table in (cos, sin))
-        return self._rotate(x, x, cos, sin)[0]
-
-
-@dataclass
+@dataclass(frozen=True)
 class Bound:
-    """The method in one model, as the attention function calls it."""
+    """The method in one model."""
 
     method: attention.AttentionMethod
     rotary: Rotary | None
-    calls: int = 0
+
+    def carried(self) -> dict[str, Tensor]:
+        """What earlier layers of the forward pass that runs in this thread have left."""
+        running = _running.innermost
+        while running is not None:
+            if running.bound is self:
+                return running.carried
+            running = running.outer
+        return {}
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A forward pass of a decoder, and the one that it runs inside of, if any."""
+
+    bound: Bound
+    carried: dict[str, Tensor]
+    outer: Pass | None
+
+
+class _Running(threading.local):
+    innermost: Pass | None = None
+
+
+_running = _Running()
+
+
+@dataclass
+class Turn:
+    """One layer's turn in one forward pass, as the attention function calls it."""
+
+    bound: Bound
+    layer: int
+    came: bool = False
 
     def attend(self, call: attention.AttentionCall) -> tuple[Tensor, Tensor]:
-        self.calls += 1
-        call = replace(call, rotary=self.rotary)
-        return call.dense() if call.window is not None else self.method.attend(call)
+        self.came = True
+        bound = self.bound
+        # A full-attention layer that passes a window on does not apply it.
+        call = replace(
+            call, layer=self.layer, rotary=bound.rotary, window=None, carried=bound.carried()
+        )
+        return bound.method.attend(call)
 
 
 @dataclass(frozen=True)
 class Stack:
-    """The attention modules of one decoder, its config, and its rotary embedding, if needed."""
+    """The full-attention modules of one decoder, and what is needed to put a method there."""
 
     modules: list[nn.Module]
-    config: Any
+    decoder: nn.Module | None
+    state: attention.AttentionMethod
     rotary: Rotary | None
 
     def install(self, method: Any, settings: Settings, overrides: Overrides) -> Any:
-        state = method.attention(len(self.modules))
-        bound = Bound(state, self.rotary)
-        overrides.assign(self.config, "_attn_implementation", attention.register())
-        for module in self.modules:
-            overrides.replace(module, "forward", _attention_forward, bound, module)
-        return state
+        bound = Bound(self.state, self.rotary)
+        # The attribute, as the property would set the configs of other parts of the model too.
+        config = self.modules[0].config
+        overrides.assign(config, "_attn_implementation_internal", attention.register())
+        if self.decoder is not None:
+            overrides.replace(self.decoder, "forward", _decoder_forward, bound)
+        for layer, module in enumerate(self.modules):
+            overrides.replace(module, "forward", _attention_forward, bound, layer, module)
+        return self.state
 
 
 def stacks(model: nn.Module, method: Any, settings: Settings) -> Iterator[Stack]:
-    """The decoders in the model, one for every config that attention modules share.
+    """The decoders in the model: runs of attention modules that share a config.
 
     Raises:
-        ValueError: options of token merging, or a rotation that the model's modules do not have.
+        ValueError: options of token merging; options that do not fit the number of layers; a
+            rotation that the model's modules do not have; modules that tokred's attention cannot
+            serve.
     """
-    groups: dict[int, list[nn.Module]] = {}
-    for module in model.modules():
-        if _is_full_attention(module):
-            groups.setdefault(id(module.config), []).append(module)
-    for modules in groups.values():
+    for names in _decoders(full_attention(model)):
+        modules = [model.get_submodule(name) for name in names]
         if settings != Settings():
             raise ValueError(
                 "prop_attn, trace_source, weighted_pool and num_prefix are for methods that merge "
                 f"tokens; {type(method).__name__} chooses keys"
             )
-        rotary = None
-        if getattr(method, "rotation", "cached") == "compact":
-            rotary = _rotary(model, modules[0])
-        yield Stack(modules, modules[0].config, rotary)
+        state = method.attention(_numbers(modules))
+        decoder = _decoder(model, names) if getattr(method, "carries", False) else None
+        compact = getattr(method, "rotation", "cached") == "compact"
+        rotary = find_rotary(model, modules) if compact else None
+        yield Stack(modules, decoder, state, rotary)
 
 
-def _is_full_attention(module: nn.Module) -> bool:
-    """Whether it is causal self-attention over the whole cache, through transformers' interface."""
-    return (
-        getattr(module, "is_causal", False) is True
-        and isinstance(getattr(module, "layer_idx", None), int)
-        and hasattr(module, "config")
-        and hasattr(module, "o_proj")
-        and getattr(module, "sliding_window", None) is None
-        and not hasattr(module, "indexer")
-    )
+def why_not(model: nn.Module) -> str:
+    """Why there are no stacks in a model."""
+    return explain(model)
 
 
-def _rotary(model: nn.Module, module: nn.Module) -> Rotary:
-    """The rotary embedding beside an attention module, if it is of the kind the kernels have."""
-    name = type(module).__name__
-    code = sys.modules[type(module).__module__]
-    rotate = getattr(code, "apply_rotary_pos_emb", None)
-    embedding = next(
-        (
-            m.rotary_emb
-            for m in model.modules()
-            if isinstance(getattr(m, "rotary_emb", None), nn.Module)
-            and getattr(m.rotary_emb, "config", None) is module.config
-        ),
-        None,
-    )
-    if rotate is None or embedding is None:
-        raise ValueError(f"{name} has no rotary embedding to compact: use rotation='cached'")
-    if getattr(embedding, "rope_type", "default") in ("dynamic", "longrope"):
-        raise ValueError(
-            f"{name}'s rotary embedding changes with the length ({embedding.rope_type}): use "
-            "rotation='cached'"
-        )
-    x = torch.randn(1, 1, 3, module.head_dim, generator=torch.Generator().manual_seed(0))
-    angle = torch.rand(1, 3, module.head_dim // 2, generator=torch.Generator().manual_seed(1))
-    cos, sin = angle.cos(), angle.sin()
-    first, second = x.chunk(2, -1)
-    expected = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
-    whole = embedding(x[:, 0], torch.arange(3)[None])[0].shape[-1] == module.head_dim
-    rotated = rotate(x, x, cos.repeat(1, 1, 2), sin.repeat(1, 1, 2))[0] if whole else None
-    if rotated is None or not torch.allclose(rotated, expected, atol=1e-5):
-        raise ValueError(
-            f"{name} does not rotate the two halves of every head as Llama does: use "
-            "rotation='cached'"
-        )
-    return Rotary(embedding, rotate)
+def _decoders(found: dict[str, nn.Module]) -> list[list[str]]:
+    """The names of attention modules, apart where the config changes or layers begin anew."""
+    runs: list[list[str]] = []
+    last: nn.Module | None = None
+    for name, module in found.items():
+        follows = last is not None and module.config is last.config
+        if follows and (module.layer_idx < 0 or module.layer_idx > last.layer_idx):
+            runs[-1].append(name)
+        else:
+            runs.append([name])
+        last = module
+    return runs
+
+
+def _numbers(modules: Sequence[nn.Module]) -> list[int]:
+    """The model's own numbers of the layers; places in the list where modules serve many layers."""
+    return [m.layer_idx if m.layer_idx >= 0 else place for place, m in enumerate(modules)]
+
+
+def _decoder(model: nn.Module, names: Sequence[str]) -> nn.Module:
+    """The innermost module around all of them that has a forward of its own."""
+    path = list(commonprefix([name.split(".")[:-1] for name in names]))
+    while True:
+        module = model.get_submodule(".".join(path))
+        if type(module).forward is not nn.Module.forward:
+            return module
+        if not path:
+            raise ValueError(
+                f"{type(model).__name__} does not call its layers itself: pass the model that does"
+            )
+        path.pop()
+
+
+def _decoder_forward(bound: Bound, original: Callable, *args: Any, **kwargs: Any) -> Any:
+    outer = _running.innermost
+    _running.innermost = Pass(bound, {}, outer)
+    try:
+        return original(*args, **kwargs)
+    finally:
+        _running.innermost = outer
 
 
 def _attention_forward(
-    bound: Bound, module: nn.Module, original: Callable, *args: Any, **kwargs: Any
+    bound: Bound, layer: int, module: nn.Module, original: Callable, *args: Any, **kwargs: Any
 ) -> Any:
     if bound.rotary is not None:
         if kwargs.get("position_embeddings") is None:
@@ -171,12 +186,10 @@ def _attention_forward(
                 f"{type(module).__name__} was called without position_embeddings as a keyword: use "
                 "rotation='cached'"
             )
-        cos, sin = kwargs["position_embeddings"]
-        # The identity, so that queries and keys come, and are cached, as they are.
-        kwargs["position_embeddings"] = torch.ones_like(cos), torch.zeros_like(sin)
-    calls = bound.calls
-    result = original(*args, tokred_method=bound, **kwargs)
-    if bound.calls == calls:
+        kwargs["position_embeddings"] = unrotated(*kwargs["position_embeddings"])
+    turn = Turn(bound, layer)
+    result = original(*args, tokred_method=turn, **kwargs)
+    if not turn.came:
         raise RuntimeError(
             f"{type(module).__name__} did not hand its attention to tokred: its attention "
             "implementation was changed inside the patch, or it does not pass its arguments on"

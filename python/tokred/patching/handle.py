@@ -7,6 +7,9 @@
     with tokred.patch(language_model, "token_select", k=1024):
         language_model.generate(tokens)
 
+    handle = tokred.apply(language_model, "token_select", k=1024)   # where a `with` does not fit
+    handle.remove()
+
 Only attributes of instances are replaced (the `forward` of modules, and a language model's choice
 of attention), never classes, and leaving the block puts every one of them back, also after an
 exception.
@@ -15,6 +18,9 @@ exception.
 from __future__ import annotations
 
 import dataclasses
+import sys
+import threading
+import warnings
 from typing import Any
 
 import torch
@@ -28,8 +34,12 @@ from .settings import Settings
 from .token_state import TokenState
 
 
+# What a pipeline calls the model that it runs again and again.
+_DENOISERS = ("unet", "transformer", "unet_2", "transformer_2")
+
+
 def patch(
-    model: nn.Module,
+    model: Any,
     method: str,
     *,
     prop_attn: bool = True,
@@ -49,10 +59,11 @@ def patch(
     full causal attention, with left padding and with any cache. They keep all tokens, and the four
     arguments from prop_attn to num_prefix are not for them.
 
-    Patches nest: the innermost one counts, and they are undone in the reverse order.
+    Patches nest: the innermost one counts, in whatever order they are left.
 
     Args:
-        model: the model, or any module that contains its layers.
+        model: the model, or any module that contains its layers; or a pipeline of transformers or
+            diffusers, whose `model`, `unet` or `transformer` is taken.
         method: a name from tokred.methods.METHODS.
         prop_attn: attend in proportion to the tokens' sizes (key bias log(size)). Supervised
             models need it; models pre-trained as masked autoencoders do better without.
@@ -69,7 +80,9 @@ def patch(
     Raises:
         ValueError: an unknown method, or one of functions alone; a model without layers the method
             can work on.
-        TypeError: an option the method does not have.
+        TypeError: an option the method does not have; a model that is no module.
+
+    A Patch that is dropped without having been entered warns, as it did nothing.
 
     Not supported, with an error that says so: attention masks, attention dropout in training,
     gradient checkpointing and attention weights in layers that see merged tokens.
@@ -88,7 +101,36 @@ def patch(
             "and every method has prop_attn, trace_source, weighted_pool, num_prefix"
         )
     settings = Settings(prop_attn, trace_source, weighted_pool, num_prefix)
-    return Patch(model, options_class(**options), settings)
+    return Patch(_module_of(model), options_class(**options), settings)
+
+
+def apply(model: Any, method: str, **options: Any) -> Patch:
+    """Patches a model until `remove()` is called on what it returns; see `patch` for the arguments.
+
+    The model stays patched where the handle is dropped.
+    """
+    handle = patch(model, method, **options)
+    return handle.__enter__()
+
+
+def _module_of(model: Any) -> nn.Module:
+    """The module to patch: the model itself, or that of a pipeline."""
+    if isinstance(model, nn.Module):
+        return model
+    kind = type(model).__name__
+    found = {name: getattr(model, name, None) for name in ("model", *_DENOISERS)}
+    found = {name: part for name, part in found.items() if isinstance(part, nn.Module)}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    if not found:
+        raise TypeError(
+            "model must be a torch.nn.Module, or a pipeline with one as its model, unet or "
+            f"transformer, got {kind}"
+        )
+    raise ValueError(
+        f"{kind} has several models, {', '.join(found)}: pass one of them, as in "
+        f"tokred.patch(pipeline.{next(iter(found))}, ...)"
+    )
 
 
 class Patch:
@@ -98,29 +140,53 @@ class Patch:
     `states` lists them in the order of the modules, and each has the same attributes.
     """
 
+    _unused = False  # until a Patch is complete
+
     def __init__(self, model: nn.Module, method: Any, settings: Settings) -> None:
         self.model = model
         self.method = method
         self.settings = settings
         self._depth = 0
+        self._lock = threading.RLock()
         self._overrides = Overrides()
         self.states: list[Any] = []
         models.attach(model, method, settings, self._overrides, check_only=True)
+        self._unused = True
 
     def __enter__(self) -> Patch:
-        if self._depth == 0:
-            try:
-                self.states = models.attach(self.model, self.method, self.settings, self._overrides)
-            except BaseException:
-                self._overrides.undo()
-                raise
-        self._depth += 1
+        with self._lock:
+            self._unused = False
+            if self._depth == 0:
+                try:
+                    self.states = models.attach(
+                        self.model, self.method, self.settings, self._overrides
+                    )
+                except BaseException as failure:
+                    self._overrides.undo(failure)
+                    raise
+            self._depth += 1
         return self
 
-    def __exit__(self, *exception: Any) -> None:
-        if self._depth == 1:
+    def __exit__(self, kind: Any, failure: BaseException | None, traceback: Any) -> None:
+        with self._lock:
+            self._depth = max(self._depth - 1, 0)
+            if self._depth == 0:
+                self._overrides.undo(failure)
+
+    def remove(self) -> None:
+        """Leaves the patch, however often it was entered; a second call does nothing."""
+        with self._lock:
+            self._depth = 0
             self._overrides.undo()
-        self._depth -= 1
+
+    def __del__(self) -> None:
+        if self._unused and not sys.is_finalizing():
+            warnings.warn(
+                "tokred.patch(...) did nothing, as it was never entered: write `with "
+                "tokred.patch(...):`, or call tokred.apply(...) and remove() on what it returns",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     @property
     def num_prefix(self) -> int:

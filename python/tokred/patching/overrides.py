@@ -1,68 +1,119 @@
-"""Attributes replaced on instances, and how they are put back."""
+"""What a patch changes in a model, and how it is taken back."""
 
 from __future__ import annotations
 
+import itertools
+import threading
+import warnings
+import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+_ABSENT = object()  # the instance had no such attribute of its own
+_numbers = itertools.count()
+_lock = threading.RLock()
+
+
+@dataclass
+class _Entry:
+    """One attribute of an instance: what it was, and what it was set to."""
+
+    owner: Any
+    name: str
+    previous: Any
+    value: Any
+
+    def current(self) -> Any:
+        return vars(self.owner).get(self.name, _ABSENT)
+
+    def restore(self) -> None:
+        if self.previous is not _ABSENT:
+            setattr(self.owner, self.name, self.previous)
+        elif self.name in vars(self.owner):
+            delattr(self.owner, self.name)
+
+    def __str__(self) -> str:
+        return f"{type(self.owner).__name__}.{self.name}"
+
 
 class Overrides:
-    """Attributes set on instances, and hooks, all of which undo() takes back."""
+    """Attributes set on instances, and hooks, all of which undo() takes back, in any order."""
+
+    _every: weakref.WeakSet[Overrides] = weakref.WeakSet()
 
     def __init__(self) -> None:
-        self._assigned: list[tuple[Any, str, Any, Any]] = []
-        self._replaced: list[tuple[nn.Module, str, Any, Any]] = []
+        self._number = next(_numbers)
+        self._entries: list[_Entry] = []
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def replace(self, module: nn.Module, name: str, function: Callable, *args: Any) -> None:
         """Makes module.name(...) call function(*args, original, ...)."""
-        previous = getattr(module, name)
-        original = getattr(previous, "tokred_original", previous)
+        current = getattr(module, name)
+        original = getattr(current, "tokred_original", current)
         replacement = partial(function, *args, original)
         replacement.tokred_original = original
-        self._replaced.append((module, name, module.__dict__.get(name), replacement))
-        setattr(module, name, replacement)
+        replacement.__wrapped__ = original  # what inspect.signature shows
+        self.assign(module, name, replacement)
 
     def assign(self, owner: Any, name: str, value: Any) -> None:
-        """Sets an attribute of anything, such as a config."""
-        self._assigned.append((owner, name, getattr(owner, name), value))
-        setattr(owner, name, value)
+        """Sets an attribute of an instance, such as a config."""
+        with _lock:
+            if not self._entries:
+                self._number = next(_numbers)
+                Overrides._every.add(self)
+            self._entries.append(_Entry(owner, name, vars(owner).get(name, _ABSENT), value))
+            setattr(owner, name, value)
 
     def hook(self, module: nn.Module, function: Callable[..., None]) -> None:
         """Calls function(module, args, output) after each of module's forward passes."""
         self._hooks.append(module.register_forward_hook(function))
 
-    def undo(self) -> None:
-        """Restores everything.
+    def undo(self, failure: BaseException | None = None) -> None:
+        """Restores everything. What others changed meanwhile is lost, which a warning says.
 
-        Raises:
-            RuntimeError: something was replaced again since; nothing is restored then.
+        Where a later patch has set the same attribute, its value stays, and that patch will restore
+        what this one found.
+
+        Args:
+            failure: the exception in flight, which gets a note in the place of the warning.
         """
-        for module, name, _, replacement in self._replaced:
-            if module.__dict__.get(name) is not replacement:
-                raise RuntimeError(
-                    f"{type(module).__name__}.{name} was replaced after this patch was applied: "
-                    "leave nested patches in the reverse order of entering them"
-                )
-        for owner, name, _, value in self._assigned:
-            if getattr(owner, name) != value:
-                raise RuntimeError(
-                    f"{type(owner).__name__}.{name} was changed inside the patch, from {value!r} "
-                    f"to {getattr(owner, name)!r}: change it back before leaving"
-                )
-        for owner, name, previous, _ in reversed(self._assigned):
-            setattr(owner, name, previous)
-        for module, name, previous, _ in reversed(self._replaced):
-            if previous is None:
-                delattr(module, name)
-            else:
-                setattr(module, name, previous)
+        with _lock:
+            changed = [str(e) for e in reversed(self._entries) if not self._restored_ours(e)]
+            self._entries.clear()
+            Overrides._every.discard(self)
         for hook in self._hooks:
             hook.remove()
-        self._assigned.clear()
-        self._replaced.clear()
         self._hooks.clear()
+        if not changed:
+            return
+        others = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        message = (
+            f"{changed[0]}{others} changed while tokred.patch was in place, and is now what it was "
+            "before the patch: make such changes before entering a patch, or after leaving it"
+        )
+        if failure is None:
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
+        elif hasattr(failure, "add_note"):
+            failure.add_note(message)
+
+    def _restored_ours(self, entry: _Entry) -> bool:
+        """Restores one attribute; False where a change of others is lost by that."""
+        later = [
+            (overrides._number, other)
+            for overrides in Overrides._every
+            if overrides._number > self._number
+            for other in overrides._entries
+            if other.owner is entry.owner and other.name == entry.name
+        ]
+        if later:
+            following = min(later, key=lambda pair: pair[0])[1]
+            ours, following.previous = following.previous is entry.value, entry.previous
+            return ours
+        current = entry.current()
+        entry.restore()
+        return current is entry.value or current is entry.previous

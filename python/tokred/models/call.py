@@ -1,0 +1,148 @@
+"""One layer's attention in one forward pass, as methods that choose keys are given it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+import tokred
+
+from .packed import PackedStates
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One layer's attention in one forward pass, as a method is given it.
+
+    q: [B, Hq, L, D]. k: [B, Hkv, N, D] and v: [B, Hkv, N, Dv], the whole cache and the new tokens.
+        Of a PackedCache that is not empty, k is its PackedStates, and v None: `dense`, `score` and
+        `attend_to` read it, what needs tensors raises an error that says so.
+    mask: bool [B | 1, 1, L | 1, N], True is visible, or None.
+    causal: query i sees the keys j <= i + N - L, in addition to the mask.
+    scale: of the logits.
+    layer: the number of this layer among those that the method attends for, from 0.
+    rotary: where q and k come without rotation, what rotates them; None where they are rotated.
+    window: query i sees only the last `window` keys up to its own, or None.
+    carried: what earlier layers of the same forward pass have left here for later ones. A method
+        keeps nothing else from call to call: its object is shared by threads.
+    """
+
+    q: Tensor
+    k: Tensor | PackedStates
+    v: Tensor | None
+    mask: Tensor | None
+    causal: bool
+    scale: float | None
+    layer: int = 0
+    rotary: Any = None
+    window: int | None = None
+    carried: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def num_keys(self) -> int:
+        """N."""
+        return self.k.length if self.is_packed else self.k.shape[2]
+
+    @property
+    def is_packed(self) -> bool:
+        return isinstance(self.k, PackedStates)
+
+    def score(self, reduce: str = "none", mask: Tensor | None = None) -> Tensor:
+        """The logits of the keys, as `qk_score` reduces them: f32 [B, Hq | Hkv | 1, N].
+
+        They choose, and carry no gradient.
+
+        Args:
+            reduce: see tokred.qk_score.
+            mask: bool [B | 1, N], keys that get a score; `visible()` where None.
+        """
+        mask = self.visible() if mask is None else mask
+        if self.is_packed:
+            return self.k.score(self.q.detach(), reduce, self.scale, mask)
+        q, k = self.q.detach(), self.k.detach()
+        return tokred.qk_score(q, k, reduce, scale=self.scale, mask=mask)
+
+    def attend_to(self, indices: Tensor, block_q: int) -> tuple[Tensor, Tensor]:
+        """Attention to the keys of lists: (out [B, Hq, L, Dv], lse f32 [B, Hq, L]).
+
+        Args:
+            indices: i32 [B, Hq | Hkv | 1, ceil(L / block_q), K]; those that the mask and causality
+                hide are left out.
+            block_q: queries that share a list; 1 or L of packed keys.
+        """
+        if self.is_packed:
+            return self.k.attend_to(self.q, indices, self.scale, self.causal, self.mask)
+        options = {"causal": self.causal, "mask": self.mask, "block_q": block_q}
+        return tokred.sparse_attention(self.q, self.k, self.v, indices, self.scale, **options)
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """Attention over all keys: (out [B, Hq, L, Dv], lse f32 [B, Hq, L])."""
+        q, k = self.q, self.k
+        if self.is_packed and self.rotary is None:
+            return k.attend(q, self.scale, self.causal, self.mask)
+        if self.rotary is not None:
+            keys = k.shape[2]
+            k = self.rotary.rotate(k, (self.visible().cumsum(-1) - 1).clamp(min=0), keys)
+            q = self.rotary.rotate(q, (self.num_visible() - 1).clamp(min=0), keys)
+        if self.window is None:
+            return tokred.biased_attention(
+                q, k, self.v, causal=self.causal, scale=self.scale, mask=self.mask
+            )
+        query, key = self._window_positions()
+        return tokred.biased_attention(
+            q,
+            k,
+            self.v,
+            scale=self.scale,
+            mask=self.mask,
+            query_position=query,
+            key_position=key,
+        )
+
+    def narrow(self, start: int, stop: int) -> AttentionCall:
+        """The same for the queries start .. stop - 1, with the keys they can see."""
+        if (start, stop) == (0, self.q.shape[2]):
+            return self
+        q = self.q[:, :, start:stop]
+        if not self.causal:
+            mask = self.mask
+            if mask is not None and mask.shape[2] > 1:
+                mask = mask[:, :, start:stop]
+            return replace(self, q=q, mask=mask)
+        keys = self.k.shape[2] - self.q.shape[2] + stop
+        mask = None if self.mask is None else self.mask[..., :keys]
+        return replace(self, q=q, k=self.k[:, :, :keys], v=self.v[:, :, :keys], mask=mask)
+
+    def visible(self) -> Tensor:
+        """bool [B | 1, N]: the keys that the last query, or any query, can see."""
+        if self.mask is None:
+            return torch.ones(1, self.num_keys, dtype=torch.bool, device=self.q.device)
+        if self.mask.shape[1] != 1:
+            raise ValueError("keys can only be chosen under a mask that all heads share")
+        return self.mask[:, 0].any(1)
+
+    def num_visible(self) -> Tensor:
+        """int [B | 1, L]: how many keys each query sees, leaving the window aside."""
+        queries, keys = self.q.shape[2], self.num_keys
+        if self.mask is not None and self.mask.shape[2] > 1 and not self.causal:
+            return self.mask[:, 0].sum(-1)
+        rank = self.visible().cumsum(-1)
+        return rank[:, keys - queries :] if self.causal else rank[:, -1:].expand(-1, queries)
+
+    def _window_positions(self) -> tuple[Tensor, Tensor]:
+        """Position columns for which key <= query says: not later, and within the window."""
+        queries, keys = self.q.shape[2], self.k.shape[2]
+        key = torch.arange(keys, dtype=torch.int32, device=self.q.device)
+        query = key[keys - queries :]
+        columns = torch.stack([query, self.window - 1 - query], -1), torch.stack([key, -key], -1)
+        return columns[0][None], columns[1][None]
+
+
+class AttentionMethod(Protocol):
+    """What a method gives to `tokred.models.causal_lm`: one object for all layers of a model."""
+
+    def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        """(out [B, Hq, L, Dv], lse f32 [B, Hq, L]) of one layer; call.dense() where it is dense."""
