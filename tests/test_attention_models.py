@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from transformers.masking_utils import sdpa_mask, sliding_window_causal_mask_function
 
 import tokred
+from tokred.compat import cache_keyword
 from tokred.models import attention
 
+CACHE = cache_keyword()
 MODELS = {
     "llama": lambda: tiny_lm("Llama"),
     "qwen3": lambda: tiny_lm("Qwen3"),
@@ -78,7 +81,7 @@ def test_a_prompt_in_two_parts(model: nn.Module, static: bool) -> None:
             cache = transformers.StaticCache(model.config, max_cache_len=20)
         else:
             cache = transformers.DynamicCache(config=model.config)
-        options = {"past_key_values": cache}
+        options = {CACHE: cache}
         first = logits(model, implementation, ids[:, :5], attention_mask=mask[:, :5], **options)
         second = logits(model, implementation, ids[:, 5:], attention_mask=mask, **options)
         results.append(torch.cat([first, second], 1)[mask.bool()])
@@ -226,8 +229,8 @@ class Recorded:
     def __init__(self) -> None:
         self.asked: list[attention.AttentionCall] = []
 
-    def attention(self, num_layers: int) -> Recorded:
-        self.num_layers = num_layers
+    def attention(self, layers: Sequence[int]) -> Recorded:
+        self.layers = list(layers)
         return self
 
     def attend(self, call: attention.AttentionCall) -> tuple[Tensor, Tensor]:
@@ -247,7 +250,7 @@ def test_a_method_is_asked_once_a_layer() -> None:
     with patched(model, method) as handle, torch.no_grad():
         assert_bitwise_equal(model(ids, attention_mask=mask).logits, expected)
         assert handle.states == [method]
-    assert method.num_layers == 2
+    assert method.layers == [0, 1]
     assert [call.layer for call in method.asked] == [0, 1]
     call = method.asked[0]
     assert call.q.shape == (2, 9, 13, 8) and call.k.shape == (2, 3, 13, 8) and call.causal
@@ -272,51 +275,63 @@ def test_compact_rotation_is_undone_exactly(queries: int) -> None:
         with torch.no_grad():
             context = patched(model, method) if compact else torch.no_grad()
             with context:
-                model(ids[:, :-queries], attention_mask=mask[:, :-queries], past_key_values=cache,
-                      position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, :-queries])  # fmt: skip
+                places = (mask.cumsum(1) - 1).clamp(min=0)
+                model(ids[:, :-queries], attention_mask=mask[:, :-queries],
+                      position_ids=places[:, :-queries], **{CACHE: cache})  # fmt: skip
                 results.append(
-                    model(ids[:, -queries:], attention_mask=mask, past_key_values=cache,
-                          position_ids=(mask.cumsum(1) - 1)[:, -queries:]).logits
+                    model(ids[:, -queries:], attention_mask=mask,
+                          position_ids=places[:, -queries:], **{CACHE: cache}).logits
                 )  # fmt: skip
     assert_bitwise_equal(results[1], results[0])
     with patched(model, method):
         assert torch.equal(generated(model, ids, mask), expected)
 
 
-def test_the_model_is_restored() -> None:
+def test_layers_of_hybrid_models_are_counted_among_those_with_full_attention() -> None:
+    method = Recorded()
+    kinds = ["sliding_attention", "full_attention"] * 2
+    model = tiny_lm("Gemma3Text", sliding_window=6, num_hidden_layers=4, layer_types=kinds)
+    with patched(model, method), torch.no_grad():
+        model(left_padded()[0])
+    assert method.layers == [1, 3]
+    assert [call.layer for call in method.asked] == [0, 1]
+    # A second decoder that shares the config has layers of its own.
+    method.asked.clear()
+    two = nn.ModuleList([tiny_lm("Llama"), tiny_lm("Llama")])
+    two[1].config = two[1].model.config = two[0].config
+    for layer in two[1].model.layers:
+        layer.self_attn.config = two[0].config
+    with patched(two, method) as handle, torch.no_grad():
+        assert len(handle.states) == 2
+        for model in two:
+            model(left_padded()[0])
+    assert [call.layer for call in method.asked] == [0, 1, 0, 1]
+
+
+def test_a_changed_implementation_is_noticed_and_undone() -> None:
     model = MODELS["llama"]()
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation("eager")
     ids, _ = left_padded()
-    expected = logits(model, "sdpa", ids)
-    with pytest.raises(KeyError), patched(model, Recorded()):
-        assert model.config._attn_implementation == "tokred"
-        raise KeyError("from the user")
-    assert model.config._attn_implementation == "sdpa"
+    noticed = pytest.warns(RuntimeWarning, match="_attn_implementation_internal changed")
+    with noticed, patched(model, Recorded()):
+        model.set_attn_implementation("sdpa")
+        with pytest.raises(RuntimeError, match="did not hand its attention to tokred"):
+            model(ids)
+    assert model.config._attn_implementation == "eager"
     assert all("forward" not in m.__dict__ for m in model.modules())
-    with torch.no_grad():
-        assert_bitwise_equal(model(ids).logits, expected)
-
-
-def test_a_changed_implementation_is_noticed() -> None:
-    model = MODELS["llama"]()
-    ids, _ = left_padded()
-    patch = patched(model, Recorded())
-    patch.__enter__()
-    model.set_attn_implementation("sdpa")
-    with pytest.raises(RuntimeError, match="did not hand its attention to tokred"):
-        model(ids)
-    with pytest.raises(RuntimeError, match="_attn_implementation was changed"):
-        patch.__exit__(None, None, None)
-    model.set_attn_implementation("tokred")
-    patch.__exit__(None, None, None)
-    assert "forward" not in model.model.layers[0].self_attn.__dict__
+    model(ids)
 
 
 def test_unsuitable_models_are_refused() -> None:
-    with pytest.raises(ValueError, match="no layer that"):
-        patched(tiny_lm("Gemma3Text", num_hidden_layers=2), Recorded())
-    with pytest.raises(ValueError, match="no layer that"):
-        patched(MODELS["deepseek"](), Recorded())
+    for model, reason in (
+        (tiny_lm("Gemma3Text", num_hidden_layers=2), "is sliding_attention"),
+        (tiny_lm("Mistral", sliding_window=6), "has a sliding window of 6"),
+        (MODELS["deepseek"](), "brings lists of keys"),
+    ):
+        with pytest.raises(ValueError, match=f"no layer that .*{reason}"):
+            patched(model, Recorded())
+    with pytest.raises(ValueError, match="caps its logits"):
+        patched(tiny_lm("Gemma2"), Recorded())
     compact = Recorded()
     compact.rotation = "compact"
     scaling = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
@@ -324,5 +339,11 @@ def test_unsuitable_models_are_refused() -> None:
         patched(tiny_lm("Llama", rope_parameters=scaling), compact)
     with pytest.raises(ValueError, match="two halves"):
         patched(tiny_lm("Cohere"), compact)
+    with pytest.raises(ValueError, match="differs from layer to layer"):
+        patched(MODELS["gemma3"](), compact)
+    with pytest.raises(ValueError, match="rotation='cached'"):
+        patched(tiny_lm("DeepseekV3"), compact)
+    with pytest.raises(ValueError, match="layer 1 does not rotate"):
+        patched(tiny_lm("SmolLM3", no_rope_layers=[1, 0], pad_token_id=0), compact)
     with pytest.raises(ValueError, match="merge tokens"):
         tokred.patch(MODELS["llama"](), "token_select", trace_source=True)

@@ -110,16 +110,6 @@ def test_nested_patches(case: Case, pixels: Tensor) -> None:
         assert torch.equal(tokens_of(model, pixels), alone[3])
 
 
-def test_leaving_out_of_order_is_an_error() -> None:
-    model = CASES[0].model()
-    outer, inner = tokred.patch(model, "tome"), tokred.patch(model, "tome")
-    outer.__enter__()
-    inner.__enter__()
-    with pytest.raises(RuntimeError, match="reverse order"):
-        outer.__exit__(None, None, None)
-    inner.__exit__(None, None, None)
-
-
 @pytest.mark.parametrize("name", ["timm-everything", "timm-map", "dinov2", "siglip"])
 def test_compiles_to_one_graph(name: str, pixels: Tensor) -> None:
     model = next(case for case in CASES if case.name == name).model()

@@ -73,9 +73,9 @@ def attention_mask(
         no padding, and that the queries are the last of the keys.
     """
     last = None if isinstance(q_offset, Tensor) else q_offset + q_length
-    if allow_is_causal_skip and mask_function is causal_mask_function and q_length > 1:
-        if last is not None and kv_offset == 0 and last <= kv_length:
-            return _causal_padding(attention_mask, last, kv_length, options.get("device", "cpu"))
+    causal = allow_is_causal_skip and mask_function is causal_mask_function and q_length > 1
+    if causal and last is not None and kv_offset == 0 and last <= kv_length:
+        return _causal_padding(attention_mask, last, kv_length, options.get("device", "cpu"))
     if mask_function is bidirectional_mask_function:
         if attention_mask is not None:
             padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
@@ -133,8 +133,8 @@ def attention_forward(
         module: the layer's attention module.
         query: [B, Hq, L, D]. key: [B, Hkv, N, D], N of a static cache counting its empty part.
             value: [B, Hkv, N, Dv]. From a PackedCache: its PackedStates, and None.
-        attention_mask: from `attention_mask` above, or a bool mask [B, 1, L, N] of your own. Without
-            one the queries of a causal module are the last of the keys, and see all before them.
+        attention_mask: from `attention_mask` above, or a bool mask [B, 1, L, N] of your own.
+            Without one the queries of a causal module are the last of the keys, and see all before.
         scaling: of the logits; 1 / sqrt(D) where None.
         is_causal: module.is_causal where None; without a mask, and with one of padding alone.
         sliding_window: applied where the mask does not carry it.

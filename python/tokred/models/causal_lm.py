@@ -22,7 +22,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from os.path import commonprefix
+from itertools import takewhile
 from typing import Any
 
 from torch import Tensor, nn
@@ -156,7 +156,10 @@ def _numbers(modules: Sequence[nn.Module]) -> list[int]:
 
 def _decoder(model: nn.Module, names: Sequence[str]) -> nn.Module:
     """The innermost module around all of them that has a forward of its own."""
-    path = list(commonprefix([name.split(".")[:-1] for name in names]))
+    paths = [name.split(".")[:-1] for name in names]
+    path = [
+        part[0] for part in takewhile(lambda parts: len({*parts}) == 1, zip(*paths, strict=False))
+    ]
     while True:
         module = model.get_submodule(".".join(path))
         if type(module).forward is not nn.Module.forward:

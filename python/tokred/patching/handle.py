@@ -33,7 +33,6 @@ from .overrides import Overrides
 from .settings import Settings
 from .token_state import TokenState
 
-
 # What a pipeline calls the model that it runs again and again.
 _DENOISERS = ("unet", "transformer", "unet_2", "transformer_2")
 

@@ -17,6 +17,7 @@ from torch import nn
 _ABSENT = object()  # the instance had no such attribute of its own
 _numbers = itertools.count()
 _lock = threading.RLock()
+_every: weakref.WeakSet[Overrides] = weakref.WeakSet()  # those that have set something
 
 
 @dataclass
@@ -44,8 +45,6 @@ class _Entry:
 class Overrides:
     """Attributes set on instances, and hooks, all of which undo() takes back, in any order."""
 
-    _every: weakref.WeakSet[Overrides] = weakref.WeakSet()
-
     def __init__(self) -> None:
         self._number = next(_numbers)
         self._entries: list[_Entry] = []
@@ -65,7 +64,7 @@ class Overrides:
         with _lock:
             if not self._entries:
                 self._number = next(_numbers)
-                Overrides._every.add(self)
+                _every.add(self)
             self._entries.append(_Entry(owner, name, vars(owner).get(name, _ABSENT), value))
             setattr(owner, name, value)
 
@@ -85,7 +84,7 @@ class Overrides:
         with _lock:
             changed = [str(e) for e in reversed(self._entries) if not self._restored_ours(e)]
             self._entries.clear()
-            Overrides._every.discard(self)
+            _every.discard(self)
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -105,7 +104,7 @@ class Overrides:
         """Restores one attribute; False where a change of others is lost by that."""
         later = [
             (overrides._number, other)
-            for overrides in Overrides._every
+            for overrides in _every
             if overrides._number > self._number
             for other in overrides._entries
             if other.owner is entry.owner and other.name == entry.name
