@@ -78,7 +78,7 @@ def test_groups(tokens: int, num_prefix: int, ratio: float, variant: str, kind: 
     margin = 0.6
     metric = metric_of(2, tokens)
     rest = tokens - num_prefix
-    r = math.floor(rest - rest * ratio + 1e-9)
+    r = math.floor(rest - rest * ratio)
     token_map, num_out = pitome_plan(metric, num_prefix, ratio, margin, variant, kind)
     assert num_out == tokens - r
     assert torch.equal(token_map[:, :num_prefix], torch.arange(num_prefix).int().expand(2, -1))
@@ -105,15 +105,43 @@ def test_lone_tokens_are_protected() -> None:
     assert (counts[token_map[0, :6].long()] == 1).all()
 
 
+def test_amounts_are_rounded_down_as_computed() -> None:
+    """floor(T - T ratio) of the doubles: 25 - 25 * 0.56 is 10.999..., and merges 10."""
+    for tokens, ratio, r in ((25, 0.56, 10), (75, 0.68, 23), (100, 0.55, 44), (40, 0.75, 10)):
+        assert pitome_plan(metric_of(1, tokens + 1), 1, ratio)[1] == tokens + 1 - r
+    assert pitome_plan(metric_of(1, 9), 0, ratio=0.95) is None
+
+
+@pytest.mark.parametrize(
+    ("rule", "margin", "variants"),
+    [
+        ("deit", 0.75, ["bsm", "bsm", "bsm", "pitome", "pitome"]),
+        ("mae", 0.75, ["pitome", "pitome", "pitome", "bsm", "bsm"]),
+        ("augreg", 0.9, ["pitome"] * 5),
+        ("lavis_clip", 0.95, ["pitome"] * 5),
+    ],
+)
+def test_published_layer_rules(rule: str, margin: float, variants: list[str]) -> None:
+    plans = PiToMe(rule=rule).plans(5)
+    assert [plan.keywords["variant"] for plan in plans] == variants
+    margins = [plan.keywords["margin"] for plan in plans]
+    assert margins == pytest.approx([margin * (5 - layer) / 5 for layer in range(5)])
+
+
 def test_options() -> None:
     first, *_, last = PiToMe(ratio=0.9, margin=0.8, bsm_layers=1).plans(4)
     assert first.keywords == {"ratio": 0.9, "margin": 0.8, "variant": "bsm"}
     assert last.keywords["variant"] == "pitome"
     assert last.keywords["margin"] == pytest.approx(0.2)
-    variants = [plan.keywords["variant"] for plan in PiToMe().plans(4)]
-    assert variants == ["bsm", "bsm", "pitome", "pitome"]
+    assert PiToMe().plans(12)[11].keywords["margin"] == pytest.approx(0.75 / 12)
+    blip2 = PiToMe(margin=0.75, margin_drop=0.4).plans(4)
+    assert blip2[3].keywords["margin"] == pytest.approx(0.45)
+    last_two = PiToMe(rule="mae", bsm_layers=1).plans(3)
+    assert [plan.keywords["variant"] for plan in last_two] == ["pitome", "pitome", "bsm"]
     assert PiToMe(ratio=1).plans(2) == [None, None]
-    assert pitome_plan(metric_of(1, 9), 0, ratio=0.95) is None
+    for options in ({"rule": "vit"}, {"ratio": 0.4}, {"bsm_layers": -1}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            PiToMe(**options)
 
 
 def test_refusals() -> None:

@@ -70,7 +70,8 @@ def pitome_plan(
         metric: [B, N, C], the keys averaged over the heads.
         num_prefix: the first tokens that must not take part.
         ratio: the share of the other T = N - num_prefix tokens to keep, from 0.5 to 1;
-            r = floor(T - T ratio).
+            r = floor(T - T ratio) in double precision, as published: a ratio whose product is a
+            shade above the decimal merges one token less, such as (25, 0.56).
         margin, kind: as in energy.
         variant: "pitome": the 2r tokens of highest energy are mergeable, every second of them
             (vision) or the first half (text) goes to its most similar partner in the rest, all
@@ -92,8 +93,7 @@ def pitome_plan(
         raise ValueError(f'variant must be "pitome" or "bsm", not {variant!r}')
     tokens = metric.shape[1]
     rest = max(tokens - num_prefix, 0)
-    # A ratio such as 0.9 is a shade above or below its decimal: rounding off keeps floor exact.
-    r = min(math.floor(round(rest - rest * ratio, 9)), rest // 2)
+    r = min(math.floor(rest - rest * ratio), rest // 2)
     if r == 0:
         return None
     score = energy(metric[:, num_prefix:], margin, kind)
@@ -114,34 +114,76 @@ def pitome_plan(
 
 
 @dataclass(frozen=True)
+class LayerRule:
+    """The margin of the first layer, and which half of the layers uses the "bsm" variant."""
+
+    margin: float
+    bsm: str = "none"
+
+    def bsm_layers(self, num_layers: int) -> int:
+        """How many layers use the "bsm" variant; of an odd number, the first half is the larger."""
+        halves = {"none": 0, "first": (num_layers + 1) // 2, "last": num_layers // 2}
+        return halves[self.bsm]
+
+
+RULES = {
+    "deit": LayerRule(0.75, "first"),
+    "mae": LayerRule(0.75, "last"),
+    "augreg": LayerRule(0.9),
+    "lavis_clip": LayerRule(0.95),
+}
+
+
+@dataclass(frozen=True)
 class PiToMe:
     """Options of tokred.patch(model, "pitome", ...).
 
-    ratio is the share of tokens each layer keeps. The margin of layer l of L is
-    margin - margin_drop * l / L, with margin_drop = margin by default; published are 0.75 for DeiT
-    and MAE, 0.9 for AugReg and CLIP models. The first bsm_layers layers use the "bsm" variant and
-    the others the full one: the first half by default, as published for DeiT.
+    ratio is the share of tokens each layer keeps. rule names the published layer rule: "deit"
+    (margin 0.75, the first half of the layers use the "bsm" variant), "mae" (0.75, the second half
+    does), "augreg" (0.9, no layer does), "lavis_clip" (0.95, no layer does). The other options
+    change it: the margin of layer l of L is margin - margin_drop * l / L, with margin_drop = margin
+    by default, and bsm_layers is how many layers use "bsm", the last ones with "mae", otherwise the
+    first.
+
+    The paper attends in proportion to the tokens' sizes, as tokred.patch does by default; the
+    authors' code for ViTs does not: prop_attn=False follows it. Their code for CLIP measures
+    similarity on the tokens, here as everywhere on the keys.
     """
 
     ratio: float = 0.9
-    margin: float = 0.75
+    rule: str = "deit"
+    margin: float | None = None
     margin_drop: float | None = None
     bsm_layers: int | None = None
 
     adapters = ("timm", "transformers")
 
+    def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise ValueError(f"rule must be one of {', '.join(RULES)}, not {self.rule!r}")
+        if not 0.5 <= self.ratio <= 1:
+            raise ValueError(
+                "ratio is the share of tokens to keep: at most half can merge, so it must be in "
+                f"[0.5, 1], not {self.ratio}"
+            )
+        if self.bsm_layers is not None and self.bsm_layers < 0:
+            raise ValueError(f"bsm_layers must be at least 0, not {self.bsm_layers}")
+
     def plans(self, num_layers: int) -> list[Plan | None]:
         """One plan per layer, None where the layer merges nothing."""
         if self.ratio == 1:
             return [None] * num_layers
-        drop = self.margin if self.margin_drop is None else self.margin_drop
-        bsm_layers = num_layers // 2 if self.bsm_layers is None else self.bsm_layers
+        rule = RULES[self.rule]
+        margin = rule.margin if self.margin is None else self.margin
+        drop = margin if self.margin_drop is None else self.margin_drop
+        count = rule.bsm_layers(num_layers) if self.bsm_layers is None else self.bsm_layers
+        first = max(num_layers - count, 0) if rule.bsm == "last" else 0
         return [
             partial(
                 pitome_plan,
                 ratio=self.ratio,
-                margin=self.margin - drop * layer / num_layers,
-                variant="bsm" if layer < bsm_layers else "pitome",
+                margin=margin - drop * layer / num_layers,
+                variant="bsm" if first <= layer < first + count else "pitome",
             )
             for layer in range(num_layers)
         ]

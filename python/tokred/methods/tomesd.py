@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -19,29 +20,59 @@ def grid_destinations(
     width: int,
     stride_y: int = 2,
     stride_x: int = 2,
-    generator: torch.Generator | None = None,
+    seed: torch.Tensor | None = None,
     device: torch.device | str | None = None,
 ) -> torch.Tensor:
     """One token per stride_y x stride_x cell of a height x width grid, cells in row-major order.
 
-    With a generator the token is drawn at random inside its cell, otherwise it is the top left
-    one. Rows and columns beyond the last whole cell hold no destination.
+    Args:
+        height, width: of the grid. Rows and columns beyond the last whole cell hold no destination.
+        seed: int64 scalar tensor, from which the token of each cell is drawn, the same for the same
+            seed on every device; None takes the top left one.
+        device: where the result goes, the seed's by default.
 
     Returns:
         i32 [1, (height // stride_y) * (width // stride_x)] positions, shared by a batch, so that
         the two halves of a guided batch merge alike.
     """
     rows, columns = height // stride_y, width // stride_x
-    if generator is None:
-        choice = torch.zeros(rows, columns, dtype=torch.int64, device=device)
-    else:
-        shape = (rows, columns)
-        cell = stride_y * stride_x
-        choice = torch.randint(cell, shape, generator=generator, device=generator.device)
-        choice = choice.to(device)
+    device = seed.device if device is None and seed is not None else device
+    cells = torch.arange(rows * columns, device=device).view(rows, columns)
+    choice = torch.zeros_like(cells)
+    if seed is not None:
+        choice = _mixed(_mixed(seed.to(cells.device)) ^ cells) % (stride_y * stride_x)
     y = torch.arange(rows, device=device)[:, None] * stride_y + choice // stride_x
     x = torch.arange(columns, device=device)[None, :] * stride_x + choice % stride_x
     return (y * width + x).reshape(1, -1).to(torch.int32)
+
+
+def block_seed(x: torch.Tensor, seed: int, block: int) -> torch.Tensor:
+    """A seed for grid_destinations that depends on the tokens x, the user's seed and the block.
+
+    The tokens differ from step to step, so that the cells are drawn anew in each; and where a block
+    is run a second time on the same tokens, as torch.utils.checkpoint does, it draws the same.
+
+    Returns:
+        int64 scalar tensor on x's device. O(elements of x); nothing waits for the device.
+    """
+    # Sums of integers do not depend on their order, unlike sums of floats.
+    content = x.detach().contiguous().view(torch.int16).sum(dtype=torch.int64)
+    return _mixed(_mixed(content) ^ _mixed(seed) ^ (block * 0x1F123BB5))
+
+
+Bits = TypeVar("Bits", int, torch.Tensor)
+
+
+def _mixed(x: Bits) -> Bits:
+    """int64 -> int64 in [0, 2^32): every bit of the input changes about half of the output.
+
+    Shifts and multiplications by odd numbers, as in all integer hashes; the factors are below 2^31,
+    so that no product leaves 63 bits.
+    """
+    x = (x ^ (x >> 32)) & 0xFFFFFFFF
+    for factor in (0x21F0AAAD, 0x735A2D97):
+        x = ((x ^ (x >> 16)) * factor) & 0xFFFFFFFF
+    return x ^ (x >> 15)
 
 
 def random2d_plan(
@@ -51,14 +82,14 @@ def random2d_plan(
     r: int,
     stride_y: int = 2,
     stride_x: int = 2,
-    generator: torch.Generator | None = None,
+    seed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, int] | None:
     """The map that merges the r tokens most similar to one of the grid's destinations.
 
     Args:
         metric: [B, height * width, C].
         r: tokens to merge, clamped to the number of sources.
-        stride_y, stride_x, generator: as in grid_destinations.
+        stride_y, stride_x, seed: as in grid_destinations.
 
     Returns:
         (token_map i32 [B, N], N - r), or None where r or the number of destinations is 0.
@@ -70,7 +101,7 @@ def random2d_plan(
     tokens = metric.shape[1]
     if tokens != height * width:
         raise ValueError(f"metric holds {tokens} tokens, not the {height} x {width} of the grid")
-    destinations = grid_destinations(height, width, stride_y, stride_x, generator, metric.device)
+    destinations = grid_destinations(height, width, stride_y, stride_x, seed, metric.device)
     r = min(r, tokens - destinations.shape[1])
     if r <= 0 or destinations.shape[1] == 0:
         return None
@@ -78,31 +109,56 @@ def random2d_plan(
     return token_map, tokens - r
 
 
+def grid_of(tokens: int, latent_size: tuple[int, int]) -> tuple[int, int, int]:
+    """(downsampling, height, width) of a block with that many tokens.
+
+    The downsampling is ceil(sqrt(H W // tokens)), and the grid is the latent's size divided by it,
+    rounded up, as convolutions with padding do, or down, as patches without it do.
+
+    Raises:
+        ValueError: neither has that many tokens.
+    """
+    height, width = latent_size
+    downsample = math.ceil(math.sqrt(height * width // tokens))
+    up = math.ceil(height / downsample), math.ceil(width / downsample)
+    down = height // downsample, width // downsample
+    for rows, columns in (up, down):
+        if rows * columns == tokens:
+            return downsample, rows, columns
+    raise ValueError(
+        f"a block has {tokens} tokens, which are no grid of a latent of {height} x {width}: "
+        f"divided by {downsample} that has {up[0]} x {up[1]} or {down[0]} x {down[1]}. Models that "
+        "add other tokens to those of the image, or lay them out otherwise, are not supported"
+    )
+
+
 def compute_merge(
     x: torch.Tensor,
     latent_size: tuple[int, int],
     options: ToMeSD,
-    generator: torch.Generator | None = None,
+    seed: torch.Tensor | None = None,
+    finest: int = 1,
 ) -> tuple[torch.Tensor, int] | None:
     """The plan for one block's input x [B, N, C], given the latent's (height, width).
 
-    N is the latent's resolution divided by some factor in both directions; blocks downsampled
-    more than options.max_downsample are left alone (None). r = int(N * ratio). Batches of odd
-    size choose the top left of each cell, as guided pairs cannot be told apart in them.
+    r = int(N * ratio). Blocks downsampled more than finest * options.max_downsample are left alone
+    (None), finest being the downsampling of the model's finest block. Batches of odd size choose
+    the top left of each cell, as guided pairs cannot be told apart in them.
+
+    Args:
+        seed: as in grid_destinations; None for the top left.
     """
-    height, width = latent_size
-    downsample = math.ceil(math.sqrt(height * width // x.shape[1]))
-    if downsample > options.max_downsample:
+    downsample, rows, columns = grid_of(x.shape[1], latent_size)
+    if downsample > finest * options.max_downsample:
         return None
-    random = options.use_rand and x.shape[0] % 2 == 0
     return random2d_plan(
         x,
-        math.ceil(height / downsample),
-        math.ceil(width / downsample),
+        rows,
+        columns,
         int(x.shape[1] * options.ratio),
         options.stride_y,
         options.stride_x,
-        generator if random else None,
+        seed if x.shape[0] % 2 == 0 else None,
     )
 
 
@@ -111,8 +167,15 @@ class ToMeSD:
     """Options of tokred.patch(unet, "tomesd", ...).
 
     ratio is the share of tokens to merge (at most 1 - 1 / (stride_x stride_y) can be); merge_attn,
-    merge_crossattn and merge_mlp say which parts of a block run on merged tokens; with use_rand
-    the destinations are drawn anew in every block of every step, from seed where one is given.
+    merge_crossattn and merge_mlp say which parts of a block run on merged tokens.
+
+    max_downsample counts from the model's finest block, the first one of a forward pass or any
+    finer one before: 1 merges in the blocks that have as many tokens as that. As published where
+    the finest block has a token per pixel of the latent, as in Stable Diffusion 1 and 2; where it
+    has fewer (SDXL, PixArt, DiT), the published rule, which counts from the latent, merges nothing.
+
+    With use_rand the destinations are drawn anew in every block of every step: a function of the
+    seed (torch.initial_seed() where none is given), the block and its tokens.
     """
 
     ratio: float = 0.5
@@ -132,6 +195,8 @@ class ToMeSD:
             raise ValueError(f"ratio must be in [0, 1), not {self.ratio}")
         if min(self.stride_x, self.stride_y, self.max_downsample) < 1:
             raise ValueError("stride_x, stride_y and max_downsample must be at least 1")
+        if not (self.merge_attn or self.merge_crossattn or self.merge_mlp):
+            raise ValueError("one of merge_attn, merge_crossattn and merge_mlp must be True")
 
 
 OPTIONS = ToMeSD

@@ -2,91 +2,276 @@
 
 from __future__ import annotations
 
+import inspect
+import threading
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import nn
 
 import tokred
-from tokred.methods.tomesd import ToMeSD, compute_merge
+from tokred.methods.tomesd import ToMeSD, block_seed, compute_merge, grid_of
 from tokred.patching import Overrides, Settings
+from tokred.patching.recomputation import StorageTable, backward_task
+from tokred.patching.token_state import refuse_copy
+
+# The models of diffusers whose tokens are those of a latent [B, C, H, W] in rows. Others add a time
+# axis, or tokens of text.
+_IMAGE_MODELS = {
+    "UNet2DConditionModel",
+    "AudioLDM2UNet2DConditionModel",
+    "ControlNetModel",
+    "UNetControlNetXSModel",
+    "Transformer2DModel",
+    "DiTTransformer2DModel",
+    "PixArtTransformer2DModel",
+}
+
+# (token_map i32 [B, N], tokens after the merge), or None where a block merges nothing.
+BlockPlan: TypeAlias = tuple[torch.Tensor, int] | None
+
+
+@dataclass(frozen=True)
+class Latent:
+    """What the blocks of one forward pass know of it; never changed, only replaced.
+
+    finest is the downsampling of its finest block so far, and merged has the name of every block
+    that has run, its tokens, and how many of them its parts saw.
+    """
+
+    size: tuple[int, int]
+    finest: int | None = None
+    merged: tuple[tuple[str, int, int], ...] = ()
+
+
+class _OfThread(threading.local):
+    """The forward pass that runs in a thread, its latest complete one, and the running block."""
+
+    def __init__(self) -> None:
+        self.current: Latent | None = None
+        self.latest: Latent | None = None
+        self.in_block = False
+        self.plan: BlockPlan = None
 
 
 class LatentState:
-    """The latent's size in this step, and the plan of the block that is running."""
+    """The blocks of one model, and its forward passes: one in each thread.
+
+    A block that runs again in the backward pass (torch.utils.checkpoint) finds its pass by the
+    storage of its tokens.
+    """
 
     def __init__(self, options: ToMeSD) -> None:
         self.options = options
-        self.latent_size: tuple[int, int] | None = None
-        self.plan: tuple[torch.Tensor, int] | None = None
-        self._generator: torch.Generator | None = None
+        self.seed = torch.initial_seed() if options.seed is None else options.seed
+        self.thread = _OfThread()
+        self.passes: StorageTable[Latent] = StorageTable()
+        self.latest: Latent | None = None
+        self.warned = False
 
-    def generator(self, device: torch.device) -> torch.Generator:
-        """The source of random destinations, seeded from torch's own where no seed was given."""
-        if self._generator is None or self._generator.device != device:
-            self._generator = torch.Generator(device)
-            seed = self.options.seed
-            self._generator.manual_seed(torch.initial_seed() if seed is None else seed)
-        return self._generator
+    @property
+    def merged(self) -> dict[str, tuple[int, int]]:
+        """By the name of the block: its tokens, and how many of them its parts ran on.
+
+        It shows the pass that the calling thread has completed last; in a thread that has run none,
+        the one completed last by any thread.
+        """
+        shown = self.thread.latest or self.latest
+        if shown is None:
+            raise RuntimeError("no forward pass has run inside the patch yet")
+        return {name: (tokens, merged) for name, tokens, merged in shown.merged}
+
+    def begin(self, size: tuple[int, int]) -> Latent | None:
+        """Starts a forward pass; returns the one that it interrupts, for `end`."""
+        self.passes.purge()
+        outer, self.thread.current = self.thread.current, Latent(size)
+        return outer
+
+    def complete(self) -> None:
+        """Shows the thread's pass, and warns once if no pass has merged anything."""
+        done = self.thread.current
+        if backward_task() != -1:
+            return
+        self.thread.latest = self.latest = done
+        if torch.compiler.is_compiling() or self.warned or self.options.ratio == 0:
+            return
+        if all(tokens == merged for _, tokens, merged in done.merged):
+            self.warned = True
+            counts = sorted({tokens for _, tokens, _ in done.merged}, reverse=True)
+            warnings.warn(
+                f"tomesd merged nothing: with a latent of {done.size[0]} x {done.size[1]} the "
+                f"blocks have {counts} tokens, of which {self.options} leaves every one",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def plan_block(self, x: torch.Tensor, name: str, index: int) -> BlockPlan:
+        """What block `index` merges of its tokens x [B, N, C].
+
+        Raises:
+            RuntimeError: the block runs outside of its model.
+        """
+        now = self.thread.current
+        if backward_task() != -1:
+            now = self.passes.find(x, index) or now
+        if now is None:
+            raise RuntimeError(
+                f"block {name} was run outside of its model's forward, so the latent's size is not "
+                "known: call the model; checkpoint whole blocks, with their tokens as the first "
+                "argument, or the whole model"
+            )
+        downsample = grid_of(x.shape[1], now.size)[0]
+        finest = downsample if now.finest is None else min(downsample, now.finest)
+        self.passes.add(x, index, replace(now, finest=finest))
+        # Tokens that come straight from an image are channel-first; the ops want rows.
+        metric = x.detach().contiguous()
+        seed = block_seed(metric, self.seed, index) if self.options.use_rand else None
+        plan = compute_merge(metric, now.size, self.options, seed, finest)
+        record = (name, x.shape[1], x.shape[1] if plan is None else plan[1])
+        if self.thread.current is not None:
+            self.thread.current = replace(now, finest=finest, merged=(*now.merged, record))
+        return plan
+
+    def plan_of(self, block: nn.Module) -> BlockPlan:
+        """The plan for a part of the block: None where another, inner patch runs it.
+
+        Raises:
+            RuntimeError: the part is run again without its block.
+        """
+        if self.thread.in_block:
+            return self.thread.plan
+        if backward_task() != -1 and self in getattr(block.forward, "args", ()):
+            raise RuntimeError(
+                "a part of a block was run again, and what it merged is not known: checkpoint "
+                "whole blocks, with their tokens as the first argument, or the whole model"
+            )
+        return None
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        refuse_copy()
 
 
 @dataclass(frozen=True)
 class Stack:
-    """The model whose forward gets the latent, and all its blocks."""
+    """The model whose forward gets the latent, and its blocks by name."""
 
     model: nn.Module
-    blocks: list[nn.Module]
+    blocks: dict[str, nn.Module]
 
     def install(self, method: ToMeSD, settings: Settings, overrides: Overrides) -> LatentState:
         state = LatentState(method)
-        overrides.replace(self.model, "forward", _model_forward, state)
-        for block in self.blocks:
-            overrides.replace(block, "forward", _block_forward, state)
-            parts = (
-                (block.attn1, method.merge_attn),
-                (block.attn2, method.merge_crossattn),
-                (block.ff, method.merge_mlp),
-            )
-            for part, merges in parts:
-                if merges and part is not None:
-                    overrides.replace(part, "forward", _merged_forward, state)
+        _, latent, *_ = *inspect.signature(type(self.model).forward).parameters, ""
+        overrides.replace(self.model, "forward", _model_forward, state, latent)
+        for index, (name, block) in enumerate(self.blocks.items()):
+            overrides.replace(block, "forward", _block_forward, state, name, index)
+            for part in _parts(block, method):
+                overrides.pre_hook(part, partial(_merge_input, state, block))
+                overrides.hook(part, partial(_unmerge_output, state, block))
         return state
 
 
+def _parts(block: nn.Module, method: ToMeSD) -> list[nn.Module]:
+    """What runs on merged tokens; attn2 is None in blocks without cross-attention."""
+    parts = (
+        (block.attn1, method.merge_attn),
+        (block.attn2, method.merge_crossattn),
+        (block.ff, method.merge_mlp),
+    )
+    return [part for part, merges in parts if merges and part is not None]
+
+
 def stacks(model: nn.Module, method: Any, settings: Settings) -> Iterator[Stack]:
-    """The model with its blocks, if it has any."""
-    kind = "BasicTransformerBlock"
-    blocks = [module for module in model.modules() if type(module).__name__ == kind]
-    if blocks:
-        yield Stack(model, blocks)
+    """Every model with blocks in it: the outermost ones of diffusers, or else `model` itself.
+
+    Raises:
+        ValueError: a model of diffusers whose tokens are not those of an image.
+    """
+    found: dict[str, dict[str, nn.Module]] = {}
+    for name, block in model.named_modules():
+        if type(block).__name__ == "BasicTransformerBlock" and _parts(block, method):
+            root = _root(model, name)
+            found.setdefault(root, {})[name.removeprefix(f"{root}.")] = block
+    for root, blocks in found.items():
+        owner = model.get_submodule(root)
+        kinds = _diffusers_kinds(owner)
+        if kinds and _IMAGE_MODELS.isdisjoint(kinds):
+            raise ValueError(
+                f"{kinds[0]} is not supported, as its tokens are not those of one image in rows; "
+                f"supported are {', '.join(sorted(_IMAGE_MODELS))}"
+            )
+        yield Stack(owner, blocks)
 
 
-def _model_forward(state: LatentState, original: Callable, *args: Any, **kwargs: Any) -> Any:
-    inputs = (*args, *kwargs.values())
-    latent = next((x for x in inputs if isinstance(x, torch.Tensor) and x.ndim == 4), None)
-    if latent is None:
-        raise ValueError("the model was called without a latent of shape [B, C, H, W]")
-    state.latent_size = (latent.shape[2], latent.shape[3])
-    return original(*args, **kwargs)
+def _root(model: nn.Module, name: str) -> str:
+    """The outermost module around `name` that is a model of diffusers, or "" for `model`."""
+    parts = name.split(".")
+    for length in range(len(parts)):
+        root = ".".join(parts[:length])
+        if "ModelMixin" in _diffusers_kinds(model.get_submodule(root)):
+            return root
+    return ""
+
+
+def _diffusers_kinds(module: nn.Module) -> list[str]:
+    kinds = type(module).__mro__
+    return [kind.__name__ for kind in kinds if kind.__module__.startswith("diffusers.models.")]
+
+
+def _model_forward(
+    state: LatentState, name: str, original: Callable, *args: Any, **kwargs: Any
+) -> Any:
+    latent = args[0] if args else kwargs.get(name)
+    if not isinstance(latent, torch.Tensor) or latent.ndim != 4:
+        got = getattr(latent, "shape", type(latent).__name__)
+        raise ValueError(f"{name or 'the first argument'} must be a latent [B, C, H, W], got {got}")
+    outer = state.begin((latent.shape[2], latent.shape[3]))
+    try:
+        output = original(*args, **kwargs)
+        state.complete()
+    finally:
+        state.thread.current = outer
+    return output
 
 
 def _block_forward(
-    state: LatentState, original: Callable, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
+    state: LatentState,
+    name: str,
+    index: int,
+    original: Callable,
+    hidden_states: torch.Tensor,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
-    generator = state.generator(hidden_states.device) if state.options.use_rand else None
-    # Tokens that come straight from an image are channel-first; the ops want rows.
-    metric = hidden_states.contiguous()
-    state.plan = compute_merge(metric, state.latent_size, state.options, generator)
-    return original(hidden_states, *args, **kwargs)
-
-
-def _merged_forward(
-    state: LatentState, original: Callable, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
-) -> torch.Tensor:
-    if state.plan is None:
+    state.thread.plan = state.plan_block(hidden_states, name, index)
+    state.thread.in_block = True
+    try:
         return original(hidden_states, *args, **kwargs)
-    token_map, num_out = state.plan
-    merged, _ = tokred.merge(hidden_states.contiguous(), token_map, num_out)
-    return tokred.unmerge(original(merged, *args, **kwargs), token_map)
+    finally:
+        state.thread.in_block = False
+
+
+def _merge_input(
+    state: LatentState, block: nn.Module, part: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]] | None:
+    plan = state.plan_of(block)
+    if plan is None:
+        return None
+    if kwargs.get("attention_mask") is not None and kwargs.get("encoder_hidden_states") is None:
+        raise ValueError(
+            "attention_mask hides tokens of the latent, some of which are merged: leave it out, or "
+            "the patch"
+        )
+    tokens, *others = args
+    merged, _ = tokred.merge(tokens.contiguous(), *plan)
+    return (merged, *others), kwargs
+
+
+def _unmerge_output(
+    state: LatentState, block: nn.Module, part: nn.Module, args: tuple, output: torch.Tensor
+) -> torch.Tensor | None:
+    plan = state.plan_of(block)
+    return None if plan is None else tokred.unmerge(output, plan[0])

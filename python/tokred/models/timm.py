@@ -24,6 +24,7 @@ class Stack:
     blocks: list[nn.Module]
     num_prefix: int
     owner: nn.Module | None
+    around: list[nn.Module]
 
     def install(self, method: Any, settings: Settings, overrides: Overrides) -> TokenState:
         state = TokenState(method.plans(len(self.blocks)), self.num_prefix, settings)
@@ -32,6 +33,10 @@ class Stack:
             overrides.replace(block.attn, "forward", _attention_forward, state, block.attn)
             if state.plans[layer] is not None:
                 overrides.hook(block.attn.k_norm, partial(_keep_metric, state))
+        if any(state.plans):
+            for module in self.around:
+                if hasattr(module, "forward_intermediates"):
+                    overrides.replace(module, "forward_intermediates", _refuse_intermediates)
         pool = getattr(self.owner, "attn_pool", None)
         if pool is not None and settings.prop_attn:
             overrides.replace(pool, "forward", _attention_pool_forward, state)
@@ -44,8 +49,8 @@ def stacks(model: nn.Module, method: Any, settings: Settings) -> Iterator[Stack]
     """The stacks of Blocks in the model.
 
     Raises:
-        ValueError: a Block whose attention is not timm's own; a model that checkpoints gradients,
-            whose pooling cannot take fewer tokens, or whose prefix tokens are not known.
+        ValueError: a Block whose attention is not timm's own; a model that reshapes its tokens to a
+            grid, whose pooling cannot take fewer tokens, or whose prefix tokens are not known.
     """
     if "timm" not in sys.modules:
         return
@@ -63,9 +68,32 @@ def stacks(model: nn.Module, method: Any, settings: Settings) -> Iterator[Stack]
                     f"{type(block.attn).__name__}, which has no published way to merge tokens; "
                     "only timm.layers.Attention is supported"
                 )
-        owner = next((m for m in ancestors(model, name) if hasattr(m, "num_prefix_tokens")), None)
+        around = list(ancestors(model, name))
+        if any(method.plans(len(blocks))):
+            _refuse_grids(around)
+        owner = next((m for m in around if hasattr(m, "num_prefix_tokens")), None)
         _check_owner(owner, settings)
-        yield Stack(blocks, _num_prefix(owner, settings), owner)
+        yield Stack(blocks, _num_prefix(owner, settings), owner, around)
+
+
+def _refuse_grids(around: list[nn.Module]) -> None:
+    """Refuses the models of timm that make feature maps of their tokens.
+
+    Those known to take any number of tokens pass; so do modules that are not timm's, which are
+    the business of whoever wrote them.
+    """
+    from timm.models.vision_transformer import VisionTransformer
+
+    supported = [VisionTransformer]
+    if "timm.models.naflexvit" in sys.modules:
+        supported.append(sys.modules["timm.models.naflexvit"].NaFlexVit)
+    for module in around:
+        kinds = [kind for kind in type(module).__mro__ if kind.__module__.startswith("timm.models")]
+        if kinds and not isinstance(module, tuple(supported)):
+            raise ValueError(
+                f"{kinds[0].__name__} reshapes its tokens to a grid and needs all of them: patch a "
+                "VisionTransformer created without features_only, and take its forward_features"
+            )
 
 
 def _num_prefix(owner: nn.Module | None, settings: Settings) -> int:
@@ -80,11 +108,6 @@ def _num_prefix(owner: nn.Module | None, settings: Settings) -> int:
 
 
 def _check_owner(owner: nn.Module | None, settings: Settings) -> None:
-    if getattr(owner, "grad_checkpointing", False):
-        raise ValueError(
-            "merging does not work with gradient checkpointing, which runs blocks out of turn: "
-            "call model.set_grad_checkpointing(False)"
-        )
     pool = getattr(owner, "attn_pool", None)
     if pool is not None and (
         type(pool).__name__ != "AttentionPoolLatent" or pool.pos_embed is not None
@@ -98,7 +121,7 @@ def _check_owner(owner: nn.Module | None, settings: Settings) -> None:
 
 
 def _keep_metric(state: TokenState, module: nn.Module, args: Any, keys: torch.Tensor) -> None:
-    state.metric = keys.detach().mean(1)
+    state.keep_metric(keys.detach().mean(1))
 
 
 def _block_forward(
@@ -110,14 +133,16 @@ def _block_forward(
     attn_mask: torch.Tensor | None = None,
     is_causal: bool = False,
 ) -> torch.Tensor:
-    if layer == 0:
-        state.begin(x)
+    state.enter(x, layer)
     if state.plans[layer] is None:
-        return original(x, attn_mask=attn_mask, is_causal=is_causal)
-    _refuse_masks(attn_mask, is_causal)
-    x = x + block.drop_path1(block.ls1(block.attn(block.norm1(x))))
-    x = state.reduce(x, layer)
-    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+        x = original(x, attn_mask=attn_mask, is_causal=is_causal)
+    else:
+        _refuse_masks(attn_mask, is_causal)
+        x = x + block.drop_path1(block.ls1(block.attn(block.norm1(x))))
+        x = state.reduce(x, layer)
+        x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+    state.leave(x, layer)
+    return x
 
 
 def _attention_forward(
@@ -141,6 +166,8 @@ def _attention_forward(
     qkv = attn.qkv(x).reshape(batch, tokens, 3, attn.num_heads, attn.head_dim)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     q, k = attn.q_norm(q), attn.k_norm(k)
+    # Under autocast the norms return float32.
+    q, k = q.to(v.dtype), k.to(v.dtype)
     out, _ = tokred.biased_attention(q, k, v, key_bias=bias, scale=attn.scale)
     out = attn.norm(out.transpose(1, 2).reshape(batch, tokens, attn.attn_dim))
     if attn.gate is not None:
@@ -153,13 +180,21 @@ def _refuse_masks(attn_mask: torch.Tensor | None, is_causal: bool) -> None:
         raise ValueError("layers that see merged tokens take no attn_mask and no is_causal")
 
 
+def _refuse_intermediates(original: Callable, *args: Any, **kwargs: Any) -> None:
+    raise ValueError(
+        "forward_intermediates and get_intermediate_layers need every token in every block, and "
+        "this model is patched to merge them: call them outside the patch, or take "
+        "forward_features and handle.unmerge inside"
+    )
+
+
 def _attention_pool_forward(
     state: TokenState, original: Callable, x: torch.Tensor, attn_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    bias = state.key_bias()
-    if bias is not None:
+    size = state.final_size(x)
+    if size is not None:
         # The pool may have been given the patches without the prefix.
-        bias = bias[:, None, :, -x.shape[1] :].to(x.dtype)
+        bias = size.log()[:, None, None, -x.shape[1] :].to(x.dtype)
         attn_mask = bias if attn_mask is None else attn_mask + bias
     return original(x, attn_mask=attn_mask)
 
@@ -167,8 +202,9 @@ def _attention_pool_forward(
 def _weighted_pool(
     state: TokenState, original: Callable, x: torch.Tensor, pool_type: str | None = None
 ) -> torch.Tensor:
-    if state.size is None or pool_type not in (None, "avg"):
+    size = state.final_size(x)
+    if size is None or pool_type not in (None, "avg"):
         return original(x, pool_type)
     patches = x[:, state.num_prefix :]
-    weight = state.size[:, state.num_prefix :, None]
+    weight = size[:, state.num_prefix :, None]
     return ((patches * weight).sum(1) / weight.sum(1)).to(x.dtype)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import tokred
+from tokred import compat
 from tokred.patching import Overrides, Settings, TokenState
 
 from . import ancestors, layer_lists
@@ -44,6 +45,20 @@ class Family:
     dropout: str
     num_prefix: Callable[[Any], int]
 
+
+# The models that take any number of tokens from these layers. Every other one of transformers,
+# such as those that estimate depth, fill in masked patches or put a text around an image, reads
+# its tokens as a grid or counts them.
+_CLASSIFIERS = ("Encoder", "Model", "ForImageClassification")
+_TAKE_FEWER = {
+    *(f"{kind}{end}" for kind in ("ViT", "DeiT", "CLIP", "Siglip") for end in _CLASSIFIERS),
+    *(f"Dinov2{registers}{end}" for registers in ("", "WithRegisters") for end in _CLASSIFIERS),
+    *(f"{kind}Vision{end}" for kind in ("CLIP", "Siglip") for end in ("Model", "Transformer")),
+    "DeiTForImageClassificationWithTeacher",
+    "CLIPVisionModelWithProjection",
+    "VisionTextDualEncoderModel",
+    "VisionEncoderDecoderModel",
+}
 
 _VIT_NAMES = ("attention", "o_proj", "scaling", "attention_dropout")
 _CLIP_NAMES = ("self_attn", "out_proj", "scale", "dropout")
@@ -104,11 +119,8 @@ def stacks(model: nn.Module, method: Any, settings: Settings) -> Iterator[Stack]
     """
     for name, layers in layer_lists(model, lambda layer: _family(layer) is not None):
         around = list(ancestors(model, name))
-        for module in around:
-            if type(module).__name__.endswith("Backbone"):
-                raise ValueError(
-                    f"{type(module).__name__} reshapes its tokens to a grid and needs all of them"
-                )
+        if any(method.plans(len(layers))):
+            _refuse_grids(around)
         if settings.weighted_pool:
             raise ValueError("weighted_pool is for timm models; these pool inside their forward")
         family = _family(layers[0])
@@ -121,10 +133,26 @@ def stacks(model: nn.Module, method: Any, settings: Settings) -> Iterator[Stack]
         yield Stack(layers, family, num_prefix, head)
 
 
+def _refuse_grids(around: list[nn.Module]) -> None:
+    """Refuses the models of transformers that need every token."""
+    for module in around:
+        names = [
+            kind.__name__
+            for kind in type(module).__mro__
+            if kind.__module__.startswith("transformers.models.")
+        ]
+        if names and names[0] not in _TAKE_FEWER:
+            raise ValueError(
+                f"{names[0]} needs every token of its vision encoder, as a grid or as many as it "
+                "has places for: patch models that pool them, such as "
+                "ViTForImageClassification, Dinov2Model and CLIPModel"
+            )
+
+
 def _keep_metric(
     state: TokenState, head_dim: int, module: nn.Module, args: Any, keys: torch.Tensor
 ) -> None:
-    state.metric = keys.detach().unflatten(-1, (-1, head_dim)).mean(2)
+    state.keep_metric(keys.detach().unflatten(-1, (-1, head_dim)).mean(2))
 
 
 def _layer_forward(
@@ -137,23 +165,41 @@ def _layer_forward(
     attention_mask: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    if index == 0:
-        state.begin(hidden_states)
-    if state.plans[index] is None:
-        return original(hidden_states, attention_mask, **kwargs)
-    _refuse_masks(attention_mask, kwargs)
-    if layer.gradient_checkpointing and layer.training:
-        raise ValueError(
-            "merging does not work with gradient checkpointing, which runs layers out of turn: "
-            "call model.gradient_checkpointing_disable()"
+    checkpointed = compat.forward_checkpoints(layer)
+    run = partial(_run_layer, state, family, index, layer, original, checkpointed, **kwargs)
+    if checkpointed:
+        return layer._gradient_checkpointing_func(run, hidden_states, attention_mask)
+    return run(hidden_states, attention_mask)
+
+
+def _run_layer(
+    state: TokenState,
+    family: Family,
+    index: int,
+    layer: nn.Module,
+    original: Callable,
+    checkpointed: bool,
+    x: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """One layer. `original` would checkpoint itself, which is too late where we do it here."""
+    state.enter(x, index)
+    merges = state.plans[index] is not None
+    if merges:
+        _refuse_masks(attention_mask, kwargs)
+    if merges or checkpointed:
+        attention = getattr(layer, family.attention)
+        x = family.forward(
+            layer,
+            x,
+            lambda x: attention(x, attention_mask=attention_mask, **kwargs)[0],
+            lambda x: state.reduce(x, index) if merges else x,
         )
-    attention = getattr(layer, family.attention)
-    return family.forward(
-        layer,
-        hidden_states,
-        lambda x: attention(x, attention_mask=None, **kwargs)[0],
-        lambda x: state.reduce(x, index),
-    )
+    else:
+        x = original(x, attention_mask, **kwargs)
+    state.leave(x, index)
+    return x
 
 
 def _attention_forward(
@@ -201,12 +247,12 @@ def _refuse_weights(attn: nn.Module, family: Family, kwargs: dict[str, Any]) -> 
 def _pooling_head_forward(
     state: TokenState, head: nn.Module, original: Callable, hidden_state: torch.Tensor
 ) -> torch.Tensor:
-    bias = state.key_bias()
-    if bias is None:
+    size = state.final_size(hidden_state)
+    if size is None:
         return original(hidden_state)
     probe = head.probe.repeat(hidden_state.shape[0], 1, 1)
     # A float padding mask is added to the logits.
-    weight = bias.squeeze(1).to(hidden_state.dtype)
+    weight = size.log().to(hidden_state.dtype)
     pooled, _ = head.attention(
         probe, hidden_state, hidden_state, key_padding_mask=weight, need_weights=False
     )

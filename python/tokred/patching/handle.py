@@ -26,7 +26,6 @@ from typing import Any
 import torch
 from torch import nn
 
-import tokred
 from tokred import methods, models
 
 from .overrides import Overrides
@@ -83,8 +82,12 @@ def patch(
 
     A Patch that is dropped without having been entered warns, as it did nothing.
 
-    Not supported, with an error that says so: attention masks, attention dropout in training,
-    gradient checkpointing and attention weights in layers that see merged tokens.
+    Forward passes may run in several threads at once, inside one another, and under
+    torch.utils.checkpoint around whole layers or the whole model.
+
+    Not supported, with an error that says so: attention masks, attention dropout in training and
+    attention weights in layers that see merged tokens; models that need every token, such as those
+    that reshape them to a grid; copying or pickling a patched model.
     """
     module = methods.get(method).load()
     options_class = getattr(module, "OPTIONS", None)
@@ -135,8 +138,9 @@ def _module_of(model: Any) -> nn.Module:
 class Patch:
     """What tokred.patch returns: a context manager, and a view of the latest forward pass.
 
-    The properties describe the one stack of layers that was patched; where the model has several,
-    `states` lists them in the order of the modules, and each has the same attributes.
+    The properties describe the one stack of layers that was patched, in the forward pass that the
+    calling thread has completed last (or any thread, if it has run none). Where the model has
+    several, `states` lists them in the order of the modules, and each has the same attributes.
     """
 
     _unused = False  # until a Patch is complete
@@ -195,29 +199,29 @@ class Patch:
     @property
     def counts(self) -> tuple[int, ...]:
         """Tokens before the first layer, then after each merge."""
-        return self._latest().counts
+        return self._token_state().counts
 
     @property
     def size(self) -> torch.Tensor:
         """f32 [B, N]: how many original tokens each final token stands for."""
-        state = self._latest()
-        return state.ones if state.size is None else state.size
+        return self._token_state().size
 
     @property
     def token_map(self) -> torch.Tensor:
         """i32 [B, N0]: the final token that each original token went to. Needs trace_source."""
-        state = self._latest()
-        if not state.trace_source:
-            raise RuntimeError("the token map is only kept with tokred.patch(trace_source=True)")
-        if state.token_map is None:
-            batch, tokens = state.ones.shape
-            identity = torch.arange(tokens, dtype=torch.int32, device=state.ones.device)
-            return identity.repeat(batch, 1)
-        return state.token_map
+        return self._token_state().token_map
 
     def unmerge(self, tokens: torch.Tensor) -> torch.Tensor:
         """[B, N, C] of final tokens -> [B, N0, C]: every original token gets its group's."""
-        return tokred.unmerge(tokens, self.token_map)
+        return self._token_state().unmerge(tokens)
+
+    @property
+    def merged(self) -> dict[str, tuple[int, int]]:
+        """Of "tomesd": by the name of a block, its tokens, and how many its parts ran on."""
+        state = self._state()
+        if not hasattr(state, "merged"):
+            raise RuntimeError("only tomesd merges inside blocks: counts shows what others merged")
+        return state.merged
 
     def _state(self) -> Any:
         if len(self.states) != 1:
@@ -229,10 +233,8 @@ class Patch:
             )
         return self.states[0]
 
-    def _latest(self) -> TokenState:
+    def _token_state(self) -> TokenState:
         state = self._state()
         if not isinstance(state, TokenState):
             raise RuntimeError("this method leaves all tokens in place: there is no token state")
-        if not state.ran:
-            raise RuntimeError("no forward pass has run inside the patch yet")
         return state

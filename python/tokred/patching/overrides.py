@@ -68,6 +68,10 @@ class Overrides:
             self._entries.append(_Entry(owner, name, vars(owner).get(name, _ABSENT), value))
             setattr(owner, name, value)
 
+    def pre_hook(self, module: nn.Module, function: Callable[..., Any]) -> None:
+        """Calls function(module, args, kwargs) before each of module's forward passes."""
+        self._hooks.append(module.register_forward_pre_hook(function, with_kwargs=True))
+
     def hook(self, module: nn.Module, function: Callable[..., None]) -> None:
         """Calls function(module, args, output) after each of module's forward passes."""
         self._hooks.append(module.register_forward_hook(function))

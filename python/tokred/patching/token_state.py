@@ -2,19 +2,52 @@
 
 from __future__ import annotations
 
+import threading
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
+
 import torch
 
 import tokred
 
+from .recomputation import StorageTable, backward_task
 from .settings import Settings
 
 
-class TokenState:
-    """One stack of layers: what each of them merges, and the state of the latest forward pass.
+@dataclass(frozen=True)
+class Pass:
+    """What a forward pass has come to before one of its layers; never changed, only replaced.
 
-    The first layer starts a forward pass afresh, so nothing carries over from one to the next,
-    and torch.compile sees only attributes that are written before they are read. One forward pass
-    at a time: threads need models of their own.
+    ones [B, N0] are the sizes before any merge; size [B, N] and token_map [B, N0] are None as long
+    as nothing has merged. task names the backward pass that recomputes the layers, -1 for none.
+    """
+
+    layer: int
+    task: int
+    counts: tuple[int, ...]
+    ones: torch.Tensor
+    size: torch.Tensor | None = None
+    token_map: torch.Tensor | None = None
+
+
+class _OfThread(threading.local):
+    """The pass that runs in a thread, its latest complete one, and the running layer's keys."""
+
+    def __init__(self) -> None:
+        self.current: Pass | None = None
+        self.latest: Pass | None = None
+        self.metric: torch.Tensor | None = None
+
+
+class TokenState:
+    """One stack of layers: what each of them merges, and its forward passes.
+
+    Every thread has a pass of its own, which the first layer starts. A layer that runs again in
+    the backward pass (torch.utils.checkpoint) finds the pass it belongs to by the storage of its
+    tokens. torch.compile sees only attributes that are written before they are read.
+
+    The properties show the pass that the calling thread has completed last; in a thread that has
+    run none, the one completed last by any thread.
     """
 
     def __init__(self, plans: list, num_prefix: int, settings: Settings) -> None:
@@ -22,41 +55,147 @@ class TokenState:
         self.num_prefix = num_prefix
         self.prop_attn = settings.prop_attn
         self.trace_source = settings.trace_source
-        self.ran = False
-        self.counts: tuple[int, ...] = ()
-        self.size: torch.Tensor | None = None
-        self.token_map: torch.Tensor | None = None
-        self.ones: torch.Tensor | None = None
-        self.metric: torch.Tensor | None = None
+        self._thread = _OfThread()
+        self._latest: Pass | None = None
+        self._passes: StorageTable[Pass] = StorageTable()
 
-    def begin(self, x: torch.Tensor) -> None:
-        """Starts a forward pass on x [B, N, C]."""
-        self.ran = True
-        self.counts = (x.shape[1],)
-        self.size = self.token_map = self.metric = None
-        # The sizes before any merge: one element, so that an unmerged pass costs nothing.
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        self.ones = torch.ones(1, 1, dtype=wide, device=x.device).expand(x.shape[0], x.shape[1])
+    @property
+    def ran(self) -> bool:
+        """Whether a forward pass has come through all layers."""
+        return (self._thread.latest or self._latest) is not None
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Tokens before the first layer, then after each merge."""
+        return self._shown().counts
+
+    @property
+    def size(self) -> torch.Tensor:
+        """f32 [B, N]: how many original tokens each final token stands for."""
+        shown = self._shown()
+        return shown.ones if shown.size is None else shown.size
+
+    @property
+    def token_map(self) -> torch.Tensor:
+        """i32 [B, N0]: the final token that each original token went to. Needs trace_source."""
+        shown = self._shown()
+        if not self.trace_source:
+            raise RuntimeError("the token map is only kept with tokred.patch(trace_source=True)")
+        if shown.token_map is None:
+            batch, tokens = shown.ones.shape
+            identity = torch.arange(tokens, dtype=torch.int32, device=shown.ones.device)
+            return identity.repeat(batch, 1)
+        return shown.token_map
+
+    def unmerge(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[B, N, C] of final tokens -> [B, N0, C]: every original token gets its group's."""
+        return tokred.unmerge(tokens, self.token_map)
+
+    def _shown(self) -> Pass:
+        shown = self._thread.latest or self._latest
+        if shown is None:
+            raise RuntimeError("no forward pass has run inside the patch yet")
+        return shown
+
+    def enter(self, x: torch.Tensor, layer: int) -> None:
+        """Before a layer runs on x [B, N, C]: makes the pass it belongs to the thread's own.
+
+        Raises:
+            RuntimeError: the layer runs out of turn, so that the tokens' sizes are not known.
+        """
+        task = backward_task()
+        if layer == 0:
+            self._passes.purge()
+            # One element, so that a pass which merges nothing costs nothing.
+            wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+            ones = torch.ones(1, 1, dtype=wide, device=x.device).expand(x.shape[0], x.shape[1])
+            self._thread.current = Pass(0, task, (x.shape[1],), ones)
+            return
+        found = self._passes.find(x, layer)
+        if found is None and task == -1:
+            found = self._thread.current
+        if found is None or found.layer != layer or found.counts[-1] != x.shape[1]:
+            raise RuntimeError(
+                f"layer {layer} was run out of turn, so the sizes of its tokens are not known: run "
+                "the patched layers one after the other, and checkpoint whole layers or the whole "
+                "model, with the tokens as their first argument"
+            )
+        self._thread.current = replace(found, task=task)
+        self._passes.add(x, layer, self._thread.current)
+
+    def leave(self, x: torch.Tensor, layer: int) -> None:
+        """After a layer has returned x [B, N, C]."""
+        done = replace(self._thread.current, layer=layer + 1)
+        self._thread.current = done
+        self._passes.add(x, layer + 1, done)
+        if layer + 1 == len(self.plans) and backward_task() == -1:
+            self._thread.latest = self._latest = done
+
+    def keep_metric(self, metric: torch.Tensor) -> None:
+        """What the running layer will measure similarity on, [B, N, D]."""
+        self._thread.metric = metric.float() if metric.dtype == torch.float64 else metric
 
     def key_bias(self) -> torch.Tensor | None:
-        """log(size) f32 [B, 1, N], or None where attention needs no bias."""
-        if self.size is None or not self.prop_attn:
+        """log(size) f32 [B, 1, N] of the running layer, or None where attention needs no bias.
+
+        Raises:
+            RuntimeError: the attention is run again without its layer.
+        """
+        now, task = self._thread.current, backward_task()
+        if not self.prop_attn or not any(self.plans) or (now is None and task == -1):
             return None
-        return self.size.log().unsqueeze(1)
+        if now is None or now.task != task:
+            raise RuntimeError(
+                "attention was run again apart from its layer, so the sizes of its tokens are not "
+                "known: checkpoint whole layers or the whole model"
+            )
+        return None if now.size is None else now.size.log().unsqueeze(1)
+
+    def final_size(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The sizes [B, N] of what the last layer returned, of which x [B, n <= N, C] is the end.
+
+        None where nothing has merged.
+
+        Raises:
+            RuntimeError: x does not come from the calling thread's pass.
+        """
+        now = self._thread.current
+        if now is None or now.layer != len(self.plans) or now.task != backward_task():
+            raise RuntimeError(
+                "pooling was run apart from the layers, so the sizes of its tokens are not known: "
+                "checkpoint whole layers or the whole model"
+            )
+        return now.size
 
     def reduce(self, x: torch.Tensor, layer: int) -> torch.Tensor:
         """Merges x [B, N, C] as the layer's plan says, by the metric its attention left here."""
-        metric, self.metric = self.metric, None
-        if metric.dtype == torch.float64:
-            metric = metric.float()
+        metric, self._thread.metric = self._thread.metric, None
         plan = self.plans[layer](metric, self.num_prefix)
         if plan is None:
             return x
         token_map, num_out = plan
+        now = self._thread.current
         # SigLIP's tokens come channel-first out of the patch convolution; the op wants rows.
-        x, self.size = tokred.merge(x.contiguous(), token_map, num_out, self.size)
-        self.counts += (num_out,)
+        x, size = tokred.merge(x.contiguous(), token_map, num_out, now.size)
+        source = None
         if self.trace_source:
-            earlier = self.token_map
-            self.token_map = token_map if earlier is None else tokred.compose(token_map, earlier)
+            earlier = now.token_map
+            source = token_map if earlier is None else tokred.compose(token_map, earlier)
+        self._thread.current = replace(
+            now, counts=(*now.counts, num_out), size=size, token_map=source
+        )
         return x
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        refuse_copy()
+
+
+def refuse_copy() -> NoReturn:
+    """For the state of a patch: a copy of it would stay patched for good.
+
+    Raises:
+        RuntimeError: always.
+    """
+    raise RuntimeError(
+        "a patched model cannot be copied or pickled: leave the patch first, then patch the copy"
+    )

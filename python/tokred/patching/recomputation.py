@@ -1,0 +1,50 @@
+"""Which forward pass a layer belongs to when torch.utils.checkpoint runs it again."""
+
+from __future__ import annotations
+
+from typing import Generic, TypeVar
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+T = TypeVar("T")
+
+
+def backward_task() -> int:
+    """The number of the backward pass that calls, or -1 outside of one."""
+    if torch.compiler.is_compiling():
+        return -1
+    return torch._C._current_graph_task_id()
+
+
+class StorageTable(Generic[T]):
+    """Values found by the storage of a tensor, as long as that lives.
+
+    A checkpoint keeps the inputs of what it will run again, as they are or detached: in both cases
+    they share the storage of the tensors of the forward pass. Under torch.compile, which recomputes
+    within its graph, nothing is kept.
+    """
+
+    def __init__(self) -> None:
+        self._values: dict[tuple[int, int], tuple[StorageWeakRef, T]] = {}
+
+    def add(self, x: torch.Tensor, place: int, value: T) -> None:
+        """Keeps the value for x at that place, such as the number of a layer."""
+        if not torch.compiler.is_compiling():
+            storage = StorageWeakRef(x.untyped_storage())
+            self._values[storage.cdata, place] = storage, value
+
+    def find(self, x: torch.Tensor, place: int) -> T | None:
+        """The value kept for x's storage at that place."""
+        if torch.compiler.is_compiling():
+            return None
+        key = StorageWeakRef(x.untyped_storage()).cdata, place
+        reference, value = self._values.get(key, (None, None))
+        return None if reference is None or reference.expired() else value
+
+    def purge(self) -> None:
+        """Forgets the storages that are gone."""
+        if not torch.compiler.is_compiling():
+            for key, (reference, _) in list(self._values.items()):
+                if reference.expired():
+                    self._values.pop(key, None)
