@@ -2,7 +2,6 @@
 # Needs Python >= 3.10 and a C++20 compiler; uses nvcc where present. What is installed is listed,
 # with its version, in requirements/*.txt; `make lock` makes those anew.
 PYTHON ?= python3
-CXX ?= c++
 VENV := .venv
 BIN := $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
