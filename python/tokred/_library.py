@@ -1,12 +1,14 @@
-"""Loads the op libraries, and calls their ops."""
+"""Loads the op libraries, and refuses the gradients that their ops do not compute."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 # The variable points the tests at builds with sanitizers.
 LIBRARY_FOLDER = Path(os.environ.get("TOKRED_LIBRARY_FOLDER", Path(__file__).parent / "lib"))
@@ -42,32 +44,37 @@ def load() -> None:
             ) from error
 
 
-def call(op: Any, *args: Any) -> Any:
-    """op(*args), stepping over the autograd layer (several us a call) where nothing is recorded."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return op(*args)
-    if torch.is_inference_mode_enabled():
-        return op(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
-
-
-def detached(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """The tensor without its history, for ops that have no gradient."""
-    return tensor.detach() if tensor is not None and tensor.requires_grad else tensor
-
-
-def refuse_grad(op: str, **tensors: torch.Tensor | None) -> None:
-    """Refuses inputs whose gradient an inference-only op would drop.
+def refuse_grad(called: str, **tensors: Tensor | None) -> None:
+    """Refuses inputs whose gradient a function would drop.
 
     Raises:
         ValueError: naming the argument that requires grad while gradients are recorded.
     """
-    if not torch.is_grad_enabled():
-        return
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.requires_grad:
+    if torch.is_grad_enabled():
+        refuse_history(called, list(tensors), tensors.values())
+
+
+def refuse_history(
+    called: str, names: Sequence[str], values: Iterable[Any], besides: Sequence[str] = ()
+) -> None:
+    """Refuses values that require grad, whether or not gradients are recorded here.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    for name, tensor in named_tensors(names, values):
+        if tensor.requires_grad and name not in besides:
+            has = f"gradients in {', '.join(besides)} alone" if besides else "no gradient"
             raise ValueError(
-                f"{op} has no gradient, but {name} requires grad: detach it, or call {op} under "
-                "torch.no_grad()"
+                f"{called} has {has}, but {name} requires grad: detach it, or use torch.no_grad()"
             )
+
+
+def named_tensors(names: Sequence[str], values: Iterable[Any]) -> Iterable[tuple[str, Tensor]]:
+    """The tensors among an op's arguments, and those in its lists, with their names."""
+    for name, value in zip(names, values, strict=False):
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, list | tuple):
+            items = [f"{name}[{i}]" for i in range(len(value))]
+            yield from named_tensors(items, value)

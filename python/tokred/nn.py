@@ -17,11 +17,15 @@ from .ops import (
     sparse_attention,
     topk_with_counts,
 )
+from .ops.symbolic import known
 from .selection import block_mask, choose, ends, expand_blocks
 
 __all__ = ["BlockSparseAttention", "TopKAttention"]
 
 _REDUCTIONS = ("none", "group_mean", "group_max", "head_mean", "softmax_vote")
+_UNKNOWN_LENGTHS = (
+    "mask is of the queries too where there are as many as keys: use one size for both"
+)
 _RULES = {"mean": "dot", "sqrt_mean": "dot", "min_max": "bounds"}
 
 
@@ -93,9 +97,10 @@ class TopKAttention(nn.Module):
             [B, Hq, L, Dv]; 0 where a query sees no key.
         """
         queries, keys = q.shape[2], k.shape[2]
-        if queries == 0 or self.num_sinks + self.k + self.num_locals >= keys:
+        everything = self.num_sinks + self.k + self.num_locals >= keys
+        if known(queries == 0) or known(everything):
             return biased_attention(q, k, v, causal=self.causal, scale=self.scale, mask=mask)[0]
-        block_q = queries if self.block_q is None else min(self.block_q, queries)
+        block_q = queries if self.block_q is None else torch.sym_min(self.block_q, queries)
         if self.scoring == "block":
             indices = self._choose_blocks(q.detach(), k.detach(), block_q, mask)
         else:
@@ -119,8 +124,8 @@ class TopKAttention(nn.Module):
 
     def _scores(self, q: Tensor, k: Tensor, block_q: int, mask: Tensor | None) -> Tensor:
         """f32 [B, H', lists, N], -inf where masked."""
-        if block_q == q.shape[2]:
-            if block_q > 1 and mask is not None:
+        if known(block_q == q.shape[2]):
+            if mask is not None and not known(block_q <= 1):
                 q = _mean_queries(q, k, block_q, mask).to(q.dtype)
             scores = qk_score(q, k, self.reduce, self.dims, self.scale, mask=mask)[:, :, None]
         elif self.scoring == "dims":
@@ -153,7 +158,7 @@ class TopKAttention(nn.Module):
         forced = _any_per_block(ends(visible, self.num_sinks, self.num_locals), size)
         # Sinks and locals may begin in the middle of a block.
         most = sum(-(-n // size) + 1 for n in (self.num_sinks, self.num_locals) if n)
-        places = min(-(-self.k // size) + most, pooled.shape[2])
+        places = torch.sym_min(-(-self.k // size) + most, pooled.shape[2])
         _, blocks, _ = topk_with_counts(scores, places, order="position", must_keep=forced)
         return expand_blocks(blocks, size, keys)
 
@@ -270,7 +275,7 @@ class BlockSparseAttention(nn.Module):
         else:
             k = round(self.density * total) if self.k is None else self.k
             free = scores.masked_fill(forced, -torch.inf)
-            _, chosen, _ = topk_with_counts(free, min(k, total))
+            _, chosen, _ = topk_with_counts(free, torch.sym_min(k, total))
         return block_mask(chosen, total) | forced
 
 
@@ -279,7 +284,9 @@ def _mean_queries(q: Tensor, k: Tensor, block_q: int, mask: Tensor | None) -> Te
 
     The mask is of the keys; where there are as many queries, these are the same tokens.
     """
-    own = mask if q.shape[2] == k.shape[2] else None
+    own = mask if mask is not None and known(q.shape[2] == k.shape[2]) else None
+    if mask is not None and own is None:
+        torch._check(q.shape[2] != k.shape[2], lambda: _UNKNOWN_LENGTHS)
     return block_pool(q, block_q, mask=own)[0][:, :, :, 0]
 
 

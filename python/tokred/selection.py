@@ -19,7 +19,8 @@ def ends(visible: Tensor, num_sinks: int, num_locals: int) -> Tensor:
         bool [..., N].
     """
     rank = visible.cumsum(-1)
-    return visible & ((rank <= num_sinks) | (rank > rank[..., -1:] - num_locals))
+    last = visible.sum(-1, keepdim=True)
+    return visible & ((rank <= num_sinks) | (rank > last - num_locals))
 
 
 def choose(
@@ -44,7 +45,7 @@ def choose(
         indices int32 [..., min(num_sinks + k + num_locals, N)], ascending, -1 behind the last, and
         counts int32 [...].
     """
-    places = min(num_sinks + k + num_locals, scores.shape[-1])
+    places = torch.sym_min(num_sinks + k + num_locals, scores.shape[-1])
     if visible is None:
         _, indices, counts = topk_with_counts(
             scores, places, lengths, "position", num_sinks=num_sinks, num_locals=num_locals

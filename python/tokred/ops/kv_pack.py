@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._library import refuse_grad
+from .registration import call, call_in_place, follow_under_autocast, without_gradient, writes
 
 _ops = torch.ops.tokred
 
@@ -212,8 +212,7 @@ def kv_pack(
 
     Complexity: one read of x, one write of the codes.
     """
-    refuse_grad("kv_pack", x=x)
-    codes, params = _ops.kv_pack.default(x, bits, group_size, axis, scheme, rotate)
+    codes, params = call(_ops.kv_pack.default, x, bits, group_size, axis, scheme, rotate)
     return PackedKV(codes, params, PackFormat(bits, group_size, axis, scheme, rotate))
 
 
@@ -236,15 +235,14 @@ def kv_unpack(
     Complexity: one read of the codes, one write of the result. `packed_attention` does not need it.
     """
     if out is not None:
-        refuse_grad("kv_unpack", out=out)
         if dtype not in (None, out.dtype):
             raise ValueError(f"dtype must be that of out, {out.dtype}, or None, got {dtype}")
-        _ops.kv_unpack_into.default(*packed.arguments(), out)
+        call_in_place(_ops.kv_unpack_into.default, (out,), *packed.arguments(), out)
         return out
     dtype = torch.float32 if dtype is None else dtype
     if dtype not in _DTYPE_NAMES:
         raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
-    return _ops.kv_unpack.default(*packed.arguments(), _DTYPE_NAMES[dtype])
+    return call(_ops.kv_unpack.default, *packed.arguments(), _DTYPE_NAMES[dtype])
 
 
 def kv_append(
@@ -280,9 +278,11 @@ def kv_append(
 
     Complexity: one read of x and of the window's rows that are packed.
     """
-    refuse_grad("kv_append", x=x)
     f = packed.format
-    _ops.kv_append.default(
+    written = (packed.codes, packed.params, window)
+    call_in_place(
+        _ops.kv_append.default,
+        written,
         x,
         packed.codes,
         packed.params,
@@ -334,3 +334,12 @@ def _kv_unpack_into_fake(*args: Any) -> None:
 @torch.library.register_fake("tokred::kv_append")
 def _kv_append_fake(*args: Any, **kwargs: Any) -> None:
     return None
+
+
+without_gradient("kv_pack")
+without_gradient("kv_unpack")
+without_gradient("kv_unpack_into", "kv_unpack with out")
+without_gradient("kv_append")
+writes("kv_unpack_into")
+writes("kv_append")
+follow_under_autocast("kv_append", "x", "window")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .._library import detached
+from .registration import not_differentiable, promote_under_autocast
 
 _ops = torch.ops.tokred
 
@@ -40,23 +40,15 @@ def match(
         band: greatest |i - j|; -1 for no limit.
 
     Returns:
-        score float32 [B, Na] and index int32 [B, Na]. Not differentiable: inputs are detached.
+        score float32 [B, Na] and index int32 [B, Na]. Not differentiable: they never require grad.
+        Under autocast a and b are cast to the wider dtype of the two.
 
     Raises:
         RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
 
     Complexity: 2 B Na Nb C flops in one pass, O(B (Na + Nb) C) memory traffic.
     """
-    return _ops.match.default(
-        detached(a),
-        detached(b),
-        mask_a,
-        mask_b,
-        detached(weight_a),
-        detached(weight_b),
-        metric,
-        band,
-    )
+    return _ops.match.default(a, b, mask_a, mask_b, weight_a, weight_b, metric, band)
 
 
 def bipartite_soft_matching(
@@ -102,7 +94,7 @@ def bipartite_soft_matching(
     """
     sources, destinations = _sides(metric, num_prefix, sources, destinations)
     return _ops.bipartite_soft_matching.default(
-        detached(metric), r, num_prefix, mask, order, sources, destinations
+        metric, r, num_prefix, mask, order, sources, destinations
     )
 
 
@@ -136,7 +128,7 @@ def threshold_matching(
     """
     sources, destinations = _sides(metric, num_prefix, sources, destinations)
     return _ops.threshold_matching.default(
-        detached(metric), threshold, num_prefix, mask, order, sources, destinations
+        metric, threshold, num_prefix, mask, order, sources, destinations
     )
 
 
@@ -160,14 +152,14 @@ def num_out(
     """
     if r < 0 or num_prefix < 0:
         raise ValueError(f"r and num_prefix must be at least 0, got {r} and {num_prefix}")
-    free = max(tokens - num_prefix, 0)
+    free = torch.sym_max(tokens - num_prefix, 0)
     if sources is not None:
         limit = sources.shape[-1]
     elif destinations is not None:
-        limit = max(free - destinations.shape[-1], 0)
+        limit = torch.sym_max(free - destinations.shape[-1], 0)
     else:
         limit = free // 2
-    return max(tokens - min(r, limit), 0)
+    return torch.sym_max(tokens - torch.sym_min(r, limit), 0)
 
 
 def _sides(
@@ -185,7 +177,7 @@ def _other_tokens(destinations: Tensor, tokens: int, num_prefix: int) -> Tensor:
     Ns assumes distinct destinations after the prefix; entries left over are -1.
     """
     rows = destinations[None] if destinations.dim() == 1 else destinations
-    count = max(tokens - num_prefix - rows.shape[1], 0)
+    count = torch.sym_max(tokens - num_prefix - rows.shape[1], 0)
     inside = (rows >= 0) & (rows < tokens)
     position = torch.arange(tokens + 1, dtype=torch.int32, device=rows.device)
     other = ((position >= num_prefix) & (position < tokens)).repeat(rows.shape[0], 1)
@@ -193,7 +185,7 @@ def _other_tokens(destinations: Tensor, tokens: int, num_prefix: int) -> Tensor:
     slot = other.cumsum(1) - 1
     slot = torch.where(other & (slot < count), slot, count)
     sources = torch.full((rows.shape[0], count + 1), -1, dtype=torch.int32, device=rows.device)
-    return sources.scatter(1, slot, position.expand(rows.shape[0], -1))[:, :count]
+    return sources.scatter(1, slot, position.expand(rows.shape[0], -1)).narrow(1, 0, count)
 
 
 @torch.library.register_fake("tokred::match")
@@ -242,6 +234,10 @@ def _threshold_matching_fake(
     torch._check(metric.dim() == 3, lambda: f"metric must be [B, N, C], got {metric.dim()}-D")
     token_map = metric.new_empty(metric.shape[:2], dtype=torch.int32)
     return token_map, metric.new_empty(metric.shape[:1], dtype=torch.int32)
+
+
+not_differentiable("match", "bipartite_soft_matching", "threshold_matching")
+promote_under_autocast("match", "a", "b")
 
 
 @register_flop_formula(_ops.match)

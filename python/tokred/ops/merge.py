@@ -7,9 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._library import call
+from .registration import (
+    call,
+    call_in_place,
+    differentiable,
+    not_differentiable,
+    without_gradient,
+    writes,
+)
+from .symbolic import known
 
 _ops = torch.ops.tokred
+
+LINEAR_MODES = ("sum", "mean", "plain_mean", "prune")
 
 
 def merge(
@@ -47,12 +57,15 @@ def merge(
         size, weight: [B, N] float32 (float64 beside float64 x). `size` is how many tokens each
             token already stands for; `weight` its say in the result.
         mode: one of the table.
-        out, out_size: buffers [B, num_out, C] and float32 [B, num_out] to write into. Not
-            recorded by autograd: inputs that require grad are refused.
+        out, out_size: buffers [B, num_out, C] and float32 [B, num_out] to write into, which share
+            no memory with each other and the inputs. Not recorded by autograd: inputs that require
+            grad are refused.
 
     Returns:
         y [B, num_out, C] in the dtype of x, and the merged size float32 [B, num_out] = sum s.
         Differentiable in x, size and weight; amax and amin share a gradient between tied members.
+        Second derivatives exist in x alone, in the modes that are linear in it ("sum", "mean",
+        "plain_mean", "prune"); others raise a RuntimeError.
 
     Raises:
         RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
@@ -64,13 +77,11 @@ def merge(
         return call(_ops.merge.default, x, token_map, num_out, size, weight, mode)
     if out is None or out_size is None:
         raise ValueError("out and out_size must be given together")
-    if out.shape[1] != num_out:
-        raise ValueError(f"out must have num_out = {num_out} slots, got shape {list(out.shape)}")
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, size, weight, out, out_size)
-    ):
-        raise ValueError("out is not recorded by autograd: use torch.no_grad(), or leave out away")
-    _ops.merge_out.default(x, token_map, size, weight, mode, out, out_size)
+    if out.dim() != 3 or known(out.shape[1] != num_out):
+        raise ValueError(f"out must be [B, {num_out}, C] for num_out = {num_out}, got {out.shape}")
+    torch._check(out.shape[1] == num_out)
+    written = (out, out_size)
+    call_in_place(_ops.merge_out.default, written, x, token_map, size, weight, mode, *written)
     return out, out_size
 
 
@@ -85,7 +96,7 @@ def unmerge(y: Tensor, token_map: Tensor) -> Tensor:
         token_map: int32 [B, N].
 
     Returns:
-        [B, N, C] in the dtype of y. Differentiable in y.
+        [B, N, C] in the dtype of y. Differentiable in y, any number of times.
 
     Raises:
         RuntimeError: naming the argument whose shape, dtype or device does not fit.
@@ -194,12 +205,44 @@ def _merge_backward(ctx: Any, grad_y: Tensor, grad_size: Tensor) -> tuple[Tensor
     x, token_map, size, weight = ctx.saved_tensors
     if grad_y.stride(-1) != 1:
         grad_y = grad_y.contiguous()
-    grads = _ops.merge_backward.default(grad_y, grad_size, x, token_map, size, weight, ctx.mode)
+    grads = call(
+        _ops.merge_backward.default, grad_y, grad_size, x, token_map, size, weight, ctx.mode
+    )
     wanted = [t is not None and t.requires_grad for t in (x, size, weight)]
     grad_x, grad_size_in, grad_weight = (
         g if want else None for g, want in zip(grads, wanted, strict=True)
     )
     return grad_x, None, None, grad_size_in, grad_weight, None
+
+
+def _second_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    grad_y, _, _, token_map, size, weight, ctx.mode = inputs
+    ctx.num_out = grad_y.shape[1]
+    fixed = not any(t is not None and t.requires_grad for t in (size, weight))
+    ctx.linear = fixed and ctx.mode in LINEAR_MODES
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(token_map, size, weight)
+
+
+def _second_backward(
+    ctx: Any, grad_x: Tensor | None, grad_size: Tensor | None, grad_weight: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Where y is linear in x, x has no part in its gradient, and the transposed map is merge."""
+    if not ctx.linear or grad_size is not None or grad_weight is not None:
+        raise RuntimeError(
+            f"tokred: merge has second derivatives in the modes {', '.join(LINEAR_MODES)} while "
+            f"size and weight do not require grad, and none here, in mode {ctx.mode!r}; "
+            "tokred.reference.merge has them all, at the cost of plain torch"
+        )
+    grad_grad_y = None
+    if grad_x is not None:
+        token_map, size, weight = ctx.saved_tensors
+        if grad_x.stride(-1) != 1:
+            grad_x = grad_x.contiguous()
+        grad_grad_y, _ = call(
+            _ops.merge.default, grad_x, token_map, ctx.num_out, size, weight, ctx.mode
+        )
+    return grad_grad_y, None, None, None, None, None, None
 
 
 def _unmerge_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -212,9 +255,18 @@ def _unmerge_backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor | None, None]:
     (token_map,) = ctx.saved_tensors
     if grad_x.stride(-1) != 1:
         grad_x = grad_x.contiguous()
-    grad_y, _ = _ops.merge.default(grad_x, token_map, ctx.num_out, None, None, "sum")
+    grad_y, _ = call(_ops.merge.default, grad_x, token_map, ctx.num_out, None, None, "sum")
     return grad_y, None
 
 
-torch.library.register_autograd("tokred::merge", _merge_backward, setup_context=_merge_setup)
-torch.library.register_autograd("tokred::unmerge", _unmerge_backward, setup_context=_unmerge_setup)
+differentiable("merge", ("x", "size", "weight"), _merge_backward, _merge_setup)
+differentiable(
+    "merge_backward",
+    ("grad_y", "grad_size", "x", "size", "weight"),
+    _second_backward,
+    _second_setup,
+)
+differentiable("unmerge", ("y",), _unmerge_backward, _unmerge_setup)
+not_differentiable("compose")
+without_gradient("merge_out", "merge with out")
+writes("merge_out")

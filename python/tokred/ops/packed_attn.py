@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .._library import refuse_grad
 from .kv_pack import PackedKV
+from .registration import call, cast_under_autocast, without_gradient
 from .sparse_attn_shared import broadcast_bias, broadcast_mask, forward_flops
 
 _ops = torch.ops.tokred
@@ -73,8 +73,8 @@ def packed_attention(
     Complexity: 2 B Hq L T (D + Dv) flops (K in place of T with indices); in decoding, one read of
     the codes and params for all query heads of a key head.
     """
-    refuse_grad("packed_attention", q=q, residual_k=residual_k, residual_v=residual_v)
-    return _ops.packed_attention.default(
+    return call(
+        _ops.packed_attention.default,
         q,
         *packed_k.arguments(),
         *packed_v.arguments(),
@@ -121,11 +121,19 @@ def packed_qk_score(
 
     Complexity: 2 B Hq T D flops, one read of the packed keys.
     """
-    refuse_grad("packed_qk_score", q=q, residual_k=residual_k)
     if q.dim() == 3:
         q = q[:, :, None]
-    return _ops.packed_qk_score.default(
-        q, *packed_k.arguments(), residual_k, reduce, scale, length, lengths, mask, slots
+    return call(
+        _ops.packed_qk_score.default,
+        q,
+        *packed_k.arguments(),
+        residual_k,
+        reduce,
+        scale,
+        length,
+        lengths,
+        mask,
+        slots,
     )
 
 
@@ -183,6 +191,12 @@ def _packed_qk_score_fake(
     heads = {"none": q.shape[1], "group_mean": codes.shape[1], "group_max": codes.shape[1]}
     shape = (q.shape[0], heads.get(reduce, 1), _tokens(codes, residual, length, slots))
     return q.new_empty(shape, dtype=torch.float32)
+
+
+without_gradient("packed_attention")
+without_gradient("packed_qk_score")
+cast_under_autocast("packed_attention", "q", "residual_k", "residual_v")
+cast_under_autocast("packed_qk_score", "q", "residual")
 
 
 @register_flop_formula(_ops.packed_attention)

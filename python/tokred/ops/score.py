@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .._library import refuse_grad
+from .registration import call, cast_under_autocast, without_gradient
 
 _ops = torch.ops.tokred
 
@@ -59,10 +59,9 @@ def qk_score(
 
     Complexity: 2 B Hq N D flops (F in place of D with dims), one read of k.
     """
-    refuse_grad("qk_score", q=q, k=k)
     if q.dim() == 3:
         q = q[:, :, None]
-    return _ops.qk_score.default(q, k, reduce, dims, scale, lengths, mask, slots)
+    return call(_ops.qk_score.default, q, k, reduce, dims, scale, lengths, mask, slots)
 
 
 def block_pool(
@@ -103,8 +102,7 @@ def block_pool(
 
     Complexity: one read of x (two for mean_deviation).
     """
-    refuse_grad("block_pool", x=x)
-    return _ops.block_pool.default(x, block_size, statistic, boundaries, lengths, mask)
+    return call(_ops.block_pool.default, x, block_size, statistic, boundaries, lengths, mask)
 
 
 def block_score(
@@ -144,10 +142,9 @@ def block_score(
 
     Complexity: 2 B Hq L M D flops (4 for "bounds" and "deviation").
     """
-    refuse_grad("block_score", q=q, pooled=pooled)
     if q.dim() == 5 and q.shape[3] == 1:
         q = q[:, :, :, 0]
-    return _ops.block_score.default(q, pooled, counts, rule, reduce, scale)
+    return call(_ops.block_score.default, q, pooled, counts, rule, reduce, scale)
 
 
 def _reduced_heads(q: Tensor, k: Tensor, reduce: str) -> int:
@@ -211,6 +208,12 @@ def _block_score_fake(
     torch._check(pooled.shape[0] == q.shape[0], lambda: "pooled must have the batch size of q")
     heads = _reduced_heads(q, pooled, reduce)
     return q.new_empty((q.shape[0], heads, q.shape[2], pooled.shape[2]), dtype=torch.float32)
+
+
+without_gradient("qk_score")
+without_gradient("block_pool")
+without_gradient("block_score")
+cast_under_autocast("qk_score", "q", "k")
 
 
 @register_flop_formula(_ops.qk_score)

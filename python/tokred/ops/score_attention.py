@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .._library import refuse_grad
+from .registration import call, cast_under_autocast, without_gradient
 from .sparse_attn import biased_attention
 from .sparse_attn_shared import broadcast_mask
 
@@ -44,10 +44,9 @@ def attention_rows(
 
     Complexity: 2 B Hq L N D flops, O(B Hq L N) memory: the result.
     """
-    refuse_grad("attention_rows", q=q, k=k)
     first, last = (0, None) if denominator is None else denominator
-    return _ops.attention_rows.default(
-        q, k, softmax, first, last, causal, scale, broadcast_mask(mask)
+    return call(
+        _ops.attention_rows.default, q, k, softmax, first, last, causal, scale, broadcast_mask(mask)
     )
 
 
@@ -86,10 +85,17 @@ def attention_columns(
 
     Complexity: 2 B Hq L N D flops (twice that without lse), memory linear in L and N.
     """
-    refuse_grad("attention_columns", q=q, k=k, weight=weight)
-    lse = _log_sum(q, k, causal, scale, mask) if lse is None else lse.detach()
-    return _ops.attention_columns.default(
-        q, k, lse, reduce, weight, causal, scale, broadcast_mask(mask)
+    lse = _log_sum(q, k, causal, scale, mask) if lse is None else lse
+    return call(
+        _ops.attention_columns.default,
+        q,
+        k,
+        lse,
+        reduce,
+        weight,
+        causal,
+        scale,
+        broadcast_mask(mask),
     )
 
 
@@ -125,10 +131,18 @@ def pagerank(
 
     Complexity: 2 B Hq N^2 D flops an iteration, memory linear in N.
     """
-    refuse_grad("pagerank", q=q, k=k, start=start)
-    lse = _log_sum(q, k, causal, scale, mask) if lse is None else lse.detach()
-    return _ops.pagerank.default(
-        q, k, lse, iterations, damping, start, causal, scale, broadcast_mask(mask)
+    lse = _log_sum(q, k, causal, scale, mask) if lse is None else lse
+    return call(
+        _ops.pagerank.default,
+        q,
+        k,
+        lse,
+        iterations,
+        damping,
+        start,
+        causal,
+        scale,
+        broadcast_mask(mask),
     )
 
 
@@ -192,6 +206,11 @@ def _pagerank_fake(
     _check_heads(q, k)
     torch._check(q.shape[2] == k.shape[2], lambda: "q must have the tokens of k")
     return q.new_empty((*q.shape[:2], k.shape[2]), dtype=torch.float32)
+
+
+for _name in ("attention_rows", "attention_columns", "pagerank"):
+    without_gradient(_name)
+    cast_under_autocast(_name, "q", "k")
 
 
 @register_flop_formula([_ops.attention_rows, _ops.attention_columns])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .._library import refuse_grad
+from .registration import call, promote_under_autocast, without_gradient
 
 _ops = torch.ops.tokred
 
@@ -70,13 +70,13 @@ def similarity_stats(
 
     Complexity: 2 B Na Nb C flops, memory linear in Na and Nb.
     """
-    refuse_grad("similarity_stats", a=a, b=b)
     if b is None:
         b = a
         mask_b = mask_a if mask_b is None else mask_b
-    mean, variance, greatest, index, count, energies = _ops.similarity_stats.default(
-        a, b, metric, threshold, energy, margin, exclude_self, block_size, mask_a, mask_b
-    )
+    mean, variance, greatest, index, count, energies = call(
+        _ops.similarity_stats.default, a, b, metric, threshold, energy, margin, exclude_self,
+        block_size, mask_a, mask_b,
+    )  # fmt: skip
     return SimilarityStats(mean, variance, greatest, index, count, energies)
 
 
@@ -98,8 +98,7 @@ def transition_stats(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
 
     Complexity: one read of both.
     """
-    refuse_grad("transition_stats", before=before, after=after)
-    return _ops.transition_stats.default(before, after)
+    return call(_ops.transition_stats.default, before, after)
 
 
 @torch.library.register_fake("tokred::similarity_stats")
@@ -132,6 +131,12 @@ def _transition_stats_fake(before: Tensor, after: Tensor) -> tuple[Tensor, Tenso
     torch._check(after.dim() == 3, lambda: f"after must be [B, N, C], got {after.dim()}-D")
     ratio = before.new_empty(before.shape[:2], dtype=torch.float32)
     return ratio, torch.empty_like(ratio)
+
+
+without_gradient("similarity_stats")
+without_gradient("transition_stats")
+promote_under_autocast("similarity_stats", "a", "b")
+promote_under_autocast("transition_stats", "before", "after")
 
 
 @register_flop_formula(_ops.similarity_stats)

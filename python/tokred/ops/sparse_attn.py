@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .._library import call, refuse_grad
+from .registration import (
+    call,
+    cast_under_autocast,
+    differentiable,
+    once_differentiable,
+    promote_under_autocast,
+    without_gradient,
+)
 from .sparse_attn_shared import (
     backward_flops,
     broadcast_bias,
@@ -17,7 +24,6 @@ from .sparse_attn_shared import (
     fake_gradients,
     forward_flops,
     incoming,
-    register_autocast,
     wanted,
 )
 
@@ -111,8 +117,7 @@ def combine_states(
 
     Complexity: one pass.
     """
-    refuse_grad("combine_states", out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
-    return _ops.combine_states.default(out_a, lse_a, out_b, lse_b)
+    return call(_ops.combine_states.default, out_a, lse_a, out_b, lse_b)
 
 
 @torch.library.register_fake("tokred::biased_attention")
@@ -165,7 +170,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> No
 
 def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, key_bias, mask, query_position, key_position, out, lse = ctx.saved_tensors
-    grads = _ops.biased_attention_backward.default(
+    grads = call(
+        _ops.biased_attention_backward.default,
         *incoming(grad_out, grad_lse),
         q,
         k,
@@ -182,8 +188,11 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | No
     return *wanted(grads, q, k, v, key_bias), None, None, None, None, None
 
 
-torch.library.register_autograd("tokred::biased_attention", _backward, setup_context=_setup_context)
-register_autocast("biased_attention")
+differentiable("biased_attention", ("q", "k", "v", "key_bias"), _backward, _setup_context)
+once_differentiable("biased_attention_backward", "biased_attention")
+cast_under_autocast("biased_attention", "q", "k", "v")
+without_gradient("combine_states")
+promote_under_autocast("combine_states", "out_a", "out_b")
 
 
 @register_flop_formula(_ops.biased_attention)

@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .._library import call
+from .registration import (
+    call,
+    cast_under_autocast,
+    differentiable,
+    once_differentiable,
+)
 from .sparse_attn_shared import (
     backward_flops,
     broadcast_bias,
@@ -17,7 +22,6 @@ from .sparse_attn_shared import (
     fake_gradients,
     forward_flops,
     incoming,
-    register_autocast,
     wanted,
 )
 
@@ -206,7 +210,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> No
 
 def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, block_mask, key_bias, mask, out, lse = ctx.saved_tensors
-    grads = _ops.block_sparse_attention_backward.default(
+    grads = call(
+        _ops.block_sparse_attention_backward.default,
         *incoming(grad_out, grad_lse),
         q,
         k,
@@ -224,10 +229,9 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | No
     return grad_q, grad_k, grad_v, None, None, None, None, None, grad_bias, None
 
 
-torch.library.register_autograd(
-    "tokred::block_sparse_attention", _backward, setup_context=_setup_context
-)
-register_autocast("block_sparse_attention")
+differentiable("block_sparse_attention", ("q", "k", "v", "key_bias"), _backward, _setup_context)
+once_differentiable("block_sparse_attention_backward", "block_sparse_attention")
+cast_under_autocast("block_sparse_attention", "q", "k", "v")
 
 
 @register_flop_formula(_ops.block_sparse_attention)

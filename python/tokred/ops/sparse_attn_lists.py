@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .._library import call, refuse_grad
+from .._library import refuse_history
+from .registration import (
+    call,
+    cast_under_autocast,
+    differentiable,
+    once_differentiable,
+)
 from .sparse_attn_shared import (
     backward_flops,
     broadcast_bias,
@@ -17,9 +23,9 @@ from .sparse_attn_shared import (
     fake_gradients,
     forward_flops,
     incoming,
-    register_autocast,
     wanted,
 )
+from .symbolic import known
 
 _ops = torch.ops.tokred
 
@@ -74,10 +80,9 @@ def sparse_attention(
     Complexity: 2 B Hq L K (D + Dv) flops; in decoding, one read of the listed keys and values for
     all query heads of a key head.
     """
-    if rope_cos is not None or rope_sin is not None:
-        refuse_grad("sparse_attention with rope_cos", q=q, k=k, v=v, key_bias=key_bias)
     if block_q is None:
-        block_q = q.shape[2] if indices.dim() == 4 and indices.shape[2] == 1 < q.shape[2] else 1
+        one_list = indices.dim() == 4 and known(indices.shape[2] == 1)
+        block_q = torch.sym_max(q.shape[2], 1) if one_list else 1
     return call(
         _ops.sparse_attention.default,
         q,
@@ -136,15 +141,17 @@ def _sparse_attention_backward_fake(
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     q, k, v, indices, ctx.scale, key_bias, ctx.causal, mask, ctx.block_q, *rotation = inputs
-    ctx.rotated = any(table is not None for table in rotation)
+    if any(table is not None for table in rotation):
+        refuse_history(
+            "sparse_attention with rope_cos", ("q", "k", "v", "key_bias"), (q, k, v, key_bias)
+        )
     ctx.save_for_backward(q, k, v, indices, key_bias, mask, *output)
 
 
 def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    if ctx.rotated:
-        raise RuntimeError("tokred: sparse_attention has no gradient with rope_cos and rope_sin")
     q, k, v, indices, key_bias, mask, out, lse = ctx.saved_tensors
-    grads = _ops.sparse_attention_backward.default(
+    grads = call(
+        _ops.sparse_attention_backward.default,
         *incoming(grad_out, grad_lse),
         q,
         k,
@@ -162,8 +169,9 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | No
     return grad_q, grad_k, grad_v, None, None, grad_bias, None, None, None, None, None
 
 
-torch.library.register_autograd("tokred::sparse_attention", _backward, setup_context=_setup_context)
-register_autocast("sparse_attention")
+differentiable("sparse_attention", ("q", "k", "v", "key_bias"), _backward, _setup_context)
+once_differentiable("sparse_attention_backward", "sparse_attention")
+cast_under_autocast("sparse_attention", "q", "k", "v")
 
 
 @register_flop_formula(_ops.sparse_attention)

@@ -1,14 +1,11 @@
-"""What the attention ops have in common: broadcasting, fake results, gradients and autocast."""
+"""What the attention ops have in common: broadcasting, fake results and gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-
-_autocast_library = torch.library.Library("tokred", "IMPL")
 
 
 def broadcast_bias(key_bias: Tensor | None) -> Tensor | None:
@@ -76,24 +73,3 @@ def backward_flops(q: Sequence[int], pairs: int, v: Sequence[int]) -> int:
     """The logits again, then the gradients of p, v, q and k."""
     batch, heads, queries, head_dim = q
     return 2 * batch * heads * queries * pairs * (3 * head_dim + 2 * v[3])
-
-
-def register_autocast(name: str) -> None:
-    """Casts q, k and v as torch does for its own attention, and leaves the rest as it is."""
-    op = getattr(torch.ops.tokred, name).default
-    for device in ("cpu", "cuda"):
-        _register_autocast_for(op, name, device)
-
-
-def _register_autocast_for(op: Any, name: str, device: str) -> None:
-    key = getattr(torch._C.DispatchKey, "Autocast" + torch._C._dispatch_key_for_device(device))
-
-    def kernel(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
-        dtype = torch.get_autocast_dtype(device)
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-            if q.dtype != torch.float64:
-                q, k, v = (t.to(dtype) for t in (q, k, v))
-            return op(q, k, v, *args, **kwargs)
-
-    op.py_impl(key)(kernel)
-    _autocast_library.impl(name, kernel, key.name)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._library import detached, refuse_grad
+from .registration import call, not_differentiable, without_gradient
 
 _ops = torch.ops.tokred
 
@@ -56,7 +56,7 @@ def topk(
 
     Returns:
         values float32 [..., k] and indices int32 [..., k], positions in the whole row. Not
-        differentiable: scores are detached; gather them by the indices for a gradient.
+        differentiable: they never require grad; gather the scores by the indices for a gradient.
 
     Raises:
         RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
@@ -93,7 +93,7 @@ def topk_with_counts(
         [..., ceil(N / block_size)]): the chosen entries, after which the rows are padded.
     """
     return _ops.topk.default(
-        detached(scores), k, lengths, order, row_k, num_sinks, num_locals, must_keep, top_p, min_k,
+        scores, k, lengths, order, row_k, num_sinks, num_locals, must_keep, top_p, min_k,
         threshold, block_size,
     )  # fmt: skip
 
@@ -122,7 +122,7 @@ def compact(
 
     Complexity: O(N) a row.
     """
-    return _ops.compact.default(detached(selected), threshold, capacity, lengths)
+    return _ops.compact.default(selected, threshold, capacity, lengths)
 
 
 def gather_tokens(
@@ -149,10 +149,9 @@ def gather_tokens(
     Complexity: reads and writes K tokens of every tensor.
     """
     tensors = list(tensors)
-    refuse_grad("gather_tokens", **{f"tensors[{i}]": t for i, t in enumerate(tensors)})
     if token_dims is None:
         token_dims = [1 if t.dim() < 4 else 2 for t in tensors]
-    return _ops.gather_tokens.default(tensors, indices, list(token_dims))
+    return call(_ops.gather_tokens.default, tensors, indices, list(token_dims))
 
 
 def inverse_transform_sample(
@@ -173,14 +172,14 @@ def inverse_transform_sample(
 
     Returns:
         indices int32 [..., num_samples], the distinct picks by ascending score (lower index first),
-        -1 behind them, and counts int32 [...]. Not differentiable: scores are detached.
+        -1 behind them, and counts int32 [...]. Not differentiable.
 
     Raises:
         RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
 
     Complexity: a sort of every row, O(N log N), and a search for every sample.
     """
-    return _ops.inverse_transform_sample.default(detached(scores), num_samples, mask)
+    return _ops.inverse_transform_sample.default(scores, num_samples, mask)
 
 
 def _check_rows(tensor: Tensor, name: str) -> None:
@@ -254,3 +253,7 @@ def _inverse_transform_sample_fake(
     rows = scores.shape[:-1]
     indices = scores.new_empty((*rows, num_samples), dtype=torch.int32)
     return indices, scores.new_empty(rows, dtype=torch.int32)
+
+
+not_differentiable("topk", "compact", "inverse_transform_sample")
+without_gradient("gather_tokens")

@@ -21,9 +21,12 @@ def _sum(values: Tensor, slots: Tensor, num_out: int) -> Tensor:
 
 def _extreme(values: Tensor, slots: Tensor, num_out: int, reduce: str) -> Tensor:
     """amax or amin of values [B, N, C] by slot, 0 where a slot is empty."""
-    start = values.new_zeros(values.shape[0], num_out + 1, values.shape[2])
+    # The start must equal no member: torch shares the gradient with it where it does.
+    start = values.new_full((values.shape[0], num_out + 1, values.shape[2]), torch.nan)
     index = slots[..., None].expand_as(values)
-    return start.scatter_reduce(1, index, values, reduce, include_self=False)[:, :num_out]
+    extreme = start.scatter_reduce(1, index, values, reduce, include_self=False)
+    empty = torch.ones_like(extreme, dtype=torch.bool).scatter(1, index, False)
+    return extreme.masked_fill(empty, 0)[:, :num_out]
 
 
 def _divide(total: Tensor, divisor: Tensor) -> Tensor:
