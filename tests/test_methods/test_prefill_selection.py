@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from dense import attend, close, heads, logits
@@ -37,28 +39,38 @@ def test_dhsa_blocks(force_ends: bool, density: float) -> None:
     assert torch.equal(mask, expected)
 
 
-def test_rectified_spattn() -> None:
-    block, top_p, drop_rate = 16, 0.3, 0.7
-    q, k, v = heads(queries=90, keys=90, groups=(3, 3))
-    always = torch.eye(6, dtype=torch.bool)
+@pytest.mark.parametrize("case", range(16))
+def test_rectified_spattn(case: int) -> None:
+    """Down to one token and one block, and with nothing or everything critical."""
+    draw = random.Random(case)
+    tokens, block = draw.choice([1, 7, 16, 90]), draw.choice([3, 8, 16])
+    top_p, drop_rate = draw.choice([0.0, 0.3, 1.0]), draw.choice([0.0, 0.7, 0.8, 1.0])
+    q, k, v = heads(queries=tokens, keys=tokens, groups=(3, 3), seed=case)
+    blocks = -(-tokens // block)
+    tail = blocks * block - tokens
+    always = torch.eye(blocks, dtype=torch.bool) if draw.random() < 0.5 else None
 
-    padded = [functional.pad(x.double(), (0, 0, 0, 6)).unflatten(2, (-1, block)) for x in (q, k, v)]
+    padded = [
+        functional.pad(x.double(), (0, 0, 0, tail)).unflatten(2, (-1, block)) for x in (q, k, v)
+    ]
     mean_q, mean_k, mean_v = (x.mean(3) for x in padded)
     spread = [(x - x.mean(3, keepdim=True)).abs().mean(3) for x in padded[:2]]
     raw = mean_q @ mean_k.transpose(-1, -2)
     probability = (raw / 4).softmax(-1)
     ordered, order = probability.sort(-1, descending=True)
-    need = ((ordered.cumsum(-1) <= top_p).sum(-1) + 1).clamp(min=int((1 - drop_rate) * 6))
-    first = torch.arange(6) < need[..., None]
-    critical = torch.zeros_like(first).scatter(-1, order, first) | always
+    need = ((ordered.cumsum(-1) <= top_p).sum(-1) + 1).clamp(min=int((1 - drop_rate) * blocks))
+    first = torch.arange(blocks) < need[..., None]
+    critical = torch.zeros_like(first).scatter(-1, order, first)
+    if always is not None:
+        critical = critical | always
     error = spread[0] @ mean_k.transpose(-1, -2)
     error = error.abs() + (mean_q @ spread[1].transpose(-1, -2)).abs()
     exact = critical | ~(raw.abs() > error)
     share = (probability * exact).sum(-1, keepdim=True)
     pooled = (probability * ~exact) @ mean_v
-    visible = critical.repeat_interleave(block, 2).repeat_interleave(block, 3)[:, :, :90, :90]
-    dense = attend(q, k, v, visible).double()
-    rows = [x.repeat_interleave(block, 2)[:, :, :90] for x in (share, pooled)]
+    visible = critical.repeat_interleave(block, 2).repeat_interleave(block, 3)
+    dense = attend(q, k, v, visible[:, :, :tokens, :tokens]).double()
+    rows = [x.repeat_interleave(block, 2)[:, :, :tokens] for x in (share, pooled)]
     expected = (rows[0] * dense + rows[1]).float()
     close(rectified_attention(q, k, v, block, top_p, drop_rate, always), expected)
 
@@ -95,6 +107,9 @@ def test_paro_attention() -> None:
     expected[:, :, -1] = True
     expected[..., -1] = True
     assert torch.equal(mask, expected) and not mask.all()
+    with_text = paro_attention.calibrate_mask(*permuted[:2], block, threshold, num_text=17)
+    expected[:, :, :2] = expected[..., :2] = True
+    assert torch.equal(with_text, expected)
     visible = mask.repeat_interleave(block, 2).repeat_interleave(block, 3)[:, :, :72, :72]
     dense = torch.empty_like(q).scatter(2, index, attend(*permuted, visible))
     close(paro_attention.paro_attention(q, k, v, permutations, mask, block), dense)
@@ -120,15 +135,34 @@ def landmark_transcription(q, k, v, block: int) -> torch.Tensor:
     return out.float()
 
 
-def test_landmark() -> None:
-    q, k, v = heads(queries=38, keys=38, groups=(4, 2))
-    expected = landmark_transcription(q, k, v, 8)
-    close(landmark.landmark_attention(q, k, v, 8), expected)
+@pytest.mark.parametrize(("tokens", "block"), [(38, 8), (1, 8), (5, 51), (16, 8), (9, 2)])
+def test_landmark(tokens: int, block: int) -> None:
+    q, k, v = heads(queries=tokens, keys=tokens, groups=(4, 2))
+    expected = landmark_transcription(q, k, v, block)
+    close(landmark.landmark_attention(q, k, v, block), expected)
     # With all blocks retrieved a decode step is the last row.
-    for length in (38, 32, 5):
+    for length in {tokens, max(tokens - 6, 1), min(tokens, block)}:
         step = landmark.landmark_decode(q[:, :, length - 1 : length], k[:, :, :length],
-                                        v[:, :, :length], 8, num_blocks=10)  # fmt: skip
+                                        v[:, :, :length], block, num_blocks=10)  # fmt: skip
         close(step, expected[:, :, length - 1 : length])
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_landmark_decode_with_few_blocks(count: int) -> None:
+    """The own block and those of greatest landmark logit, per query head; none with no blocks."""
+    q, k, v = heads(keys=45, groups=(4, 2))
+    scores = logits(q, k)[:, :, 0]
+    out = torch.zeros(2, 4, 16, dtype=torch.float64)
+    for b in range(2):
+        for h in range(4):
+            marks, value = list(range(7, 40, 8)), v[b, h // 2].double()
+            kept = [marks[i] for i in scores[b, h, marks].topk(count).indices]
+            weight = scores[b, h, [*range(40, 45), *kept]].softmax(-1)
+            out[b, h] = weight[:5] @ value[40:]
+            for share, mark in zip(weight[5:], kept, strict=True):
+                inside = slice(mark - 7, mark)
+                out[b, h] += share * scores[b, h, inside].softmax(-1) @ value[inside]
+    close(landmark.landmark_decode(q, k, v, 8, count)[:, :, 0], out.float())
 
 
 def test_landmark_retrieves_the_best_blocks() -> None:

@@ -3,7 +3,8 @@ set of blocks per head.
 
 PAROAttention: Pattern-Aware ReOrdering for Efficient Sparse and Quantized Attention in Visual
 Generation Models (arXiv 2506.16054). Skipped blocks are left out of the softmax, which is what the
-published kernel does. The 8-bit path is not part of this recipe.
+published kernel does. The release has kernels and no calibration: masks and orders are chosen as
+the paper describes. The 8-bit path is not part of this recipe.
 """
 
 from __future__ import annotations
@@ -64,20 +65,32 @@ def block_sums(q: Tensor, k: Tensor, block: int, scale: float | None = None) -> 
 
 
 def calibrate_mask(
-    q: Tensor, k: Tensor, block: int = 64, threshold: float = 0.015, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    block: int = 64,
+    threshold: float = 0.015,
+    scale: float | None = None,
+    num_text: int = 0,
 ) -> Tensor:
     """The static mask of one layer: blocks whose summed probability is above the threshold.
 
     Args:
         q, k: [B, H, N, D] calibration samples, already reordered; a block counts where its mean
             over the batch does.
+        num_text: tokens in front of the grid.
 
     Returns:
-        bool [1, H, n, n]. The last row and the last column of blocks are always on.
+        bool [1, H, n, n]. Rows and columns of blocks that hold text, and the last ones, are always
+        on.
+
+    Raises:
+        ValueError: a block below 1, or num_text below 0.
     """
+    check_least(0, num_text=num_text)
     mask = block_sums(q, k, block, scale).mean(0, keepdim=True) > threshold
-    mask[:, :, -1] = True
-    mask[..., -1] = True
+    text = -(-num_text // block)
+    mask[:, :, :text] = mask[..., :text] = True
+    mask[:, :, -1] = mask[..., -1] = True
     return mask
 
 
