@@ -311,7 +311,7 @@ def refusals() -> dict[str, Callable[[], object]]:
         "density must be in": lambda: dhsa.dhsa_block_mask(q, k, density=0.0),
         "num_tokens must be at least 0": lambda: prompt_distill(one, k, hidden, positions, -1),
         "prompt_end must be in": lambda: prompt_distill(one, k, hidden, positions, 1, 10),
-        "prompt_end must be a number or": lambda: prompt_distill(
+        r"prompt_end must be \[2\], got \[3\]": lambda: prompt_distill(
             one, k, hidden, positions, 1, torch.tensor([1, 2, 3])
         ),
         "topk must be at least 0, got -1": lambda: kinetics.token_topk(one, k, -1),

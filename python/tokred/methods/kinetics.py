@@ -35,7 +35,8 @@ def token_topk(
     Args:
         q: [B, Hq, 1, D]; k: [B, Hkv, N, D].
         topk, sink, local: at least 0.
-        lengths: i32 [B], the keys of each row; all N where None. A row without keys lists none.
+        lengths: i32 [B], the keys of each row, padded behind them; all N where None. A row without
+            keys lists none.
 
     Raises:
         ValueError: a negative number.

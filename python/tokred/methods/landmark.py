@@ -1,7 +1,8 @@
 """Landmark attention: a block is seen through its last token, the landmark.
 
 Landmark Attention: Random-Access Infinite Context Length for Transformers (NeurIPS 2023, arXiv
-2305.16300). Models must be trained with landmark tokens.
+2305.16300). Models must be trained with landmark tokens. Blocks are counted from the first token
+on, so rows must not be padded on the left.
 """
 
 from __future__ import annotations

@@ -33,19 +33,27 @@ class Distilled:
     lengths: Tensor
 
 
-def _prompt_end(k: Tensor, prompt_end: int | Tensor | None, mask: Tensor | None) -> Tensor:
-    """int64 [B, 1]: prompt_end, or the place of each row's last visible token."""
-    batch, tokens = k.shape[0], k.shape[2]
-    place = torch.arange(tokens, device=k.device)
-    if prompt_end is not None:
-        ends = torch.as_tensor(prompt_end, device=k.device)
-        if ends.dim() > 1 or (ends.dim() == 1 and ends.shape[0] != batch):
-            raise ValueError(f"prompt_end must be a number or [{batch}], got {[*ends.shape]}")
-        if (ends < 0).any() or (ends > tokens).any():
-            raise ValueError(f"prompt_end must be in [0, {tokens}], got {ends.tolist()}")
-        return ends.long().expand(batch)[:, None]
-    visible = place >= 0 if mask is None else mask
-    return torch.where(visible, place, -1).expand(batch, -1).max(1, keepdim=True).values
+def _prompt_end(
+    k: Tensor, prompt_end: int | Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, int]:
+    """int64 [B, 1], where the last prompt token of each row stands, or for all rows [1, 1]; and how
+    many tokens stand there and behind it at most."""
+    tokens = k.shape[2]
+    if prompt_end is None and mask is not None:
+        place = torch.arange(tokens, device=k.device)
+        ends = torch.where(mask, place, -1)
+        return (ends.amax(1, keepdim=True) if tokens else ends.new_full((len(mask), 1), -1)), 1
+    if isinstance(prompt_end, Tensor):
+        if [*prompt_end.shape] != [k.shape[0]]:
+            raise ValueError(f"prompt_end must be [{k.shape[0]}], got {[*prompt_end.shape]}")
+        first, last = (int(f(prompt_end)) for f in (torch.amin, torch.amax))
+        ends = prompt_end.to(k.device, torch.int64)[:, None]
+    else:
+        first = last = max(tokens - 1, 0) if prompt_end is None else prompt_end
+        ends = torch.full((1, 1), first, device=k.device)
+    if not 0 <= first <= last <= tokens:
+        raise ValueError(f"prompt_end must be in [0, {tokens}], got {prompt_end}")
+    return ends, tokens - first
 
 
 def prompt_scores(
@@ -71,7 +79,7 @@ def prompt_scores(
     Raises:
         ValueError: a prompt_end outside [0, N].
     """
-    ends = _prompt_end(k, prompt_end, mask)
+    ends, _ = _prompt_end(k, prompt_end, mask)
     options = {"reduce": "head_mean", "scale": scale, "mask": mask}
     logits = tokred.qk_score(q.detach(), k.detach(), **options)[:, 0]
     hidden = torch.arange(k.shape[2], device=k.device) >= ends
@@ -104,21 +112,19 @@ def prompt_distill(
     Raises:
         ValueError: num_tokens below 0, or a prompt_end outside [0, N].
 
-    With a prompt_end or a mask it waits for the device, to know how many places a row needs.
+    A prompt_end of each row waits for the device.
     """
     check_least(0, num_tokens=num_tokens)
     scores = prompt_scores(q, k, prompt_end, pooling, mask, scale)
-    behind = torch.arange(k.shape[2], device=k.device) >= _prompt_end(k, prompt_end, mask)
-    behind = behind if mask is None else behind & mask
-    budgets = num_tokens + behind.sum(1)
-    plain = prompt_end is None and mask is None
-    places = num_tokens + 1 if plain else int(budgets.max()) if len(budgets) else 0
+    ends, most = _prompt_end(k, prompt_end, mask)
+    behind = torch.arange(k.shape[2], device=k.device) >= ends
+    behind = behind.expand(k.shape[0], -1) if mask is None else behind & mask
     _, indices, lengths = tokred.topk_with_counts(
         scores,
-        min(places, k.shape[2]),
+        min(num_tokens + most, k.shape[2]),
         order="position",
-        row_k=budgets.to(torch.int32),
-        must_keep=behind,
+        row_k=(num_tokens + behind.sum(1)).to(torch.int32),
+        must_keep=behind.contiguous(),
     )
     positions = position_ids.expand(k.shape[0], -1)
     (positions,) = tokred.gather_tokens([positions], indices)

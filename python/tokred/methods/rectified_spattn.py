@@ -2,6 +2,9 @@
 and add the pooled contribution of the blocks left out.
 
 Rectified SpaAttn: Revisiting Attention Sparsity for Efficient Video Generation (arXiv 2511.19835).
+
+Text tokens go into blocks as others do; the release's HunyuanVideo variant, which keeps them single
+among the pooled scores, is not here.
 """
 
 from __future__ import annotations
