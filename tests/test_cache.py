@@ -34,6 +34,7 @@ CHANNEL = {"key_axis": "channel", "window": 5}
 TOKEN = {"key_axis": "token", "group_size": 16, "window": 16}
 FORMATS = {
     "4 bits": {"bits": 4, **CHANNEL},
+    "4 bits, centred": {"bits": 4, "key_axis": "channel", "window": 17},
     "4 bits, no window": {"bits": 4, "key_axis": "channel", "window": 0},
     "2 bits": {"bits": 2, **TOKEN},
     "3 bits, not rotated": {"bits": 3, **TOKEN, "rotate": False},

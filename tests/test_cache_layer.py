@@ -26,7 +26,7 @@ def threads(one_thread: None) -> None:
 
 
 def options(**changes: Any) -> CacheOptions:
-    config = transformers.LlamaConfig(num_hidden_layers=1)
+    config = transformers.LlamaConfig(num_hidden_layers=1, head_dim=192)
     return tokred.PackedCache(config, **changes).options
 
 
@@ -43,9 +43,24 @@ def filled(tokens: int, capacity: int | None = None, **changes: Any) -> PackedCa
 
 def attended(layer: PackedCacheLayer) -> tuple[Tensor, Tensor]:
     """Attention of one query to everything in the layer."""
-    windows = layer.windows.get("key"), layer.windows.get("value")
-    q = query(layer.packed[0].codes.shape[0])
-    return tokred.packed_attention(q, *layer.packed, *windows, length=layer.length)
+    nothing = states(0, batch=layer.contents.batch, dtype=layer.dtype)
+    handle, _ = layer.update(*nothing)
+    return handle.attend(query(layer.contents.batch), None, True, None)
+
+
+def assert_same(actual: PackedCacheLayer, expected: PackedCacheLayer) -> None:
+    """The same bits for the same tokens."""
+    assert actual.length == expected.length
+    held = [layer.contents.live(layer.length) for layer in (actual, expected)]
+    assert held[0].keys() == held[1].keys()
+    for name, tensor in held[1].items():
+        if name.endswith("window"):
+            side = expected.packed[0 if name.startswith("key") else 1]
+            size = tensor.shape[2]
+            first = packed_tokens(side.format.axis, size, expected.length)
+            rows = torch.arange(first, expected.length) % size
+            held[0][name], tensor = held[0][name][:, :, rows], tensor[:, :, rows]
+        assert_bitwise_equal(held[0][name], tensor, name)
 
 
 def query(batch: int = 3) -> Tensor:
@@ -62,16 +77,16 @@ AXES = pytest.mark.parametrize(
 
 @AXES
 def test_the_moments_of_arrival_do_not_matter(axis: dict) -> None:
-    whole = filled(75, **axis)
-    grown = PackedCacheLayer(options(**axis))
+    """Without the mean, which is of the keys that are there when packing begins."""
+    whole = filled(75, **axis, center=False)
+    grown = PackedCacheLayer(options(**axis, center=False))
     parts = [1, 0, 30, 1, 1, 9, 33]
     for key, value in zip(*(side.split(parts, 2) for side in states(75)), strict=True):
         handle, nothing = grown.update(key, value)
         assert nothing is None and handle.length == grown.get_seq_length()
         assert grown.get_mask_sizes(3) == (grown.length + 3, 0)
     assert grown.length == 75 and whole.length == 75
-    for name, live in whole.live_buffers().items():
-        assert_bitwise_equal(grown.live_buffers()[name], live, name)
+    assert_same(grown, whole)
     assert_bitwise_equal(attended(grown), attended(whole))
 
 
@@ -80,21 +95,16 @@ def test_the_moments_of_arrival_do_not_matter(axis: dict) -> None:
 def test_crop(axis: dict, left: int) -> None:
     layer = filled(75, **axis)
     sides = []
-    for raw, packed in zip(states(75), layer.packed, strict=True):
+    means = layer.key_mean, None
+    for raw, packed, mean in zip(states(75), layer.packed, means, strict=True):
         form, window = packed.format, layer.options.window
         held = packed_tokens(form.axis, window, 75)
-        tokens = torch.cat([through_codes(raw[:, :, :held], form), raw[:, :, held:]], 2)
+        tokens = torch.cat([through_codes(raw[:, :, :held], form, mean), raw[:, :, held:]], 2)
         sides.append(tokens[:, :, :left])
     layer.crop(left - 75)
     assert layer.length == left
     expected = reference.biased_attention(query(), *sides)
-    torch.testing.assert_close(attended(layer)[0], expected[0], rtol=1e-4, atol=1e-5)
-    if axis["window"] == 0:
-        assert layer.is_croppable
-        fresh = PackedCacheLayer(options(**axis))
-        fresh.update(*(side[:, :, :left] for side in states(75)))
-        for name, live in fresh.live_buffers().items():
-            assert_bitwise_equal(layer.live_buffers()[name], live, name)
+    torch.testing.assert_close(attended(layer), expected, rtol=1e-4, atol=1e-5)
 
 
 @AXES
@@ -150,11 +160,12 @@ def test_reset_forgets_everything() -> None:
 
 
 def test_capacity() -> None:
-    layer = filled(30, capacity=40)
+    layer = filled(33, capacity=40)
     assert layer.get_max_length() == layer.get_max_cache_shape() == 40
-    pointer = layer.buffers["records"].data_ptr()
-    layer.update(*states(10))
-    assert layer.buffers["records"].data_ptr() == pointer
+    pointers = [tensor.data_ptr() for tensor in layer.contents.tensors().values()]
+    for _ in range(7):
+        layer.update(*states(1))
+    assert pointers == [tensor.data_ptr() for tensor in layer.contents.tensors().values()]
     before = attended(layer)
     with pytest.raises(ValueError, match=r"capacity of 40 tokens and holds 40: .*nothing was"):
         layer.update(*states(1))
@@ -178,9 +189,15 @@ def test_no_tokens() -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (states(1, dtype=torch.float16), r"keys in torch.float32 on cpu, got torch.float16"),
+        (states(1, dtype=torch.float64), r"keys in float32, float16 and bfloat16, got torch.float64"),
         (states(1, batch=2), r"keys \[B, Hkv, L, D\] = \[3, 2, 1, 64\], got \[2, 2, 1, 64\]"),
-        ((states(1)[0], states(2)[1]), r"values .* = \[3, 2, 1, 32\], got \[3, 2, 2, 32\]"),
+        ((states(1)[0], states(2)[1]), r"the same tokens .* \[3, 2, 1, 64\] .* \[3, 2, 2, 32\]"),
+        ((states(2)[0].mT.contiguous().mT, states(2)[1]), r"keys whose last dimension is contig"),
+        ((states(2)[0], states(2)[1].mT.contiguous().mT), r"values whose last dimension is contig"),
+        ((states(2)[0], states(2)[1].requires_grad_()), "value_states requires grad"),
+        ((states(1)[0][0], states(1)[1]), r"keys \[B, Hkv, L, D\], got \[2, 1, 64\]"),
+        ((states(1)[0], None), r"values \[B, Hkv, L, D\], got NoneType"),
+        ((states(1)[0].to("meta"), states(1)[1].to("meta")), "holds keys on cpu, got meta"),
         ((states(1)[1], states(1)[1]), r"keys .* = \[3, 2, 1, 64\], got"),
     ],
 )
@@ -224,18 +241,22 @@ def test_the_handle_is_no_tensor() -> None:
 def test_every_byte_is_counted() -> None:
     for axis in ({"window": 0}, {"window": 5}, {"bits": 2}):
         layer = filled(200, **axis)
-        tensors = [*layer.buffers.values(), *layer.windows.values()]
+        tensors = layer.contents.tensors().values()
         assert layer.nbytes().total == sum(t.untyped_storage().nbytes() for t in tensors)
     layer = filled(200, window=5, bits=4)
     # 3 rows, 2 heads, 195 packed tokens: 64 + 32 channels in 4 bits, a group a side.
     assert layer.nbytes().codes == 3 * 2 * 195 * (32 + 16)
     assert layer.nbytes().params == 3 * 2 * 195 * (4 + 4)
-    assert layer.nbytes().window == 3 * 2 * 5 * (64 + 32) * 4
+    assert layer.nbytes().window == 3 * 2 * (5 * (64 + 32) + 64) * 4  # and the mean
     assert 0 < layer.nbytes().slack < 3 * 2 * (200 / 16 + 16) * 56
     layer = filled(200, bits=2, group_size=32, window=64)
     # 192 packed keys with a group of tokens for every channel, 136 packed values.
     assert layer.nbytes().codes == 3 * 2 * (192 * 16 + 136 * 8)
     assert layer.nbytes().params == 3 * 2 * (6 * 64 * 4 + 136 * 4)
+    window = layer.nbytes().window
+    layer.update(*states(7))
+    # What can be taken back: the windows before, and the tokens.
+    assert layer.nbytes().window == 2 * window + 3 * 2 * 7 * (64 + 32) * 4
 
 
 @pytest.mark.parametrize(("bits", "share"), [(8, 0.6), (4, 0.34), (3, 0.33), (2, 0.27)])
@@ -263,7 +284,10 @@ def test_lists_of_keys_and_sinks() -> None:
     module = nn.Module()
     out, _ = attention_forward(module, q, handle, None, None, indices=indices, s_aux=sinks)
     raw = (torch.cat(pair, 2) for pair in zip(states(40), states(1, seed=1), strict=True))
-    tokens = [seen(s, p.format, 5, 1) for s, p in zip(raw, layer.packed, strict=True)]
+    means = layer.key_mean, None
+    tokens = [
+        seen(s, p.format, 5, 1, mean) for s, p, mean in zip(raw, layer.packed, means, strict=True)
+    ]
     listed, lse = reference.sparse_attention(q, *tokens, indices[:, None])
     expected = listed * torch.sigmoid(lse - sinks[:, None])[..., None]
     torch.testing.assert_close(out, expected.transpose(1, 2), rtol=1e-4, atol=1e-5)
@@ -277,3 +301,4 @@ def test_default_options() -> None:
     assert options(bits=4, value_bits=2).key_bits == 4
     assert options(bits=2, group_size=48).window == 96
     assert options(bits=4, group_size=48).window == 32
+    assert options(bits=4).center and not options(bits=2).center

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -14,6 +18,7 @@ from tokred.models import attention
 from .files import load_layers, save_layers
 from .layers import CacheBytes, PackedCacheLayer
 from .storage import CacheOptions
+from .support import check_model
 
 
 class PackedCache(Cache):
@@ -26,8 +31,11 @@ class PackedCache(Cache):
     cache, stay transformers' own in full precision. The first tokens attend to one another in full
     precision and are packed behind that (KIVI, arXiv:2402.02750); later ones attend to the packed
     cache, and several at a time to one another in full precision. Left padding, beams, prompts in
-    several parts, and assisted generation work as with a DynamicCache; see PackedCacheLayer.crop
-    for what rolling back costs.
+    several parts, assisted generation and autocast work as with a DynamicCache; see
+    PackedCacheLayer.crop for what rolling back costs. A call that raises leaves the cache as it was.
+
+    An encoder-decoder's decoder has it in `EncoderDecoderCache(PackedCache(config),
+    DynamicCache(config=config))` of transformers.
 
     Args:
         config: of the model.
@@ -41,11 +49,18 @@ class PackedCache(Cache):
             group. 32 by default, 64 below 4 bits, or the next multiple of the group.
         scheme: "asymmetric", "zero_point", "symmetric" or "fp8"; see `kv_pack`.
         rotate: packs after a Hadamard rotation (QuaRot, arXiv:2404.00456).
+        center: packs keys without their mean over the tokens that were there when packing began,
+            for every row of the batch and head (SageAttention, arXiv:2410.02367): a bias of the
+            key projection would take most of a group's range. A softmax does not see what all keys
+            lack, so attention is that to the whole keys. By default along channels, where 16 tokens
+            or more are there; along tokens a group has a minimum of its own.
         capacity: tokens to make room for at once, and no more; grows by a sixteenth where None.
 
     Raises:
-        ValueError: options that do not fit each other, or a model without full-attention layers;
-            with the first tokens, a head dimension that is no multiple of 16 up to 256.
+        ValueError: options that do not fit each other; a model without full-attention layers, or
+            whose attention cannot read packed keys (multi-head latent attention, soft-capped
+            logits, a head dimension that is no multiple of 16 up to 256), where the config says so,
+            and else with the first tokens.
     """
 
     def __init__(
@@ -60,15 +75,57 @@ class PackedCache(Cache):
         window: int | None = None,
         scheme: str = "asymmetric",
         rotate: bool = True,
+        center: bool | None = None,
         capacity: int | None = None,
     ) -> None:
-        options = _options(bits, key_bits, value_bits, key_axis, group_size, window, scheme, rotate)
-        if capacity is not None and capacity < 1:
-            raise ValueError(f"capacity must be at least 1, got {capacity}")
+        options = _options(
+            bits, key_bits, value_bits, key_axis, group_size, window, scheme, rotate, center
+        )
+        if capacity is not None and (type(capacity) is not int or capacity < 1):
+            raise ValueError(f"capacity must be at least 1, got {capacity!r}")
         self.options = options
         self.capacity = capacity
         super().__init__(layers=_layers(config, options, capacity))
         attention.register()
+
+    def __copy__(self) -> PackedCache:
+        """A copy with tensors of its own, as appending a token writes in place."""
+        return copy.deepcopy(self)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """What the layer's update returns: PackedStates and None of a packed layer."""
+        layer = self.layers[layer_idx]
+        if isinstance(layer, PackedCacheLayer) or torch.compiler.is_compiling():
+            return layer.update(key_states, value_states, *args, **kwargs)
+        with _restored_on_failure([layer]):
+            return layer.update(key_states, value_states, *args, **kwargs)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last -tokens_to_remove tokens; see PackedCacheLayer.crop."""
+        with _restored_on_failure(self.layers):
+            super().crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Takes the rows of the batch in this order, as beam search chooses them."""
+        with _restored_on_failure(self.layers):
+            super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row of the batch."""
+        with _restored_on_failure(self.layers):
+            super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps these rows of the batch, given by number or by a bool mask."""
+        with _restored_on_failure(self.layers):
+            super().batch_select_indices(indices)
+
+    def reset(self) -> None:
+        """Drops all tokens."""
+        with _restored_on_failure(self.layers):
+            super().reset()
 
     def nbytes(self, layer: int | None = None) -> CacheBytes:
         """What all layers take in bytes, or one; `.total` has everything."""
@@ -81,10 +138,12 @@ class PackedCache(Cache):
         packed = next(each for each in self.layers if isinstance(each, PackedCacheLayer))
         if packed.length == 0:
             return 0.0
-        return self.nbytes().total / (packed.length * packed.packed[0].codes.shape[0])
+        return self.nbytes().total / (packed.length * packed.contents.batch)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes a safetensors file with the tokens, which `load` brings back bit for bit.
+
+        What crop needs to leave no trace is not part of it.
 
         Raises:
             ValueError: the model has layers that are neither packed nor have a sliding window.
@@ -103,8 +162,8 @@ class PackedCache(Cache):
         return load_layers(path, config, device or "cpu", cls._made)
 
     @classmethod
-    def _made(cls, config: Any, options: dict[str, Any], capacity: int | None) -> PackedCache:
-        return cls(config, options["key_bits"], **options, capacity=capacity)
+    def _made(cls, config: Any, options: CacheOptions, capacity: int | None) -> PackedCache:
+        return cls(config, options.key_bits, **asdict(options), capacity=capacity)
 
 
 def _options(
@@ -116,18 +175,20 @@ def _options(
     window: int | None,
     scheme: str,
     rotate: bool,
+    center: bool | None,
 ) -> CacheOptions:
     """The options with their defaults."""
     key_bits = bits if key_bits is None else key_bits
     value_bits = bits if value_bits is None else value_bits
-    few = min(key_bits, value_bits) < 4
+    few = any(isinstance(each, int) and each < 4 for each in (key_bits, value_bits))
     if key_axis is None:
         key_axis = "token" if few else "channel"
     if window is None:
         window = 64 if few else 32
-        if key_axis == "token" and group_size:
+        if key_axis == "token" and isinstance(group_size, int) and group_size > 0:
             window = -(-window // group_size) * group_size
-    return CacheOptions(key_bits, value_bits, key_axis, group_size, window, scheme, rotate)
+    center = key_axis == "channel" if center is None else center
+    return CacheOptions(key_bits, value_bits, key_axis, group_size, window, scheme, rotate, center)
 
 
 def _layers(config: Any, options: CacheOptions, capacity: int | None) -> list[Any]:
@@ -142,7 +203,31 @@ def _layers(config: Any, options: CacheOptions, capacity: int | None) -> list[An
             f"PackedCache packs layers of full attention, and {type(config).__name__} has none: "
             "use a transformers.DynamicCache"
         )
+    numbers = [n for n, layer in enumerate(packed) if isinstance(layer, PackedCacheLayer)]
+    check_model(config, options, numbers)
     return packed
+
+
+@contextmanager
+def _restored_on_failure(layers: list[Any]) -> Iterator[None]:
+    """Gives layers back what they held where something raises.
+
+    They hold tensors, and numbers, lists and dicts of them, that a call replaces.
+    """
+    before = [
+        {name: _shallow(value) for name, value in vars(layer).items()} for layer in layers
+    ]
+    try:
+        yield
+    except BaseException:
+        for layer, attributes in zip(layers, before, strict=True):
+            vars(layer).clear()
+            vars(layer).update(attributes)
+        raise
+
+
+def _shallow(value: Any) -> Any:
+    return copy.copy(value) if isinstance(value, dict | list) else value
 
 
 def _nbytes(layer: Any) -> CacheBytes:

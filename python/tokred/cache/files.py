@@ -1,64 +1,76 @@
 """Packed caches in safetensors files.
 
-The tensors are `<layer>.<buffer>`, the rows that hold tokens; the metadata say how to read them:
-format and version, the options of the cache, what each layer is, and a checksum of all of it.
+The tensors are `<layer>.<name>`, the rows that hold tokens; the metadata say how to read them:
+format and version, a checksum, and the header of header.py.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import tempfile
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from .contents import Contents
+from .header import Header, LayerHeader, layer_tensors, parse
 from .layers import PackedCacheLayer
 from .storage import CacheOptions
+from .support import head_dim_of, kv_heads_of
 
 FORMAT = "tokred.PackedCache"
-VERSION = "1"
+VERSION = "2"
 
 
 def save_layers(
     path: str | os.PathLike, layers: list[Any], options: CacheOptions, capacity: int | None
 ) -> None:
     """See PackedCache.save."""
-    tensors: dict[str, Tensor] = {}
-    described = []
-    for number, layer in enumerate(layers):
-        parts = _parts(layer)
-        described.append(_describe(layer))
-        tensors |= {f"{number}.{name}": part.contiguous().cpu() for name, part in parts.items()}
-    content = json.dumps({"options": asdict(options), "capacity": capacity, "layers": described})
+    headers = [_describe(layer) for layer in layers]
+    tensors = {
+        f"{number}.{name}": part.contiguous().cpu()
+        for number, layer in enumerate(layers)
+        for name, part in _parts(layer).items()
+    }
+    content = json.dumps(
+        {
+            "options": asdict(options),
+            "capacity": capacity,
+            "layers": [header.fields() for header in headers],
+        }
+    )
     metadata = {
         "format": FORMAT,
         "version": VERSION,
         "content": content,
         "checksum": _checksum(content, tensors),
     }
-    save_file(tensors, path, metadata)
+    # A file that was there stays until this one is whole.
+    folder, name = os.path.split(os.path.abspath(path))
+    with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=folder) as beside:
+        whole = os.path.join(beside, name)
+        save_file(tensors, whole, metadata)
+        os.replace(whole, path)
 
 
 def load_layers(
     path: str | os.PathLike,
     config: Any,
     device: torch.device | str,
-    make: Callable[[Any, dict[str, Any], int | None], Any],
+    make: Callable[[Any, CacheOptions, int | None], Any],
 ) -> Any:
     """See PackedCache.load; `make` makes an empty cache of the config, options and capacity."""
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from error
+    device = torch.device(device)
+    metadata, tensors = _read(path)
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is no file of a {FORMAT}")
     if metadata.get("version") != VERSION:
@@ -67,38 +79,33 @@ def load_layers(
     if metadata.get("checksum") != _checksum(content, tensors):
         raise ValueError(f"{path} is damaged: its checksum does not fit its contents")
     try:
-        return _cache(path, config, torch.device(device), make, json.loads(content), tensors)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: {error!r} in its description") from error
-
-
-def _cache(
-    path: str | os.PathLike,
-    config: Any,
-    device: torch.device,
-    make: Callable[[Any, dict[str, Any], int | None], Any],
-    described: dict[str, Any],
-    tensors: dict[str, Tensor],
-) -> Any:
-    """The cache that the file describes."""
-    cache = make(config, described["options"], described["capacity"])
-    if len(cache.layers) != len(described["layers"]):
-        raise ValueError(
-            f"{path} has {len(described['layers'])} layers, the model has {len(cache.layers)}"
-        )
-    for number, (layer, description) in enumerate(
-        zip(cache.layers, described["layers"], strict=True)
-    ):
-        prefix = f"{number}."
-        parts = {
-            name.removeprefix(prefix): part.to(device)
-            for name, part in tensors.items()
-            if name.startswith(prefix)
-        }
-        where = f"layer {number} of {path}"
-        _check_kind(where, layer, description, config)
-        _fill(where, layer, description, parts, device)
+        header = parse(content)
+        _check_tensors(header, tensors)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    try:
+        cache = make(config, header.options, header.capacity)
+        _check_model(cache.layers, header, config)
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit the model: {error}") from error
+    for number, (layer, described) in enumerate(zip(cache.layers, header.layers, strict=True)):
+        if described.length > 0:
+            names = layer_tensors(header.options, described)
+            parts = {name: tensors[f"{number}.{name}"].to(device, copy=True) for name in names}
+            _fill(layer, described, parts, device)
     return cache
+
+
+def _read(path: str | os.PathLike) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors; the latter lie in the file."""
+    try:
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
+    except OSError:
+        raise
+    except Exception as error:  # whatever the bytes of a file make its reader say
+        raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from error
 
 
 def _checksum(content: str, tensors: dict[str, Tensor]) -> str:
@@ -109,104 +116,110 @@ def _checksum(content: str, tensors: dict[str, Tensor]) -> str:
     return f"{total:08x}"
 
 
+def _kind(layer: Any) -> str:
+    if isinstance(layer, PackedCacheLayer):
+        return "packed"
+    if type(layer) is DynamicSlidingWindowLayer:
+        return "sliding"
+    if type(layer).__name__ == "DummyLayer":  # of layers that cache nothing; new in 5.24
+        return "none"
+    raise ValueError(
+        f"layers of class {type(layer).__name__} cannot be saved, only packed ones and those with "
+        "a sliding window"
+    )
+
+
 def _parts(layer: Any) -> dict[str, Tensor]:
     """The tensors of a layer, without the room that holds no tokens."""
-    if not layer.is_initialized:
+    if _kind(layer) == "none" or layer.get_seq_length() == 0:
         return {}
     if isinstance(layer, PackedCacheLayer):
-        windows = {f"{name}_window": tensor for name, tensor in layer.windows.items()}
-        return layer.live_buffers() | windows
-    if type(layer) is not DynamicSlidingWindowLayer:
-        raise ValueError(
-            f"layers of class {type(layer).__name__} cannot be saved, only packed ones and those "
-            "with a sliding window"
-        )
+        return layer.contents.live(layer.length)
     start = 1 - layer.sliding_window
     return {"keys": layer.keys[:, :, start:], "values": layer.values[:, :, start:]}
 
 
-def _describe(layer: Any) -> dict[str, Any]:
+def _describe(layer: Any) -> LayerHeader:
     """What is needed to read the tensors of a layer."""
-    description: dict[str, Any] = {"kind": _kind(layer), "length": layer.get_seq_length()}
-    if layer.is_initialized:
-        description["dtype"] = str(layer.dtype).removeprefix("torch.")
-    if isinstance(layer, PackedCacheLayer) and layer.is_initialized:
-        batch, heads = layer.packed[0].codes.shape[:2]
-        dims = layer.layout.head_dim, layer.layout.value_dim
-        description["shape"] = [batch, heads, *dims]
-    if isinstance(layer, DynamicSlidingWindowLayer):
-        description["sliding_window"] = layer.sliding_window
-    return description
+    kind = _kind(layer)
+    if kind == "none":
+        return LayerHeader(kind)
+    length = layer.get_seq_length()
+    window = layer.sliding_window if kind == "sliding" else None
+    if length == 0:
+        return LayerHeader(kind, sliding_window=window)
+    parts = _parts(layer)
+    if kind == "sliding":
+        keys, values = parts["keys"], parts["values"]
+        dtypes, dims = (keys.dtype, values.dtype), (keys.shape[3], values.shape[3])
+        batch, heads = keys.shape[:2]
+    else:
+        contents = layer.contents
+        dtypes, batch, heads = (contents.dtype,), contents.batch, contents.heads
+        dims = contents.layout.head_dim, contents.layout.value_dim
+    return LayerHeader(
+        kind,
+        length,
+        tuple(str(dtype).removeprefix("torch.") for dtype in dtypes),
+        (batch, heads, *dims),
+        window,
+        "key_mean" in parts,
+    )
 
 
-def _kind(layer: Any) -> str:
-    return "packed" if isinstance(layer, PackedCacheLayer) else type(layer).__name__
+def _check_tensors(header: Header, tensors: dict[str, Tensor]) -> None:
+    """Whether the file has the tensors that its header describes, and no others."""
+    expected = {
+        f"{number}.{name}": described
+        for number, layer in enumerate(header.layers)
+        for name, described in layer_tensors(header.options, layer).items()
+    }
+    if tensors.keys() != expected.keys():
+        missing, more = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
+        raise ValueError(f"it lacks the tensors {sorted(missing)} and has {sorted(more)} beside")
+    for name, (dtype, shape) in expected.items():
+        if (tensors[name].dtype, tuple(tensors[name].shape)) != (dtype, shape):
+            raise ValueError(
+                f"{name} is {tensors[name].dtype} {list(tensors[name].shape)}, not {dtype} "
+                f"{list(shape)}"
+            )
 
 
-def _check_kind(where: str, layer: Any, description: dict[str, Any], config: Any) -> None:
-    """Whether the model has such a layer, as far as its config tells."""
-    expected = {"kind": _kind(layer)}
-    found = {"kind": description["kind"]}
-    if isinstance(layer, DynamicSlidingWindowLayer):
-        expected["sliding_window"] = layer.sliding_window
-        found["sliding_window"] = description.get("sliding_window")
-    if "shape" in description:
-        text = config.get_text_config(decoder=True)
-        names = "num_key_value_heads", "head_dim"
-        for name, value in zip(names, description["shape"][1:3], strict=True):
-            if isinstance(getattr(text, name, None), int):
-                expected[name], found[name] = getattr(text, name), value
-    for name, value in expected.items():
-        if found[name] != value:
-            raise ValueError(f"{where} has {name} {found[name]}, the model's has {value}")
+def _check_model(layers: list[Any], header: Header, config: Any) -> None:
+    """Whether the model has such layers, as far as its config tells."""
+    if len(layers) != len(header.layers):
+        raise ValueError(f"it has {len(header.layers)} layers, the model has {len(layers)}")
+    for number, (layer, described) in enumerate(zip(layers, header.layers, strict=True)):
+        expected: dict[str, Any] = {"kind": _kind(layer)}
+        found: dict[str, Any] = {"kind": described.kind}
+        if described.kind == expected["kind"] == "sliding":
+            expected["sliding_window"] = layer.sliding_window
+            found["sliding_window"] = described.sliding_window
+        if described.kind == "packed" and described.length > 0:
+            expected["num_key_value_heads"] = kv_heads_of(config, number)
+            expected["head_dim"] = head_dim_of(config, number)
+            found["num_key_value_heads"], found["head_dim"] = described.shape[1:3]
+        for name, value in expected.items():
+            if value is not None and found[name] != value:
+                raise ValueError(
+                    f"layer {number} of the file has {name} {found[name]}, the model's has {value}"
+                )
 
 
 def _fill(
-    where: str,
-    layer: Any,
-    description: dict[str, Any],
-    parts: dict[str, Tensor],
-    device: torch.device,
+    layer: Any, described: LayerHeader, parts: dict[str, Tensor], device: torch.device
 ) -> None:
-    """Puts the tensors into an empty layer."""
-    if "dtype" not in description:
+    """Puts the tensors into an empty layer, which owns them from then on."""
+    if described.kind == "sliding":
+        layer.update(parts["keys"], parts["values"])
+        layer.cumulative_length = described.length
         return
-    dtype, length = getattr(torch, description["dtype"]), description["length"]
-    if not isinstance(layer, PackedCacheLayer):
-        batch, heads, tokens, head_dim = parts["keys"].shape
-        expected = {"keys": (dtype, [batch, heads, tokens, head_dim])}
-        expected["values"] = dtype, [batch, heads, tokens, parts["values"].shape[-1]]
-        _check_parts(where, parts, expected)
-        layer.lazy_initialization(parts["keys"], parts["values"])
-        layer.keys, layer.values = parts["keys"], parts["values"]
-        layer.cumulative_length = length
-        return
-    batch, heads, head_dim, value_dim = description["shape"]
-    layout = layer.options.layout(head_dim, value_dim)
-    held = layout.packed_tokens(length)
-    expected = {
-        name: (rows.dtype, [batch, heads, held // rows.tokens, rows.columns])
-        for name, rows in layout.buffers().items()
-    }
-    if layout.window > 0:
-        for name, dim in (("key_window", head_dim), ("value_window", value_dim)):
-            expected[name] = dtype, [batch, heads, layout.window, dim]
-    _check_parts(where, parts, expected)
-    layer.allocate(layout, batch, heads, dtype, device)
-    layer.make_room(length)
-    layer.length = length
-    live = layer.live_buffers() | {f"{name}_window": w for name, w in layer.windows.items()}
-    for name, rows in live.items():
+    batch, heads, *dims = described.shape
+    layout = layer.options.layout(*dims)
+    room = layout.packed_tokens(described.length)
+    contents = Contents.empty(layout, batch, heads, room, described.torch_dtypes[0], device)
+    if described.centered:
+        contents = contents.with_mean(parts["key_mean"])
+    for name, rows in contents.live(described.length).items():
         rows.copy_(parts[name])
-
-
-def _check_parts(where: str, parts: dict[str, Tensor], expected: dict[str, Any]) -> None:
-    """Whether these are the tensors, each with its dtype and shape."""
-    if parts.keys() != expected.keys():
-        raise ValueError(f"{where} has the tensors {sorted(parts)}, not {sorted(expected)}")
-    for name, description in expected.items():
-        if (parts[name].dtype, list(parts[name].shape)) != description:
-            raise ValueError(
-                f"{name} in {where} is {parts[name].dtype} {list(parts[name].shape)}, not "
-                f"{description[0]} {description[1]}"
-            )
+    layer.restore(contents, described.length)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import operator
 from collections.abc import Callable
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-import tokred
+from tokred._library import refuse_grad
 from tokred.models.packed import PackedStates
-from tokred.ops.kv_pack import PackedKV, packed_tokens
+from tokred.ops.kv_pack import PackedKV
 
+from .contents import FLOATS, Contents
+from .rollback import ROLLBACK, Checkpoint
 from .storage import CacheOptions, Layout
 
 # A cache without a capacity grows by a sixteenth: so little room is not used, and a token is copied
@@ -26,8 +30,8 @@ _LEAST_GROWTH = 16  # tokens
 class CacheBytes:
     """What a cache takes, in bytes.
 
-    codes, params: of the packed tokens. window: the rows in full precision, used or not.
-    full_precision: layers that are not packed. slack: room for more tokens, and padding.
+    codes, params: of the packed tokens. window: what is kept in full precision beside them.
+    full_precision: layers that are not packed. slack: room for more tokens.
     """
 
     codes: int = 0
@@ -48,6 +52,8 @@ class CacheBytes:
 class PackedCacheLayer(CacheLayerMixin):
     """Keys and values of one layer, packed; its update returns PackedStates in place of tensors.
 
+    A call that raises leaves the layer as it was.
+
     Args:
         options: how they are packed.
         capacity: tokens to make room for at once, which then are all there is room for; grows with
@@ -55,127 +61,165 @@ class PackedCacheLayer(CacheLayerMixin):
     """
 
     is_sliding = False
+    is_croppable = True
 
     def __init__(self, options: CacheOptions, capacity: int | None = None) -> None:
         super().__init__()
         self.options = options
         self.capacity = capacity
-        # What crop takes back out of packed tokens has lost what packing loses.
-        self.is_croppable = options.window == 0
+        self.record_past = False
         self.reset()
 
     def reset(self) -> None:
         """Drops everything; the next tokens may have another batch size, dtype or device."""
-        self.length = 0
-        self.layout: Layout | None = None
-        self.dtype: torch.dtype | None = None
-        self.device: torch.device | None = None
-        self.buffers: dict[str, Tensor] = {}
-        self.windows: dict[str, Tensor] = {}
-        self.is_initialized = False
+        self._hold(None, 0, ())
+
+    def _hold(
+        self, contents: Contents | None, length: int, history: tuple[Checkpoint, ...]
+    ) -> None:
+        self.contents, self.length, self.history = contents, length, history
+        self.is_initialized = contents is not None
+
+    @property
+    def layout(self) -> Layout | None:
+        return None if self.contents is None else self.contents.layout
+
+    @property
+    def packed(self) -> tuple[PackedKV, PackedKV] | None:
+        """Keys and values, with room for more than the tokens there are."""
+        return None if self.contents is None else self.contents.packed
+
+    @property
+    def windows(self) -> dict[str, Tensor]:
+        """The last tokens in full precision, of "key" and "value"; empty without a window."""
+        return {} if self.contents is None else self.contents.windows
+
+    @property
+    def key_mean(self) -> Tensor | None:
+        """[B, Hkv, 1, D], what is missing of every key in `packed` and `windows`, or None."""
+        return None if self.contents is None else self.contents.key_mean
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        return None if self.contents is None else self.contents.dtype
+
+    @property
+    def device(self) -> torch.device | None:
+        return None if self.contents is None else self.contents.device
+
+    def restore(self, contents: Contents, length: int) -> None:
+        """Holds these tokens in the place of what it held."""
+        self._hold(contents, length, ())
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Makes the buffers for keys [B, Hkv, L, D] and values [B, Hkv, L, Dv].
+        """Makes room for keys [B, Hkv, L, D] and values [B, Hkv, L, Dv].
 
         Raises:
             ValueError: a head dimension, or a dtype, that cannot be packed.
         """
-        layout = self.options.layout(key_states.shape[3], value_states.shape[3])
-        if key_states.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise ValueError(
-                f"PackedCache packs float32, float16 and bfloat16, got {key_states.dtype}"
-            )
-        self.allocate(layout, *key_states.shape[:2], key_states.dtype, key_states.device)
+        self._hold(self._fresh(key_states, value_states), 0, ())
 
-    def allocate(
-        self, layout: Layout, batch: int, heads: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        """Makes the buffers of an empty cache."""
-        self.layout, self.dtype, self.device = layout, dtype, device
-        self.windows = {
-            name: torch.zeros(batch, heads, layout.window, dim, dtype=dtype, device=device)
-            for name, dim in (("key", layout.head_dim), ("value", layout.value_dim))
-            if layout.window > 0
-        }
-        rows = layout.packed_tokens(self.capacity or 0)
-        self._hold(self._empty_buffers(batch, heads, rows))
-        self.is_initialized = True
-
-    def _empty_buffers(self, batch: int, heads: int, tokens: int) -> dict[str, Tensor]:
-        unit = self.layout.unit
-        tokens = -(-tokens // unit) * unit
-        return {
-            name: torch.zeros(
-                batch, heads, tokens // rows.tokens, rows.columns,
-                dtype=rows.dtype, device=self.device,
-            )
-            for name, rows in self.layout.buffers().items()
-        }  # fmt: skip
-
-    def _hold(self, buffers: dict[str, Tensor]) -> None:
-        self.buffers = buffers
-        self.packed = self.layout.views(buffers)
+    def _fresh(self, keys: Tensor, values: Tensor) -> Contents:
+        _check_tokens(keys, values)
+        layout = self.options.layout(keys.shape[3], values.shape[3])
+        dtype = torch.promote_types(keys.dtype, values.dtype)
+        room = layout.packed_tokens(self.capacity or 0)
+        return Contents.empty(layout, *keys.shape[:2], room, dtype, keys.device)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[PackedStates, None]:
         """Appends keys [B, Hkv, L, D] and values [B, Hkv, L, Dv].
 
+        They are float32, float16 or bfloat16, also one of the other, as autocast makes them; as in
+        a DynamicCache, what is held in full precision takes the dtype that has all numbers of both.
+
         Raises:
-            ValueError: tokens unlike those in the cache, or more than its capacity; it is
-                unchanged then.
+            ValueError: tokens unlike those in the cache, or more than its capacity.
         """
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self._check(key_states, value_states)
-        tokens = self.length + key_states.shape[2]
-        self.make_room(tokens)
-        key, value = self.packed
-        windows = self.windows.get("key"), self.windows.get("value")
-        tokred.kv_append(key_states, key, self.length, windows[0])
-        tokred.kv_append(value_states, value, self.length, windows[1])
-        self.length = tokens
-        return PackedStates(key, value, *windows, tokens, key_states, value_states), None
+        contents = self.contents
+        if contents is None:
+            contents = self._fresh(key_states, value_states)
+        else:
+            self._check(contents, key_states, value_states)
+        count = key_states.shape[2]
+        contents = self._with_room(contents, self.length + count)
+        keys, values, history = key_states, value_states, self.history
+        if not keys.dtype == values.dtype == contents.dtype:
+            dtype = torch.promote_types(contents.dtype, keys.dtype)
+            dtype = torch.promote_types(dtype, values.dtype)
+            if dtype != contents.dtype:
+                contents, history = contents.widened(dtype), ()
+            keys, values = keys.to(dtype), values.to(dtype)
+        if count == 1 and not self.record_past:
+            contents = contents.appended(self.length, keys, values)
+            history = ()
+        else:
+            contents, history = self._recorded(contents, keys, values, history)
+        self._hold(contents, self.length + count, history)
+        windows = contents.windows.get("key"), contents.windows.get("value")
+        states = PackedStates(
+            *contents.packed, *windows, self.length, key_states, value_states, contents.key_mean
+        )
+        return states, None
 
-    def _check(self, key_states: Tensor, value_states: Tensor) -> None:
-        sides = (("keys", key_states, self.layout.head_dim),
-                 ("values", value_states, self.layout.value_dim))  # fmt: skip
-        batch, heads = self.packed[0].codes.shape[:2]
+    def _recorded(
+        self, contents: Contents, keys: Tensor, values: Tensor, history: tuple[Checkpoint, ...]
+    ) -> tuple[Contents, tuple[Checkpoint, ...]]:
+        """The contents with the tokens, and what can take the last ROLLBACK of them back."""
+        length, count = self.length, keys.shape[2]
+        if count == 0:
+            return contents, history
+        if contents.layout.window == 0 or (count > ROLLBACK and not self.record_past):
+            return contents.appended(length, keys, values), ()
+        if count > ROLLBACK:
+            early = count - ROLLBACK
+            contents = contents.appended(length, keys[:, :, :early], values[:, :, :early])
+            keys, values, history = keys[:, :, early:], values[:, :, early:], ()
+            length, count = length + early, ROLLBACK
+        last = history[-1] if history and self.record_past else None
+        if last is None or last.settled or last.tokens + count > ROLLBACK:
+            kept = () if last is None else (last,)
+            last = Checkpoint.of(contents, length)
+        else:
+            kept = history[:-1]
+        history = (*kept, last.extended(keys, values))
+        return contents.appended(length, keys, values), history
+
+    def _check(self, contents: Contents, keys: Tensor, values: Tensor) -> None:
+        """Whether these tokens fit those in the cache."""
+        _check_tokens(keys, values)
+        layout, device = contents.layout, contents.packed[0].codes.device
+        sides = (("keys", keys, layout.head_dim), ("values", values, layout.value_dim))
         for name, states, dim in sides:
-            expected = [batch, heads, key_states.shape[2], dim]
-            if list(states.shape) != expected:
+            expected = (contents.batch, contents.heads, keys.shape[2], dim)
+            if states.shape != expected:
                 raise ValueError(
-                    f"the cache holds {name} [B, Hkv, L, D] = {expected}, got {list(states.shape)}"
+                    f"the cache holds {name} [B, Hkv, L, D] = {list(expected)}, got "
+                    f"{list(states.shape)}: reset() it before other tokens"
                 )
-            if states.dtype != self.dtype or states.device != self.device:
+            if states.device != device:
                 raise ValueError(
-                    f"the cache holds {name} in {self.dtype} on {self.device}, got {states.dtype} "
-                    f"on {states.device}: reset() it before another dtype or device"
+                    f"the cache holds {name} on {device}, got {states.device}: reset() it before "
+                    "tokens on another device"
                 )
+        if not torch.compiler.is_compiling():
+            _check_overlap(contents, keys, values)
 
-    def make_room(self, tokens: int) -> None:
-        """Room for so many tokens in all; see update."""
+    def _with_room(self, contents: Contents, tokens: int) -> Contents:
+        """The contents with room for so many tokens in all."""
         if self.capacity is not None and tokens > self.capacity:
             raise ValueError(
                 f"the cache has a capacity of {self.capacity} tokens and holds {self.length}: "
                 f"there is no room for {tokens - self.length} more; nothing was appended"
             )
-        needed = self.layout.packed_tokens(tokens)
-        if needed > self.packed[0].num_tokens:
-            batch, heads = self.packed[0].codes.shape[:2]
-            rows = needed + max(needed // _GROWTH, _LEAST_GROWTH)
-            grown = self._empty_buffers(batch, heads, rows)
-            for name, live in self.live_buffers().items():
-                grown[name][:, :, : live.shape[2]] = live
-            self._hold(grown)
-
-    def live_buffers(self) -> dict[str, Tensor]:
-        """The rows of the buffers that hold tokens."""
-        held = self.layout.packed_tokens(self.length)
-        return {
-            name: self.buffers[name][:, :, : held // rows.tokens]
-            for name, rows in self.layout.buffers().items()
-        }
+        needed = contents.layout.packed_tokens(tokens)
+        if needed <= contents.room:
+            return contents
+        room = needed + max(needed // _GROWTH, _LEAST_GROWTH)
+        if self.capacity is not None:
+            room = min(room, contents.layout.packed_tokens(self.capacity))
+        return contents.with_room(self.length, room)
 
     def get_seq_length(self) -> int:
         return self.length
@@ -190,15 +234,26 @@ class PackedCacheLayer(CacheLayerMixin):
         """What get_max_length is called in earlier versions of transformers."""
         return self.get_max_length()
 
+    def activate_past_recording(self) -> None:
+        """From now on every update keeps what `crop` needs to leave no trace.
+
+        transformers calls it for assisted generation. Without it the tokens of the last update are
+        kept alone, if they are 2 to 64.
+        """
+        self.record_past = True
+
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last -tokens_to_remove tokens.
 
-        What then belongs into the window and was packed already comes back from its codes, with the
-        error of packing; whatever is packed stays packed as it is.
+        Up to 64 tokens go without a trace: those of the last update, if it brought more than one,
+        and of more updates after activate_past_recording(). Packing the tokens that remain of
+        these updates once more is what it costs. Of more tokens, those that then belong into the
+        window come back from their codes, with the error of packing.
 
         Raises:
             ValueError: a positive number, or more tokens than there are.
         """
+        tokens_to_remove = operator.index(tokens_to_remove)
         if tokens_to_remove > 0:
             raise ValueError(
                 f"crop takes the number of tokens to remove as a negative one, got "
@@ -206,12 +261,20 @@ class PackedCacheLayer(CacheLayerMixin):
             )
         if -tokens_to_remove > self.length:
             raise ValueError(f"the cache holds {self.length} tokens, {-tokens_to_remove} cannot go")
-        if tokens_to_remove == 0 or not self.is_initialized:
+        if self.contents is None:
             return
         length = self.length + tokens_to_remove
-        for packed, window in zip(self.packed, self.windows.values(), strict=False):
-            _refill(packed, window, self.length, length)
-        self.length = length
+        if tokens_to_remove == 0:
+            history = tuple(each.settle() for each in self.history)
+            self._hold(self.contents, length, history)
+            return
+        for number in reversed(range(len(self.history))):
+            checkpoint = self.history[number]
+            if checkpoint.length <= length:
+                contents, checkpoint = checkpoint.rolled_back(self.contents, length)
+                self._hold(contents, length, (*self.history[:number], checkpoint.settle()))
+                return
+        self._hold(self.contents.cropped(self.length, length), length, ())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row of the batch."""
@@ -231,38 +294,61 @@ class PackedCacheLayer(CacheLayerMixin):
 
     def prefetch(self) -> None:
         """Moves everything back to the device of the tokens."""
-        self._map(lambda tensor: tensor.to(self.device, non_blocking=True))
+        device = self.device
+        self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
-        if self.is_initialized:
-            self.windows = {name: function(tensor) for name, tensor in self.windows.items()}
-            self._hold({name: function(tensor) for name, tensor in self.buffers.items()})
+        if self.contents is not None:
+            contents = self.contents.map(function)
+            history = tuple(each.map(function) for each in self.history)
+            self._hold(contents, self.length, history)
+
+    def __copy__(self) -> PackedCacheLayer:
+        """A copy with tensors of its own, as appending a token writes in place."""
+        return copy.deepcopy(self)
 
     def nbytes(self) -> CacheBytes:
         """What the layer takes, in bytes."""
-        if not self.is_initialized:
+        contents = self.contents
+        if contents is None:
             return CacheBytes()
-        batch, heads = self.packed[0].codes.shape[:2]
-        codes, params = (batch * heads * n for n in self.layout.split_bytes(self.length))
-        window = sum(tensor.nbytes for tensor in self.windows.values())
-        held = sum(tensor.nbytes for tensor in self.buffers.values())
-        return CacheBytes(codes, params, window, 0, held - codes - params)
+        heads = contents.batch * contents.heads
+        codes, params = (heads * n for n in contents.layout.split_bytes(self.length))
+        tensors = contents.tensors()
+        window = sum(tensors[name].nbytes for name in ("key_window", "value_window", "key_mean")
+                     if name in tensors)  # fmt: skip
+        packed = sum(side.nbytes for side in contents.packed)
+        window += sum(each.nbytes for each in self.history)
+        return CacheBytes(codes, params, window, 0, packed - codes - params)
 
 
-def _refill(packed: PackedKV, window: Tensor, before: int, after: int) -> None:
-    """Puts into the window what a cache of `after` tokens has there, and one of `before` packed."""
-    form, size = packed.format, window.shape[2]
-    first = packed_tokens(form.axis, size, after)
-    last = min(packed_tokens(form.axis, size, before), after)
-    if first >= last:
-        return
-    # Windows hold rotated rows, so the codes are not rotated back.
-    group = form.group_size if form.axis == "token" else 1
-    stop = -(-last // group) * group
-    rows = PackedKV(
-        packed.codes[:, :, first:stop],
-        packed.params[:, :, first // group : stop // group],
-        replace(form, rotated=False),
-    )
-    unpacked = tokred.kv_unpack(rows, window.dtype)[:, :, : last - first]
-    window[:, :, torch.arange(first, last, device=window.device) % size] = unpacked
+def _check_tokens(keys: Tensor, values: Tensor) -> None:
+    """Whether keys and values are of tokens that a cache can hold."""
+    for name, states in (("keys", keys), ("values", values)):
+        if not isinstance(states, Tensor) or states.dim() != 4:
+            shape = list(states.shape) if isinstance(states, Tensor) else type(states).__name__
+            raise ValueError(f"PackedCache packs {name} [B, Hkv, L, D], got {shape}")
+        if states.dtype not in FLOATS:
+            raise ValueError(
+                f"PackedCache packs {name} in float32, float16 and bfloat16, got {states.dtype}"
+            )
+        if states.stride(3) != 1 and states.shape[3] > 1:
+            raise ValueError(
+                f"PackedCache packs {name} whose last dimension is contiguous, got strides "
+                f"{states.stride()}: call .contiguous()"
+            )
+    refuse_grad("PackedCache.update", key_states=keys, value_states=values)
+    if keys.shape[:3] != values.shape[:3] or keys.device != values.device:
+        raise ValueError(
+            f"keys and values [B, Hkv, L, D | Dv] must be of the same tokens on one device, got "
+            f"{list(keys.shape)} on {keys.device} and {list(values.shape)} on {values.device}"
+        )
+
+
+def _check_overlap(contents: Contents, keys: Tensor, values: Tensor) -> None:
+    """Refuses tokens that are read from where they are written."""
+    held = [*contents.windows.values(), *(side.params for side in contents.packed)]
+    places = {tensor.untyped_storage().data_ptr() for tensor in held} - {0}
+    for name, states in (("keys", keys), ("values", values)):
+        if states.untyped_storage().data_ptr() in places:
+            raise ValueError(f"the {name} lie in the memory of the cache itself: clone() them")

@@ -1,4 +1,4 @@
-"""Where the bytes of one layer's packed keys and values lie."""
+"""How a layer's keys and values are packed, and the room they take."""
 
 from __future__ import annotations
 
@@ -6,14 +6,23 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from tokred.ops.kv_pack import PackedKV, PackFormat, Records, packed_tokens
+from tokred.ops.kv_pack import PackedKV, PackFormat, packed_tokens
 
 _MULTIPLE = 16  # of the head dimension, and of groups along channels
 _MAX_HEAD_DIM = 256
 _TOKEN_GROUP = 32
 _CHANNEL_GROUP = {1: 32, 2: 32, 3: 32, 4: 64, 8: 64}  # by bits
+_TYPES = {
+    "key_bits": int,
+    "value_bits": int,
+    "key_axis": str,
+    "group_size": (int, type(None)),
+    "window": int,
+    "scheme": str,
+    "rotate": bool,
+    "center": bool,
+}
 
 
 @dataclass(frozen=True)
@@ -27,8 +36,14 @@ class CacheOptions:
     window: int
     scheme: str
     rotate: bool
+    center: bool
 
     def __post_init__(self) -> None:
+        for name, types in _TYPES.items():
+            value = getattr(self, name)
+            # A bool is an int to Python, and no number of bits.
+            if not isinstance(value, types) or (isinstance(value, bool) and types is not bool):
+                raise ValueError(f"{name} must be {_named(types)}, got {value!r}")
         for bits in (self.key_bits, self.value_bits):
             if bits not in (1, 2, 3, 4, 8):
                 raise ValueError(f"bits must be 1, 2, 3, 4 or 8, got {bits}")
@@ -62,7 +77,7 @@ class CacheOptions:
         """
         key = self._format(self.key_bits, self.key_axis, head_dim, "head_dim of the keys")
         value = self._format(self.value_bits, "channel", value_dim, "head_dim of the values")
-        return Layout(key, value, self.window, head_dim, value_dim)
+        return Layout(key, value, self.window, self.center, head_dim, value_dim)
 
     def _format(self, bits: int, axis: str, dim: int, name: str) -> PackFormat:
         if dim % _MULTIPLE != 0 or not 0 < dim <= _MAX_HEAD_DIM:
@@ -80,68 +95,53 @@ class CacheOptions:
         return PackFormat(bits, group, axis, self.scheme, self.rotate)
 
 
-@dataclass(frozen=True)
-class Rows:
-    """One buffer [B, H, rows, columns], a row for every `tokens` packed tokens."""
-
-    dtype: torch.dtype
-    tokens: int
-    columns: int
+def _named(types: type | tuple[type, ...]) -> str:
+    names = {int: "an int", str: "a str", bool: "a bool", type(None): "None"}
+    return " or ".join(names[each] for each in (types if isinstance(types, tuple) else (types,)))
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The buffers of a layer.
+    """The formats of a layer's keys and values, and how many of its tokens are packed.
 
-    Where keys and values both have groups along channels, a token of a head is one record of bytes,
-    as sparse attention gathers tokens; otherwise codes and params of both sides are buffers of
-    their own.
+    Codes and params of either side are tensors of their own: attention over all keys, and over
+    chosen ones, is quicker so than where they interleave, and torch.compile sees no tensor of two
+    dtypes.
     """
 
     key: PackFormat
     value: PackFormat
     window: int
+    center: bool
     head_dim: int
     value_dim: int
 
     @property
-    def interleaved(self) -> bool:
-        return self.key.axis == self.value.axis == "channel"
-
-    @property
     def unit(self) -> int:
-        """What the number of rows is a multiple of."""
+        """What the number of packed tokens that there is room for is a multiple of."""
         return self.key.group_size if self.key.axis == "token" else 1
 
-    def buffers(self) -> dict[str, Rows]:
-        """The buffers of packed tokens; windows are apart."""
-        if self.interleaved:
-            return {"records": Rows(torch.uint8, 1, self._records().nbytes)}
-        buffers = {}
-        sides = (("key", self.key, self.head_dim), ("value", self.value, self.value_dim))
-        for name, form, dim in sides:
-            group = form.group_size if form.axis == "token" else 1
-            columns = form.params_shape(group, dim)[1]
-            buffers[f"{name}_codes"] = Rows(torch.uint8, 1, form.code_bytes(dim))
-            buffers[f"{name}_params"] = Rows(torch.float16, group, columns)
-        return buffers
-
-    def _records(self) -> Records:
-        return Records(self.key, self.value, self.head_dim, self.value_dim)
-
-    def views(self, buffers: dict[str, Tensor]) -> tuple[PackedKV, PackedKV]:
-        """Packed keys and values in the buffers."""
-        if not self.interleaved:
-            return (
-                PackedKV(buffers["key_codes"], buffers["key_params"], self.key),
-                PackedKV(buffers["value_codes"], buffers["value_params"], self.value),
-            )
-        return self._records().views(buffers["records"])
+    def empty(
+        self, batch: int, heads: int, tokens: int, device: torch.device
+    ) -> tuple[PackedKV, PackedKV]:
+        """Zeroed room for so many packed tokens at least."""
+        tokens = -(-tokens // self.unit) * self.unit
+        return (
+            self.key.empty(batch, heads, tokens, self.head_dim, device),
+            self.value.empty(batch, heads, tokens, self.value_dim, device),
+        )
 
     def packed_tokens(self, tokens: int) -> int:
-        """How many of a cache's tokens the buffers of packed tokens hold."""
-        sides = (packed_tokens(form.axis, self.window, tokens) for form in (self.key, self.value))
-        return max(sides)
+        """How many of a cache's tokens need room as packed ones."""
+        return max(packed_tokens(form.axis, self.window, tokens) for form in (self.key, self.value))
+
+    def live(
+        self, packed: tuple[PackedKV, PackedKV], tokens: int
+    ) -> tuple[PackedKV, PackedKV]:
+        """What holds tokens of a cache of so many, views."""
+        return tuple(
+            rows(side, 0, packed_tokens(side.format.axis, self.window, tokens)) for side in packed
+        )
 
     def split_bytes(self, tokens: int) -> tuple[int, int]:
         """Bytes of codes and of params of one head of a cache of so many tokens."""
@@ -151,3 +151,13 @@ class Layout:
             codes += held * form.code_bytes(dim)
             params += 2 * math.prod(form.params_shape(held, dim))
         return codes, params
+
+
+def rows(packed: PackedKV, first: int, stop: int) -> PackedKV:
+    """The packed tokens first .. stop - 1, whole groups of them, a view."""
+    group = packed.format.group_size if packed.format.axis == "token" else 1
+    return PackedKV(
+        packed.codes[:, :, first:stop],
+        packed.params[:, :, first // group : stop // group],
+        packed.format,
+    )

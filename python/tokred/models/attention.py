@@ -152,8 +152,10 @@ def attention_forward(
     _refuse(dropout, options)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    if isinstance(key, PackedStates) and key.is_first:
-        key, value = key.new_key, key.new_value
+    if isinstance(key, PackedStates):
+        key.refuse_cross_attention(module, bool(is_causal))
+        if key.is_first:
+            key, value = key.new_key, key.new_value
     call = _call(query, key, value, attention_mask, bool(is_causal), scaling, sliding_window)
     if indices is not None:
         out, lse = _listed(call, indices)

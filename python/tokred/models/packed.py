@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import tokred
 from tokred.ops.kv_pack import PackedKV
@@ -14,7 +14,7 @@ from tokred.ops.kv_pack import PackedKV
 ADVICE = (
     "the keys and values are packed, in a tokred.PackedCache, and only tokred's attention reads "
     'them: call model.set_attn_implementation("tokred"), with a method that works on packed keys '
-    "or none, or use a transformers.DynamicCache"
+    "or none; a model that computes with cached keys itself needs a transformers.DynamicCache"
 )
 
 
@@ -27,6 +27,8 @@ class PackedStates:
     length: tokens in the cache, those of this pass included.
     new_key, new_value: [B, Hkv, L, D] and [B, Hkv, L, Dv], those of this pass as the model made
         them.
+    key_mean: [B, Hkv, 1, D], what is missing of every key in the cache, or None. A softmax does not
+        see it, as it takes the same from all logits of a query; scores and lse here have it.
     """
 
     key: PackedKV
@@ -36,11 +38,26 @@ class PackedStates:
     length: int
     new_key: Tensor
     new_value: Tensor
+    key_mean: Tensor | None = None
 
     @property
     def is_first(self) -> bool:
         """Whether the cache was empty before: then the new keys and values are all there are."""
         return self.length == self.new_key.shape[2]
+
+    def refuse_cross_attention(self, module: nn.Module, is_causal: bool) -> None:
+        """Refuses a cache that an encoder-decoder uses for both of its decoder's attentions.
+
+        Raises:
+            ValueError: it holds what came from the encoder behind the decoder's own tokens.
+        """
+        config = getattr(module, "config", None)
+        if getattr(config, "is_encoder_decoder", False) and not is_causal:
+            raise ValueError(
+                "a tokred.PackedCache holds the decoder's own tokens, and cross-attention to an "
+                "encoder needs a cache of its own: pass transformers.EncoderDecoderCache("
+                "tokred.PackedCache(config), transformers.DynamicCache(config=config))"
+            )
 
     def attend(
         self, q: Tensor, scale: float | None, causal: bool, mask: Tensor | None
@@ -59,7 +76,7 @@ class PackedStates:
         own = None if mask is None else mask[..., older:]
         from_cache = self._from_cache(q, scale, mask=seen)
         from_new = tokred.biased_attention(
-            q, self.new_key, self.new_value, causal=causal, scale=scale, mask=own
+            q, _as(self.new_key, q), _as(self.new_value, q), causal=causal, scale=scale, mask=own
         )
         return tokred.combine_states(*from_cache, *from_new)
 
@@ -71,15 +88,38 @@ class PackedStates:
 
     def score(self, q: Tensor, reduce: str, scale: float | None, mask: Tensor | None) -> Tensor:
         """See tokred.packed_qk_score."""
+        mean = self._mean_logits(q, scale)
+        if mean is None or reduce == "softmax_vote":
+            return self._score(q, reduce, scale, mask)
+        mean = mean.mean(2, keepdim=True)  # as scores are of the mean of the queries
+        grouped = mean.unflatten(1, (self.key.codes.shape[1], -1))
+        if reduce == "group_max":
+            logits = self._score(q, "none", scale, mask) + mean
+            return logits.unflatten(1, grouped.shape[1:3]).amax(2)
+        added = {"none": mean, "group_mean": grouped.mean(2)}
+        return self._score(q, reduce, scale, mask) + added.get(reduce, mean.mean(1, keepdim=True))
+
+    def _score(self, q: Tensor, reduce: str, scale: float | None, mask: Tensor | None) -> Tensor:
         return tokred.packed_qk_score(
-            q, self.key, self.key_window, reduce, scale, self.length, mask=mask
+            q, self.key, _as(self.key_window, q), reduce, scale, self.length, mask=mask
         )
 
     def _from_cache(self, q: Tensor, scale: float | None, **options: Any) -> tuple[Tensor, Tensor]:
-        windows = (self.key_window, self.value_window)
-        return tokred.packed_attention(
+        windows = _as(self.key_window, q), _as(self.value_window, q)
+        out, lse = tokred.packed_attention(
             q, self.key, self.value, *windows, scale, length=self.length, **options
         )
+        mean = self._mean_logits(q, scale)
+        return out, lse if mean is None else lse + mean
+
+    def _mean_logits(self, q: Tensor, scale: float | None) -> Tensor | None:
+        """f32 [B, Hq, L]: what the mean of the keys adds to the logits of a query."""
+        if self.key_mean is None:
+            return None
+        batch, heads, queries, dim = q.shape
+        rows = q.reshape(batch, self.key_mean.shape[1], -1, dim).float()
+        logits = rows @ self.key_mean.float().mT
+        return logits.reshape(batch, heads, queries) * (dim**-0.5 if scale is None else scale)
 
     def __getitem__(self, index: Any) -> NoReturn:
         raise TypeError(f"no slices: {ADVICE}")
@@ -90,3 +130,8 @@ class PackedStates:
     @classmethod
     def __torch_function__(cls, function: Any, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError(f"{getattr(function, '__name__', function)}: {ADVICE}")
+
+
+def _as(window: Tensor | None, q: Tensor) -> Tensor | None:
+    """The window in the dtype of the queries: under autocast they may differ."""
+    return window if window is None else window.to(q.dtype)

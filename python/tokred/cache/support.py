@@ -1,0 +1,69 @@
+"""Which models a packed cache serves, as far as their configs tell."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .storage import CacheOptions
+
+_INSTEAD = "use a transformers.DynamicCache"
+
+
+def check_model(config: Any, options: CacheOptions, packed: list[int]) -> None:
+    """Refuses a model whose attention cannot read packed keys in these layers.
+
+    Raises:
+        ValueError: saying why, and what would work.
+    """
+    text = text_config(config)
+    name = type(config).__name__
+    if getattr(text, "kv_lora_rank", None):
+        raise ValueError(
+            f"PackedCache packs keys and values that attention reads as they are, and {name} has "
+            f"multi-head latent attention: what it caches are latents, of kv_lora_rank = "
+            f"{text.kv_lora_rank}, which every step expands to keys and values: {_INSTEAD}"
+        )
+    softcap = getattr(text, "attn_logit_softcapping", None)
+    if softcap:
+        raise ValueError(
+            f"attention over packed keys has no soft-capped logits, and {name} has "
+            f"attn_logit_softcapping = {softcap}: {_INSTEAD}"
+        )
+    for number in packed:
+        head_dim = head_dim_of(config, number)
+        if head_dim is not None:
+            try:
+                options.layout(head_dim, head_dim)
+            except ValueError as error:
+                raise ValueError(f"layer {number} of {name}: {error}") from error
+
+
+def text_config(config: Any) -> Any:
+    """The config of the decoder."""
+    return config.get_text_config(decoder=True)
+
+
+def layer_config(config: Any, number: int) -> Any:
+    """The decoder's config as it is for one layer; before transformers 5.24 all are alike."""
+    text = text_config(config)
+    each = getattr(text, "per_layer_config", None)
+    return text if each is None else each[number]
+
+
+def head_dim_of(config: Any, number: int) -> int | None:
+    """The head dimension of a layer of full attention, or None where the config does not say."""
+    layer = layer_config(config, number)
+    for name in ("global_head_dim", "head_dim"):
+        if isinstance(getattr(layer, name, None), int):
+            return getattr(layer, name)
+    hidden, heads = (getattr(layer, n, None) for n in ("hidden_size", "num_attention_heads"))
+    return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) else None
+
+
+def kv_heads_of(config: Any, number: int) -> int | None:
+    """The key heads of a layer of full attention, or None where the config does not say."""
+    layer = layer_config(config, number)
+    if getattr(layer, "num_global_key_value_heads", None) is not None:
+        return None
+    heads = getattr(layer, "num_key_value_heads", None)
+    return heads if isinstance(heads, int) else None
