@@ -14,6 +14,7 @@ from tiny_models import (
     PATCHES,
     Block,
     Case,
+    attributes,
     final_norm,
     is_layer,
     pooled_of,
@@ -68,14 +69,6 @@ def test_nothing_merged_is_bitwise_the_model(case: Case, pixels: Tensor) -> None
         assert handle.counts == (total,)
         assert torch.equal(handle.size, torch.ones(2, total))
         assert torch.equal(handle.token_map, torch.arange(total).int().expand(2, -1))
-
-
-def attributes(model: nn.Module) -> list[tuple]:
-    """Everything a patch could leave behind."""
-    return [
-        (sorted(module.__dict__), module.forward, len(module._forward_hooks), type(module))
-        for module in model.modules()
-    ]
 
 
 @torch.no_grad()

@@ -87,6 +87,20 @@ def pooled_of(model: nn.Module, pixels: Tensor) -> Tensor:
     return output if isinstance(output, Tensor) else output.pooler_output
 
 
+def attributes(model: nn.Module) -> list[tuple]:
+    """Everything that a patch could leave behind."""
+    return [
+        (
+            sorted(module.__dict__),
+            module.forward,
+            len(module._forward_hooks),
+            len(module._forward_pre_hooks),
+            type(module),
+        )
+        for module in model.modules()
+    ]
+
+
 # ToMe in plain torch, with a scatter per layer, on the parts of the model.
 
 

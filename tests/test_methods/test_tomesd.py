@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import tokred
-from tokred.methods.tomesd import ToMeSD, compute_merge, grid_destinations, random2d_plan
+from tokred.methods.tomesd import (
+    ToMeSD,
+    block_seed,
+    compute_merge,
+    grid_destinations,
+    grid_of,
+    random2d_plan,
+)
 
 
 def tokens(height: int, width: int, channels: int = 12, batch: int = 2) -> Tensor:
@@ -80,8 +94,25 @@ def test_refusals() -> None:
         ToMeSD(ratio=1)
     with pytest.raises(ValueError, match="at least 1"):
         ToMeSD(stride_x=0)
+    with pytest.raises(ValueError, match="must be True"):
+        ToMeSD(merge_attn=False)
     with pytest.raises(ValueError, match="BasicTransformerBlock"):
         tokred.patch(nn.Linear(2, 2), "tomesd")
+    with pytest.raises(ValueError, match="BasicTransformerBlock"):
+        tokred.patch(denoiser(), "tomesd", merge_attn=False, merge_crossattn=True)
+    with pytest.raises(ValueError, match="7 x 5"):
+        grid_of(23, (7, 5))
+    model = denoiser()
+    with tokred.patch(model, "tomesd") as handle:
+        with pytest.raises(RuntimeError, match="no forward pass"):
+            _ = handle.merged
+        with pytest.raises(ValueError, match=r"sample must be a latent .*2, 8, 4, 4, 4"):
+            model(torch.zeros(2, 8, 4, 4, 4))
+        with pytest.raises(RuntimeError, match="outside of its model"):
+            model.block(torch.zeros(2, 16, 8))
+        for make in (copy.deepcopy, pickle.dumps):
+            with pytest.raises(RuntimeError, match="leave the patch first"):
+                make(model)
 
 
 class BasicTransformerBlock(nn.Module):
@@ -100,13 +131,36 @@ class BasicTransformerBlock(nn.Module):
 
 
 class Denoiser(nn.Module):
-    def __init__(self) -> None:
+    """Blocks on a latent of which every token covers a square of pixels; sides are rounded up."""
+
+    def __init__(self, square: int = 1, blocks: int = 1, checkpointed: Any = None) -> None:
         super().__init__()
-        self.block = BasicTransformerBlock(8)
+        self.square, self.checkpointed = square, checkpointed
+        self.blocks = nn.ModuleList(BasicTransformerBlock(8) for _ in range(blocks))
+
+    @property
+    def block(self) -> BasicTransformerBlock:
+        return self.blocks[0]
 
     def forward(self, sample: Tensor) -> Tensor:
-        hidden_states = self.block(sample.flatten(2).transpose(1, 2))
-        return hidden_states.transpose(1, 2).reshape(sample.shape)
+        grid = nn.functional.avg_pool2d(sample, self.square, ceil_mode=True)
+        hidden_states = grid.flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            if self.checkpointed is None:
+                hidden_states = block(hidden_states)
+            else:
+                hidden_states = checkpoint(block, hidden_states, use_reentrant=self.checkpointed)
+        return hidden_states.transpose(1, 2).reshape(grid.shape)
+
+
+def denoiser(**options: Any) -> Denoiser:
+    torch.manual_seed(0)
+    return Denoiser(**options)
+
+
+def latent_of(height: int, width: int, batch: int = 2, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, 8, height, width, generator=generator)
 
 
 @torch.no_grad()
@@ -125,37 +179,231 @@ def test_patch_merges_around_the_attention() -> None:
     assert torch.equal(model(latent), plain)
 
 
+def test_grids() -> None:
+    """Sides rounded up, as convolutions with padding do, or down, as patches do."""
+    assert grid_of(256, (16, 16)) == (1, 16, 16)
+    assert grid_of(64, (15, 15)) == (2, 8, 8)
+    assert grid_of(49, (15, 15)) == (2, 7, 7)
+    assert grid_of(4 * 7, (15, 27)) == (4, 4, 7)
+    assert grid_of(3 * 6, (15, 27)) == (5, 3, 6)
+
+
 @torch.no_grad()
-def test_diffusers_unet() -> None:
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16,
-        norm_num_groups=8,
-        attention_head_dim=8,
-    ).eval()
-    latent, text = torch.randn(2, 4, 16, 16), torch.randn(2, 5, 16)
-    plain = unet(latent, 3, text).sample
+@pytest.mark.parametrize(
+    ("square", "side", "tokens"),
+    [
+        (1, (16, 16), 256),
+        (2, (16, 16), 64),
+        (2, (15, 15), 64),
+        (2, (15, 10), 40),
+        (4, (32, 16), 32),
+    ],
+)
+def test_the_finest_blocks_merge(square: int, side: tuple[int, int], tokens: int) -> None:
+    """By default, whatever the latent's size is divided by before the first of them."""
+    model = denoiser(square=square, blocks=2)
     seen = []
-    hook = (
-        unet.down_blocks[0]
-        .attentions[0]
-        .transformer_blocks[0]
-        .attn1.to_q.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
-    )
-    for options in ({}, {"use_rand": False}, {"merge_crossattn": True, "merge_mlp": True}):
-        with tokred.patch(unet, "tomesd", ratio=0.5, **options):
-            merged = unet(latent, 3, encoder_hidden_states=text).sample
-        assert merged.shape == plain.shape
-        assert not torch.equal(merged, plain)
-        assert torch.cosine_similarity(merged.flatten(), plain.flatten(), dim=0) > 0.9
-    hook.remove()
-    assert seen == [128] * 3
-    with tokred.patch(unet, "tomesd", ratio=0.0):
-        assert torch.equal(unet(latent, 3, text).sample, plain)
-    assert torch.equal(unet(latent, 3, text).sample, plain)
+    model.block.attn1.register_forward_hook(lambda module, args, output: seen.append(args[0].shape))
+    with tokred.patch(model, "tomesd", ratio=0.5) as handle:
+        out = model(latent_of(*side))
+    names = ("blocks.0", "blocks.1")
+    assert handle.merged == dict.fromkeys(names, (tokens, tokens - tokens // 2))
+    assert seen == [(2, tokens - tokens // 2, 8)]
+    assert out.isfinite().all()
+
+
+@torch.no_grad()
+def test_max_downsample_counts_from_the_finest_block() -> None:
+    x = tokens(4, 4)
+    for finest, most, merges in ((1, 1, False), (1, 2, True), (2, 1, True), (4, 1, True)):
+        options = ToMeSD(max_downsample=most)
+        assert (compute_merge(x, (8, 8), options, finest=finest) is not None) == merges
+
+    class UShaped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(BasicTransformerBlock(8) for _ in range(3))
+
+        def forward(self, sample: Tensor) -> Tensor:
+            for block, square in zip(self.blocks, (2, 4, 2), strict=True):
+                grid = nn.functional.avg_pool2d(sample, square)
+                block(grid.flatten(2).transpose(1, 2))
+            return sample
+
+    model = UShaped()
+    with tokred.patch(model, "tomesd") as handle:
+        model(latent_of(16, 16))
+        assert list(handle.merged.values()) == [(64, 32), (16, 16), (64, 32)]
+    with tokred.patch(model, "tomesd", max_downsample=2) as handle:
+        model(latent_of(16, 16))
+        assert list(handle.merged.values()) == [(64, 32), (16, 8), (64, 32)]
+
+
+@torch.no_grad()
+def test_merging_nothing_warns_once() -> None:
+    model = denoiser()
+    with tokred.patch(model, "tomesd", ratio=0.1):
+        with pytest.warns(RuntimeWarning, match=r"merged nothing: .*2 x 3 .*\[6\] tokens"):
+            model(latent_of(2, 3))
+        model(latent_of(2, 3))
+    with tokred.patch(model, "tomesd", ratio=0.0):
+        model(latent_of(2, 3))
+
+
+@torch.no_grad()
+def test_draws() -> None:
+    """The same for the same seed, block and tokens, otherwise others; never from torch's RNG."""
+    x = tokens(16, 16)
+    changed = x.clone()
+    changed[0, 0, 0] += 1e-3
+    cases = [(x, 0, 0), (x, 1, 0), (x, 0, 1), (changed, 0, 0), (x, 2**63, 0), (x.half(), 0, 0)]
+    before = torch.get_rng_state()
+    draws = [grid_destinations(16, 16, seed=block_seed(*case)) for case in cases]
+    again = grid_destinations(16, 16, seed=block_seed(x.clone(), 0, 0))
+    assert torch.equal(again, draws[0])
+    assert len({tuple(draw[0].tolist()) for draw in draws}) == len(cases)
+    model, latents = denoiser(), [latent_of(16, 16, seed=seed) for seed in (0, 1, 0)]
+    with tokred.patch(model, "tomesd", seed=0):
+        first = [model(latent) for latent in latents]
+    with tokred.patch(model, "tomesd", seed=1):
+        other = model(latents[0])
+    assert torch.equal(first[0], first[2])
+    assert not torch.equal(first[0], other)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_draws_are_uniform() -> None:
+    """In 400 grids every place of a cell comes up about as often as any other."""
+    draws = torch.cat([grid_destinations(8, 12, 2, 3, seed=torch.tensor(s)) for s in range(400)])
+    places = (draws // 12 % 2) * 3 + draws % 12 % 3
+    shares = torch.stack([(places == place).float().mean(0) for place in range(6)])
+    assert (shares - 1 / 6).abs().max() < 4 * (1 / 6 * 5 / 6 / 400) ** 0.5
+
+
+def gradients(model: nn.Module, run: Callable[[], Tensor]) -> list[Tensor]:
+    model.zero_grad()
+    run().square().sum().backward()
+    return [parameter.grad for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_blocks_run_again_draw_the_same(reentrant: bool) -> None:
+    """Two passes with as many tokens but other sides, before either is differentiated."""
+    latents = [latent_of(12, 8).requires_grad_(), latent_of(8, 12).requires_grad_()]
+    model = denoiser(square=1, blocks=3)
+
+    def run() -> Tensor:
+        return torch.cat([model(latent).flatten() for latent in latents])
+
+    with tokred.patch(model, "tomesd"):
+        expected = gradients(model, run)
+        model.checkpointed = reentrant
+        for ours, theirs in zip(gradients(model, run), expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+        model.checkpointed = None
+        whole = partial(checkpoint, model, latents[0], use_reentrant=reentrant)
+        expected = gradients(model, lambda: model(latents[0]))
+        for ours, theirs in zip(gradients(model, whole), expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_what_cannot_be_run_again_is_refused() -> None:
+    model = denoiser()
+    latent = latent_of(8, 8).requires_grad_()
+    attend = model.block.attn1.forward
+    with tokred.patch(model, "tomesd"):
+        plain = type(model.block.attn1)
+
+        class Checkpointed(plain):
+            def __call__(self, x: Tensor) -> Tensor:
+                return checkpoint(super().__call__, x, use_reentrant=False)
+
+        model.block.attn1.__class__ = Checkpointed
+        loss = model(latent).sum()
+        with pytest.raises(RuntimeError, match="a part of a block was run again"):
+            loss.backward()
+        model.block.attn1.__class__ = plain
+    assert model.block.attn1.forward == attend
+
+
+@torch.no_grad()
+def test_threads_share_one_model() -> None:
+    model = denoiser(blocks=3)
+    latents = [latent_of(8 + 2 * (seed % 4), 6 + 2 * (seed % 3), seed=seed) for seed in range(16)]
+    with tokred.patch(model, "tomesd") as handle:
+
+        def run(latent: Tensor) -> tuple[Tensor, dict]:
+            return model(latent), handle.merged
+
+        alone = list(map(run, latents))
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(run, latents))
+    for (output, merged), theirs in zip(alone, together, strict=True):
+        assert torch.equal(output, theirs[0])
+        assert merged == theirs[1]
+
+
+@torch.no_grad()
+def test_passes_inside_one_another_and_after_an_exception() -> None:
+    model = denoiser(blocks=2)
+    outer, inner = latent_of(8, 8), latent_of(6, 10, seed=1)
+    running = []
+    with tokred.patch(model, "tomesd"):
+        expected = model(outer), model(inner)
+
+        def run_inside(*_: Any) -> None:
+            if not running:
+                running.append(True)
+                assert torch.equal(model(inner), expected[1])
+
+        hook = model.block.register_forward_hook(run_inside)
+        assert torch.equal(model(outer), expected[0])
+        hook.remove()
+        stop = model.block.ff.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(inner)
+        stop.remove()
+        assert torch.equal(model(outer), expected[0])
+
+
+@torch.no_grad()
+def test_the_innermost_patch_counts() -> None:
+    model, latent = denoiser(), latent_of(8, 8)
+    with tokred.patch(model, "tomesd", ratio=0.25) as outer:
+        few = model(latent)
+        with tokred.patch(model, "tomesd", ratio=0.5, merge_mlp=True) as inner:
+            many = model(latent)
+            assert inner.merged == {"blocks.0": (64, 32)}
+        assert torch.equal(model(latent), few)
+        assert outer.merged == {"blocks.0": (64, 48)}
+    with tokred.patch(model, "tomesd", ratio=0.5, merge_mlp=True):
+        assert torch.equal(model(latent), many)
+
+
+@torch.no_grad()
+def test_compiles_to_one_graph() -> None:
+    model, graphs = denoiser(blocks=2), []
+    torch._dynamo.reset()
+
+    def backend(module: torch.fx.GraphModule, _: list) -> Callable:
+        graphs.append(module)
+        return module.forward
+
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    with tokred.patch(model, "tomesd"):
+        for seed in range(4):
+            latent = latent_of(8, 8, seed=seed)
+            assert torch.equal(compiled(latent), model(latent))
+    assert len(graphs) == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_dtypes(dtype: torch.dtype) -> None:
+    model, latent = denoiser().to(dtype), latent_of(8, 8).to(dtype)
+    plain = model(latent)
+    with tokred.patch(model, "tomesd") as handle:
+        merged = model(latent)
+    assert handle.merged == {"blocks.0": (64, 32)}
+    assert merged.dtype == dtype
+    assert torch.cosine_similarity(merged.flatten().float(), plain.flatten().float(), dim=0) > 0.8

@@ -129,6 +129,7 @@ class LatentState:
         self.passes.add(x, index, replace(now, finest=finest))
         # Tokens that come straight from an image are channel-first; the ops want rows.
         metric = x.detach().contiguous()
+        metric = metric.float() if metric.dtype == torch.float64 else metric
         seed = block_seed(metric, self.seed, index) if self.options.use_rand else None
         plan = compute_merge(metric, now.size, self.options, seed, finest)
         record = (name, x.shape[1], x.shape[1] if plan is None else plan[1])
