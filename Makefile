@@ -9,7 +9,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 LOCKED = $(PIP) --no-deps --requirement
 BUILD := CMAKE_ARGS="-DTOKRED_SIMT=ON" $(BIN)/python setup.py --quiet build_ext --inplace
 
-.PHONY: build demo test test-newest test-oldest test-avx512 fuzz bench bench-full lint sanitize \
+.PHONY: build demo test test-newest test-oldest test-avx512 fuzz bench bench-full tables lint sanitize \
         lock clean FORCE
 .DELETE_ON_ERROR:
 
@@ -95,14 +95,15 @@ sanitize: build $(VENV)/test
 	$(BIN)/python tests/sanitize.py
 
 bench: build $(VENV)/bench
-	$(BIN)/python -m bench --quick
-	$(BIN)/python -m bench.plot
-	$(BIN)/python -m bench.readme_tables
+	$(BIN)/python -m bench --quick; failed=$$?; $(MAKE) tables && exit $$failed
 
 bench-full: build $(VENV)/bench
-	$(BIN)/python -m bench --full
-	$(BIN)/python -m bench.plot
+	$(BIN)/python -m bench --full; failed=$$?; $(MAKE) tables && exit $$failed
+
+# The tables and figures of the README and docs/, from what bench and demo measured.
+tables: build $(VENV)/bench
 	$(BIN)/python -m bench.readme_tables
+	$(BIN)/python -m bench.plot
 
 clean:
 	rm -rf build dist demo_output .make python/tokred/lib python/tokred/_C*.so

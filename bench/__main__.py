@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -42,7 +43,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def share(row: Row) -> str:
-    return f"{row.ceiling_share:6.1%} of {row.ceiling_name}" if row.ceiling_share else ""
+    if row.ceiling_share is None:
+        return row.residency
+    return f"{row.ceiling_share:6.1%} of {row.ceiling_name}"
 
 
 def report(rows: list[Row]) -> None:
@@ -67,28 +70,46 @@ def run_bench(name: str, run: Run, rates: dict[str, float]) -> list[Row]:
     return rows
 
 
-def main() -> None:
+def report_ceilings(rows: list[Row]) -> None:
+    for row in rows:
+        unit = "Gop/s" if ceilings.is_arithmetic(row.case) else "GB/s"
+        print(f"  {row.case:22s} {row.candidate:22s} {ceilings.rate(row) / 1e9:9.1f} {unit}")
+
+
+def main() -> int:
+    """Runs and stores one bench after the other; 1 where one of them failed."""
     options = arguments()
     torch.set_num_threads(options.threads)
     start = time.monotonic()
     run = start_run(options.device, options.mode, options.force)
     print(f"{run.machine}, {run.threads} threads, torch {run.versions['torch']}, "
-          f"revision {run.revision}, jitter {run.jitter:.0%}")
-    rates, rows = ceilings.measure(run)
-    for row in rows:
-        unit = "GFLOP/s" if row.case.startswith("gemm") else "GB/s"
-        print(f"  {row.case:38s} {rates[row.case] / 1e9:11.1f} {unit}")
-    batches = [rows]
-    for name in options.only:
-        batches.append(run_bench(name, run, rates))
+          f"revision {run.revision}, jitter {run.jitter:.0%}, L3 {run.cache_bytes >> 20} MiB")
+    if run.revision.endswith("-dirty") or run.revision == "unknown":
+        print(f"WARNING: tables and figures are not made of results at revision {run.revision}: "
+              "commit first")
     path = options.out or (None if options.force else run.path)
-    if path:
-        store(path, [row for batch in batches for row in batch])
-        print(f"\nwrote {path}")
-    else:
-        print("\nforced on a possibly busy machine: nothing stored")
+    print("ceilings", flush=True)
+    rates, rows = ceilings.measure(run)
+    report_ceilings(rows)
+    failed = []
+    for number, name in enumerate(("ceilings", *options.only)):
+        if number:
+            seconds = time.monotonic() - start
+            print(f"\n[{number}/{len(options.only)}] {name}, after {seconds:.0f} s", flush=True)
+            try:
+                rows = run_bench(name, run, rates)
+            except Exception:  # what the others measured is kept
+                traceback.print_exc()
+                failed.append(name)
+                continue
+        if path and rows:
+            store(path, rows)
+    print(f"\nwrote {path}" if path else "\nforced on a possibly busy machine: nothing stored")
     print(f"{time.monotonic() - start:.0f} s")
+    if failed:
+        print(f"FAILED: {', '.join(failed)}; their earlier results are unchanged")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

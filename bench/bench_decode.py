@@ -109,7 +109,7 @@ def sparse_case(keys: int, dtype: str, device: str) -> Case:
 
     return Case("decode", "sparse", (1, HEADS_Q, HEADS_KV, keys, DIM, CHOSEN), dtype, build,
                 bytes_moved=CHOSEN * row_bytes(dtype), flops=4 * HEADS_Q * CHOSEN * DIM,
-                ceiling=f"gather_{DIM * DTYPES[dtype].itemsize // 4}",
+                ceiling=f"gather_{DIM * DTYPES[dtype].itemsize}_sorted",
                 examine=agreement(TOLERANCE[dtype]))
 
 

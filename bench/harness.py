@@ -86,6 +86,7 @@ class Row:
     revision: str
     date: str
     jitter: float  # of the machine before the run, see `machine_jitter`
+    residency: str = ""  # why there is no share of the memory's rate: what moves stays in the cache
     metrics: dict[str, float] = field(default_factory=dict)
 
 
@@ -208,11 +209,32 @@ def role(case: Case, candidate: str) -> str:
 
 
 def binding_ceiling(case: Case, ceilings: dict[str, float]) -> str:
-    """The case's own, or the fp32 gemm where that is faster: some machines emulate a dtype."""
-    fp32 = "gemm_float32"
-    if case.ceiling.startswith("gemm") and ceilings.get(fp32, 0) > ceilings.get(case.ceiling, 0):
-        return fp32
-    return case.ceiling
+    """The case's own; of arithmetic, fused multiply-adds in float32 where those are faster.
+
+    They are for a float32 product, and for other dtypes that the machine has no instructions for.
+    """
+    if not case.ceiling.startswith("gemm"):
+        return case.ceiling
+    names = (case.ceiling, "gemm_float32", "fma_float32")
+    return max(names, key=lambda name: ceilings.get(name, 0))
+
+
+def residency(case: Case, cache_bytes: int) -> str:
+    """Whether what the case moves stays in the last cache from one call to the next."""
+    if case.ceiling.startswith("gemm") or not case.bytes_moved:
+        return ""
+    if case.bytes_moved <= cache_bytes:
+        return "fits L3"
+    return "partly in L3" if case.bytes_moved < 2 * cache_bytes else ""
+
+
+def ceiling_share(work: int, seconds: float, ceiling: float | None, name: str
+                  ) -> tuple[float | None, str]:
+    """The share, or why there is none: a ceiling that was passed is none."""
+    if not ceiling or not work:
+        return None, ""
+    share = work / seconds / ceiling
+    return (share, "") if share <= 1 else (None, f"above {name}")
 
 
 def run_case(case: Case, run: Run, ceilings: dict[str, float]) -> list[Row]:
@@ -230,8 +252,12 @@ def run_case(case: Case, run: Run, ceilings: dict[str, float]) -> list[Row]:
     ceiling_name = binding_ceiling(case, ceilings)
     ceiling = ceilings.get(ceiling_name)
     work = case.flops if case.ceiling.startswith("gemm") else case.bytes_moved
+    resident = residency(case, run.cache_bytes)
 
     def row(name: str, timing: Timing) -> Row:
+        share, why = None, resident
+        if not resident:
+            share, why = ceiling_share(work, timing.median_s, ceiling, ceiling_name)
         return Row(
             bench=case.bench, case=case.name, distribution=case.distribution, dtype=case.dtype,
             shape=tuple(case.shape), candidate=name, role=role(case, name),
@@ -239,10 +265,10 @@ def run_case(case: Case, run: Run, ceilings: dict[str, float]) -> list[Row]:
             p80_us=timing.p80_s * 1e6,
             ratio_to_best_peer=min(peers) / timing.median_s if peers else None,
             bytes_moved=case.bytes_moved, flops=case.flops, ceiling_name=ceiling_name,
-            ceiling_share=work / timing.median_s / ceiling if ceiling and work else None,
+            ceiling_share=share,
             samples=timing.samples, timer=timing.timer, device=run.device, machine=run.machine,
             threads=run.threads, versions=run.versions, revision=run.revision, date=run.date,
-            jitter=run.jitter, metrics=metrics.get(name, {}),
+            jitter=run.jitter, residency=why, metrics=metrics.get(name, {}),
         )
 
     return [row(name, timing) for name, timing in timings.items()]

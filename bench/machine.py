@@ -7,7 +7,6 @@ import os
 import platform
 import re
 import statistics
-import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+
+from tokred.demo_report import revision
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -34,6 +35,7 @@ class Run:
     revision: str
     date: str
     jitter: float
+    cache_bytes: int = 0  # the last cache, where it keeps what a call leaves in it for the next one
 
     @property
     def budget_s(self) -> float:
@@ -118,17 +120,30 @@ def machine_name(device: str) -> str:
     return f"{model} {torch.backends.cpu.get_cpu_capability()} {os.cpu_count()}-core"
 
 
-def revision() -> str:
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=RESULTS.parent, capture_output=True,
-                              text=True, check=True)
-        return done.stdout.strip()
+def last_cache_bytes() -> int:
+    """All last-level caches of the processors that this process may use (Linux), or 32 MiB."""
+    caches: dict[tuple[int, str], int] = {}
+    for cpu in os.sched_getaffinity(0):
+        for index in Path(f"/sys/devices/system/cpu/cpu{cpu}/cache").glob("index*"):
+            level = int((index / "level").read_text())
+            shared, size = ((index / name).read_text().strip()
+                            for name in ("shared_cpu_list", "size"))
+            caches[level, shared] = int(size[:-1]) << {"K": 10, "M": 20, "G": 30}[size[-1]]
+    last = max((level for level, _ in caches), default=0)
+    return sum(size for (level, _), size in caches.items() if level == last) or 32 << 20
 
-    try:
-        dirty = git("status", "--porcelain", "--untracked-files=no", "--", "..", ":!results")
-        return git("rev-parse", "--short", "HEAD") + ("-dirty" if dirty else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+
+def available_bytes() -> int:
+    """Memory that can be had without swapping, within the control group's limit (Linux)."""
+    limits = [int(1e18)]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        found = re.search(r"MemAvailable:\s*(\d+) kB", meminfo.read_text())
+        limits += [int(found.group(1)) << 10] if found else []
+    group = Path("/sys/fs/cgroup/memory.max")
+    if group.exists() and group.read_text().strip().isdigit():
+        limits.append(int(group.read_text()))
+    return min(limits)
 
 
 def versions() -> dict[str, str]:
@@ -145,5 +160,7 @@ def start_run(device: str, mode: str, force: bool = False) -> Run:
     threads = torch.get_num_threads()
     jitter = idle_gate(threads, force)
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    # On a GPU, the L2 cache is emptied before every sample.
+    cache_bytes = last_cache_bytes() if device == "cpu" else 0
     return Run(device, mode, machine_name(device), threads, versions(), revision(), today,
-               round(jitter, 3))
+               round(jitter, 3), cache_bytes)

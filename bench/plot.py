@@ -2,6 +2,7 @@
 
 MACHINE-MODE-BENCH.png: speed-up over the best peer, one bar per candidate of ours.
 MACHINE-MODE-models.png: speed-up and class-token cosine over r.
+Results of an unknown revision or of changed files are refused.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import Patch
 
-from .harness import Row, load
+from .harness import Row
 from .machine import RESULTS
-from .readme_tables import SHORT, caption, groups
+from .published import load_rows
+from .tables import SHORT, caption, groups
 
 COLORS = {"float32": "#33658a", "float16": "#86bbd8", "bfloat16": "#f6ae2d"}
 BARS = ("topk", "score", "decode", "packed", "block_sparse", "match", "merge", "sparse_attn",
@@ -32,7 +34,7 @@ def label(row: Row) -> str:
 
 def note(row: Row) -> str:
     if not row.ceiling_share:
-        return f" {row.ratio_to_best_peer:.3g}×"
+        return f" {row.ratio_to_best_peer:.3g}×   {row.residency}".rstrip()
     share = f"{row.ceiling_share:.0%} of {row.ceiling_name.split('_')[0]}"
     return f" {row.ratio_to_best_peer:.3g}×   {share}"
 
@@ -100,7 +102,7 @@ def curves(rows: Sequence[Row], path: Path) -> None:
 def draw(results: Path = RESULTS) -> list[Path]:
     drawn = []
     for source in sorted(results.glob("*.jsonl")):
-        rows = load(source)
+        rows = load_rows(source)
         for bench in (*BARS, "models"):
             chosen = [r for r in rows if r.bench == bench]
             if chosen:

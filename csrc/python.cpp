@@ -1,9 +1,13 @@
-// tokred._C: what the build and the machine are, and the launch plans of the CUDA kernels. No
-// tensors: every op works without this module.
+// tokred._C: what the build and the machine are, what the machine can do (its ceilings), and the
+// launch plans of the CUDA kernels. No tensors: every op works without this module.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <string>
+#include <utility>
+#include <vector>
 
+#include "ceilings/measure.h"
 #include "cuda/plan_kv_pack.h"
 #include "cuda/plan_match.h"
 #include "cuda/plan_merge.h"
@@ -158,10 +162,54 @@ py::dict plans_of_packed_attention(const AttentionShape& s, const PackFormat& f)
                   "workspace_bytes"_a = decode_workspace_bytes(shape));
 }
 
+// Work and seconds of the rounds, as Python gets them.
+using WorkAndSeconds = std::pair<int64_t, std::vector<double>>;
+
+WorkAndSeconds as_pair(ceilings::Rounds rounds) {
+  return {rounds.work, std::move(rounds.seconds)};
+}
+
+// Each returns (bytes or operations of a round, [seconds of each]); see ceilings/measure.h.
+void define_ceilings(py::module_& m) {
+  using Unlocked = py::call_guard<py::gil_scoped_release>;
+  m.def(
+      "ceiling_read",
+      [](const std::string& isa, int64_t bytes, int64_t threads, int64_t rounds) {
+        return as_pair(ceilings::measure_read(isa, bytes, threads, rounds));
+      },
+      "isa"_a, "bytes"_a, "threads"_a, "rounds"_a, Unlocked(),
+      "Streams an array through all threads: (bytes read, [seconds]).");
+  m.def(
+      "ceiling_copy",
+      [](const std::string& isa, int64_t bytes, int64_t threads, int64_t rounds, bool past_caches) {
+        return as_pair(ceilings::measure_copy(isa, bytes, threads, rounds, past_caches));
+      },
+      "isa"_a, "bytes"_a, "threads"_a, "rounds"_a, "non_temporal"_a, Unlocked(),
+      "Copies an array: (bytes read and written, [seconds]).");
+  m.def(
+      "ceiling_gather",
+      [](const std::string& isa, int64_t bytes, int64_t row_bytes, int64_t threads, int64_t rounds,
+         bool shuffled) {
+        return as_pair(
+            ceilings::measure_gather(isa, bytes, row_bytes, threads, rounds, shuffled));
+      },
+      "isa"_a, "table_bytes"_a, "row_bytes"_a, "threads"_a, "rounds"_a, "shuffled"_a, Unlocked(),
+      "Reads one row in eight of a table: (bytes read, [seconds]).");
+  m.def(
+      "ceiling_operations",
+      [](const std::string& isa, const std::string& what, int64_t steps, int64_t threads,
+         int64_t rounds) {
+        return as_pair(ceilings::measure_operations(isa, what, steps, threads, rounds));
+      },
+      "isa"_a, "what"_a, "steps"_a, "threads"_a, "rounds"_a, Unlocked(),
+      "multiply_add (f32), dot_int16 or dot_int8: (operations, [seconds]).");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Introspection: the build, the CPU instruction set, and CUDA launch plans.";
+  m.doc() = "Introspection: the build, the CPU and what it can do, and CUDA launch plans.";
+  define_ceilings(m);
   m.def("build_info", &build_info);
   m.def("cpu_isa", &tokred_cpu_isa, "The instruction set that the CPU kernels run on.");
   m.def("best_cpu_isa", &tokred_best_cpu_isa, "The best one of this machine.");

@@ -10,13 +10,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +24,7 @@ from torch.nn import functional
 
 import tokred
 from tokred import demo_cache, demo_text
+from tokred.demo_report import origin
 from tokred.models.dinov2 import PATCH_SIZE, load_dinov2
 from tokred.models.offline import MissingModelError
 
@@ -287,30 +286,11 @@ def _verdict(rows: list[Row]) -> str:
 
 def _report(rows: list[Row], plan: Plan) -> dict[str, Any]:
     return {
-        "machine": {
-            "cpu": _cpu_name(),
-            "threads": torch.get_num_threads(),
-            "platform": platform.platform(),
-            "capability": torch.backends.cpu.get_cpu_capability(),
-        },
-        "versions": {
-            "tokred": tokred.__version__,
-            "torch": torch.__version__,
-            "transformers": version("transformers"),
-            "python": platform.python_version(),
-        },
+        "origin": asdict(origin(plan is FULL)),
         "photographs": list(plan.photographs),
         "repeats": {str(size): count for size, count in plan.repeats.items()},
         "rows": [asdict(row) for row in rows],
     }
-
-
-def _cpu_name() -> str:
-    """The processor's name, where Linux tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _require_packages() -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import tokred
+from tokred.compat import cache_keyword
 from tokred.demo_report import (
     SpeedRow,
     mark_dense,
@@ -31,6 +33,7 @@ from tokred.demo_report import (
     save_figure,
     speed_rows,
     speed_table,
+    speed_verdict,
 )
 from tokred.demo_text import dense_attention, generate_text, text_ids
 from tokred.models.smollm2 import load_smollm2
@@ -109,12 +112,13 @@ def run(plan: CachePlan, output: Path) -> CacheReport:
         dense, perplexity = _perplexities(model, ids, plan)
         speed, memory = _speeds(model, plan)
         cache = tokred.PackedCache(model.config, 4, window=0)
-        generated = generate_text(model, tokenizer, plan.generated, past_key_values=cache)
+        generated = generate_text(model, tokenizer, plan.generated, **{cache_keyword(): cache})
     full = _float16_bytes(model.config)
     report = CacheReport(plan, dense, full, perplexity, memory, speed, generated)
     speeds = speed_table("cache", report.speed)
     tables = (_perplexity_table(report), _memory_table(report), speeds)
-    publish(console, report, output / "text_cache", save_plot, tables, _verdict(report))
+    complete = plan is FULL
+    publish(console, report, output / "text_cache", complete, save_plot, tables, _verdict(report))
     return report
 
 
@@ -125,14 +129,14 @@ def _perplexities(
     from transformers import DynamicCache
 
     prompt = DynamicCache(config=model.config)
-    model(ids[:, : plan.prefix], past_key_values=prompt, logits_to_keep=1)
+    model(ids[:, : plan.prefix], logits_to_keep=1, **{cache_keyword(): prompt})
 
     def perplexity(cache: Any) -> float:
         for number, layer in enumerate(prompt.layers):
             cache.update(layer.keys, layer.values, number)
         losses = []
         for place in range(plan.prefix, plan.prefix + plan.scored):
-            logits = model(ids[:, place, None], past_key_values=cache).logits[:, -1]
+            logits = model(ids[:, place, None], **{cache_keyword(): cache}).logits[:, -1]
             losses.append(functional.cross_entropy(logits, ids[:, place + 1]))
         return torch.stack(losses).mean().exp().item()
 
@@ -151,14 +155,19 @@ class Contender:
 
     cache: Any
     patch: Callable[[], AbstractContextManager]
-    seconds: list[float]
+    is_peer: bool = False
+    seconds: list[float] = field(default_factory=list)
+
+
+# Where a StaticCache goes, which is made anew for every context: a longer one is slower.
+STATIC = None
 
 
 def _contenders(model: torch.nn.Module, plan: CachePlan) -> dict[str, Contender]:
+    """Dense caches and packed ones; a StaticCache with SDPA is the best dense practice."""
     from transformers import DynamicCache
 
-    def sdpa() -> AbstractContextManager:
-        return dense_attention(model, "sdpa")
+    sdpa = partial(dense_attention, model, "sdpa")
 
     def sparse() -> AbstractContextManager:
         return tokred.patch(model, "top_k_attention", k=plan.keys)
@@ -166,12 +175,12 @@ def _contenders(model: torch.nn.Module, plan: CachePlan) -> dict[str, Contender]
     def packed(bits: int) -> Any:
         return tokred.PackedCache(model.config, bits)
 
-    dense = [DynamicCache(config=model.config) for _ in range(2)]
     return {
-        "dense, SDPA": Contender(dense[0], sdpa, []),
-        "dense, tokred": Contender(dense[1], nullcontext, []),
-        **{f"{bits} bits": Contender(packed(bits), nullcontext, []) for bits in plan.speed_bits},
-        f"4 bits, top {plan.keys} keys": Contender(packed(4), sparse, []),
+        "SDPA, StaticCache": Contender(STATIC, sdpa, is_peer=True),
+        "SDPA, DynamicCache": Contender(DynamicCache(config=model.config), sdpa, is_peer=True),
+        "tokred, StaticCache": Contender(STATIC, nullcontext),
+        **{f"{bits} bits": Contender(packed(bits), nullcontext) for bits in plan.speed_bits},
+        f"4 bits, top {plan.keys} keys": Contender(packed(4), sparse),
     }
 
 
@@ -180,17 +189,27 @@ def _speeds(model: torch.nn.Module, plan: CachePlan) -> tuple[list[SpeedRow], li
 
     Every cache decodes into itself: what it appends and copies is part of its time.
     """
+    from transformers import StaticCache
+
     contenders = _contenders(model, plan)
+    growing = [contender for contender in contenders.values() if contender.cache is not STATIC]
+    static = [contender for contender in contenders.values() if contender.cache is STATIC]
+    peers = [name for name, contender in contenders.items() if contender.is_peer]
     draw = torch.Generator().manual_seed(0)
     token = torch.zeros(1, 1, dtype=torch.long)
     speed, memory = [], []
     for context in plan.contexts:
-        first = next(iter(contenders.values())).cache
-        missing = context - first.get_seq_length()
+        missing = context - growing[0].cache.get_seq_length()
+        length = context + plan.decoded + 1
+        for contender in static:
+            contender.cache = StaticCache(config=model.config, max_cache_len=length)
         for number in range(model.config.num_hidden_layers):
             key, value = _random_states(model.config, missing, draw)
-            for contender in contenders.values():
+            for contender in growing:
                 contender.cache.update(key, value, number)
+            whole = growing[0].cache.layers[number]
+            for contender in static:
+                contender.cache.update(whole.keys, whole.values, number)
         for bits in plan.speed_bits:
             cache = contenders[f"{bits} bits"].cache
             share = cache.bytes_per_token() / _float16_bytes(model.config)
@@ -201,10 +220,10 @@ def _speeds(model: torch.nn.Module, plan: CachePlan) -> tuple[list[SpeedRow], li
             for contender in contenders.values():
                 with contender.patch():
                     begin = time.perf_counter()
-                    model(token, past_key_values=contender.cache)
+                    model(token, **{cache_keyword(): contender.cache})
                     contender.seconds.append(time.perf_counter() - begin)
         seconds = {name: contender.seconds for name, contender in contenders.items()}
-        speed += speed_rows(context, seconds, "dense, SDPA")
+        speed += speed_rows(context, seconds, peers)
     return speed, memory
 
 
@@ -267,11 +286,6 @@ def _verdict(report: CacheReport) -> str:
             lines.append(
                 f"{row.bits} bits: {row.to_dense:.3f} times the dense perplexity, {within} {good}"
             )
-    packed = [row for row in report.speed if "bits" in row.method]
-    best = max(packed, key=lambda row: row.speed_up)
-    lines.append(
-        f"{best.method}: {best.speed_up:.2f}× the tokens per second of a dense cache with SDPA at "
-        f"{best.context} tokens"
-    )
+    lines.append(speed_verdict(report.speed))
     lines += [f"generated from 4 bits: {text!r}" for text in report.generated]
     return "\n".join(lines)

@@ -1,43 +1,126 @@
-"""How the parts of the demo on text report: rows of speed, tables, plots and files."""
+"""How the parts of the demo report: where and on what they ran, rows of speed, tables, plots."""
 
 from __future__ import annotations
 
+import datetime
 import json
+import platform
 import statistics
+import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import torch
+
+import tokred
+
+# What changes no measurement: results, and the pages that are written from them.
+_NOT_MEASURED = ("README.md", "docs", "bench/results")
+
+
+# ---- Where and on what --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What all figures of a report have in common."""
+
+    complete: bool  # False of a quick run, which is none to quote
+    cpu: str
+    threads: int
+    torch: str
+    transformers: str
+    python: str
+    tokred: str
+    revision: str
+    date: str
+
+
+def origin(complete: bool) -> Origin:
+    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    return Origin(
+        complete,
+        f"{_cpu_name()} {torch.backends.cpu.get_cpu_capability()}",
+        torch.get_num_threads(),
+        torch.__version__,
+        version("transformers"),
+        platform.python_version(),
+        tokred.__version__,
+        revision(),
+        today,
+    )
+
+
+def revision() -> str:
+    """The commit that tokred runs from, with "-dirty" where its files differ; or "unknown"."""
+    package = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        done = subprocess.run(command, cwd=package, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) / "python" / "tokred" != package:
+            return "unknown"  # installed somewhere inside another repository
+        ignored = [f":(top,exclude){path}" for path in _NOT_MEASURED]
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", *ignored)
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _cpu_name() -> str:
+    """The processor's name, where Linux tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+# ---- Speed --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class SpeedRow:
     method: str
     context: int
+    milliseconds: float  # a token
     tokens_per_second: float
-    speed_up: float  # over SDPA
+    speed_up: float  # over the fastest peer
+    is_peer: bool  # dense attention and caches that are not ours
 
 
 def speed_rows(
-    context: int, seconds: Mapping[str, Sequence[float]], baseline: str
+    context: int, seconds: Mapping[str, Sequence[float]], peers: Sequence[str]
 ) -> list[SpeedRow]:
     """From the seconds of every token of every method, the first of which warms up."""
-    rates = {name: 1 / statistics.median(times[1:]) for name, times in seconds.items()}
-    return [SpeedRow(name, context, rate, rate / rates[baseline]) for name, rate in rates.items()]
+    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
+    best = min(medians[name] for name in peers)
+    return [
+        SpeedRow(name, context, median * 1e3, 1 / median, best / median, name in peers)
+        for name, median in medians.items()
+    ]
 
 
 def publish(
     console: Any,
     report: Any,
     path: Path,
+    complete: bool,
     save_plot: Callable[[Any, Path], None],
     tables: Iterable[Any],
     verdict: str,
 ) -> None:
-    """Writes PATH.json and PATH.png, and prints the tables and the verdict."""
+    """Writes PATH.json, with its origin, and PATH.png, and prints the tables and the verdict."""
     path.parent.mkdir(parents=True, exist_ok=True)
     picture, results = path.with_suffix(".png"), path.with_suffix(".json")
-    results.write_text(json.dumps(asdict(report), indent=2) + "\n")
+    results.write_text(
+        json.dumps({"origin": asdict(origin(complete)), **asdict(report)}, indent=2) + "\n"
+    )
     save_plot(report, picture)
     for part in (*tables, verdict):
         console.print(part)
@@ -69,12 +152,26 @@ def perplexity_table(
 
 
 def speed_table(what: str, rows: Sequence[SpeedRow]) -> Any:
-    """Tokens per second of whatever the rows compare."""
-    table = new_table("Decoding, one sequence", (what, "context", "tokens / s", "speed-up"))
+    """Tokens per second of whatever the rows compare; peers by name alone, ours with a star."""
+    headings = (what, "context", "tokens / s", "to best dense")
+    table = new_table("Decoding, one sequence (* tokred)", headings)
     for row in rows:
+        name = row.method if row.is_peer else f"* {row.method}"
         rate = f"{row.tokens_per_second:.1f}"
-        table.add_row(row.method, str(row.context), rate, f"{row.speed_up:.2f}×")
+        table.add_row(name, str(row.context), rate, f"{row.speed_up:.2f}×")
     return table
+
+
+def speed_verdict(rows: Sequence[SpeedRow]) -> str:
+    """Our fastest at the longest context, beside the fastest peer there."""
+    longest = max(row.context for row in rows)
+    here = [row for row in rows if row.context == longest]
+    best = max((row for row in here if not row.is_peer), key=lambda row: row.speed_up)
+    peer = max((row for row in here if row.is_peer), key=lambda row: row.speed_up)
+    return (
+        f"{best.method}: {best.speed_up:.2f}× the tokens per second of {peer.method}, the best "
+        f"dense practice, at {longest} tokens"
+    )
 
 
 # ---- Plots --------------------------------------------------------------------------------------
