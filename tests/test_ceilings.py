@@ -23,26 +23,43 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+def measured() -> list:
+    """Short rounds, some of which find even a busy machine free."""
+    size = 1 << 23
+    rows = [*ceilings.kernel_rows(RUN, size, rounds=15, steps=5000),
+            *ceilings.torch_rows(RUN, size, repeats=15)]  # fmt: skip
+    a = torch.randn(256, 256)
+    seconds = ceilings.timed(lambda: a @ a, 15)
+    return [*rows, ceilings.row_of(RUN, "gemm_float32", "torch mm", 2 * 256**3, seconds, 1)]
+
+
+def best(rows: list, role: str) -> dict[str, float]:
+    return ceilings.best_rates([row for row in rows if row.role == role])
+
+
+def is_plausible(rows: list) -> bool:
+    """Ours are no slower than torch's ways, and no gather of lines is faster than streams."""
+    ours, torchs = best(rows, "ours"), best(rows, "peer")
+    return (
+        all(ours[name] > 0.8 * torchs[name] for name in ("read", "copy"))
+        and ours["fma_float32"] > torchs["gemm_float32"]
+        and ours["gather_64_shuffled"] < 1.1 * ours["read"]
+    )
+
+
 def test_ceilings_are_plausible(one_thread):
-    """Ours are no slower than torch's own ways, up to noise: each takes the best of many turns."""
-    _C = pytest.importorskip("tokred._C")
-    size, isa = 1 << 26, _C.cpu_isa()
-    measured = [*ceilings.kernel_rows(RUN, size, rounds=15, steps=20_000),
-                *ceilings.torch_rows(RUN, size)]
-    by_name = {row.case: ceilings.rate(row) for row in measured if row.role == "ours"}
-    torch_rates = {row.case: ceilings.rate(row) for row in measured if row.role == "peer"}
-    assert {row.candidate for row in measured} == {f"tokred._C, {isa}", "torch sum", "torch copy_"}
-    best = ceilings.best_rates(measured)
-    for name, theirs in torch_rates.items():
-        assert by_name[name] > 0.5 * theirs
-        assert best[name] == max(by_name[name], theirs)
-    # Rows of 64 bytes are no faster than streams, and products in registers than any memory.
-    assert by_name["gather_64_shuffled"] < 1.5 * by_name["read"]
-    assert by_name["fma_float32"] > by_name["read"] / 4
-    assert all(1e8 < rate < 1e14 for rate in by_name.values())
-    a = torch.randn(512, 512)
-    gemm = 2 * 512**3 / min(ceilings.timed(lambda: a @ a, 10))
-    assert by_name["fma_float32"] > 0.8 * gemm
+    pytest.importorskip("tokred._C")
+    rows = measured()
+    for _ in range(20):  # neighbours only ever slow a round down
+        if is_plausible(rows):
+            break
+        rows += measured()
+    assert is_plausible(rows), (best(rows, "ours"), best(rows, "peer"))
+    assert {"read", "copy", "copy_ordinary", "gather_1024_sorted", "fma_float32", "dot_int16"} <= (
+        best(rows, "ours").keys()
+    )
+    for name, rate in best(rows, "peer").items():
+        assert ceilings.best_rates(rows)[name] >= rate
 
 
 def test_ceilings_refuse_what_they_cannot_measure():
