@@ -189,7 +189,7 @@ class FasaAttention:
         self.options = options
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
-        if call.q.shape[2] > 1 or self.options.k >= call.num_keys:
+        if call.is_prompt or self.options.k >= call.num_keys:
             return call.dense()
         dims = self.options.dims[call.layer]
         visible = call.visible()

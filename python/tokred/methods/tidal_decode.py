@@ -26,7 +26,7 @@ class TidalAttention:
         self.options = options
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
-        if call.q.shape[2] > 1 or self.options.k >= call.num_keys:
+        if call.is_prompt or self.options.k >= call.num_keys:
             return call.dense()
         mask = call.visible()
         return self.step(call.layer, call.q, call.k, call.v, call.carried, mask, call.scale)
@@ -93,7 +93,6 @@ class TidalDecode:
 
     adapters = ("causal_lm",)
     rotation = "cached"
-    carries = True
 
     def __post_init__(self) -> None:
         if self.k < 1:

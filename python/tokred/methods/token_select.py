@@ -62,9 +62,9 @@ class TokenSelectAttention:
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         options = self.options
-        queries = call.q.shape[2]
-        if queries > 1 and options.prefill == "dense":
+        if call.is_prompt and options.prefill == "dense":
             return call.dense()
+        queries = call.q.shape[2]
         parts = [
             self._attend_chunk(call.narrow(start, min(start + options.chunk, queries)))
             for start in range(0, queries, options.chunk)

@@ -79,10 +79,9 @@ class TopKState:
         self.options = options
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
-        queries = call.q.shape[2]
-        if queries > 1 and self.options.prefill == "dense":
+        if call.is_prompt and self.options.prefill == "dense":
             return call.dense()
-        if call.is_packed and queries == 1:
+        if call.is_packed and call.q.shape[2] == 1:
             return self._attend_packed(call)
         return top_k_attention(
             call.q, call.k, call.v, self.options.k, call.causal, call.mask, call.scale

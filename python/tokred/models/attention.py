@@ -156,6 +156,8 @@ def attention_forward(
         key.refuse_cross_attention(module, bool(is_causal))
         if key.is_first:
             key, value = key.new_key, key.new_value
+    if value is not None:
+        query, key, value = _same_dtype(query, key, value)
     call = _call(query, key, value, attention_mask, bool(is_causal), scaling, sliding_window)
     if indices is not None:
         out, lse = _listed(call, indices)
@@ -168,6 +170,15 @@ def attention_forward(
         share = torch.sigmoid(lse - s_aux.to(lse.dtype)[:, None])
         out = out * share[..., None].to(out.dtype)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _same_dtype(*states: Tensor) -> tuple[Tensor, ...]:
+    """Rotation under autocast leaves states in float32: all are cast, as autocast does for sdpa."""
+    if len({each.dtype for each in states}) > 1:
+        kind = states[0].device.type
+        if torch.is_autocast_enabled(kind):
+            return tuple(each.to(torch.get_autocast_dtype(kind)) for each in states)
+    return states
 
 
 def _call(

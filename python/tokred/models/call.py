@@ -28,6 +28,8 @@ class AttentionCall:
     window: query i sees only the last `window` keys up to its own, or None.
     carried: what earlier layers of the same forward pass have left here for later ones. A method
         keeps nothing else from call to call: its object is shared by threads.
+    in_prompt: an earlier layer of the pass had several queries; models whose last layers share
+        keys ask these for the last tokens only.
     """
 
     q: Tensor
@@ -40,11 +42,17 @@ class AttentionCall:
     rotary: Any = None
     window: int | None = None
     carried: dict[str, Tensor] = field(default_factory=dict)
+    in_prompt: bool = False
 
     @property
     def num_keys(self) -> int:
         """N."""
         return self.k.length if self.is_packed else self.k.shape[2]
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether the forward pass brings several tokens at once."""
+        return self.in_prompt or self.q.shape[2] > 1
 
     @property
     def is_packed(self) -> bool:

@@ -5,11 +5,10 @@ its attention to the method. A method is a dataclass of options with
 
     adapters = ("causal_lm",)
     rotation = "cached" or "compact"
-    carries = True      # only if layers leave something for later ones in `AttentionCall.carried`
     def attention(self, layers: Sequence[int]) -> AttentionMethod
 
 where `layers` are the model's own numbers of those layers; `attend` is called once a layer and
-forward pass, in their order, by threads at once if the model is. Methods count full-attention
+forward pass, in their order, and by several threads if the model is. Methods count full-attention
 layers alone, from 0. Layers that see only a part of the keys, by a window, in chunks or by lists of
 their own, are left alone.
 
@@ -43,23 +42,24 @@ class Bound:
     method: attention.AttentionMethod
     rotary: Rotary | None
 
-    def carried(self) -> dict[str, Tensor]:
-        """What earlier layers of the forward pass that runs in this thread have left."""
+    def forward_pass(self) -> Pass:
+        """The one that runs in this thread; a new one where a layer is called by itself."""
         running = _running.innermost
         while running is not None:
             if running.bound is self:
-                return running.carried
+                return running
             running = running.outer
-        return {}
+        return Pass(self, {}, None)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Pass:
     """A forward pass of a decoder, and the one that it runs inside of, if any."""
 
     bound: Bound
     carried: dict[str, Tensor]
     outer: Pass | None
+    is_prompt: bool = False
 
 
 class _Running(threading.local):
@@ -80,10 +80,14 @@ class Turn:
     def attend(self, call: attention.AttentionCall) -> tuple[Tensor, Tensor]:
         self.came = True
         bound = self.bound
+        running = bound.forward_pass()
+        if call.q.shape[2] > 1:
+            running.is_prompt = True
         # A full-attention layer that passes a window on does not apply it.
         call = replace(
-            call, layer=self.layer, rotary=bound.rotary, window=None, carried=bound.carried()
-        )
+            call, layer=self.layer, rotary=bound.rotary, window=None, carried=running.carried,
+            in_prompt=running.is_prompt,
+        )  # fmt: skip
         return bound.method.attend(call)
 
 
@@ -92,7 +96,7 @@ class Stack:
     """The full-attention modules of one decoder, and what is needed to put a method there."""
 
     modules: list[nn.Module]
-    decoder: nn.Module | None
+    decoder: nn.Module
     state: attention.AttentionMethod
     rotary: Rotary | None
 
@@ -101,8 +105,7 @@ class Stack:
         # The attribute, as the property would set the configs of other parts of the model too.
         config = self.modules[0].config
         overrides.assign(config, "_attn_implementation_internal", attention.register())
-        if self.decoder is not None:
-            overrides.replace(self.decoder, "forward", _decoder_forward, bound)
+        overrides.replace(self.decoder, "forward", _decoder_forward, bound)
         for layer, module in enumerate(self.modules):
             overrides.replace(module, "forward", _attention_forward, bound, layer, module)
         return self.state
@@ -124,10 +127,9 @@ def stacks(model: nn.Module, method: Any, settings: Settings) -> Iterator[Stack]
                 f"tokens; {type(method).__name__} chooses keys"
             )
         state = method.attention(_numbers(modules))
-        decoder = _decoder(model, names) if getattr(method, "carries", False) else None
         compact = getattr(method, "rotation", "cached") == "compact"
         rotary = find_rotary(model, modules) if compact else None
-        yield Stack(modules, decoder, state, rotary)
+        yield Stack(modules, _decoder(model, names), state, rotary)
 
 
 def why_not(model: nn.Module) -> str:
@@ -156,10 +158,8 @@ def _numbers(modules: Sequence[nn.Module]) -> list[int]:
 
 def _decoder(model: nn.Module, names: Sequence[str]) -> nn.Module:
     """The innermost module around all of them that has a forward of its own."""
-    paths = [name.split(".")[:-1] for name in names]
-    path = [
-        part[0] for part in takewhile(lambda parts: len({*parts}) == 1, zip(*paths, strict=False))
-    ]
+    levels = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    path = [parts[0] for parts in takewhile(lambda parts: len({*parts}) == 1, levels)]
     while True:
         module = model.get_submodule(".".join(path))
         if type(module).forward is not nn.Module.forward:

@@ -135,15 +135,16 @@ def _check_rotation(module: nn.Module, rotary: Rotary) -> None:
             seen.append(_Seen())
             forward(hidden, position_embeddings=embeddings, attention_mask=None,
                     tokred_method=seen[-1])  # fmt: skip
+        own, plain = (each.states for each in seen)
+        ours = [rotary.rotate(x, positions, 13) for x in plain]
     except (TypeError, RuntimeError, ValueError, IndexError, AttributeError) as error:
         raise ValueError(
             f"{type(module).__name__} cannot leave its keys without rotation ({error}): {ADVICE}"
         ) from error
     finally:
         overrides.undo()
-    for own, plain in zip(*(each.states for each in seen), strict=True):
-        ours = rotary.rotate(plain, positions, 13)
-        if ours.shape != own.shape or (ours - own).norm() > 0.02 * own.norm():
+    for expected, actual in zip(own, ours, strict=True):
+        if actual.shape != expected.shape or (actual - expected).norm() > 0.02 * expected.norm():
             raise ValueError(
                 f"{type(module).__name__} of layer {getattr(module, 'layer_idx', '?')} does not "
                 f"rotate its queries and keys as its model's rotary embedding does: {ADVICE}"
