@@ -54,7 +54,8 @@ def test_locks_are_within_the_ranges_users_may_have() -> None:
     versions = here("test")
     assert len(ranges) > 10
     for each in ranges:
-        assert each.specifier.contains(versions[each.name]), each
+        if each.marker is None or each.marker.evaluate():
+            assert each.specifier.contains(versions[each.name]), each
 
 
 @pytest.mark.skipif(
