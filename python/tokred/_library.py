@@ -1,4 +1,4 @@
-"""Loads the op libraries, and refuses the gradients that their ops do not compute."""
+"""Loads the op libraries, and refuses what their ops cannot take or not differentiate."""
 
 from __future__ import annotations
 
@@ -42,6 +42,12 @@ def load() -> None:
                 f"tokred's op library {path} does not load under torch {torch.__version__} "
                 "(2.11 or newer is needed): run `make build` or `pip install .` again"
             ) from error
+
+
+def check_tensor(name: str, value: Any) -> None:
+    """Refuses what is no tensor, where a function looks at it before the op does."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
 
 
 def refuse_grad(called: str, **tensors: Tensor | None) -> None:

@@ -8,9 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._library import check_tensor
 from .registration import call, call_in_place, follow_under_autocast, without_gradient, writes
+from .symbolic import check_dim, check_writable
 
 _ops = torch.ops.tokred
+
+BITS = (1, 2, 3, 4, 8)
 
 _DTYPE_NAMES = {
     torch.float32: "float32",
@@ -176,6 +180,11 @@ def packed_tokens(axis: str, window: int, tokens: int) -> int:
     return max(tokens - window, 0)
 
 
+def check_packed(name: str, value: Any) -> None:
+    if not isinstance(value, PackedKV):
+        raise TypeError(f"{name} must be a PackedKV, got {type(value).__name__}")
+
+
 def kv_pack(
     x: Tensor,
     bits: int,
@@ -234,14 +243,16 @@ def kv_unpack(
 
     Complexity: one read of the codes, one write of the result. `packed_attention` does not need it.
     """
+    check_packed("packed", packed)
     if out is not None:
+        check_tensor("out", out)
         if dtype not in (None, out.dtype):
             raise ValueError(f"dtype must be that of out, {out.dtype}, or None, got {dtype}")
         call_in_place(_ops.kv_unpack_into.default, (out,), *packed.arguments(), out)
         return out
     dtype = torch.float32 if dtype is None else dtype
-    if dtype not in _DTYPE_NAMES:
-        raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
+    if not isinstance(dtype, torch.dtype) or dtype not in _DTYPE_NAMES:
+        raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype!r}")
     return call(_ops.kv_unpack.default, *packed.arguments(), _DTYPE_NAMES[dtype])
 
 
@@ -278,8 +289,11 @@ def kv_append(
 
     Complexity: one read of x and of the window's rows that are packed.
     """
+    check_packed("packed", packed)
     f = packed.format
-    written = (packed.codes, packed.params, window)
+    written = [packed.codes, packed.params]
+    if window is not None:
+        written.append(window)
     call_in_place(
         _ops.kv_append.default,
         written,
@@ -298,11 +312,17 @@ def kv_append(
     )
 
 
+def check_bits(name: str, bits: int) -> None:
+    torch._check(bits in BITS, lambda: f"{name} must be 1, 2, 3, 4 or 8, got {bits}")
+
+
 @torch.library.register_fake("tokred::kv_pack")
 def _kv_pack_fake(
     x: Tensor, bits: int, group_size: int, axis: str, scheme: str, rotate: bool
 ) -> tuple[Tensor, Tensor]:
     torch._check(x.dim() == 4, lambda: f"x must be [B, H, N, D], got {x.dim()}-D")
+    check_bits("bits", bits)
+    torch._check(group_size > 0, lambda: f"group_size must be at least 1, got {group_size}")
     batch, heads, tokens, head_dim = x.shape
     form = PackFormat(bits, group_size, axis, scheme, rotate)
     codes = x.new_empty((batch, heads, tokens, form.code_bytes(head_dim)), dtype=torch.uint8)
@@ -321,19 +341,31 @@ def _kv_unpack_fake(
     rotated: bool,
     dtype: str,
 ) -> Tensor:
-    torch._check(codes.dim() == 4, lambda: f"codes must be [B, H, N, bytes], got {codes.dim()}-D")
+    check_dim("codes", codes, 4, "[B, H, N, bytes]")
+    check_bits("bits", bits)
+    torch._check(
+        dtype in _DTYPE_NAMES.values(),
+        lambda: f"dtype must be float32, float16 or bfloat16, got {dtype!r}",
+    )
     shape = (*codes.shape[:3], codes.shape[3] * 8 // bits)
     return codes.new_empty(shape, dtype=getattr(torch, dtype))
 
 
 @torch.library.register_fake("tokred::kv_unpack_into")
-def _kv_unpack_into_fake(*args: Any) -> None:
-    return None
+def _kv_unpack_into_fake(codes: Tensor, params: Tensor, *args: Any) -> None:
+    out = args[-1]
+    check_dim("out", out, 4, "[B, H, N, D]")
+    check_writable("out", out)
 
 
 @torch.library.register_fake("tokred::kv_append")
-def _kv_append_fake(*args: Any, **kwargs: Any) -> None:
-    return None
+def _kv_append_fake(
+    x: Tensor, codes: Tensor, params: Tensor, window: Tensor | None, *args: Any, **kwargs: Any
+) -> None:
+    for name, tensor in (("codes", codes), ("params", params), ("window", window)):
+        if tensor is not None:
+            check_dim(name, tensor, 4, "[B, H, N, ..]")
+            check_writable(name, tensor)
 
 
 without_gradient("kv_pack")

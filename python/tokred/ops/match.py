@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .._library import check_tensor
 from .registration import not_differentiable, promote_under_autocast
 
 _ops = torch.ops.tokred
@@ -152,6 +153,9 @@ def num_out(
     """
     if r < 0 or num_prefix < 0:
         raise ValueError(f"r and num_prefix must be at least 0, got {r} and {num_prefix}")
+    for name, side in (("sources", sources), ("destinations", destinations)):
+        if side is not None:
+            check_tensor(name, side)
     free = torch.sym_max(tokens - num_prefix, 0)
     if sources is not None:
         limit = sources.shape[-1]
@@ -168,6 +172,8 @@ def _sides(
     """Fills in the sources where only destinations are given."""
     if destinations is None or sources is not None:
         return sources, destinations
+    check_tensor("metric", metric)
+    check_tensor("destinations", destinations)
     return _other_tokens(destinations, metric.shape[1], num_prefix), destinations
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._library import check_tensor
 from .registration import (
     call,
     call_in_place,
@@ -15,7 +16,7 @@ from .registration import (
     without_gradient,
     writes,
 )
-from .symbolic import known
+from .symbolic import check_writable, known
 
 _ops = torch.ops.tokred
 
@@ -77,9 +78,12 @@ def merge(
         return call(_ops.merge.default, x, token_map, num_out, size, weight, mode)
     if out is None or out_size is None:
         raise ValueError("out and out_size must be given together")
+    check_tensor("out", out)
+    check_tensor("out_size", out_size)
     if out.dim() != 3 or known(out.shape[1] != num_out):
         raise ValueError(f"out must be [B, {num_out}, C] for num_out = {num_out}, got {out.shape}")
-    torch._check(out.shape[1] == num_out)
+    if torch.compiler.is_compiling():
+        torch._check(out.shape[1] == num_out)
     written = (out, out_size)
     call_in_place(_ops.merge_out.default, written, x, token_map, size, weight, mode, *written)
     return out, out_size
@@ -162,6 +166,8 @@ def _merge_out_fake(
     torch._check(out.dim() == 3, lambda: f"out must be [B, M, C], got {out.dim()}-D")
     torch._check(out.shape[0] == x.shape[0], lambda: "out must have the batch of x")
     torch._check(out.shape[2] == x.shape[2], lambda: "out must have the channels of x")
+    check_writable("out", out)
+    check_writable("out_size", out_size)
 
 
 @torch.library.register_fake("tokred::merge_backward")

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .kv_pack import PackedKV
+from .._library import check_tensor
+from .kv_pack import PackedKV, check_bits, check_packed
 from .registration import call, cast_under_autocast, without_gradient
 from .sparse_attn_shared import broadcast_bias, broadcast_mask, forward_flops
+from .symbolic import check_dim
 
 _ops = torch.ops.tokred
 
@@ -73,6 +75,8 @@ def packed_attention(
     Complexity: 2 B Hq L T (D + Dv) flops (K in place of T with indices); in decoding, one read of
     the codes and params for all query heads of a key head.
     """
+    check_packed("packed_k", packed_k)
+    check_packed("packed_v", packed_v)
     return call(
         _ops.packed_attention.default,
         q,
@@ -121,6 +125,8 @@ def packed_qk_score(
 
     Complexity: 2 B Hq T D flops, one read of the packed keys.
     """
+    check_tensor("q", q)
+    check_packed("packed_k", packed_k)
     if q.dim() == 3:
         q = q[:, :, None]
     return call(
@@ -165,6 +171,7 @@ def _packed_attention_fake(
     torch._check(q.dim() == 4, lambda: f"q must be [B, Hq, L, D], got {q.dim()}-D")
     for name, codes in (("k_codes", k_codes), ("v_codes", v_codes)):
         torch._check(codes.dim() == 4, lambda name=name: f"{name} must be [B, Hkv, N, bytes]")
+    check_bits("v_bits", v_bits)
     out = q.new_empty((*q.shape[:3], v_codes.shape[3] * 8 // v_bits))
     return out, q.new_empty(q.shape[:3], dtype=torch.float32)
 
@@ -188,6 +195,9 @@ def _packed_qk_score_fake(
     slots: Tensor | None = None,
 ) -> Tensor:
     torch._check(q.dim() == 4, lambda: f"q must be [B, Hq, L, D], got {q.dim()}-D")
+    check_dim("codes", codes, 4, "[B, Hkv, N, bytes]")
+    if slots is not None:
+        check_dim("slots", slots, 2, "[B, capacity]")
     heads = {"none": q.shape[1], "group_mean": codes.shape[1], "group_max": codes.shape[1]}
     shape = (q.shape[0], heads.get(reduce, 1), _tokens(codes, residual, length, slots))
     return q.new_empty(shape, dtype=torch.float32)

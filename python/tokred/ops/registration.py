@@ -32,24 +32,32 @@ def call(op: Any, *args: Any) -> Any:
         return op(*args)
     if forward_ad._current_level >= 0:
         _refuse_tangents(_name(op), _arguments(op), args)
-    if torch.is_grad_enabled():
-        if _any_requires_grad(*args):
-            return op(*args)
-    elif torch.is_inference_mode_enabled():
-        return op._op(*args)
-    with _below_autograd():
-        return op._op(*args)
+    try:
+        if torch.is_grad_enabled():
+            if _any_requires_grad(*args):
+                return op(*args)
+        elif torch.is_inference_mode_enabled():
+            return op._op(*args)
+        with _below_autograd():
+            return op._op(*args)
+    except (RuntimeError, NotImplementedError):
+        _refuse_missing(op, args)
+        raise
 
 
 def call_in_place(op: Any, written: Sequence[Tensor], *args: Any) -> None:
     """op(*args), which writes to some of its arguments; autograd learns that they have changed."""
     if torch.compiler.is_dynamo_compiling():
         return op(*args)
-    if torch.is_grad_enabled() and _any_requires_grad(*args):
+    if (torch.is_grad_enabled() and _any_requires_grad(*args)) or forward_ad._current_level >= 0:
         return op(*args)
     with _below_in_place():
-        op._op(*args)
-    _count_write(written)
+        try:
+            op._op(*args)
+        except (RuntimeError, NotImplementedError):
+            _refuse_missing(op, args)
+            raise
+    torch._C._increment_version(written)
     return None
 
 
@@ -109,7 +117,7 @@ def writes(name: str) -> None:
     def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> None:
         with _below_in_place():
             op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
-        _count_write(args[i] for i in written)
+        torch._C._increment_version([args[i] for i in written if args[i] is not None])
 
     _library.impl(name, kernel, "ADInplaceOrView", with_keyset=True)
 
@@ -162,9 +170,11 @@ def _refuse_tangents(called: str, names: Sequence[str], values: Iterable[Any]) -
             )
 
 
-def _count_write(written: Iterable[Tensor | None]) -> None:
-    """Tensors of inference mode have no version: autograd saves none of them."""
-    torch._C._increment_version([t for t in written if t is not None and not t.is_inference()])
+def _refuse_missing(op: Any, args: Sequence[Any]) -> None:
+    """Explains the failure of an op by a tensor that is None."""
+    for argument, value in zip(op._schema.arguments, args, strict=False):
+        if value is None and str(argument.type) == "Tensor":
+            raise TypeError(f"{argument.name} must be a tensor, got None") from None
 
 
 def _overload(name: str) -> Any:

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .._library import check_tensor
 from .registration import call, cast_under_autocast, without_gradient
+from .symbolic import check_dim
 
 _ops = torch.ops.tokred
 
@@ -59,6 +61,7 @@ def qk_score(
 
     Complexity: 2 B Hq N D flops (F in place of D with dims), one read of k.
     """
+    check_tensor("q", q)
     if q.dim() == 3:
         q = q[:, :, None]
     return call(_ops.qk_score.default, q, k, reduce, dims, scale, lengths, mask, slots)
@@ -142,6 +145,7 @@ def block_score(
 
     Complexity: 2 B Hq L M D flops (4 for "bounds" and "deviation").
     """
+    check_tensor("q", q)
     if q.dim() == 5 and q.shape[3] == 1:
         q = q[:, :, :, 0]
     return call(_ops.block_score.default, q, pooled, counts, rule, reduce, scale)
@@ -169,6 +173,8 @@ def _qk_score_fake(
     torch._check(k.shape[3] == q.shape[3], lambda: "k must have the head dimension of q")
     if slots is None:
         torch._check(k.shape[0] == q.shape[0], lambda: "k must have the batch size of q")
+    else:
+        check_dim("slots", slots, 2, "[B, N]")
     keys = k.shape[2] if slots is None else slots.shape[1]
     return q.new_empty((q.shape[0], _reduced_heads(q, k, reduce), keys), dtype=torch.float32)
 
@@ -188,6 +194,7 @@ def _block_pool_fake(
         torch._check(block_size > 0, lambda: "block_size must be positive without boundaries")
         blocks = (tokens + block_size - 1) // block_size
     else:
+        check_dim("boundaries", boundaries, 2, "[B | 1, M + 1]")
         blocks = boundaries.shape[1] - 1
     statistics = 2 if statistic in ("min_max", "mean_deviation") else 1
     pooled = x.new_empty((batch, heads, blocks, statistics, head_dim), dtype=torch.float32)

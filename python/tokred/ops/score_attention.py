@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .._library import check_tensor
 from .registration import call, cast_under_autocast, without_gradient
 from .sparse_attn import biased_attention
 from .sparse_attn_shared import broadcast_mask
@@ -44,6 +45,8 @@ def attention_rows(
 
     Complexity: 2 B Hq L N D flops, O(B Hq L N) memory: the result.
     """
+    if denominator is not None and not (isinstance(denominator, tuple) and len(denominator) == 2):
+        raise TypeError(f"denominator must be (first, last), got {denominator!r}")
     first, last = (0, None) if denominator is None else denominator
     return call(
         _ops.attention_rows.default, q, k, softmax, first, last, causal, scale, broadcast_mask(mask)
@@ -150,6 +153,7 @@ def _log_sum(
     q: Tensor, k: Tensor, causal: bool, scale: float | None, mask: Tensor | None
 ) -> Tensor:
     """The lse of the attention; one value a key is the least that the op can attend to."""
+    check_tensor("k", k)
     with torch.no_grad():
         return biased_attention(q, k, k[..., :1], causal=causal, scale=scale, mask=mask)[1]
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .._library import check_tensor
 from .registration import (
     call,
     cast_under_autocast,
@@ -75,10 +76,10 @@ def biased_attention(
 
     Complexity: 2 B Hq L N (D + Dv) flops, memory linear in L and N.
     """
-    if query_position is not None and query_position.dim() == 2:
-        query_position = query_position[..., None]
-    if key_position is not None and key_position.dim() == 2:
-        key_position = key_position[..., None]
+    if query_position is not None:
+        query_position = _columns("query_position", query_position)
+    if key_position is not None:
+        key_position = _columns("key_position", key_position)
     return call(
         _ops.biased_attention.default,
         q,
@@ -91,6 +92,12 @@ def biased_attention(
         query_position,
         key_position,
     )
+
+
+def _columns(name: str, position: Tensor) -> Tensor:
+    """Positions [.., N] as [.., N, 1]; others as they are."""
+    check_tensor(name, position)
+    return position[..., None] if position.dim() == 2 else position
 
 
 def combine_states(

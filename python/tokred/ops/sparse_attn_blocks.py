@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .._library import check_tensor
 from .registration import (
     call,
     cast_under_autocast,
@@ -24,6 +25,7 @@ from .sparse_attn_shared import (
     incoming,
     wanted,
 )
+from .symbolic import check_dim
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -84,6 +86,15 @@ def block_sparse_attention(
     if block_q is None or block_k is None:
         raise ValueError("block_q and block_k must be given where block_mask is not a BlockMask")
     if not isinstance(block_mask, Tensor):
+        if len(block_mask) != 2:
+            raise TypeError(
+                "block_mask must be a tensor, (kv_num_blocks, kv_indices), or a BlockMask"
+            )
+        for name, value in zip(("k", "kv_num_blocks", "kv_indices"), (k, *block_mask), strict=True):
+            check_tensor(name, value)
+        check_dim("k", k, 4, "[B, Hkv, N, D]")
+        if not isinstance(block_k, int | torch.SymInt):
+            raise TypeError(f"block_k must be an integer, got {type(block_k).__name__}")
         blocks = (k.shape[2] + block_k - 1) // max(block_k, 1)
         block_mask = _dense_blocks(*block_mask, blocks)
     return call(

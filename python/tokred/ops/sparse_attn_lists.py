@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .._library import refuse_history
+from .._library import check_tensor, refuse_history
 from .registration import (
     call,
     cast_under_autocast,
@@ -25,7 +25,7 @@ from .sparse_attn_shared import (
     incoming,
     wanted,
 )
-from .symbolic import known
+from .symbolic import check_dim, known
 
 _ops = torch.ops.tokred
 
@@ -81,6 +81,9 @@ def sparse_attention(
     all query heads of a key head.
     """
     if block_q is None:
+        check_tensor("q", q)
+        check_tensor("indices", indices)
+        check_dim("q", q, 4, "[B, Hq, L, D]")
         one_list = indices.dim() == 4 and known(indices.shape[2] == 1)
         block_q = torch.sym_max(q.shape[2], 1) if one_list else 1
     return call(

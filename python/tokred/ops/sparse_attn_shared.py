@@ -7,15 +7,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._library import check_tensor
+
 
 def broadcast_bias(key_bias: Tensor | None) -> Tensor | None:
     """A key bias [B, N] as [B, 1, N]; others as they are."""
-    return key_bias[:, None] if key_bias is not None and key_bias.dim() == 2 else key_bias
+    if key_bias is None:
+        return None
+    check_tensor("key_bias", key_bias)
+    return key_bias[:, None] if key_bias.dim() == 2 else key_bias
 
 
 def broadcast_mask(mask: Tensor | None) -> Tensor | None:
     """A key mask [B, N] as [B, 1, 1, N]; others as they are."""
-    return mask[:, None, None] if mask is not None and mask.dim() == 2 else mask
+    if mask is None:
+        return None
+    check_tensor("mask", mask)
+    return mask[:, None, None] if mask.dim() == 2 else mask
 
 
 def state_dtype(q: Tensor) -> torch.dtype:
@@ -31,7 +39,13 @@ def fake_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     torch._check(k.shape[3] == q.shape[3], lambda: "k must have the head dimension of q")
     torch._check(v.shape[1] == k.shape[1], lambda: "v must have the heads of k")
     torch._check(v.shape[2] == k.shape[2], lambda: "v must have the keys of k")
-    torch._check(q.shape[1] % k.shape[1] == 0, lambda: "the heads of q must be a multiple of k's")
+    torch._check(
+        k.shape[1] > 0 and q.shape[1] > 0 and q.shape[1] % k.shape[1] == 0,
+        lambda: (
+            "the heads of q must be a multiple of the heads of k, and at least one, got "
+            f"{q.shape[1]} and {k.shape[1]}"
+        ),
+    )
     out = q.new_empty((*q.shape[:3], v.shape[3]))
     return out, q.new_empty(q.shape[:3], dtype=state_dtype(q))
 

@@ -1,8 +1,9 @@
-"""Conditions on sizes that may be known only when an exported or compiled graph runs."""
+"""What fake kernels and wrappers ask of sizes that may be known only when a graph runs."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 
 def known(condition: bool | torch.SymBool) -> bool:
@@ -14,3 +15,23 @@ def known(condition: bool | torch.SymBool) -> bool:
     if torch.compiler.is_compiling() or isinstance(condition, torch.SymBool):
         return torch.fx.experimental.symbolic_shapes.guard_or_false(condition)
     return condition
+
+
+def check_dim(name: str, tensor: Tensor, dims: int, layout: str) -> None:
+    """Refuses another number of dimensions, as the kernels do."""
+    torch._check(
+        tensor.dim() == dims,
+        lambda: f"{name} must have {dims} dimensions {layout}, got shape {list(tensor.shape)}",
+    )
+
+
+def check_writable(name: str, tensor: Tensor) -> None:
+    """Refuses to write to an expanded tensor; the kernels refuse other overlaps as they run."""
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        torch._check(
+            not (known(stride == 0) and known(size > 1)),
+            lambda: (
+                f"{name} must not overlap itself, got strides {tensor.stride()} for shape "
+                f"{list(tensor.shape)}"
+            ),
+        )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._library import check_tensor
 from .registration import call, not_differentiable, without_gradient
 
 _ops = torch.ops.tokred
@@ -148,8 +149,12 @@ def gather_tokens(
 
     Complexity: reads and writes K tokens of every tensor.
     """
+    if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
+        raise TypeError(f"tensors must be a sequence of tensors, got {type(tensors).__name__}")
     tensors = list(tensors)
     if token_dims is None:
+        for i, tensor in enumerate(tensors):
+            check_tensor(f"tensors[{i}]", tensor)
         token_dims = [1 if t.dim() < 4 else 2 for t in tensors]
     return call(_ops.gather_tokens.default, tensors, indices, list(token_dims))
 
