@@ -239,7 +239,7 @@ def _attention(draw: Draw, op: str, some: dict[str, Any], plain: Any) -> Case:
         equal = [(c == s) | (c.isnan() & s.isnan()) for c, s in zip(clean, spoiled, strict=True)]
         rows = equal[0].all(-1) & equal[1]
         where = (rows[..., None], rows)
-    return Case(op, some, plain, slack, where, batched=BATCHED, loose=LOOSE)
+    return Case(op, some, plain, slack, where, batched=BATCHED, loose=LOOSE, halves=True)
 
 
 def _wide(value: Any) -> Any:

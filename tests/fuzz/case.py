@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
+from conftest import move
 from draw import F64, Draw
 from torch import Tensor
 
@@ -40,8 +42,6 @@ class on_device:
 
     @staticmethod
     def _set(ops: Any) -> None:
-        import sys
-
         for name, module in sys.modules.items():
             if name.startswith("tokred.ops.") and hasattr(module, "_ops"):
                 module._ops = ops
@@ -58,6 +58,7 @@ class Case:
     batched: arguments of which every item of the batch has its part.
     loose: arguments whose last dimension may have any stride; dense: that must be contiguous.
     written: arguments that the call writes. refusable: it may refuse with a RuntimeError.
+    halves: devices round weights to the half precision of the inputs.
     """
 
     op: str
@@ -73,10 +74,14 @@ class Case:
     written: tuple[str, ...] = ()
     measure: Callable[[Any], Any] = lambda out: out
     refusable: bool = False
+    halves: bool = False
 
-    def run(self, arguments: dict[str, Any], simt: bool = False) -> Any:
-        with on_device(simt):
-            call = self.call or getattr(tokred, self.op)
+    def run(self, arguments: dict[str, Any], backend: str = "cpu") -> Any:
+        """The result on "cpu", "simt" or "cuda", moved back to the CPU."""
+        call = self.call or getattr(tokred, self.op)
+        if backend == "cuda":
+            return moved(call(**moved(arguments, "cuda")), "cpu")
+        with on_device(backend == "simt"):
             return call(**arguments)
 
     def batch(self) -> int:
@@ -120,6 +125,18 @@ def _strided_tokens(draw: Draw, x: Tensor, dim: int) -> Tensor:
     if not x.numel() or not tail:
         return draw.strided(x, True)
     return draw.strided(x.flatten(dim + 1), False).unflatten(dim + 1, tail)
+
+
+def moved(value: Any, device: str) -> Any:
+    """The value with its tensors on a device, strides kept."""
+    if isinstance(value, dict):
+        return {name: moved(v, device) for name, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(moved(v, device) for v in value)
+    if is_dataclass(value):
+        parts = {field.name: moved(getattr(value, field.name), device) for field in fields(value)}
+        return replace(value, **parts)
+    return move(value, device)
 
 
 def clone(value: Any) -> Any:

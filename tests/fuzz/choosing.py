@@ -230,7 +230,8 @@ def _check_samples(score: Tensor, mask: Tensor, picks: Tensor, samples: int) -> 
     places = [rank.get(int(token), -1) for token in picks]
     if places != sorted(set(places)) or -1 in places or not places:
         raise Mismatch(f"picks {picks.tolist()} are masked, repeated or not in order")
-    total = score[order].cumsum(0)
+    share = score[order] / score[order].max().clamp(min=torch.finfo(F64).tiny)
+    total = share.masked_fill(share < 1 / _ONE, 0).cumsum(0)  # what fixed point does not see
     span = (total[-1] - total[0]).clamp(min=torch.finfo(F64).tiny)
     curve = (total - total[0]) / span
     if not (curve > 0).any():

@@ -23,11 +23,11 @@ HERE = tuple(isa for isa in ISAS if set_cpu_isa(isa))
 
 
 class Examiner:
-    """Examines cases on one backend, "cpu" or "simt", with guarded tensors."""
+    """Examines cases on one backend, "cpu", "simt" or "cuda", with guarded tensors on the CPU."""
 
     def __init__(self, backend: str) -> None:
-        self.simt = backend == "simt"
-        if self.simt:
+        self.backend = backend
+        if backend == "simt":
             torch.ops.load_library(str(SIMT_LIBRARY))
         self.guard = Guard()
         self.calls = 0
@@ -38,7 +38,7 @@ class Examiner:
         Raises:
             Mismatch: a result is wrong; its message ends with the case.
         """
-        draw = Draw(op, seed, small=self.simt)
+        draw = Draw(op, seed, small=self.backend != "cpu")
         torch.set_num_threads(1)
         with torch.no_grad(), self.guard.on():
             case = CASES[op](draw)
@@ -58,11 +58,11 @@ class Examiner:
                 return
             raise
         self._against_plain(case, base)
-        for _ in range(1 if self.simt else 2):
+        for _ in range(2 if self.backend == "cpu" else 1):
             self._set(draw, draw.choice(HERE), draw.one_of(1, 2))
             same(self._call(case, case.strided(draw), "strided"), base, f"strided {self._where}")
         ways = [(isa, threads) for isa in HERE for threads in (1, 2)]
-        for isa, threads in [] if self.simt else draw.sample(ways, 2):
+        for isa, threads in draw.sample(ways, 2) if self.backend == "cpu" else []:
             self._set(draw, isa, threads)
             same(self._call(case, clone(case.arguments), "again"), base, f"again {self._where}")
         batch = case.batch()
@@ -77,12 +77,13 @@ class Examiner:
         set_cpu_isa(isa)
         torch.set_num_threads(threads)
         self.guard.vary(draw.randrange(64))
-        self._where = "on the emulated device" if self.simt else f"on {isa} in {threads} threads"
+        cpu = f"on {isa} in {threads} threads"
+        self._where = cpu if self.backend == "cpu" else f"on {self.backend}"
 
     def _call(self, case: Case, arguments: dict[str, Any], context: str) -> Any:
         """The result; raises if an input was written."""
         before = clone(arguments)
-        out = case.run(arguments, self.simt)
+        out = case.run(arguments, self.backend)
         self.calls += 1
         for name, value in arguments.items():
             if name not in case.written:
@@ -99,4 +100,8 @@ class Examiner:
                 widened(case.arguments, dtype) for dtype in (F64, precision(case.arguments))
             )
             exact, single = case.plain(**wide), case.plain(**narrow)
-        near(case.measure(base), exact, single, case.slack, "against plain torch", case.where)
+        slack = case.slack
+        halves = [t.dtype for t in flat(list(case.arguments.values())) if t.element_size() == 2]
+        if case.halves and halves and self.backend != "cpu":
+            slack = max(slack, 2 * max(torch.finfo(dtype).eps for dtype in halves))
+        near(case.measure(base), exact, single, slack, "against plain torch", case.where)

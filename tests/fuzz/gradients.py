@@ -73,7 +73,7 @@ def _backward(
     # With large logits the rounding of a half-precision out decides.
     tested = out.dtype in (F32, F64) or _greatest_logit(some) < 100
     return Case(f"{op}_backward", some, gradients if tested else None, _SLACK[out.dtype], call=call,
-                batched=BATCHED, loose=LOOSE, dense=("lse", "grad_lse"))  # fmt: skip
+                batched=BATCHED, loose=LOOSE, dense=("lse", "grad_lse"), halves=True)  # fmt: skip
 
 
 def _greatest_logit(some: dict[str, Any]) -> float:

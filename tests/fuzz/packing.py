@@ -115,8 +115,9 @@ def kv_unpack_out(draw: Draw) -> Case:
     def call(packed: PackedKV, dtype: torch.dtype) -> Tensor:
         batch, heads, tokens = packed.codes.shape[:3]
         room = tokens * packed.head_dim + gap
-        buffer = torch.full((shift + batch * heads * room,), 123.0, dtype=dtype)
-        strides = (heads * room, room, packed.head_dim, 1)
+        size, device = shift + batch * heads * room, packed.codes.device
+        buffer = torch.full((size,), 123.0, dtype=dtype, device=device)
+        strides = (max(heads, 1) * room, room, packed.head_dim, 1)
         shape = batch, heads, tokens, packed.head_dim
         out = buffer.as_strided(shape, strides, shift)
         result = tokred.kv_unpack(packed, out=out).clone()
@@ -354,7 +355,7 @@ def packed_attention(draw: Draw) -> Case:
     names = ("q", "residual_k", "residual_v", "indices", "mask", "key_bias", "lengths", "slots")
     return Case("packed_attention", some, plain if slack < 0.05 else None, slack,
                 batched=_batched((*names, "packed_k", "packed_v"), some),
-                loose=("mask", "key_bias", "lengths"))  # fmt: skip
+                loose=("mask", "key_bias", "lengths"), halves=True)  # fmt: skip
 
 
 @op_case

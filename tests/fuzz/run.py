@@ -26,6 +26,7 @@ TESTS = Path(__file__).resolve().parents[1]
 SHARES = {
     "ops": 0.4, "simt": 0.2, "histories": 0.15, "files": 0.1, "failures": 0.05, "heap": 0.1,
 }  # fmt: skip
+BACKENDS = {"ops": "cpu", "simt": "simt", "cuda": "cuda"}
 SLOWEST_CASE_S = 120
 MOST_FAILURES = 20
 
@@ -43,7 +44,7 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("kind", choices=["all", *SHARES])
+    parser.add_argument("kind", choices=["all", *SHARES, "cuda"])
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0, help="the first one")
     parser.add_argument("--only", help="NAME, or NAME:SEED as a failure prints it")
@@ -108,10 +109,10 @@ def _run(options: argparse.Namespace) -> int:
 
 def _subjects(kind: str) -> tuple[Iterable[str], Callable[[str, int], object]]:
     """The names of a kind, and what examines one of them for a seed."""
-    if kind in ("ops", "simt"):
+    if kind in BACKENDS:
         from examine import CASES, Examiner
 
-        return CASES, Examiner("cpu" if kind == "ops" else "simt").examine
+        return CASES, Examiner(BACKENDS[kind]).examine
     if kind == "heap":
         from heap import CASES, examine
 
