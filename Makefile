@@ -9,7 +9,8 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 LOCKED = $(PIP) --no-deps --requirement
 BUILD := CMAKE_ARGS="-DTOKRED_SIMT=ON" $(BIN)/python setup.py --quiet build_ext --inplace
 
-.PHONY: build demo test test-newest test-oldest test-avx512 fuzz bench bench-full tables lint sanitize \
+.PHONY: build demo test test-newest test-oldest test-avx512 fuzz device-check device-pack bench \
+        bench-full tables lint sanitize \
         lock clean FORCE
 .DELETE_ON_ERROR:
 
@@ -90,6 +91,13 @@ test-avx512: build $(VENV)/test
 SEED ?= $(shell date +%s)
 fuzz: build $(VENV)/test
 	$(BIN)/python tests/fuzz/run.py all --seconds 3600 --seed $(SEED)
+
+# For a machine with a GPU, where nothing may be installed; docs/testing.md says how to get there.
+device-check:
+	$(PYTHON) tests/device/run.py
+
+device-pack: build
+	$(BIN)/python tests/device/pack.py
 
 sanitize: build $(VENV)/test
 	$(BIN)/python tests/sanitize.py

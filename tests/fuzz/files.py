@@ -116,8 +116,8 @@ def _file(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
 def _paths(value: Any, path: tuple = ()) -> Iterator[tuple]:
     """The way to every part of a JSON value."""
     yield path
-    parts = value.items() if isinstance(value, dict) else enumerate(value)
     if isinstance(value, dict | list):
+        parts = value.items() if isinstance(value, dict) else enumerate(value)
         for key, part in parts:
             yield from _paths(part, (*path, key))
 
@@ -197,7 +197,7 @@ def _forged(draw: Draw, file: bytes) -> bytes:
 def _empty(draw: Draw, content: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """A batch of 0 with any number of tokens: tensors of no bytes, and buffers of any size."""
     for number, layer in enumerate(content["layers"]):
-        if "shape" not in layer:
+        if not layer.get("shape"):
             continue
         length = draw.choice([0, 5, 2**20, 2**31, 2**40, 2**62, 2**63 - 1, 2**64, -1])
         layer["shape"][0], layer["length"] = 0, length

@@ -21,6 +21,8 @@ RUN = Path(__file__).with_name("run.py")
         ("simt", "1/2", 8),
         ("simt", "2/2", 8),
         ("histories", "1/1", 5),
+        ("files", "1/1", 4),
+        ("failures", "1/1", 4),
     ],
 )
 def test_nothing_is_found(kind: str, part: str, seconds: int) -> None:

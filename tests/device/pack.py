@@ -1,0 +1,32 @@
+"""Strips the built libraries into build/device, which is what travels to the device machine."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILT, PACKED = ROOT / "python" / "tokred" / "lib", ROOT / "build" / "device"
+LIBRARIES = ("libtokred.so", "libtokred_cuda.so")
+MOST_BYTES = 60 * 10**6
+
+
+def main() -> int:
+    shutil.rmtree(PACKED, ignore_errors=True)
+    PACKED.mkdir(parents=True)
+    missing = [name for name in LIBRARIES if not (BUILT / name).exists()]
+    for name in sorted(set(LIBRARIES) - set(missing)):
+        subprocess.run(["strip", "--strip-unneeded", "-o", PACKED / name, BUILT / name], check=True)
+    total = sum(path.stat().st_size for path in PACKED.iterdir())
+    print(f"{PACKED}: {total / 1e6:.1f} MB")
+    if missing:
+        print(f"{', '.join(missing)} not built here: the device builds the libraries itself")
+    if total > MOST_BYTES:
+        print(f"more than the {MOST_BYTES / 1e6:.0f} MB that can travel")
+    return int(total > MOST_BYTES)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
