@@ -131,15 +131,17 @@ class Check:
         return {0: "passed", 1: "failed"}.get(status, f"ended with status {status}")
 
     def _append(self, line: dict[str, Any]) -> None:
-        with self.lines.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        with self.lines.open("a+") as file:
+            file.seek(0)
+            whole = file.read().endswith("\n")  # a step may be cut off in the middle of a line
+            file.write(("" if whole else "\n") + json.dumps(line) + "\n")
 
     def _write_page(self) -> None:
         lines = []
         for text in self.lines.read_text().splitlines():
             try:
                 lines.append(json.loads(text))
-            except ValueError:  # of a step that was cut off in the middle of a line
+            except ValueError:
                 continue
         self.page.write_text(page(lines))
 
