@@ -3,7 +3,10 @@
 #pragma once
 
 #include <initializer_list>
+#include <limits>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -12,27 +15,45 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include "ops/types.h"
 
-#define TOKRED_CHECK(condition, ...)                                       \
-  do {                                                                     \
-    if (!(condition)) STD_TORCH_CHECK(false, "tokred: ", __VA_ARGS__);     \
+// The text is all that callers see; torch's own macros add a file of the build to it.
+#define TOKRED_CHECK(condition, ...)                             \
+  do {                                                           \
+    if (!(condition)) ::tokred::refuse("tokred: ", __VA_ARGS__); \
   } while (false)
 
 namespace tokred {
+
+template <class... Args>
+[[noreturn, gnu::noinline, gnu::cold]] void refuse(const Args&... args) {
+  std::ostringstream text;
+  ((text << args), ...);
+  throw std::runtime_error(text.str());
+}
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// A `str` argument of an op. Of a std::string_view, torch leaks the string that it is made of.
+struct Text {
+  std::string value;
+  operator std::string_view() const { return value; }
+};
+
+template <class F>
+std::string list_string(char opening, int64_t count, const F& number, char closing) {
+  std::string text(1, opening);
+  for (int64_t i = 0; i < count; ++i) text += (i ? ", " : "") + std::to_string(number(i));
+  return text + closing;
+}
 inline std::string shape_string(const Tensor& t) {
-  std::string text = "[";
-  for (int64_t i = 0; i < t.dim(); ++i) {
-    text += (i ? ", " : "") + std::to_string(t.size(i));
-  }
-  return text + "]";
+  return list_string('[', t.dim(), [&](int64_t i) { return t.size(i); }, ']');
+}
+inline std::string strides_string(const Tensor& t) {
+  return list_string('(', t.dim(), [&](int64_t i) { return t.stride(i); }, ')');
 }
 
 inline const char* dtype_name(ScalarType type) {
@@ -133,19 +154,26 @@ inline Metric parse_metric(std::string_view name) {
 
 // A fresh contiguous tensor on the device of `like`. The unboxed shim costs a third of new_empty.
 inline Tensor allocate(const Tensor& like, const int64_t* shape, int64_t dims, ScalarType type) {
+  constexpr int64_t kMostElements = std::numeric_limits<int64_t>::max() / 16;
+  const auto text = [&] {
+    return list_string('[', dims, [&](int64_t i) { return shape[i]; }, ']') + " " +
+           dtype_name(type);
+  };
   int64_t strides[8];
   int64_t step = 1;
   for (int64_t i = dims - 1; i >= 0; --i) {
     strides[i] = step;
-    step *= shape[i] > 0 ? shape[i] : 1;
+    const bool overflows = __builtin_mul_overflow(step, shape[i] > 0 ? shape[i] : 1, &step);
+    TOKRED_CHECK(!overflows && step <= kMostElements, "a result of ", text(), " is too large");
   }
   int32_t device_type = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  const AOTITorchError failed = aoti_torch_empty_strided(
       dims, shape, strides,
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device_type,
-      like.get_device_index(), &handle));
+      like.get_device_index(), &handle);
+  TOKRED_CHECK(!failed, "there is no memory for ", text());
   return Tensor(handle);
 }
 inline Tensor allocate(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
@@ -212,3 +240,18 @@ inline TokenTable token_table(const OptionalTensor& t, const char* name, const T
 }
 
 }  // namespace tokred
+
+template <>
+struct torch::stable::detail::ToImpl<tokred::Text> {
+  // Owns the string that `value` stands for, and deletes it.
+  static tokred::Text call(StableIValue value, uint64_t, bool) {
+    const auto handle = to<StringHandle>(value);
+    size_t length = 0;
+    const char* data = nullptr;
+    TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+    tokred::Text text{std::string(data, length)};
+    TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    return text;
+  }
+};

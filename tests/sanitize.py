@@ -32,6 +32,8 @@ TESTS = [
     "test_block_sparse.py::test_rows_without_blocks_are_zero",
     "test_block_sparse.py::test_views_equal_their_copies",
     "test_combine_states.py",
+    "test_edges.py",
+    "test_hidden_keys.py",
     "test_positions.py",
     "test_sparse_attn.py",
     "test_sparse_decode.py",

@@ -11,8 +11,9 @@ namespace {
 
 using namespace merging;
 
-template <class T, int kWidth>
-void launch_merge(const MergeParams& p, Stream stream) {
+template <class T>
+void launch_aligned(const MergeParams& p, Stream stream) {
+  constexpr int kWidth = 16 / sizeof(T);
   const LaunchPlan plan = plan_merge(p.batch, p.num_out);
   switch (kind_of(p.mode)) {
     case MergeKind::linear:
@@ -24,6 +25,20 @@ void launch_merge(const MergeParams& p, Stream stream) {
   }
 }
 
+// Rows that are not aligned.
+template <class T>
+void launch_loose(const MergeParams& p, Stream stream) {
+  const LaunchPlan plan = plan_merge(p.batch, p.num_out);
+  switch (kind_of(p.mode)) {
+    case MergeKind::linear:
+      return launch(merge_kernel<T, 1, MergeKind::linear>, plan, stream, p);
+    case MergeKind::extreme:
+      return launch(merge_kernel<T, 1, MergeKind::extreme>, plan, stream, p);
+    case MergeKind::maxnorm:
+      return launch(merge_kernel<Loose<T>, 16 / sizeof(T), MergeKind::maxnorm>, plan, stream, p);
+  }
+}
+
 }  // namespace
 
 void merge(const MergeParams& p, Stream stream) {
@@ -31,9 +46,9 @@ void merge(const MergeParams& p, Stream stream) {
   visit_dtype(p.dtype, [&]<class T>() {
     if (rows_are_aligned<T>(p.x, p.x_stride_batch, p.x_stride_token, p.channels) &&
         rows_are_aligned<T>(p.y, p.y_stride_batch, p.y_stride_token, p.channels)) {
-      launch_merge<T, 16 / sizeof(T)>(p, stream);
+      launch_aligned<T>(p, stream);
     } else {
-      launch_merge<T, 1>(p, stream);
+      launch_loose<T>(p, stream);
     }
   });
 }

@@ -8,18 +8,21 @@ namespace {
 
 using namespace merging;
 
-template <class T, int kWidth>
+// Row is T, or Loose<T> for rows that are not aligned. kWidth is that of what needs no sums over
+// channels.
+template <class Row, class T, int kWidth>
 void launch_backward(const MergeBackwardParams& p, Stream stream) {
+  constexpr int kAll = 16 / sizeof(T);
   const MergeParams& f = p.forward;
   launch(zero_skipped_kernel<T, kWidth>, plan_merge_rows(f.batch * f.tokens), stream, p);
   const LaunchPlan plan = plan_merge(f.batch, f.num_out);
   switch (kind_of(f.mode)) {
     case MergeKind::linear:
-      return launch(merge_backward_kernel<T, kWidth, MergeKind::linear>, plan, stream, p);
+      return launch(merge_backward_kernel<Row, kAll, MergeKind::linear>, plan, stream, p);
     case MergeKind::extreme:
       return launch(merge_backward_kernel<T, kWidth, MergeKind::extreme>, plan, stream, p);
     case MergeKind::maxnorm:
-      return launch(merge_backward_kernel<T, kWidth, MergeKind::maxnorm>, plan, stream, p);
+      return launch(merge_backward_kernel<Row, kAll, MergeKind::maxnorm>, plan, stream, p);
   }
 }
 
@@ -32,9 +35,9 @@ void merge_backward(const MergeBackwardParams& p, Stream stream) {
     if (rows_are_aligned<T>(f.x, f.x_stride_batch, f.x_stride_token, f.channels) &&
         rows_are_aligned<T>(p.grad_y, p.grad_y_stride_batch, p.grad_y_stride_token, f.channels) &&
         rows_are_aligned<T>(p.grad_x, 0, 0, f.channels)) {
-      launch_backward<T, 16 / sizeof(T)>(p, stream);
+      launch_backward<T, T, 16 / sizeof(T)>(p, stream);
     } else {
-      launch_backward<T, 1>(p, stream);
+      launch_backward<Loose<T>, T, 1>(p, stream);
     }
   });
 }

@@ -1,5 +1,6 @@
 // A warp walks a row of channels: each lane takes 16 bytes at a time where rows are aligned, one
-// element otherwise.
+// element otherwise, or, where it sums over channels, the same elements of Loose rows: so a view
+// that is not aligned has the sums of its copy.
 #pragma once
 
 #include "chunk.cuh"
@@ -7,14 +8,21 @@
 
 namespace tokred::cuda::merging {
 
-// Neighbouring channels as stored: as many as 16 bytes hold, or one.
+// An element of rows that are not aligned to 16 bytes.
+template <class T>
+struct Loose {
+  T value;
+};
+
+// Neighbouring channels as stored: as many as 16 bytes hold, or one. Of a row that is not aligned
+// `left` channels are left.
 template <class T, int kWidth>
 struct Piece {
   static_assert(kWidth * sizeof(T) == 16);
   Chunk bits;
 
-  __device__ __forceinline__ void load(const T* p) { bits = load_chunk(p); }
-  __device__ __forceinline__ void store(T* p) const { store_chunk(p, bits); }
+  __device__ __forceinline__ void load(const T* p, int64_t) { bits = load_chunk(p); }
+  __device__ __forceinline__ void store(T* p, int64_t) const { store_chunk(p, bits); }
   __device__ __forceinline__ float get(int i) const {
     if constexpr (sizeof(T) == 4) {
       return __uint_as_float(bits.word[i]);
@@ -37,10 +45,30 @@ template <class T>
 struct Piece<T, 1> {
   T value;
 
-  __device__ __forceinline__ void load(const T* p) { value = *p; }
-  __device__ __forceinline__ void store(T* p) const { *p = value; }
+  __device__ __forceinline__ void load(const T* p, int64_t) { value = *p; }
+  __device__ __forceinline__ void store(T* p, int64_t) const { *p = value; }
   __device__ __forceinline__ float get(int) const { return to_float(value); }
   __device__ __forceinline__ void set(const float (&x)[1]) { value = from_float<T>(x[0]); }
+};
+template <class T, int kWidth>
+struct Piece<Loose<T>, kWidth> {
+  T value[kWidth];
+
+  __device__ __forceinline__ void load(const Loose<T>* p, int64_t left) {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) value[i] = i < left ? p[i].value : T{};
+  }
+  __device__ __forceinline__ void store(Loose<T>* p, int64_t left) const {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      if (i < left) p[i].value = value[i];
+    }
+  }
+  __device__ __forceinline__ float get(int i) const { return to_float(value[i]); }
+  __device__ __forceinline__ void set(const float (&x)[kWidth]) {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) value[i] = from_float<T>(x[i]);
+  }
 };
 
 // The part of a row that a warp has in registers at once: kPieces pieces a lane.
@@ -62,10 +90,12 @@ struct Part {
   __device__ __forceinline__ void load(const T* row, int64_t first, int64_t channels) {
 #pragma unroll
     for (int n = 0; n < kPieces; ++n) piece[n] = {};
-    each(first, channels, [&](int n, int64_t offset) { piece[n].load(row + offset); });
+    each(first, channels,
+         [&](int n, int64_t offset) { piece[n].load(row + offset, channels - offset); });
   }
   __device__ __forceinline__ void store(T* row, int64_t first, int64_t channels) const {
-    each(first, channels, [&](int n, int64_t offset) { piece[n].store(row + offset); });
+    each(first, channels,
+         [&](int n, int64_t offset) { piece[n].store(row + offset, channels - offset); });
   }
 };
 
@@ -87,7 +117,7 @@ struct Values {
     Part<T, kWidth, kPieces>::each(first, channels, [&](int n, int64_t offset) {
       Piece<T, kWidth> piece;
       piece.set(at[n]);
-      piece.store(row + offset);
+      piece.store(row + offset, channels - offset);
     });
   }
 };

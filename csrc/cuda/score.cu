@@ -49,7 +49,7 @@ void transition_stats(const TransitionParams& p, Stream stream) {
     if ((address | static_cast<uintptr_t>(steps) * sizeof(T)) % 16 == 0) {
       launch(transition_kernel<T, 16 / sizeof(T)>, plan, stream, p);
     } else {
-      launch(transition_kernel<T, 1>, plan, stream, p);
+      launch(transition_kernel<merging::Loose<T>, 16 / sizeof(T)>, plan, stream, p);
     }
   });
 }

@@ -45,7 +45,13 @@ void score_blocks(const BlockScoreParams& p, float* out, Stream stream) {
 
 }  // namespace
 
-void block_pool(const BlockPoolParams& p, Stream stream) {
+void block_pool(const BlockPoolParams& params, Stream stream) {
+  BlockPoolParams p = params;
+  if (p.heads == 0) {  // counts alone: those of a head without channels
+    p.heads = 1;
+    p.head_dim = 0;
+    p.x = {p.counts, 0, 0, 0};
+  }
   visit_dtype(p.dtype, [&]<class T>() {
     switch (score_lanes(p.head_dim)) {
       case 8: return launch_pool<T, 8>(p, stream);

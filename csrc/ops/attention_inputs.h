@@ -41,9 +41,9 @@ inline void check_head_dim(const Tensor& t, const char* name, int64_t dim) {
 }
 
 inline void check_groups(int64_t heads_q, int64_t heads_kv) {
-  TOKRED_CHECK(heads_kv > 0 && heads_q % heads_kv == 0,
-               "the heads of q must be a multiple of the heads of k, got ", heads_q, " and ",
-               heads_kv);
+  TOKRED_CHECK(heads_q > 0 && heads_kv > 0 && heads_q % heads_kv == 0,
+               "the heads of q must be a multiple of the heads of k, and at least one, got ",
+               heads_q, " and ", heads_kv);
 }
 
 inline double attention_scale(std::optional<double> scale, int64_t head_dim) {

@@ -1,6 +1,9 @@
 // Front ends of the packing ops: checks, allocation, parameters. Compiled for every backend.
 #pragma once
 
+#include <algorithm>
+
+#include "../overlap.h"
 #include "attention_inputs.h"
 #include "kv_pack_params.h"
 
@@ -121,7 +124,7 @@ inline void check_ring(const PackFormat& f, const char* name, int64_t rows) {
 // codes u8 [B, H, N, bytes], params f16; see KvPackParams.
 template <class Backend>
 std::tuple<Tensor, Tensor> kv_pack(const Tensor& x, int64_t bits, int64_t group_size,
-                                   std::string_view axis, std::string_view scheme, bool rotate) {
+                                   const Text& axis, const Text& scheme, bool rotate) {
   check_dim(x, "x", 4, "[B, H, N, D]");
   KvPackParams p{};
   p.dtype = float_dtype(x, "x", false);
@@ -150,8 +153,8 @@ std::tuple<Tensor, Tensor> kv_pack(const Tensor& x, int64_t bits, int64_t group_
 // [B, H, N, D] in `dtype`; see KvUnpackParams.
 template <class Backend>
 Tensor kv_unpack(const Tensor& codes, const Tensor& params, int64_t bits, int64_t group_size,
-                 std::string_view axis, std::string_view scheme, bool rotated,
-                 std::string_view dtype) {
+                 const Text& axis, const Text& scheme, bool rotated,
+                 const Text& dtype) {
   KvUnpackParams p{};
   p.packed = packed_rows(codes, params, {"", bits, group_size, axis, scheme, rotated}, codes,
                          "codes");
@@ -175,7 +178,7 @@ Tensor kv_unpack(const Tensor& codes, const Tensor& params, int64_t bits, int64_
 // The same into a tensor that is there.
 template <class Backend>
 void kv_unpack_into(const Tensor& codes, const Tensor& params, int64_t bits, int64_t group_size,
-                    std::string_view axis, std::string_view scheme, bool rotated, Tensor out) {
+                    const Text& axis, const Text& scheme, bool rotated, Tensor out) {
   KvUnpackParams p{};
   p.packed = packed_rows(codes, params, {"", bits, group_size, axis, scheme, rotated}, codes,
                          "codes");
@@ -189,14 +192,8 @@ void kv_unpack_into(const Tensor& codes, const Tensor& params, int64_t bits, int
   TOKRED_CHECK(tokens <= 1 || out.stride(2) == head_dim,
                "out must have the tokens of a head without gaps, ", head_dim,
                " numbers apart, got stride ", out.stride(2));
-  const int64_t head = tokens * head_dim, by_head = out.stride(1), by_item = out.stride(0);
-  const int64_t heads = p.heads > 1 ? by_head * (p.heads - 1) : 0;
-  const int64_t items = p.batch > 1 ? by_item * (p.batch - 1) : 0;
-  TOKRED_CHECK((p.heads <= 1 || by_head >= head + (by_head > by_item ? items : 0)) &&
-                   (p.batch <= 1 || by_item >= head + (by_head > by_item ? 0 : heads)),
-               "out must not overlap itself, got strides (", by_item, ", ", by_head, ", ",
-               out.stride(2), ", 1) for shape ", shape_string(out));
-  p.out = {out.mutable_data_ptr(), by_item, by_head, out.stride(2)};
+  check_overlaps({{"out", out}}, {{"codes", codes}, {"params", params}});
+  p.out = {out.mutable_data_ptr(), out.stride(0), out.stride(1), out.stride(2)};
   if (p.batch == 0 || p.heads == 0 || tokens == 0) return;
   Backend(codes).kv_unpack(p);
 }
@@ -204,8 +201,8 @@ void kv_unpack_into(const Tensor& codes, const Tensor& params, int64_t bits, int
 // Grows a cache in place; see KvAppendParams.
 template <class Backend>
 void kv_append(const Tensor& x, Tensor codes, Tensor params, OptionalTensor window,
-               int64_t length, int64_t bits, int64_t group_size, std::string_view axis,
-               std::string_view scheme, bool rotated, const OptionalTensor& lengths,
+               int64_t length, int64_t bits, int64_t group_size, const Text& axis,
+               const Text& scheme, bool rotated, const OptionalTensor& lengths,
                const OptionalTensor& slots) {
   KvAppendParams p{};
   check_dim(x, "x", 4, "[B, H, L, D]");
@@ -223,12 +220,16 @@ void kv_append(const Tensor& x, Tensor codes, Tensor params, OptionalTensor wind
       window_rows(window, "window", p.batch, p.heads, f, x, "x", p.window_rows);
   check_ring(f, "window", p.window_rows);
   TOKRED_CHECK(length >= 0, "length must be at least 0, got ", length);
-  const int64_t packed_after = packed_tokens(f.axis, p.window_rows, length + p.tokens);
+  constexpr int64_t kLongest = std::numeric_limits<int64_t>::max() - (int64_t{1} << 31);
+  const int64_t after = std::min(length, kLongest) + p.tokens;
+  const int64_t packed_after = packed_tokens(f.axis, p.window_rows, after);
   TOKRED_CHECK(packed_after <= p.slots.capacity, "the cache has room for ", p.slots.capacity,
-               " packed tokens, but length + ", p.tokens, " = ", length + p.tokens,
-               " tokens need ", packed_after, "; nothing was appended");
+               " packed tokens, but length + ", p.tokens, " = ", after, " tokens need ",
+               packed_after, "; nothing was appended");
   p.length = length;
   p.lengths = batch_lengths(lengths, p.batch, x, "x", p.lengths_stride);
+  check_overlaps({{"codes", codes}, {"params", params}, {"window", window}},
+                 {{"x", x}, {"lengths", lengths}, {"slots", slots}});
   p.x = head_tensor(x);
   if (p.batch == 0 || p.heads == 0 || p.tokens == 0) return;
   Backend(x).kv_append(p);

@@ -60,7 +60,7 @@ inline void use_rows(TokenSet& set, const Tensor& rows, const char* name, const 
 template <class Backend>
 std::tuple<Tensor, Tensor> match(const Tensor& a, const Tensor& b, const OptionalTensor& mask_a,
                                  const OptionalTensor& mask_b, const OptionalTensor& weight_a,
-                                 const OptionalTensor& weight_b, std::string_view metric,
+                                 const OptionalTensor& weight_b, const Text& metric,
                                  int64_t band) {
   MatchParams p{};
   p.metric = parse_metric(metric);
@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor> match(const Tensor& a, const Tensor& b, const Optiona
   TOKRED_CHECK(band >= -1, "band must be -1 (no limit) or at least 0, got ", band);
   p.batch = a.size(0);
   p.channels = a.size(2);
-  p.band = band;
+  p.band = std::min(band, std::max(p.a.count, p.b.count));
 
   Backend backend(a);
   Tensor score = allocate(a, {p.batch, p.a.count}, ScalarType::Float);
@@ -113,7 +113,7 @@ inline void bipartite_sets(BipartiteParams& p, const Tensor& metric, const Optio
 // token_map i32 [B, N]; num_out i32 [B] where by_threshold.
 template <class Backend>
 std::pair<Tensor, Tensor> run_bipartite(BipartiteParams& p, const Tensor& metric,
-                                        std::string_view order, const OptionalTensor& mask,
+                                        const Text& order, const OptionalTensor& mask,
                                         const OptionalTensor& sources,
                                         const OptionalTensor& destinations) {
   MatchParams& m = p.match;
@@ -147,7 +147,7 @@ std::pair<Tensor, Tensor> run_bipartite(BipartiteParams& p, const Tensor& metric
 
 template <class Backend>
 Tensor bipartite_soft_matching(const Tensor& metric, int64_t r, int64_t num_prefix,
-                               const OptionalTensor& mask, std::string_view order,
+                               const OptionalTensor& mask, const Text& order,
                                const OptionalTensor& sources, const OptionalTensor& destinations) {
   TOKRED_CHECK(r >= 0, "r must be at least 0, got ", r);
   BipartiteParams p{};
@@ -159,7 +159,7 @@ Tensor bipartite_soft_matching(const Tensor& metric, int64_t r, int64_t num_pref
 template <class Backend>
 std::tuple<Tensor, Tensor> threshold_matching(const Tensor& metric, double threshold,
                                               int64_t num_prefix, const OptionalTensor& mask,
-                                              std::string_view order,
+                                              const Text& order,
                                               const OptionalTensor& sources,
                                               const OptionalTensor& destinations) {
   TOKRED_CHECK(threshold == threshold, "threshold must be a number, got NaN");

@@ -3,7 +3,7 @@
 
 #include <limits>
 
-#include "../tensor.h"
+#include "../overlap.h"
 #include "merge_params.h"
 
 namespace tokred {
@@ -32,7 +32,7 @@ inline void check_map(const Tensor& map, const char* name, int64_t batch, int64_
 template <class Backend>
 MergeParams merge_inputs(const Tensor& x, const Tensor& token_map, int64_t num_out,
                          const OptionalTensor& size, const OptionalTensor& weight,
-                         std::string_view mode) {
+                         const Text& mode) {
   MergeParams p{};
   p.mode = parse_merge_mode(mode);
   p.dtype = float_dtype(x, "x", Backend::kDouble);
@@ -78,7 +78,7 @@ inline void set_merge_outputs(MergeParams& p, const Tensor& y, const Tensor& siz
 template <class Backend>
 std::tuple<Tensor, Tensor> merge(const Tensor& x, const Tensor& token_map, int64_t num_out,
                                  const OptionalTensor& size, const OptionalTensor& weight,
-                                 std::string_view mode) {
+                                 const Text& mode) {
   MergeParams p = merge_inputs<Backend>(x, token_map, num_out, size, weight, mode);
   Backend backend(x);
   Tensor y = allocate(x, {p.batch, num_out, p.channels}, x.scalar_type());
@@ -93,7 +93,7 @@ std::tuple<Tensor, Tensor> merge(const Tensor& x, const Tensor& token_map, int64
 
 template <class Backend>
 void merge_out(const Tensor& x, const Tensor& token_map, const OptionalTensor& size,
-               const OptionalTensor& weight, std::string_view mode, const Tensor& out,
+               const OptionalTensor& weight, const Text& mode, const Tensor& out,
                const Tensor& out_size) {
   check_dim(out, "out", 3, "[B, M, C]");
   MergeParams p = merge_inputs<Backend>(x, token_map, out.size(1), size, weight, mode);
@@ -104,6 +104,8 @@ void merge_out(const Tensor& x, const Tensor& token_map, const OptionalTensor& s
   check_shape(out_size, "out_size", {p.batch, p.num_out}, "[B, M]");
   check_dtype(out_size, "out_size", accumulator_type(x));
   check_same_device(out_size, "out_size", x, "x");
+  check_overlaps({{"out", out}, {"out_size", out_size}},
+                 {{"x", x}, {"token_map", token_map}, {"size", size}, {"weight", weight}});
   set_merge_outputs(p, out, out_size);
   Backend backend(x);
   Scratch members(x, members_bytes(p), Backend::kHost);
@@ -117,7 +119,7 @@ std::tuple<Tensor, Tensor, Tensor> merge_backward(const Tensor& grad_y, const Te
                                                   const Tensor& x, const Tensor& token_map,
                                                   const OptionalTensor& size,
                                                   const OptionalTensor& weight,
-                                                  std::string_view mode) {
+                                                  const Text& mode) {
   check_dim(grad_y, "grad_y", 3, "[B, M, C]");
   MergeBackwardParams p{};
   p.forward = merge_inputs<Backend>(x, token_map, grad_y.size(1), size, weight, mode);

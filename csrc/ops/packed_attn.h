@@ -37,8 +37,8 @@ inline SideInputs packed_side(const Tensor& codes, const Tensor& params,
     return in;
   }
   if (side.window_rows > 0) check_ring(side.packed.format, window_name, side.window_rows);
-  const int64_t packed = packed_tokens(side.packed.format.axis, side.window_rows, *length);
   TOKRED_CHECK(*length >= 0, "length must be at least 0, got ", *length);
+  const int64_t packed = packed_tokens(side.packed.format.axis, side.window_rows, *length);
   TOKRED_CHECK(packed <= slots->capacity, "length = ", *length, " means ", packed,
                " packed tokens, but ", codes_name, " has room for ", slots->capacity);
   in.tokens = *length;
@@ -82,9 +82,9 @@ inline KeyLists packed_lists(const AttentionParams& p, const OptionalTensor& ind
 template <class Backend>
 std::tuple<Tensor, Tensor> packed_attention(
     const Tensor& q, const Tensor& k_codes, const Tensor& k_params, int64_t k_bits,
-    int64_t k_group_size, std::string_view k_axis, std::string_view k_scheme, bool k_rotated,
+    int64_t k_group_size, const Text& k_axis, const Text& k_scheme, bool k_rotated,
     const Tensor& v_codes, const Tensor& v_params, int64_t v_bits, int64_t v_group_size,
-    std::string_view v_axis, std::string_view v_scheme, bool v_rotated,
+    const Text& v_axis, const Text& v_scheme, bool v_rotated,
     const OptionalTensor& residual_k, const OptionalTensor& residual_v,
     std::optional<double> scale, const OptionalTensor& indices, const OptionalTensor& mask,
     const OptionalTensor& key_bias, bool causal, std::optional<int64_t> length,
@@ -130,8 +130,8 @@ std::tuple<Tensor, Tensor> packed_attention(
 // f32 [B, Hq | Hkv | 1, T]; see PackedScoreParams.
 template <class Backend>
 Tensor packed_qk_score(const Tensor& q, const Tensor& codes, const Tensor& params, int64_t bits,
-                       int64_t group_size, std::string_view axis, std::string_view scheme,
-                       bool rotated, const OptionalTensor& residual, std::string_view reduce,
+                       int64_t group_size, const Text& axis, const Text& scheme,
+                       bool rotated, const OptionalTensor& residual, const Text& reduce,
                        std::optional<double> scale, std::optional<int64_t> length,
                        const OptionalTensor& lengths, const OptionalTensor& mask,
                        const OptionalTensor& slots) {
@@ -145,6 +145,7 @@ Tensor packed_qk_score(const Tensor& q, const Tensor& codes, const Tensor& param
                "there may be at most 2^31 - 1 tokens, got ", k.tokens);
   const AttentionParams a =
       packed_query(q, codes.size(1), k.side.packed.format.head_dim, scale);
+  TOKRED_CHECK(a.queries >= 1, "q must have at least one query, got shape ", shape_string(q));
   QkScoreParams& s = p.score;
   s.q = a.q;
   s.k = k.window;

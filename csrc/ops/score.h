@@ -56,7 +56,7 @@ inline void set_slots(QkScoreParams& p, const OptionalTensor& slots, const Tenso
 
 // f32 [B, Hq | Hkv | 1, N]; see QkScoreParams.
 template <class Backend>
-Tensor qk_score(const Tensor& q, const Tensor& k, std::string_view reduce,
+Tensor qk_score(const Tensor& q, const Tensor& k, const Text& reduce,
                 const OptionalTensor& dims, std::optional<double> scale,
                 const OptionalTensor& lengths, const OptionalTensor& mask,
                 const OptionalTensor& slots) {
@@ -69,8 +69,7 @@ Tensor qk_score(const Tensor& q, const Tensor& k, std::string_view reduce,
   check_groups(q.size(1), k.size(1));
   check_head_dim(q, "q", 3);
   check_token_count(k, "k", 2);
-  TOKRED_CHECK(q.size(1) >= 1 && q.size(2) >= 1,
-               "q must have at least one head and one query, got shape ", shape_string(q));
+  TOKRED_CHECK(q.size(2) >= 1, "q must have at least one query, got shape ", shape_string(q));
   p.q = head_tensor(q);
   p.k = head_tensor(k);
   p.batch = q.size(0);
@@ -110,7 +109,7 @@ inline void set_blocks(BlockPoolParams& p, int64_t block_size, const OptionalTen
                        const Tensor& x) {
   TOKRED_CHECK(boundaries ? block_size == 0 : block_size >= 1,
                "block_size must be at least 1, or 0 where boundaries are given, got ", block_size);
-  p.block_size = block_size;
+  p.block_size = std::min(block_size, std::max<int64_t>(p.tokens, 1));
   if (!boundaries) {
     p.blocks = p.tokens / block_size + (p.tokens % block_size != 0);
     return;
@@ -131,7 +130,7 @@ inline void set_blocks(BlockPoolParams& p, int64_t block_size, const OptionalTen
 // pooled f32 [B, H, M, S, D], counts i32 [B, M]; see BlockPoolParams.
 template <class Backend>
 std::tuple<Tensor, Tensor> block_pool(const Tensor& x, int64_t block_size,
-                                      std::string_view statistic,
+                                      const Text& statistic,
                                       const OptionalTensor& boundaries,
                                       const OptionalTensor& lengths, const OptionalTensor& mask) {
   BlockPoolParams p{};
@@ -190,7 +189,7 @@ inline void set_pooled(BlockScoreParams& p, const Tensor& pooled, const Tensor& 
 // f32 [B, Hq | Hkv | 1, L, M]; see BlockScoreParams.
 template <class Backend>
 Tensor block_score(const Tensor& q, const Tensor& pooled, const OptionalTensor& counts,
-                   std::string_view rule, std::string_view reduce, std::optional<double> scale) {
+                   const Text& rule, const Text& reduce, std::optional<double> scale) {
   BlockScoreParams p{};
   p.rule = parse_rule(rule);
   p.reduction = parse_reduction(reduce);
@@ -204,7 +203,6 @@ Tensor block_score(const Tensor& q, const Tensor& pooled, const OptionalTensor& 
     check_dim(q, "q", 4, "[B, Hq, L, D]");
   }
   check_last_contiguous(q, "q");
-  TOKRED_CHECK(q.size(1) >= 1, "q must have at least one head, got shape ", shape_string(q));
   check_head_dim(q, "q", q.dim() - 1);
   check_token_count(q, "q", 2);
   p.q = head_tensor(q);

@@ -70,7 +70,7 @@ inline void set_query_weight(AttentionColumnsParams& p, const Tensor& weight, co
 // f32 [B, Hq, N]; see AttentionColumnsParams.
 template <class Backend>
 Tensor attention_columns(const Tensor& q, const Tensor& k, const Tensor& lse,
-                         std::string_view reduce, const OptionalTensor& weight, bool causal,
+                         const Text& reduce, const OptionalTensor& weight, bool causal,
                          std::optional<double> scale, const OptionalTensor& mask) {
   AttentionColumnsParams p = column_inputs(q, k, lse, causal, scale, mask);
   p.reduction = parse_choice<ColumnReduction>(reduce, "reduce",
@@ -95,7 +95,8 @@ Tensor pagerank(const Tensor& q, const Tensor& k, const Tensor& lse, int64_t ite
   AttentionColumnsParams p = column_inputs(q, k, lse, causal, scale, mask);
   const AttentionParams& a = p.attention;
   TOKRED_CHECK(a.queries == a.keys, "k must have the ", a.queries, " tokens of q, got ", a.keys);
-  TOKRED_CHECK(iterations >= 1, "iterations must be at least 1, got ", iterations);
+  TOKRED_CHECK(iterations >= 1 && iterations <= std::numeric_limits<int32_t>::max(),
+               "iterations must be between 1 and 2^31 - 1, got ", iterations);
   TOKRED_CHECK(damping >= 0 && damping <= 1, "damping must be between 0 and 1, got ", damping);
   if (start) set_query_weight(p, *start, "start", q);
   Backend backend(q);
@@ -157,8 +158,8 @@ inline SimilarityStatsParams similarity_inputs(const Tensor& a, const Tensor& b,
 // SimilarityStatsParams.
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> similarity_stats(
-    const Tensor& a, const Tensor& b, std::string_view metric, double threshold,
-    std::string_view energy, double margin, bool exclude_self, int64_t block_size,
+    const Tensor& a, const Tensor& b, const Text& metric, double threshold,
+    const Text& energy, double margin, bool exclude_self, int64_t block_size,
     const OptionalTensor& mask_a, const OptionalTensor& mask_b) {
   SimilarityStatsParams p = similarity_inputs(a, b, mask_a, mask_b);
   p.metric = parse_metric(metric);
@@ -173,7 +174,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> similarity_stats(
   p.threshold = static_cast<float>(threshold);
   p.margin = static_cast<float>(margin);
   p.exclude_self = exclude_self;
-  p.block_size = block_size;
+  p.block_size = std::min(block_size, std::max(p.rows, p.columns));
   Backend backend(a);
   const auto output = [&](ScalarType type) { return allocate(a, {p.batch, p.rows}, type); };
   Tensor mean = output(ScalarType::Float), variance = output(ScalarType::Float);

@@ -16,8 +16,8 @@ inline void set_block_mask(AttentionParams& p, const Tensor& block_mask, int64_t
   p.blocks.mask = broadcast_mask(
       block_mask, "block_mask", "[B | 1, Hq | 1, ceil(L / block_q), ceil(N / block_k)]",
       {p.batch, p.heads_q, blocks(p.queries, block_q), blocks(p.keys, block_k)}, 2, q);
-  p.blocks.block_q = block_q;
-  p.blocks.block_k = block_k;
+  p.blocks.block_q = std::min(block_q, std::max<int64_t>(p.queries, 1));
+  p.blocks.block_k = std::min(block_k, std::max<int64_t>(p.keys, 1));
 }
 
 // out [B, Hq, L, Dv] and lse [B, Hq, L], allocated and set.

@@ -22,7 +22,8 @@ inline KeyLists key_lists(const AttentionParams& p, const Tensor& indices, int64
                ", Hq = ", p.heads_q, ", Hkv = ", p.heads_kv, " and ", lists,
                " lists of block_q = ", block_q, " queries, got shape ", shape_string(indices));
   return {static_cast<const int32_t*>(indices.const_data_ptr()), indices.stride(0),
-          broadcast_stride(indices, 1), indices.stride(2), heads, indices.size(3), block_q};
+          broadcast_stride(indices, 1), indices.stride(2), heads, indices.size(3),
+          std::min(block_q, std::max<int64_t>(p.queries, 1))};
 }
 
 inline void check_rotation(const Tensor& t, const char* name, const AttentionParams& p,

@@ -75,7 +75,7 @@ inline RowOrder parse_row_order(std::string_view name) {
 // segments before the last; see TopkParams.
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor> topk(
-    const Tensor& scores, int64_t k, const OptionalTensor& lengths, std::string_view order,
+    const Tensor& scores, int64_t k, const OptionalTensor& lengths, const Text& order,
     const OptionalTensor& row_k, int64_t num_sinks, int64_t num_locals,
     const OptionalTensor& must_keep, std::optional<double> top_p, int64_t min_k,
     std::optional<double> threshold, int64_t block_size) {
@@ -98,14 +98,14 @@ std::tuple<Tensor, Tensor, Tensor> topk(
   p.row_k = rows_beside(row_k, "row_k", ScalarType::Int, -1, p.scores, scores);
   p.must_keep =
       rows_beside(must_keep, "must_keep", ScalarType::Bool, p.columns, p.scores, scores);
-  p.block_size = block_size;
+  p.block_size = std::min(block_size, std::max<int64_t>(p.columns, 1));
   p.segments =
-      block_size > 0 ? std::max<int64_t>(1, (p.columns + block_size - 1) / block_size) : 1;
-  p.num_sinks = num_sinks;
-  p.num_locals = num_locals;
+      block_size > 0 ? std::max<int64_t>(1, (p.columns + p.block_size - 1) / p.block_size) : 1;
+  p.num_sinks = std::min(num_sinks, p.columns);
+  p.num_locals = std::min(num_locals, p.columns);
   p.has_top_p = top_p.has_value();
   p.top_p = top_p.value_or(0.0);
-  p.min_k = min_k;
+  p.min_k = std::min(min_k, p.columns);
   p.has_threshold = threshold.has_value();
   p.threshold = static_cast<float>(threshold.value_or(0.0));
 
@@ -165,11 +165,14 @@ inline int64_t element_bytes(const Tensor& t, const char* name) {
     case ScalarType::BFloat16:
     case ScalarType::Short: return 2;
     case ScalarType::Float:
+    case ScalarType::ComplexHalf:
     case ScalarType::Int: return 4;
     case ScalarType::Double:
+    case ScalarType::ComplexFloat:
     case ScalarType::Long: return 8;
-    default: TOKRED_CHECK(false, name, " must be bool, an integer of 8 to 64 bits or a float of 16",
-                          " to 64 bits, got another dtype");
+    case ScalarType::ComplexDouble: return 16;
+    default: TOKRED_CHECK(false, name, " must be bool, an integer of 8 to 64 bits, a float of 16",
+                          " to 64 bits or a complex number of these, got another dtype");
   }
   return 0;
 }
@@ -178,7 +181,7 @@ inline int64_t element_bytes(const Tensor& t, const char* name) {
 inline int64_t token_row_bytes(const Tensor& t, const char* name, int64_t token_dim) {
   int64_t elements = 1;
   for (int64_t dim = t.dim() - 1; dim > token_dim; --dim) {
-    TOKRED_CHECK(t.size(dim) <= 1 || t.stride(dim) == elements, name,
+    TOKRED_CHECK(t.size(dim) <= 1 || elements == 0 || t.stride(dim) == elements, name,
                  " must be contiguous within a token, got stride ", t.stride(dim),
                  " in dimension ", dim, "; call .contiguous() where the copy is acceptable");
     elements *= t.size(dim);
