@@ -61,11 +61,13 @@ struct PackedForward {
   alignas(64) float weights[kMaxRows * kGather];
   alignas(64) float shrink[kMaxRows];
 
-  PackedForward(const PackedAttentionParams& s, const ListRows& rows, const Partial<float>& partial)
+  PackedForward(const PackedAttentionParams& s, const ListRows& rows, const Partial<float>& partial,
+                bool careful)
       : p(item_params(s, rows.batch)), at(item_rows(p, rows)), sight(p, at),
         keys(s.k, p.k, s.slots, p.dtype, p.keys, at.batch, at.kv_head),
         values(s.v, p.v, s.slots, p.dtype, p.keys, at.batch, at.kv_head),
-        query(keys, !at.indices, at.rows), sums(values, !at.indices, at.rows, partial.out),
+        query(keys, !at.indices, at.rows),
+        sums(values, !at.indices, at.rows, partial.out, careful),
         result(partial) {
     visit_f32(p.dtype, [&]<class T>() { load_queries<T>(); });
     query.start(static_cast<float>(p.scale));
@@ -105,8 +107,11 @@ struct PackedForward {
 
 void run_split(const PackedAttentionParams& s, const ListRows& at, int64_t split,
                const Partial<float>& result) {
-  const int64_t entry = split * kSplit;
-  PackedForward(s, at, result).run(entry, smaller(entry + kSplit, s.lists.length));
+  const int64_t entry = split * kSplit, end = smaller(entry + kSplit, s.lists.length);
+  PackedForward(s, at, result, false).run(entry, end);
+  if (any_nan(result.out, at.rows * result.stride)) {
+    PackedForward(s, at, result, true).run(entry, end);
+  }
 }
 
 template <class T>

@@ -29,8 +29,9 @@ struct PackedTokens {
   const SideView k, v;
 
   template <class T>
-  int64_t choose(KeyBlock<T>& block, const Visibility& see, int64_t token, int64_t end) const {
-    return block.choose(see, token, end, [&](int64_t i) {
+  int64_t choose(KeyBlock<T>& block, const AttentionParams& p, const Visibility& see, int64_t item,
+                 int64_t kv_head, int64_t token, int64_t end) const {
+    return block.choose(p, see, item, kv_head, token, end, [&](int64_t i) {
       Place place;
       return !k.find(i, place) || !v.find(i, place);
     });

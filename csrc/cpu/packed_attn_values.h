@@ -17,11 +17,12 @@ class PackedSums {
   const bool fixed;  // the weights meet codes in fixed point
   const int64_t rows, dim;
 
-  // `out` [rows][dim] is finished by finish().
-  PackedSums(const SideView& values, bool in_order, int64_t count, float* out)
+  // `out` [rows][dim] is finished by finish(). With care, infinite values of a weight of 0 come to
+  // nothing: such a token may be hidden.
+  PackedSums(const SideView& values, bool in_order, int64_t count, float* out, bool careful)
       : side(values), codes(codes_read(values.format, in_order)),
         fixed(in_fixed_point(codes, values.dtype)), rows(count), dim(values.format.head_dim),
-        out_(out) {
+        out_(out), careful_(careful) {
     fill_zero(out_, rows * dim * 4);
     if (!by_channel()) return;
     fill_zero(sums_, rows * dim * 4);
@@ -66,6 +67,7 @@ class PackedSums {
 
  private:
   float* const out_;
+  const bool careful_;
   // Along channels: sums of codes in place, or in the order of add_pairs(); and of offsets by
   // token % 16.
   alignas(64) float sums_[kMost * kMaxHeadDim];
@@ -93,7 +95,14 @@ class PackedSums {
       const int64_t count = smaller(block.count - i, kLanes);
       ahead.take(kLanes);
       values.load(side, block.at + i, count);
-      add_rows<float>(weights + i, kGather, rows, values.row, count, dim, kOnes, out_, dim);
+      if (!careful_) {
+        add_rows<float>(weights + i, kGather, rows, values.row, count, dim, kOnes, out_, dim);
+        continue;
+      }
+      for (int64_t row = 0; row < rows; ++row) {
+        add_parts<float>(weights + row * kGather + i, values.row, count, dim, 1.0f,
+                         out_ + row * dim);
+      }
     }
   }
 

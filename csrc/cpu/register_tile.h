@@ -5,6 +5,24 @@
 
 namespace tokred::TOKRED_ISA {
 
+// x where v is equal to `to`, y elsewhere.
+template <class T>
+TOKRED_INLINE Vec<T> select_equal(Vec<T> v, T to, Vec<T> x, Vec<T> y) {
+  const Vec<T> other = splat(to);
+  return map<Vec<T>>([&](int i) { return v.r[i] == other.r[i] ? x.r[i] : y.r[i]; });
+}
+
+// Whether some number is NaN; `count` is a multiple of kLanes.
+template <class T>
+TOKRED_INLINE bool any_nan(const T* numbers, int64_t count) {
+  Vec<T> nan = splat(T{0});
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Vec<T> some = load(numbers + i);
+    nan = select_number(some, nan, some);
+  }
+  return sum(nan) != 0;
+}
+
 // How the streamed operand lies: block[row][step], or block[step][row].
 enum class Layout { row_step, step_row };
 
@@ -77,6 +95,28 @@ __attribute__((noinline)) static void multiply(const Acc* block, int64_t stride,
   } else {
     row_tiles<kTileRows<Acc>, 1, kLayout>(block, stride, 0, rows, panels, panel_stride, steps,
                                           emit);
+  }
+}
+
+// The same where a panel's number of exactly 0 says that a row of the block has no part in a lane,
+// whatever that row holds: 0 times an infinity or NaN is nothing here. Equal bits for finite blocks.
+template <Layout kLayout, class Acc, class Emit>
+__attribute__((noinline)) static void multiply_parts(const Acc* block, int64_t stride,
+                                                     int64_t rows, const Acc* panels,
+                                                     int64_t panel_stride, int64_t count,
+                                                     int64_t steps, const Emit& emit) {
+  for (int64_t panel = 0; panel < count; ++panel) {
+    for (int64_t row = 0; row < rows; ++row) {
+      Vec<Acc> sum = splat(Acc{0});
+      for (int64_t step = 0; step < steps; ++step) {
+        const Acc x = block[kLayout == Layout::row_step ? row * stride + step
+                                                        : step * stride + row];
+        const Vec<Acc> lanes = load(panels + panel * panel_stride + step * kLanes);
+        const Vec<Acc> next = fma(splat(x), lanes, sum);
+        sum = x - x == 0 ? next : select_equal(lanes, Acc{0}, sum, next);
+      }
+      emit(row, panel, sum);
+    }
   }
 }
 

@@ -214,7 +214,8 @@ struct ColumnTask {
       }
       for (int64_t row = 0; row < block_count; ++row) {
         float* at = tile + row * kLanes;
-        store(at, exp(load(at) - splat(lse[row])) * splat(factor[row]));
+        const f32x16 weight = exp(load(at) - splat(lse[row])) * splat(factor[row]);
+        store(at, select_equal(load(at), -kInf, splat(0.0f), weight));
       }
     }
   }

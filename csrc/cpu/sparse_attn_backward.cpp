@@ -41,6 +41,22 @@ struct QueryRows {
   }
 };
 
+// sums [panel][dim][16] += block [step][dim] . weights [panel][step][16]. A pass whose sums come
+// out as NaN is done again with care: a weight of 0 times an infinite number is nothing.
+template <bool kCareful, class Acc>
+void add_products(const Acc* block, int64_t dim, const Acc* weights, int64_t weights_stride,
+                  int64_t panels, int64_t steps, Acc* sums) {
+  const auto add = [&](int64_t d, int64_t panel, Vec<Acc> sum) {
+    Acc* at = sums + (panel * dim + d) * kLanes;
+    store(at, load(at) + sum);
+  };
+  if constexpr (kCareful) {
+    multiply_parts<Layout::step_row>(block, dim, dim, weights, weights_stride, panels, steps, add);
+  } else {
+    multiply<Layout::step_row>(block, dim, dim, weights, weights_stride, panels, steps, add);
+  }
+}
+
 // Lanes are (query, head) rows; blocks of keys stream past.
 template <class T>
 struct QueryPass {
@@ -69,7 +85,6 @@ struct QueryPass {
         batch(batch_index), kv_head(head * group / (p.heads_q / p.heads_kv)), first_row(row),
         end_row(end), panels(divide_up(end - row, kLanes)) {
     for (int64_t panel = 0; panel < panels; ++panel) load_panel(panel);
-    for (int64_t i = 0; i < panels * p.head_dim * kLanes; ++i) grad_query[i] = 0;
   }
 
   int64_t panel_row(int64_t panel) const { return first_row + panel * kLanes; }
@@ -98,11 +113,8 @@ struct QueryPass {
   }
 
   void run() {
-    const int64_t end = smaller(see.limit(end_row - 1) + 1, p.keys);
-    for (int64_t key = 0; key < end;) {
-      key = block.choose(see, key, end);
-      if (block.count > 0) add_block();
-    }
+    add_keys<false>();
+    if (any_nan(grad_query, panels * p.head_dim * kLanes)) add_keys<true>();
     for (int64_t panel = 0; panel < panels; ++panel) {
       const int64_t row = panel_row(panel);
       unpack_panel<T>(grad_query + panel * p.head_dim * kLanes, last_row(panel) - row + 1,
@@ -111,6 +123,17 @@ struct QueryPass {
     }
   }
 
+  template <bool kCareful>
+  void add_keys() {
+    for (int64_t i = 0; i < panels * p.head_dim * kLanes; ++i) grad_query[i] = 0;
+    const int64_t end = smaller(see.limit(end_row - 1) + 1, p.keys);
+    for (int64_t key = 0; key < end;) {
+      key = block.choose(p, see, batch, kv_head, key, end);
+      if (block.count > 0) add_block<kCareful>();
+    }
+  }
+
+  template <bool kCareful>
   void add_block() {
     Shown shown[kMaxPanels];
     const bool any = show_panels(panels, shown, [&](int64_t panel) {
@@ -120,7 +143,7 @@ struct QueryPass {
     block.pack(p, batch, kv_head);
     visit_panels<Acc>(panels, shown, [&](int64_t panel, int64_t count) {
       weigh(panel, count, shown + panel);
-      add_gradient(panel, count);
+      add_gradient<kCareful>(panel, count);
     });
   }
 
@@ -136,24 +159,22 @@ struct QueryPass {
       if (shown[i] == Shown::some) hide_keys<T>(see, block, panel_row(panel + i), tile_weights);
       const Vec<Acc> base = load(lse + (panel + i) * kLanes);
       for (int64_t key = 0; key < block.count; ++key) {
-        store(tile_weights + key * kLanes, exp(load(tile_weights + key * kLanes) - base));
+        store(tile_weights + key * kLanes, weight_of(load(tile_weights + key * kLanes), base));
       }
     }
   }
 
   // weights = ds, grad_query += ds k
+  template <bool kCareful>
   void add_gradient(int64_t panel, int64_t count) {
     multiply<Layout::row_step>(
         block.v, p.value_dim, block.count, grad_out + panel * p.value_dim * kLanes,
         p.value_dim * kLanes, count, p.value_dim, [&](int64_t key, int i, Vec<Acc> sum) {
           Acc* at = weights + i * kWeights + key * kLanes;
-          store(at, load(at) * (sum - load(delta + (panel + i) * kLanes)));
+          store(at, grad_of_logit(load(at), sum, load(delta + (panel + i) * kLanes)));
         });
-    multiply<Layout::step_row>(block.k, p.head_dim, p.head_dim, weights, kWeights, count,
-                               block.count, [&](int64_t d, int i, Vec<Acc> sum) {
-                                 Acc* at = grad_query + ((panel + i) * p.head_dim + d) * kLanes;
-                                 store(at, load(at) + sum);
-                               });
+    add_products<kCareful>(block.k, p.head_dim, weights, kWeights, count, block.count,
+                           grad_query + panel * p.head_dim * kLanes);
   }
 };
 
@@ -187,11 +208,7 @@ struct KeyPass {
           int64_t first, int64_t end)
       : backward(b), p(b.forward), batch(batch_index), kv_head(head), group(rows_group),
         first_key(first), end_key(end), panels(divide_up(end - first, kLanes)),
-        see(p, batch, 0, group), rows(b, batch, 0, group) {
-    for (int64_t i = 0; i < panels * p.head_dim * kLanes; ++i) grad_key[i] = 0;
-    for (int64_t i = 0; i < panels * p.value_dim * kLanes; ++i) grad_value[i] = 0;
-    for (int64_t i = 0; i < panels * kLanes; ++i) grad_bias[i] = 0;
-  }
+        see(p, batch, 0, group), rows(b, batch, 0, group) {}
 
   int64_t panel_key(int64_t panel) const { return first_key + panel * kLanes; }
   int64_t last_key(int64_t panel) const { return smaller(panel_key(panel) + kLanes, end_key) - 1; }
@@ -199,7 +216,8 @@ struct KeyPass {
   void load_panel(int64_t panel) {
     const int64_t first = panel_key(panel);
     const auto visible = [&](int lane) {
-      return first + lane < end_key && !see.hides_key(first + lane);
+      return first + lane < end_key && !see.hides_key(first + lane) &&
+             key_bias<Acc>(p, batch, kv_head, first + lane) > -kInfinity<Acc>;
     };
     const auto lanes_of = [&](const HeadTensor& x) {
       return [&, this](int lane) {
@@ -218,6 +236,19 @@ struct KeyPass {
   }
 
   void run() {
+    add_rows<false>();
+    if (any_nan(grad_key, panels * p.head_dim * kLanes) ||
+        any_nan(grad_value, panels * p.value_dim * kLanes)) {
+      add_rows<true>();
+    }
+    for (int64_t panel = 0; panel < panels; ++panel) finish(panel);
+  }
+
+  template <bool kCareful>
+  void add_rows() {
+    for (int64_t i = 0; i < panels * p.head_dim * kLanes; ++i) grad_key[i] = 0;
+    for (int64_t i = 0; i < panels * p.value_dim * kLanes; ++i) grad_value[i] = 0;
+    for (int64_t i = 0; i < panels * kLanes; ++i) grad_bias[i] = 0;
     const int64_t shares = p.heads_q / p.heads_kv / group;
     for (int64_t head = kv_head * shares; head < (kv_head + 1) * shares; ++head) {
       see = Visibility(p, batch, head, group).of_keys(first_key);
@@ -226,12 +257,12 @@ struct KeyPass {
       for (int64_t row = 0; row < see.rows;) {
         row = choose_visible(see.row_blocks, row, see.rows, [](int64_t) { return false; },
                              block_row, block_count);
-        if (block_count > 0) add_block();
+        if (block_count > 0) add_block<kCareful>();
       }
     }
-    for (int64_t panel = 0; panel < panels; ++panel) finish(panel);
   }
 
+  template <bool kCareful>
   void add_block() {
     Shown shown[kMaxPanels];
     const bool any = show_panels(panels, shown, [&](int64_t panel) {
@@ -243,7 +274,7 @@ struct KeyPass {
     load_block();
     visit_panels<Acc>(panels, shown, [&](int64_t panel, int64_t count) {
       weigh(panel, count, shown + panel);
-      add_gradients(panel, count);
+      add_gradients<kCareful>(panel, count);
     });
   }
 
@@ -271,29 +302,24 @@ struct KeyPass {
       }
       for (int64_t row = 0; row < block_count; ++row) {
         Acc* at = tile_weights + row * kLanes;
-        store(at, exp(load(at) - splat(lse[row])));
+        store(at, weight_of(load(at), splat(lse[row])));
       }
     }
   }
 
   // grad_value += p^T grad_out, weights = ds, grad_key += ds^T q, grad_bias += the sums of ds
+  template <bool kCareful>
   void add_gradients(int64_t panel, int64_t count) {
-    multiply<Layout::step_row>(grad_out, p.value_dim, p.value_dim, weights, kWeights, count,
-                               block_count, [&](int64_t d, int i, Vec<Acc> sum) {
-                                 Acc* at = grad_value + ((panel + i) * p.value_dim + d) * kLanes;
-                                 store(at, load(at) + sum);
-                               });
+    add_products<kCareful>(grad_out, p.value_dim, weights, kWeights, count, block_count,
+                           grad_value + panel * p.value_dim * kLanes);
     multiply<Layout::row_step>(
         grad_out, p.value_dim, block_count, value + panel * p.value_dim * kLanes,
         p.value_dim * kLanes, count, p.value_dim, [&](int64_t row, int i, Vec<Acc> sum) {
           Acc* at = weights + i * kWeights + row * kLanes;
-          store(at, load(at) * (sum - splat(delta[row])));
+          store(at, grad_of_logit(load(at), sum, splat(delta[row])));
         });
-    multiply<Layout::step_row>(q, p.head_dim, p.head_dim, weights, kWeights, count, block_count,
-                               [&](int64_t d, int i, Vec<Acc> sum) {
-                                 Acc* at = grad_key + ((panel + i) * p.head_dim + d) * kLanes;
-                                 store(at, load(at) + sum);
-                               });
+    add_products<kCareful>(q, p.head_dim, weights, kWeights, count, block_count,
+                           grad_key + panel * p.head_dim * kLanes);
     for (int64_t i = 0; i < count; ++i) {
       Vec<Acc> sum = splat(Acc{0});
       for (int64_t row = 0; row < block_count; ++row) {

@@ -13,8 +13,9 @@ namespace tokred::TOKRED_ISA {
 // Keys and values that lie in memory as they are.
 struct PlainRows {
   template <class T>
-  int64_t choose(KeyBlock<T>& block, const Visibility& see, int64_t key, int64_t end) const {
-    return block.choose(see, key, end);
+  int64_t choose(KeyBlock<T>& block, const AttentionParams& p, const Visibility& see, int64_t batch,
+                 int64_t kv_head, int64_t key, int64_t end) const {
+    return block.choose(p, see, batch, kv_head, key, end);
   }
   template <class T>
   void pack(KeyBlock<T>& block, const AttentionParams& p, int64_t batch, int64_t kv_head) const {
@@ -57,8 +58,6 @@ struct Forward {
                     p.head_dim, static_cast<Acc>(p.scale), to);
       source.turn_query(to, p.head_dim);
     }
-    for (int64_t i = 0; i < panels * p.value_dim * kLanes; ++i) out[i] = 0;
-    for (int64_t i = 0; i < panels * kLanes; ++i) top[i] = -kInfinity<Acc>, total[i] = 0;
   }
 
   int64_t panel_row(int64_t panel) const { return first_row + panel * kLanes; }
@@ -66,15 +65,26 @@ struct Forward {
     return smaller(panel_row(panel) + kLanes, end_row) - 1;
   }
 
+  // A hidden key has weight 0, but 0 times an infinite value is NaN: what comes out as NaN is done
+  // again with care for that.
   void run() {
-    const int64_t end = smaller(see.limit(end_row - 1) + 1, p.keys);
-    for (int64_t key = 0; key < end;) {
-      key = source.choose(block, see, key, end);
-      if (block.count > 0) attend_block();
-    }
+    attend<false>();
+    if (any_nan(out, panels * p.value_dim * kLanes)) attend<true>();
     for (int64_t panel = 0; panel < panels; ++panel) finish(panel);
   }
 
+  template <bool kCareful>
+  void attend() {
+    for (int64_t i = 0; i < panels * p.value_dim * kLanes; ++i) out[i] = 0;
+    for (int64_t i = 0; i < panels * kLanes; ++i) top[i] = -kInfinity<Acc>, total[i] = 0;
+    const int64_t end = smaller(see.limit(end_row - 1) + 1, p.keys);
+    for (int64_t key = 0; key < end;) {
+      key = source.choose(block, p, see, batch, kv_head, key, end);
+      if (block.count > 0) attend_block<kCareful>();
+    }
+  }
+
+  template <bool kCareful>
   void attend_block() {
     Shown shown[kMaxPanels];
     const bool any = show_panels(panels, shown, [&](int64_t panel) {
@@ -95,7 +105,7 @@ struct Forward {
         }
         exponentiate(tile_logits, (panel + i) * kLanes);
       }
-      add_values(panel, count);
+      add_values<kCareful>(panel, count);
     });
   }
 
@@ -123,13 +133,19 @@ struct Forward {
     store(total + lanes, fma(load(total + lanes), factor, sum));
   }
 
+  template <bool kCareful>
   void add_values(int64_t panel, int64_t count) {
-    multiply<Layout::step_row>(
-        block.v, p.value_dim, p.value_dim, logits, kLogits, count, block.count,
-        [&](int64_t d, int i, Vec<Acc> sum) {
-          Acc* at = out + ((panel + i) * p.value_dim + d) * kLanes;
-          store(at, fma(load(at), load(shrink + (panel + i) * kLanes), sum));
-        });
+    const auto add = [&](int64_t d, int64_t i, Vec<Acc> sum) {
+      Acc* at = out + ((panel + i) * p.value_dim + d) * kLanes;
+      store(at, fma(load(at), load(shrink + (panel + i) * kLanes), sum));
+    };
+    if constexpr (kCareful) {
+      multiply_parts<Layout::step_row>(block.v, p.value_dim, p.value_dim, logits, kLogits, count,
+                                       block.count, add);
+    } else {
+      multiply<Layout::step_row>(block.v, p.value_dim, p.value_dim, logits, kLogits, count,
+                                 block.count, add);
+    }
   }
 
   void finish(int64_t panel) {

@@ -69,8 +69,16 @@ struct ListForward {
     }
   }
 
-  // The entries [entry, end).
-  void run(int64_t entry, int64_t end, Partial<Acc> result) {
+  // The entries [entry, end). A row that does not see a key gives it the weight 0, but 0 times an
+  // infinite value is NaN: what comes out as NaN is done again with care for that.
+  void run(int64_t entry, int64_t end, const Partial<Acc>& result) {
+    attend<false>(entry, end, result);
+    if (any_nan(result.out, at.rows * result.stride)) attend<true>(entry, end, result);
+  }
+
+ private:
+  template <bool kCareful>
+  void attend(int64_t entry, int64_t end, Partial<Acc> result) {
     result.clear();
     Gathered<T>*block = &blocks[0], *next = &blocks[1];
     entry = block->choose(p, at, sight, entry, end);
@@ -79,13 +87,14 @@ struct ListForward {
     while (block->count > 0) {
       entry = next->choose(p, at, sight, entry, end);
       if (at.indices) next->find_pages();
-      attend(*block, *next, result);
+      attend<kCareful>(*block, *next, result);
       Gathered<T>* done = block;
       block = next;
       next = done;
     }
   }
 
+  template <bool kCareful>
   void attend(const Gathered<T>& block, const Gathered<T>& next, Partial<Acc>& result) {
     Ahead<T> keys{next.k, next.count, p.head_dim};
     if constexpr (kRotated) {
@@ -99,8 +108,15 @@ struct ListForward {
     }
     block.finish_logits(at.rows, weights);
     exponentiate(at.rows, block.count, weights, shrink, result);
-    add_rows<T>(weights, kGather, at.rows, block.v, block.count, p.value_dim, shrink, result.out,
-                result.stride, Ahead<T>{next.v, next.count, p.value_dim});
+    if constexpr (kCareful) {
+      for (int64_t row = 0; row < at.rows; ++row) {
+        add_parts<T>(weights + row * kGather, block.v, block.count, p.value_dim, shrink[row],
+                     result.out + row * result.stride);
+      }
+    } else {
+      add_rows<T>(weights, kGather, at.rows, block.v, block.count, p.value_dim, shrink, result.out,
+                  result.stride, Ahead<T>{next.v, next.count, p.value_dim});
+    }
   }
 
   void rotate(const Gathered<T>& block) {

@@ -84,8 +84,8 @@ struct ListGradient {
     for (int64_t row = 0; row < at.rows; ++row) {
       for (int64_t i = 0; i < block.count; i += kLanes) {
         Acc *weight = weights + row * kGather + i, *grad = grad_logits + row * kGather + i;
-        store(weight, exp(load(weight) - splat(lse[row])));
-        store(grad, load(weight) * (load(grad) - splat(delta[row])));
+        store(weight, weight_of(load(weight), splat(lse[row])));
+        store(grad, grad_of_logit(load(weight), load(grad), splat(delta[row])));
       }
     }
   }
@@ -99,12 +99,24 @@ void query_pass(const AttentionBackwardParams& b, const ListRows& at, int64_t en
   const AttentionParams& p = b.forward;
   const int64_t stride = list.key_stride;
   alignas(64) Acc grad[kMaxRows * kMaxHeadDim], one[kMaxRows];
-  for (int64_t i = 0; i < at.rows * stride; ++i) grad[i] = 0;
   for (int64_t row = 0; row < at.rows; ++row) one[row] = 1;
+  const auto clear = [&] {
+    for (int64_t i = 0; i < at.rows * stride; ++i) grad[i] = 0;
+  };
+  clear();
   list.visit_blocks(entries, [&] {
     add_rows<T>(list.grad_logits, kGather, at.rows, list.block.k, list.block.count, p.head_dim,
                 one, grad, stride);
   });
+  if (any_nan(grad, at.rows * stride)) {
+    clear();
+    list.visit_blocks(entries, [&] {
+      for (int64_t row = 0; row < at.rows; ++row) {
+        add_parts<T>(list.grad_logits + row * kGather, list.block.k, list.block.count, p.head_dim,
+                     Acc{1}, grad + row * stride);
+      }
+    });
+  }
   const auto rows = list.template rows_of<T>(
       contiguous(b.grad_q, p.heads_q, p.queries, p.head_dim));
   for (int64_t row = 0; row < at.rows; ++row) {
@@ -134,7 +146,7 @@ struct KeyRanges {
 };
 
 // Adds what the list gives to the keys of a range, whose gradients lie at `sums`.
-template <class T>
+template <class T, bool kCareful>
 void add_list(ListGradient<T>& list, int64_t entries, const KeyRanges& ranges,
               Accumulator<T>* sums) {
   using Acc = Accumulator<T>;
@@ -157,8 +169,13 @@ void add_list(ListGradient<T>& list, int64_t entries, const KeyRanges& ranges,
         *grad_bias += grad_logit[row];
       }
       const Acc one = 1;
-      add_rows<Acc>(grad_logit, 0, 1, queries, rows, list.key_stride, &one, grad_key, 0);
-      add_rows<Acc>(weight, 0, 1, grads_out, rows, list.value_stride, &one, grad_value, 0);
+      if constexpr (kCareful) {
+        add_parts<Acc>(grad_logit, queries, rows, list.key_stride, one, grad_key);
+        add_parts<Acc>(weight, grads_out, rows, list.value_stride, one, grad_value);
+      } else {
+        add_rows<Acc>(grad_logit, 0, 1, queries, rows, list.key_stride, &one, grad_key, 0);
+        add_rows<Acc>(weight, 0, 1, grads_out, rows, list.value_stride, &one, grad_value, 0);
+      }
     }
   });
 }
@@ -182,10 +199,10 @@ void write_keys(const AttentionBackwardParams& b, int64_t first, int64_t count,
   }
 }
 
-template <class T>
-void key_pass(const SparseAttentionBackwardParams& s, const ListPlan& plan, int64_t head,
-              int64_t first_key, int64_t end_key, const KeyRanges& ranges,
-              Accumulator<T>* sums) {
+template <class T, bool kCareful>
+void add_lists(const SparseAttentionBackwardParams& s, const ListPlan& plan, int64_t head,
+               int64_t first_key, int64_t end_key, const KeyRanges& ranges,
+               Accumulator<T>* sums) {
   const AttentionParams& p = s.backward.forward;
   fill_zero(sums, (end_key - first_key) * ranges.numbers *
                       static_cast<int64_t>(sizeof(Accumulator<T>)));
@@ -197,7 +214,18 @@ void key_pass(const SparseAttentionBackwardParams& s, const ListPlan& plan, int6
     at.first_key = first_key;
     at.end_key = end_key;
     ListGradient<T> list(s.backward, at);
-    add_list<T>(list, s.lists.length, ranges, sums);
+    add_list<T, kCareful>(list, s.lists.length, ranges, sums);
+  }
+}
+
+template <class T>
+void key_pass(const SparseAttentionBackwardParams& s, const ListPlan& plan, int64_t head,
+              int64_t first_key, int64_t end_key, const KeyRanges& ranges,
+              Accumulator<T>* sums) {
+  const AttentionParams& p = s.backward.forward;
+  add_lists<T, false>(s, plan, head, first_key, end_key, ranges, sums);
+  if (any_nan(sums, (end_key - first_key) * ranges.numbers)) {
+    add_lists<T, true>(s, plan, head, first_key, end_key, ranges, sums);
   }
   write_keys<T>(s.backward, head * p.keys + first_key, end_key - first_key, ranges, sums);
 }

@@ -317,6 +317,21 @@ TOKRED_INLINE void add_tile(const Accumulator<T>* weights, int64_t weight_stride
   }
 }
 
+// The same of one row of weights, for the gathered rows of which it has a part: with a weight of
+// exactly 0 not even infinities and NaN count. Equal bits where all are finite.
+template <class T>
+__attribute__((noinline)) static void add_parts(const Accumulator<T>* weights, const T* const* y,
+                                                int64_t count, int64_t dim,
+                                                Accumulator<T> factor, Accumulator<T>* out) {
+  for (int64_t c = 0; c < dim; c += kLanes) {
+    auto sum = load(out + c) * splat(factor);
+    for (int64_t i = 0; i < count; ++i) {
+      if (weights[i] != 0) sum = fma(splat(weights[i]), load_channels(y[i] + c, dim - c), sum);
+    }
+    store(out + c, sum);
+  }
+}
+
 // The same for all rows and channels; out rows have whole_lanes(dim) numbers. Sixteen gathered rows
 // at a time: their pages stay in the first-level TLB, and they in the first-level cache.
 template <class T>

@@ -122,6 +122,17 @@ TOKRED_INLINE void unpack_panel(const Accumulator<T>* panel, int64_t count, int6
   for (int64_t lane = 0; lane < count; ++lane) unpack_row(rows + lane * dim, dim, scale, row(lane));
 }
 
+// The weight of a logit; exactly 0 of one that is hidden, even in a row whose lse is NaN.
+template <class Acc>
+TOKRED_INLINE Vec<Acc> weight_of(Vec<Acc> logit, Vec<Acc> lse) {
+  return select_equal(logit, -kInfinity<Acc>, splat(Acc{0}), exp(logit - lse));
+}
+// The gradient of a logit; exactly 0 where the weight is, because the pair may be hidden.
+template <class Acc>
+TOKRED_INLINE Vec<Acc> grad_of_logit(Vec<Acc> weight, Vec<Acc> grad, Vec<Acc> delta) {
+  return select_equal(weight, Acc{0}, weight, weight * (grad - delta));
+}
+
 // Up to kBlock keys with their values and biases.
 template <class T>
 struct KeyBlock {
@@ -132,23 +143,19 @@ struct KeyBlock {
   alignas(64) Acc k[kBlock * kMaxHeadDim];
   alignas(64) Acc v[kBlock * kMaxHeadDim];
 
-  // Takes the keys from `key` on that some row may see; returns where to go on.
-  int64_t fill(const AttentionParams& p, const Visibility& see, int64_t batch, int64_t kv_head,
-               int64_t key, int64_t end) {
-    key = choose(see, key, end);
-    pack(p, batch, kv_head);
-    return key;
-  }
-  // The two steps of it, for those who look at the chosen keys first. Keys that `hidden` hides are
-  // left out.
-  int64_t choose(const Visibility& see, int64_t key, int64_t end) {
-    return choose(see, key, end, [](int64_t) { return false; });
+  // Takes the keys from `key` on that some row may see; returns where to go on. Keys of bias -inf,
+  // and those that `hidden` hides, are left out.
+  int64_t choose(const AttentionParams& p, const Visibility& see, int64_t batch, int64_t kv_head,
+                 int64_t key, int64_t end) {
+    return choose(p, see, batch, kv_head, key, end, [](int64_t) { return false; });
   }
   template <class Hidden>
-  int64_t choose(const Visibility& see, int64_t key, int64_t end, const Hidden& hidden) {
-    const bool by_key = see.by_key();
+  int64_t choose(const AttentionParams& p, const Visibility& see, int64_t batch, int64_t kv_head,
+                 int64_t key, int64_t end, const Hidden& hidden) {
+    const bool by_key = see.by_key(), by_bias = p.key_bias;
     key = choose_visible(see.key_blocks, key, end, [&](int64_t i) {
-      return (by_key && !see.mask[i * see.stride_key]) || hidden(i);
+      return (by_key && !see.mask[i * see.stride_key]) ||
+             (by_bias && key_bias<Acc>(p, batch, kv_head, i) == -kInfinity<Acc>) || hidden(i);
     }, index, count);
     if (count > 0) first = index[0], last = index[count - 1];
     return key;

@@ -5,6 +5,7 @@
 // along tokens, f32, and values for f16 take about twice as many.
 #include "launch.h"
 #include "packed_attn.cuh"
+#include "packed_attn_launch.h"
 #include "sparse_attn_combine.cuh"
 
 namespace tokred::cuda {
@@ -34,6 +35,10 @@ void launch_packed(const PackedAttentionParams& params, Stream stream) {
   if (params.v.packed.format.rotated && rotates_later(shape.attention)) {
     launch(rotate_out_kernel, plan_rotate_out(shape.attention), stream, a);
   }
+  if (!rows_differ(a)) return;
+  PackedAttentionParams mended = params;
+  mended.lists.block_q = shape.block_q;
+  mend_packed_rows(mended, stream);
 }
 
 }  // namespace

@@ -64,9 +64,10 @@ struct TokenLookUp {
     const Info none{-1, -kInfinity, kNowhere, kNowhere};
     if (entry < 0 || entry >= tokens || !view.key_exists(a, entry)) return none;
     const int k_place = k.place(entry), v_place = v.place(entry);
-    if (k_place == kNowhere || v_place == kNowhere) return none;
-    const float* bias = view.key_bias;
-    return {entry, bias ? kLog2E * bias[entry * a.bias_stride_key] : 0.0f, k_place, v_place};
+    const float* biases = view.key_bias;
+    const float bias = biases ? kLog2E * biases[entry * a.bias_stride_key] : 0.0f;
+    if (k_place == kNowhere || v_place == kNowhere || bias == -kInfinity) return none;
+    return {entry, bias, k_place, v_place};
   }
 };
 using TokenInfo = TokenLookUp::Info;

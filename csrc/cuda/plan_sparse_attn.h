@@ -107,6 +107,11 @@ constexpr LaunchPlan plan_forward(const AttentionShape& s) {
           tiles.threads(), forward_shared_bytes(dim, s.is_float)};
 }
 
+// Whether a block of the forward kernel has all value columns of its rows.
+constexpr bool in_one_part(const AttentionShape& s) {
+  return s.value_dim <= forward_value_dim(forward_head_dim(s.dim(), s.is_float), s.is_float);
+}
+
 // Whether the wgmma kernel can take a call: `aligned` says that every row of q, k, v and out starts
 // at a multiple of 16 bytes. Code for compute capability 9.0a (`capability` 90) runs on no other.
 constexpr bool takes_wgmma(const AttentionShape& s, bool aligned, int capability) {
@@ -141,6 +146,10 @@ constexpr LaunchPlan plan_grad_key(const AttentionShape& s) {
 // A warp for each row of [B, Hq, L], eight to a block. The example above: 9000 blocks.
 constexpr LaunchPlan plan_delta(const AttentionShape& s) {
   return {{divide_up(s.batch * s.heads_q * s.queries, 8), 1, 1}, 256, 0};
+}
+// A warp for each key.
+constexpr LaunchPlan plan_mend_keys(const AttentionShape& s) {
+  return {{divide_up(s.batch * s.heads_kv * s.keys, 8), 1, 1}, 256, 0};
 }
 
 }  // namespace tokred::cuda

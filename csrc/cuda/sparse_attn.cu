@@ -23,26 +23,34 @@ void launch_forward(const AttentionParams& p, Stream stream) {
   }
 }
 
+template <class T>
+void forward(const AttentionParams& p, Stream stream) {
+  constexpr bool kFloat = Operand<T>::kPlanes == 3;
+  switch (forward_head_dim(p.head_dim > p.value_dim ? p.head_dim : p.value_dim, kFloat)) {
+    case 32:
+      if constexpr (!kFloat) return launch_forward<T, 32>(p, stream);
+      break;
+    case 64: return launch_forward<T, 64>(p, stream);
+    case 96:
+      if constexpr (!kFloat) return launch_forward<T, 96>(p, stream);
+      break;
+    case 128: return launch_forward<T, 128>(p, stream);
+    default: return launch_forward<T, 256>(p, stream);
+  }
+}
+
 }  // namespace
 
 void biased_attention(const AttentionParams& p, Stream stream) {
   if (p.batch == 0 || p.heads_q == 0 || p.queries == 0) return;
   if (is_decode_attention(p)) return decode_attention(dense_lists(p), stream);
-  if (is_wgmma_attention(p)) return wgmma_attention(p, stream);
-  visit_dtype(p.dtype, [&]<class T>() {
-    constexpr bool kFloat = Operand<T>::kPlanes == 3;
-    switch (forward_head_dim(p.head_dim > p.value_dim ? p.head_dim : p.value_dim, kFloat)) {
-      case 32:
-        if constexpr (!kFloat) return launch_forward<T, 32>(p, stream);
-        break;
-      case 64: return launch_forward<T, 64>(p, stream);
-      case 96:
-        if constexpr (!kFloat) return launch_forward<T, 96>(p, stream);
-        break;
-      case 128: return launch_forward<T, 128>(p, stream);
-      default: return launch_forward<T, 256>(p, stream);
-    }
-  });
+  const bool wgmma = is_wgmma_attention(p), marked = wgmma || in_one_part(attention_shape(p));
+  if (wgmma) {
+    wgmma_attention(p, stream);
+  } else {
+    visit_dtype(p.dtype, [&]<class T>() { forward<T>(p, stream); });
+  }
+  if (rows_differ(p) || p.key_bias) mend_rows(dense_lists(p), marked, stream);
 }
 
 }  // namespace tokred::cuda

@@ -11,6 +11,7 @@ namespace tokred::cuda::attention {
 template <class StorageType, int kHeadDim, bool kHidesPairs = false>
 struct ForwardConfig {
   using T = StorageType;
+  using Key = T;  // what queries and keys meet as
   static constexpr int kDim = kHeadDim;
   static constexpr bool kSparse = kHidesPairs;
   static constexpr int kValueDim = forward_value_dim(kDim, Operand<T>::kPlanes == 3);

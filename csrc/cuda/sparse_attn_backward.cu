@@ -2,6 +2,7 @@
 // two, because both kernels recompute the probabilities and their gradients.
 #include "launch.h"
 #include "sparse_attn_backward_query.cuh"
+#include "sparse_attn_launch.h"
 
 namespace tokred::cuda {
 namespace {
@@ -35,6 +36,9 @@ void launch_backward(const AttentionBackwardParams& p, Stream stream) {
     launch_gradients<T, kDim, true>(p, shape, stream);
   } else {
     launch_gradients<T, kDim, false>(p, shape, stream);
+  }
+  if (rows_differ(p.forward) || p.forward.key_bias) {
+    mend_gradients(p, dense_lists(p.forward).lists, stream);
   }
 }
 

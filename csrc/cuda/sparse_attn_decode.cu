@@ -11,13 +11,14 @@ namespace {
 
 using namespace attention;
 
-template <class T, int kDim>
+template <class Config>
 void launch_decode(const SparseAttentionParams& sparse, Stream stream) {
-  using Config = DecodeConfig<T, kDim>;
-  constexpr bool kFloat = Operand<T>::kPlanes == 3;
-  static_assert(sizeof(DecodeShared<Config>) == decode_shared_bytes(kDim, kFloat));
+  using T = typename Config::T;
+  constexpr bool kFloat = Operand<typename Config::Key>::kPlanes > 1;
+  static_assert(fits<typename Config::Key>(sizeof(DecodeShared<Config>),
+                                           decode_shared_bytes(Config::kDim, kFloat)));
   static_assert(sizeof(CombineShared) == combine_shared_bytes());
-  const ListShape shape = list_shape(sparse.attention, sparse.lists);
+  const ListShape shape = list_shape(sparse);
   DecodeParams p{sparse, 0, divide_up(shape.rows(), kDecodeRows), decode_item_rows(shape),
                  decode_split_length(shape.length), decode_splits(shape.length)};
   p.sparse.lists.block_q = shape.block_q;
@@ -27,6 +28,15 @@ void launch_decode(const SparseAttentionParams& sparse, Stream stream) {
     launch(decode_kernel<Config>, plan_decode(shape, count), stream, p);
     launch(combine_splits_kernel<T>, plan_combine(shape, count), stream, p);
   }
+  if (rows_differ(p.sparse.attention)) mend_rows(p.sparse, false, stream);
+}
+
+template <class T, int kDim>
+void decode(const SparseAttentionParams& p, Stream stream) {
+  if constexpr (sizeof(T) == 2) {
+    if (p.rotation.cos) return launch_decode<RotatedDecodeConfig<T, kDim>>(p, stream);
+  }
+  launch_decode<DecodeConfig<T, kDim>>(p, stream);
 }
 
 }  // namespace
@@ -38,15 +48,15 @@ bool is_decode_attention(const AttentionParams& p) {
 void decode_attention(const SparseAttentionParams& p, Stream stream) {
   visit_dtype(p.attention.dtype, [&]<class T>() {
     switch (decode_head_dim(attention_shape(p.attention).dim())) {
-      case 64: return launch_decode<T, 64>(p, stream);
-      case 128: return launch_decode<T, 128>(p, stream);
-      default: return launch_decode<T, 256>(p, stream);
+      case 64: return decode<T, 64>(p, stream);
+      case 128: return decode<T, 128>(p, stream);
+      default: return decode<T, 256>(p, stream);
     }
   });
 }
 
 int64_t decode_attention_workspace(const SparseAttentionParams& p) {
-  return decode_workspace_bytes(list_shape(p.attention, p.lists));
+  return decode_workspace_bytes(list_shape(p));
 }
 
 int64_t attention_workspace(const AttentionParams& p) {

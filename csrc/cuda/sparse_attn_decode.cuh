@@ -26,6 +26,7 @@ struct DecodeParams {
 template <class StorageType, int kHeadDim>
 struct DecodeConfig {
   using T = StorageType;
+  using Key = T;  // what queries and keys meet as
   static constexpr int kDim = kHeadDim;
   static constexpr int kValueDim = forward_value_dim(kDim, Operand<T>::kPlanes == 3);
   static constexpr DecodeTiles kTiles = decode_tiles(kDim, Operand<T>::kPlanes == 3);
@@ -35,14 +36,21 @@ struct DecodeConfig {
   static constexpr bool kQueryInRegisters = Operand<T>::kPlanes == 1 && kDim <= 128;
 };
 
+// Of 16-bit keys that are rotated to the places of their entries.
+template <class StorageType, int kHeadDim>
+struct RotatedDecodeConfig : DecodeConfig<float, kHeadDim> {
+  using T = StorageType;
+  using Key = Split<T>;
+};
+
 template <class C>
 struct DecodeShared {
   struct Stage {
-    StreamedTile<typename C::T, C::kKeys, C::kDim> key;
+    StreamedTile<typename C::Key, C::kKeys, C::kDim> key;
     StreamedTile<typename C::T, C::kKeys, C::kValueDim> value;
     KeySlots<C::kKeys> slots;
   };
-  Tile<typename C::T, C::kRows, C::kDim> query;
+  Tile<typename C::Key, C::kRows, C::kDim> query;
   union {
     Stage stage[C::kWarps][C::kStages];
     float out[C::kWarps][C::kRows][C::kValueDim];  // of the warps, when all tiles are done
@@ -98,12 +106,8 @@ struct DecodeBlock {
       stage.slots.bias[lane_id()] = info.bias;
     }
     __syncwarp();
-    const auto key_row = listed_rows(keys, stage.slots);
-    if (p.rotation.cos) {
-      load_rotated<kWarp>(stage.key, keys, p.rotation, position, key_row, lane_id());
-    } else {
-      load_tile<kWarp>(stage.key, keys.first, keys.columns, keys.aligned, key_row, lane_id());
-    }
+    load_listed_keys<C, kWarp>(stage.key, keys, p.rotation, position,
+                               listed_rows(keys, stage.slots), lane_id());
     load_tile<kWarp>(stage.value, values.first, values.columns, values.aligned,
                      listed_rows(values, stage.slots), lane_id());
   }
@@ -201,7 +205,6 @@ __device__ __forceinline__ void finish_split(const ForwardState<C>& state, Decod
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1)
     decode_kernel(const __grid_constant__ DecodeParams p) {
-  using T = typename C::T;
   auto& shared = shared_memory<DecodeShared<C>>();
   const AttentionParams& a = p.sparse.attention;
   const ItemRows item(p, p.first_item + blockIdx.x);
@@ -229,7 +232,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 
   ForwardState<C> state;
   start(state);
-  Left<T> query[C::kQueryInRegisters ? C::kDim / 16 : 1];
+  Left<typename C::Key> query[C::kQueryInRegisters ? C::kDim / 16 : 1];
   if constexpr (C::kQueryInRegisters) {
 #pragma unroll
     for (int k = 0; k < C::kDim / 16; ++k) load_left(query[k], shared.query, 0, 16 * k);
@@ -244,7 +247,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     float weights[1][C::kKeys / 8][4];
     multiply_by_rows<C::kDim>(weights, stage.key, [&](int k, int) {
       if constexpr (C::kQueryInRegisters) return query[k];
-      Left<T> left;
+      Left<typename C::Key> left;
       load_left(left, shared.query, 0, 16 * k);
       return left;
     });

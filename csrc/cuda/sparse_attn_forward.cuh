@@ -102,6 +102,19 @@ __device__ __forceinline__ T* out_row(const AttentionParams& p, const HeadView& 
          view.query_head(row) * p.out_stride_head + view.query(row) * p.out_stride_token;
 }
 
+// Whether a row's part of out has NaN, as its four lanes have it. Its lse is then NaN as well, which
+// tells mend_rows so.
+template <class C>
+__device__ __forceinline__ bool is_nan(const ForwardState<C>& s, int i, int h) {
+  bool nan = false;
+#pragma unroll
+  for (int j = 0; j < C::kValueDim / 8; ++j) {
+#pragma unroll
+    for (int e = 2 * h; e < 2 * h + 2; ++e) nan = nan || s.out[i][j][e] != s.out[i][j][e];
+  }
+  return warp_max<4>(nan ? 1 : 0) > 0;
+}
+
 template <class C>
 __device__ __forceinline__ void finish(const ForwardState<C>& s, const AttentionParams& p,
                                        const HeadView& view, uint32_t first_row, int first_column) {
@@ -111,11 +124,12 @@ __device__ __forceinline__ void finish(const ForwardState<C>& s, const Attention
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float sum = warp_sum<4>(s.sum[i][h]);
+      const bool nan = is_nan(s, i, h);
       const uint32_t row = first_row + lane_row<C>(i, h);
       if (row >= view.rows) continue;
       const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
       if (lane_id() % 4 == 0 && first_column == 0) {
-        store_lse(s, p, view, row, i, h, sum);
+        store_lse(s, p, view, row, i, h, nan ? kNaN : sum);
       }
       T* out = out_row<T>(p, view, row);
 #pragma unroll

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "plan_sparse_decode.h"
-#include "sparse_attn_raw_tile.cuh"
+#include "sparse_attn_split.cuh"
 
 namespace tokred::cuda::attention {
 
@@ -11,6 +11,19 @@ namespace tokred::cuda::attention {
 inline ListShape list_shape(const AttentionParams& p, const KeyLists& lists) {
   const int64_t heads = lists.heads == p.heads_q && p.heads_q > 0 ? p.heads_q : p.heads_kv;
   return {attention_shape(p), heads, lists.length, min(lists.block_q, p.queries)};
+}
+// Rotated keys stay as exact as f32, and have its tiles.
+inline ListShape list_shape(const SparseAttentionParams& p) {
+  ListShape shape = list_shape(p.attention, p.lists);
+  if (p.rotation.cos) shape.attention.is_float = true;
+  return shape;
+}
+
+// Whether a struct of so many bytes has the shared memory of a plan: that of f32 has room to spare
+// where rotated 16-bit keys take its place.
+template <class Key>
+constexpr bool fits(int64_t size, int64_t planned) {
+  return Operand<Key>::kPlanes == 2 ? size <= planned : size == planned;
 }
 
 // List number `index` of all: its rows are rows first_row .. view.rows - 1 of the view, which is
@@ -71,12 +84,6 @@ __device__ __forceinline__ RowSight row_sight(const AttentionParams& p, const He
     sight.position = query_position(p.positions, view.batch, view.query(row));
   }
   return sight;
-}
-
-// Whether rows may see different keys.
-__device__ __forceinline__ bool rows_differ(const AttentionParams& p) {
-  return (p.causal && p.queries > 1) || (p.mask.data && !masks_keys_only(p)) ||
-         p.positions.columns > 0;
 }
 
 // Whether a row sees a key that exists.
@@ -154,8 +161,9 @@ struct KeyLookUp {
 
   __device__ __forceinline__ Info operator()(int entry) const {
     if (entry < 0 || !view.key_exists(p, entry)) return {-1, -kInfinity};
-    const float* bias = view.key_bias;
-    return {entry, bias ? kLog2E * bias[entry * p.bias_stride_key] : 0.0f};
+    const float* biases = view.key_bias;
+    const float bias = biases ? kLog2E * biases[entry * p.bias_stride_key] : 0.0f;
+    return {bias == -kInfinity ? -1 : entry, bias};
   }
 };
 using KeyInfo = KeyLookUp::Info;
@@ -229,7 +237,24 @@ __device__ __forceinline__ void load_rotated(Tile& tile, const RowSource<T>& sou
       const float other = to_float(key[d < half ? d + half : angle]) * sin[angle];
       x[e] = fmaf(to_float(key[d]), cos[angle], d < half ? -other : other);
     }
+    keep_finite<T>(x);
     store_eight(tile, r, column, x);
+  }
+}
+
+// The keys of a tile, rotated or as they are. 16-bit keys of one plane are never rotated.
+template <class C, int kThreads, class Tile, class T, class Row>
+__device__ __forceinline__ void load_listed_keys(Tile& tile, const RowSource<T>& source,
+                                                 const Rotation& rotation, int64_t first_position,
+                                                 Row row, int thread) {
+  constexpr bool kRotates = sizeof(T) == 4 || !std::is_same_v<typename C::Key, T>;
+  if constexpr (kRotates) {
+    if (sizeof(T) == 2 || rotation.cos) {
+      return load_rotated<kThreads>(tile, source, rotation, first_position, row, thread);
+    }
+  }
+  if constexpr (std::is_same_v<typename C::Key, T>) {
+    load_tile<kThreads>(tile, source.first, source.columns, source.aligned, row, thread);
   }
 }
 

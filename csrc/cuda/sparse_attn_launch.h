@@ -17,6 +17,11 @@ bool is_decode_attention(const AttentionParams&);
 bool is_wgmma_attention(const AttentionParams&);
 void wgmma_attention(const AttentionParams&, Stream);
 
+// Does rows that are NaN again, and the gradients of such rows and keys, for the visible pairs alone;
+// see sparse_attn_mend.cuh. Lists without indices are all keys in order.
+void mend_rows(const SparseAttentionParams&, bool marked, Stream);
+void mend_gradients(const AttentionBackwardParams&, const KeyLists&, Stream);
+
 // Attention over lists of keys, or over all keys where the lists have no indices.
 void decode_attention(const SparseAttentionParams&, Stream);
 int64_t decode_attention_workspace(const SparseAttentionParams&);  // bytes

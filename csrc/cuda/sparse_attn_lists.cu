@@ -10,19 +10,43 @@ namespace {
 
 using namespace attention;
 
-template <class T, int kDim>
+template <class Config>
 void launch_lists(SparseAttentionParams p, Stream stream) {
-  using Config = ForwardConfig<T, kDim>;
-  constexpr bool kFloat = Operand<T>::kPlanes == 3;
-  static_assert(sizeof(ListForwardShared<Config>) == list_forward_shared_bytes(kDim, kFloat));
-  const ListShape shape = list_shape(p.attention, p.lists);
+  constexpr bool kFloat = Operand<typename Config::Key>::kPlanes > 1;
+  static_assert(fits<typename Config::Key>(sizeof(ListForwardShared<Config>),
+                                           list_forward_shared_bytes(Config::kDim, kFloat)));
+  const ListShape shape = list_shape(p);
   p.lists.block_q = shape.block_q;
   launch(list_attention_kernel<Config>, plan_list_forward(shape), stream, p,
          divide_up(shape.rows(), Config::kRows));
+  if (rows_differ(p.attention)) mend_rows(p, in_one_part(shape.attention), stream);
 }
 
-bool is_decode_list(const SparseAttentionParams& p) {
-  return is_decode(list_shape(p.attention, p.lists));
+bool is_decode_list(const SparseAttentionParams& p) { return is_decode(list_shape(p)); }
+
+template <class T>
+void attend_lists(const SparseAttentionParams& p, Stream stream) {
+  constexpr bool kFloat = Operand<T>::kPlanes == 3;
+  switch (forward_head_dim(attention_shape(p.attention).dim(), kFloat)) {
+    case 32:
+      if constexpr (!kFloat) return launch_lists<ForwardConfig<T, 32>>(p, stream);
+      break;
+    case 64: return launch_lists<ForwardConfig<T, 64>>(p, stream);
+    case 96:
+      if constexpr (!kFloat) return launch_lists<ForwardConfig<T, 96>>(p, stream);
+      break;
+    case 128: return launch_lists<ForwardConfig<T, 128>>(p, stream);
+    default: return launch_lists<ForwardConfig<T, 256>>(p, stream);
+  }
+}
+
+template <class T>
+void attend_rotated(const SparseAttentionParams& p, Stream stream) {
+  switch (forward_head_dim(attention_shape(p.attention).dim(), true)) {
+    case 64: return launch_lists<RotatedForwardConfig<T, 64>>(p, stream);
+    case 128: return launch_lists<RotatedForwardConfig<T, 128>>(p, stream);
+    default: return launch_lists<RotatedForwardConfig<T, 256>>(p, stream);
+  }
 }
 
 }  // namespace
@@ -36,18 +60,10 @@ void sparse_attention(const SparseAttentionParams& p, Stream stream) {
   if (a.batch == 0 || a.heads_q == 0 || a.queries == 0) return;
   if (is_decode_list(p)) return decode_attention(p, stream);
   visit_dtype(a.dtype, [&]<class T>() {
-    constexpr bool kFloat = Operand<T>::kPlanes == 3;
-    switch (forward_head_dim(attention_shape(a).dim(), kFloat)) {
-      case 32:
-        if constexpr (!kFloat) return launch_lists<T, 32>(p, stream);
-        break;
-      case 64: return launch_lists<T, 64>(p, stream);
-      case 96:
-        if constexpr (!kFloat) return launch_lists<T, 96>(p, stream);
-        break;
-      case 128: return launch_lists<T, 128>(p, stream);
-      default: return launch_lists<T, 256>(p, stream);
+    if constexpr (sizeof(T) == 2) {
+      if (p.rotation.cos) return attend_rotated<T>(p, stream);
     }
+    attend_lists<T>(p, stream);
   });
 }
 

@@ -10,10 +10,17 @@ namespace tokred::cuda::attention {
 // Keys are looked up two tiles ahead of the one at work, so that their copies can start one ahead.
 inline constexpr int kSlotStages = 3;
 
+// Of 16-bit keys that are rotated to the places of their entries.
+template <class StorageType, int kHeadDim>
+struct RotatedForwardConfig : ForwardConfig<float, kHeadDim> {
+  using T = StorageType;
+  using Key = Split<T>;
+};
+
 template <class C>
 struct ListForwardShared {
-  Tile<typename C::T, C::kRows, C::kDim> query;
-  Tile<typename C::T, C::kKeys, C::kDim> key[C::kStages];
+  Tile<typename C::Key, C::kRows, C::kDim> query;
+  Tile<typename C::Key, C::kKeys, C::kDim> key[C::kStages];
   Tile<typename C::T, C::kKeys, C::kValueDim> value[C::kStages];
   KeySlots<C::kKeys> slots[kSlotStages];
   RowSight sight[C::kRows];
@@ -77,12 +84,8 @@ __global__ void __launch_bounds__(C::kThreads, 2)
   const auto load = [&](int tile) {
     const auto& slots = shared.slots[tile % kSlotStages];
     auto& key = shared.key[tile % C::kStages];
-    if (p.rotation.cos) {
-      load_rotated<C::kThreads>(key, keys, p.rotation, int64_t{tile} * C::kKeys,
-                                listed_rows(keys, slots));
-    } else {
-      load_tile<C::kThreads>(key, keys.first, keys.columns, keys.aligned, listed_rows(keys, slots));
-    }
+    load_listed_keys<C, C::kThreads>(key, keys, p.rotation, int64_t{tile} * C::kKeys,
+                                     listed_rows(keys, slots), thread);
     load_tile<C::kThreads>(shared.value[tile % C::kStages], values.first, values.columns,
                            values.aligned, listed_rows(values, slots));
     cp_async_commit();
@@ -98,7 +101,7 @@ __global__ void __launch_bounds__(C::kThreads, 2)
     if (!has_rows) return;
     float weights[C::kRowTiles][C::kKeys / 8][4];
     multiply_by_rows<C::kDim>(weights, shared.key[tile % C::kStages], [&](int k, int i) {
-      Left<T> left;
+      Left<typename C::Key> left;
       load_left(left, shared.query, (warp_id() * C::kRowTiles + i) * 16, 16 * k);
       return left;
     });

@@ -3,6 +3,7 @@
 // multiply a tile of keys with a tile of rows wherever one names the other: with lists spread over
 // all keys that is the cost of dense attention.
 #include "launch.h"
+#include "sparse_attn_launch.h"
 #include "sparse_attn_lists_backward.cuh"
 
 namespace tokred::cuda {
@@ -31,6 +32,7 @@ void launch_backward(SparseAttentionBackwardParams p, Stream stream) {
     launch(list_grad_key_kernel<BackwardConfig<T, kDim, KeyGrads::value>>, plan, stream, p);
     launch(list_grad_key_kernel<BackwardConfig<T, kDim, KeyGrads::key>>, plan, stream, p);
   }
+  mend_gradients(p.backward, p.lists, stream);
 }
 
 }  // namespace

@@ -47,6 +47,12 @@ __device__ __forceinline__ void split_pair(float x, float y, uint32_t (&out)[Ope
 
 // Loading ----------------------------------------------------------------------------------------
 
+// What a tile is loaded from: numbers of its own type, but of T for Split<T>.
+template <class T>
+struct StoredAs {
+  using type = T;
+};
+
 // Whether every row of t starts at a multiple of 16 bytes.
 template <class T>
 __host__ __device__ __forceinline__ bool is_aligned(const HeadTensor& t) {
@@ -76,7 +82,8 @@ __device__ __forceinline__ void load_eight(float (&x)[8], const T* source, int c
 // Complete once the copies have been waited for and the block has met. `anywhere` is any address
 // that copies of nothing may name; `thread` counts the kThreads that call.
 template <int kThreads, class T, int kRows, int kDim, class Row>
-__device__ __forceinline__ void load_tile(Tile<T, kRows, kDim>& tile, const T* anywhere, int dim,
+__device__ __forceinline__ void load_tile(Tile<T, kRows, kDim>& tile,
+                                          const typename StoredAs<T>::type* anywhere, int dim,
                                           bool aligned, Row row,
                                           int thread = static_cast<int>(threadIdx.x)) {
   constexpr int kPlanes = Operand<T>::kPlanes, kChunks = kDim / 8;
@@ -85,7 +92,7 @@ __device__ __forceinline__ void load_tile(Tile<T, kRows, kDim>& tile, const T* a
 #pragma unroll kUnroll
   for (int i = thread; i < kRows * kChunks; i += kThreads) {
     const int r = i / kChunks, column = i % kChunks * 8;
-    const T* source = row(r);
+    const auto* source = row(r);
     const int count = source ? max(0, min(dim - column, 8)) : 0;
     if (kPlanes == 1 && aligned) {
       cp_async_16(&tile.plane[0][r][column], count ? source + column : anywhere, 2 * count);
@@ -259,8 +266,8 @@ __device__ __forceinline__ void load_keys(Tile<T, kRows, kDim>& tile, const RowS
   });
 }
 
-template <int kThreads, class T, int kRows, int kDim>
-__device__ __forceinline__ void load_queries(Tile<T, kRows, kDim>& tile,
+template <int kThreads, class TileType, class T, int kRows, int kDim>
+__device__ __forceinline__ void load_queries(Tile<TileType, kRows, kDim>& tile,
                                              const RowSource<T>& source, const HeadView& view,
                                              int64_t first_row) {
   load_tile<kThreads>(tile, source.first, source.columns, source.aligned, [&](int r) {

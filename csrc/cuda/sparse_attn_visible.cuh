@@ -14,6 +14,7 @@ namespace tokred::cuda::attention {
 inline constexpr float kLog2E = 1.4426950408889634f;
 inline constexpr float kLn2 = 0.6931471805599453f;
 inline constexpr float kInfinity = __builtin_huge_valf();
+inline constexpr float kNaN = __builtin_nanf("");
 
 // The shape as the plans take it.
 inline AttentionShape attention_shape(const AttentionParams& p) {
@@ -22,7 +23,7 @@ inline AttentionShape attention_shape(const AttentionParams& p) {
 }
 
 // Whether the mask says the same to every query, so that it is a property of the key.
-__device__ __forceinline__ bool masks_keys_only(const AttentionParams& p) {
+__host__ __device__ __forceinline__ bool masks_keys_only(const AttentionParams& p) {
   return p.mask.data && p.mask.stride[1] == 0 && p.mask.stride[2] == 0;
 }
 
@@ -142,6 +143,11 @@ struct HiddenPairs {
 // Whether pairs may be hidden by more than causality and the mask.
 __host__ __device__ __forceinline__ bool hides_pairs(const AttentionParams& p) {
   return p.positions.columns > 0 || p.blocks.mask.data;
+}
+
+// Whether rows may see different keys.
+__host__ __device__ __forceinline__ bool rows_differ(const AttentionParams& p) {
+  return (p.causal && p.queries > 1) || (p.mask.data && !masks_keys_only(p)) || hides_pairs(p);
 }
 
 // The one or two columns of a position table. Without a second one nothing is hidden by it.

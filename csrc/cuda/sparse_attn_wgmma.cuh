@@ -202,10 +202,13 @@ class Consumer {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float sum = warp_sum<4>(state_.sum[0][h]);
+      const bool nan = is_nan(state_, 0, h);
       const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
       const uint32_t row = rows_.first_row + lane_row<C>(0, h);
       const bool exists = row < rows_.view.rows;
-      if (exists && lane_id() % 4 == 0) store_lse(state_, rows_.p, rows_.view, row, 0, h, sum);
+      if (exists && lane_id() % 4 == 0) {
+        store_lse(state_, rows_.p, rows_.view, row, 0, h, nan ? kNaN : sum);
+      }
       T* out = out_row<T>(rows_.p, rows_.view, row) + lane_id() % 4 * 8;
 #pragma unroll
       for (int j = 0; j < C::kDim / 8; j += 4) {

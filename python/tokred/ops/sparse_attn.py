@@ -54,6 +54,9 @@ def biased_attention(
     iteration) is duo-causal attention; (entry, -exit) of a depth-first walk is a tree whose nodes
     see their ancestors and themselves, for speculative decoding.
 
+    A hidden key contributes nothing to a query, whatever it and its value hold, NaN and infinities
+    included; nor does a visible one whose weight is exactly 0.
+
     Args:
         q: [B, Hq, L, D] float32, float16 or bfloat16, or float64 on the CPU; any outer strides, the
             last dimension contiguous, D at most 256.

@@ -1,0 +1,19 @@
+// sparse_attn_mend.cuh for packed keys and values: the window may hold infinite numbers, and params
+// that were never written.
+#include "launch.h"
+#include "packed_attn_mend.cuh"
+#include "packed_attn_launch.h"
+
+namespace tokred::cuda {
+
+using namespace attention;
+
+void mend_packed_rows(const PackedAttentionParams& p, Stream stream) {
+  const AttentionParams& a = p.attention;
+  visit_dtype(a.dtype, [&]<class T>() {
+    launch(mend_rows_kernel<T, PackedKeys<T>, PackedAttentionParams>,
+           plan_delta(attention_shape(a)), stream, p, a, false);
+  });
+}
+
+}  // namespace tokred::cuda
