@@ -52,11 +52,14 @@ def block_seed(x: torch.Tensor, seed: int, block: int) -> torch.Tensor:
     The tokens differ from step to step, so that the cells are drawn anew in each; and where a block
     is run a second time on the same tokens, as torch.utils.checkpoint does, it draws the same.
 
+    Args:
+        x: [B, N, C]; the first channel of every token counts.
+
     Returns:
-        int64 scalar tensor on x's device. O(elements of x); nothing waits for the device.
+        int64 scalar tensor on x's device. O(B N); nothing waits for the device.
     """
     # Sums of integers do not depend on their order, unlike sums of floats.
-    content = x.detach().contiguous().view(torch.int16).sum(dtype=torch.int64)
+    content = x.detach()[..., :1].contiguous().view(torch.int16).sum(dtype=torch.int64)
     return _mixed(_mixed(content) ^ _mixed(seed) ^ (block * 0x1F123BB5))
 
 

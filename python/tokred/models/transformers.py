@@ -101,7 +101,10 @@ class Stack:
         family = self.family
         for index, layer in enumerate(self.layers):
             attn = getattr(layer, family.attention)
-            overrides.replace(layer, "forward", _layer_forward, state, family, index, layer)
+            in_forward = compat.forward_checkpoints(type(layer))
+            overrides.replace(
+                layer, "forward", _layer_forward, state, family, index, in_forward, layer
+            )
             overrides.replace(attn, "forward", _attention_forward, state, family, attn)
             if state.plans[index] is not None:
                 overrides.hook(attn.k_proj, partial(_keep_metric, state, attn.head_dim))
@@ -159,13 +162,17 @@ def _layer_forward(
     state: TokenState,
     family: Family,
     index: int,
+    in_forward: bool,
     layer: nn.Module,
     original: Callable,
     hidden_states: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    checkpointed = compat.forward_checkpoints(layer)
+    # Where `original` would checkpoint itself, we do it around all of what we do instead.
+    checkpointed = (
+        in_forward and layer.gradient_checkpointing and layer.training and torch.is_grad_enabled()
+    )
     run = partial(_run_layer, state, family, index, layer, original, checkpointed, **kwargs)
     if checkpointed:
         return layer._gradient_checkpointing_func(run, hidden_states, attention_mask)
@@ -183,7 +190,6 @@ def _run_layer(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """One layer. `original` would checkpoint itself, which is too late where we do it here."""
     state.enter(x, index)
     merges = state.plans[index] is not None
     if merges:
