@@ -1,8 +1,9 @@
 """SmolLM2-135M decoding one token on caches of a few bits, beside transformers' own.
 
 Every candidate decodes into a cache of its own that starts with the same random keys and values.
-transformers' DynamicCache copies itself at every step, its StaticCache does not.
-transformers' QuantizedCache (quanto) keeps few bits too, but unpacks all of them at every step.
+The best dense practice is SDPA on transformers' StaticCache; its DynamicCache copies itself at
+every step. transformers' QuantizedCache (quanto) keeps few bits too, but unpacks all of them at
+every step.
 """
 
 from __future__ import annotations
@@ -10,18 +11,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import tokred
+from tokred.compat import cache_keyword
 from tokred.demo_text import dense_attention
 from tokred.models.offline import MissingModelError
 from tokred.models.smollm2 import load_smollm2
 
 from .bench_models import allow_torchvision
-from .harness import Case
+from .harness import MOST_SAMPLES, Case
 from .machine import Run
 
 
@@ -40,21 +43,27 @@ def decode_case(model: torch.nn.Module, context: int) -> Case:
     def step(attention: Callable[[], AbstractContextManager], cache: Any) -> Tensor:
         token = torch.zeros(1, 1, dtype=torch.long)
         with torch.inference_mode(), attention():
-            return model(token, past_key_values=cache).logits
+            return model(token, **{cache_keyword(): cache}).logits
 
     def build() -> dict[str, Callable]:
         from transformers.cache_utils import DynamicCache, QuantizedCache, StaticCache
 
         sdpa = partial(dense_attention, model, "sdpa")
         ours = partial(dense_attention, model)
+        tidal = partial(tokred.patch, model, "tidal_decode", k=256)
+        # As long as the samples need: a longer one would be slower.
+        static = partial(StaticCache, config=config, max_cache_len=context + MOST_SAMPLES + 8)
+        dynamic = partial(DynamicCache, config=config)
         caches = {
             "tokred.PackedCache, 4 bits": (ours, tokred.PackedCache(config, bits=4)),
             "tokred.PackedCache, 2 bits": (ours, tokred.PackedCache(config, bits=2)),
-            "tokred attention, dense cache": (ours, DynamicCache(config=config)),
-            "SDPA, dense cache": (sdpa, DynamicCache(config=config)),
-            "SDPA, StaticCache": (sdpa, StaticCache(config=config, max_cache_len=context + 256)),
+            "tokred attention, StaticCache": (ours, static()),
+            "tokred attention, DynamicCache": (ours, dynamic()),
+            "tokred tidal_decode, k = 256, StaticCache": (tidal, static()),
+            "SDPA, StaticCache": (sdpa, static()),
+            "SDPA, DynamicCache": (sdpa, dynamic()),
         }
-        for bits in (4, 2):
+        for bits in (4, 2) if find_spec("optimum") else ():
             name = f"SDPA, QuantizedCache, {bits} bits"
             caches[name] = (sdpa, QuantizedCache("quanto", config, nbits=bits))
         return {

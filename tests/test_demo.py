@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 import torchvision_stub
 
 torchvision_stub.install()
@@ -15,7 +17,7 @@ np = pytest.importorskip("numpy")
 for needed in ("transformers", "skimage", "matplotlib", "rich"):
     pytest.importorskip(needed)
 
-from tokred import demo  # noqa: E402
+from tokred import demo, demo_cache, demo_report, demo_text  # noqa: E402
 from tokred.figures import merged_regions, save_panels  # noqa: E402
 from tokred.models import dinov2  # noqa: E402
 
@@ -105,6 +107,32 @@ def test_quick_cache_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert report["generated"][0].startswith("The capital of France is Paris")
     assert (tmp_path / "text_cache.png").read_bytes().startswith(b"\x89PNG")
     assert "times the dense perplexity, within 1.03" in capsys.readouterr().out
+
+
+def test_decoding_is_timed_in_turns_on_any_decoder() -> None:
+    """The plans of both parts on a small model: who takes part, and from where to where."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=32, hidden_size=128, intermediate_size=32, num_hidden_layers=3,
+                         num_attention_heads=2, num_key_value_heads=1)  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    ids = torch.randint(32, (1, 80))
+    text = demo_text.TextPlan(40, (8,), (48, 64), 40, 2, 1)
+    cache = demo_cache.CachePlan(1, 8, 2, (4,), (48, 64), (4, 2), 16, 2, 1)
+    with torch.inference_mode():
+        rows = demo_text._speeds(model, ids, text)
+        with demo_text.dense_attention(model):
+            more, memory = demo_cache._speeds(model, cache)
+    peers = {"SDPA, StaticCache", "SDPA, DynamicCache"}
+    for context in (48, 64):
+        for part, ours in (
+            (rows, {"tokred, dense", "token_select, k = 40", "tidal_decode, k = 40"}),
+            (more, {"tokred, StaticCache", "4 bits", "2 bits", "4 bits, top 16 keys"}),
+        ):
+            here = [asdict(row) for row in part if row.context == context]
+            check_speed({"origin": asdict(demo_report.origin(False)), "speed": here}, peers, ours)
+    assert [(row.bits, row.context) for row in memory] == [(4, 48), (2, 48), (4, 64), (2, 64)]
 
 
 def test_regions_have_their_mean_colour() -> None:

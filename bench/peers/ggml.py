@@ -79,6 +79,17 @@ def _library() -> ctypes.CDLL:
     return library
 
 
+@functools.cache
+def is_here() -> bool:
+    """Whether it could be built; says why not."""
+    try:
+        _library()
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        print(f"without ggml as a peer: {error}")
+        return False
+    return True
+
+
 class Rows:
     """f32 rows [.., D] packed by q4_0 or q8_0, which have a scale every 32 numbers. One thread."""
 
