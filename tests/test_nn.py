@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from conftest import assert_bitwise_equal, generator
-from torch import Tensor
+from torch import Tensor, nn
 
 import tokred
 from tokred.nn import BlockSparseAttention, TopKAttention
@@ -261,6 +264,36 @@ def test_modules_compile_without_breaks() -> None:
         compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
         with torch.no_grad():
             torch.testing.assert_close(compiled(q, k, v), module(q, k, v))
+
+
+MODULES = [
+    TopKAttention(5, num_locals=8, block_q=8, causal=True),
+    TopKAttention(5, scoring=torch.arange(12, dtype=torch.int32).view(6, 2)),
+    TopKAttention(8, scoring="block", block_size=8, statistic="min_max"),
+    BlockSparseAttention(top_p=0.5, block_q=8, block_k=8, causal=True),
+]
+
+
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_copies_and_threads_compute_the_same(module: nn.Module) -> None:
+    inputs = [tuple(t[:, :, :length] for t in heads(queries=40)) for length in (40, 33, 24, 40)]
+    with torch.no_grad():
+        expected = [module(*x) for x in inputs]
+        before = dict(vars(module))
+        for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+            for x, wanted in zip(inputs, expected, strict=True):
+                assert_bitwise_equal(other(*x), wanted)
+    # Nothing of a pass stays on the module, so that threads may share it.
+    assert dict(vars(module)) == before
+
+    def run(x: tuple) -> list[Tensor]:
+        with torch.no_grad():
+            return [module(*x) for _ in range(5)]
+
+    with ThreadPoolExecutor(4) as pool:
+        for results, wanted in zip(pool.map(run, inputs), expected, strict=True):
+            for result in results:
+                assert_bitwise_equal(result, wanted)
 
 
 def test_empty_and_hidden() -> None:

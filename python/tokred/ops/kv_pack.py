@@ -239,7 +239,8 @@ def kv_unpack(
     Raises:
         RuntimeError: codes and params that do not fit each other or the format; an out of another
             shape or device, or with strides that do not fit.
-        ValueError: another dtype, one that is not out's, or an out that requires grad.
+        ValueError: another dtype, one that is not out's, or an input that requires grad.
+        TypeError: packed is no PackedKV.
 
     Complexity: one read of the codes, one write of the result. `packed_attention` does not need it.
     """
@@ -276,7 +277,8 @@ def kv_append(
         packed: the cache's codes and params with room for N tokens, written.
         length: tokens that it holds now, the window's included; where lengths is given, the
             greatest of them.
-        window: [B, H, W, D] in the dtype of x, written; along tokens W is a multiple of group_size.
+        window: [B, H, W, D] in the dtype of x (under autocast x follows it), written; along tokens
+            W is a multiple of group_size.
         lengths: int32 [B], tokens of each row of the batch; not changed. Rows that have no room
             left, or a negative length, are left as they are.
         slots: int32 [B, capacity], where each row's tokens are in a pool that all rows share: codes
@@ -285,7 +287,8 @@ def kv_append(
     Raises:
         RuntimeError: no room for the tokens (the cache is unchanged), or naming the argument whose
             shape, dtype, device or value does not fit.
-        ValueError: x requires grad.
+        ValueError: x or what is written requires grad.
+        TypeError: packed is no PackedKV.
 
     Complexity: one read of x and of the window's rows that are packed.
     """

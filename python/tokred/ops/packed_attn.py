@@ -66,11 +66,12 @@ def packed_attention(
         the CPU takes a float16 or bfloat16 query, and the weights of a block of tokens, in
         sixteen-bit fixed point where they meet codes of 1, 2, 4 or 8 bits: channels are off by
         2^-15 of the greatest one of their group at most, and most of a query that is not rotated
-        is exact.
+        is exact. Under autocast q and the residuals are cast, as for attention.
 
     Raises:
         RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
-        ValueError: q or a residual requires grad.
+        ValueError: an input requires grad.
+        TypeError: packed_k or packed_v is no PackedKV.
 
     Complexity: 2 B Hq L T (D + Dv) flops (K in place of T with indices); in decoding, one read of
     the codes and params for all query heads of a key head.
@@ -117,11 +118,12 @@ def packed_qk_score(
 
     Returns:
         float32 [B, Hq | Hkv | 1, T]; -inf (0 as a vote) for tokens that are hidden. As precise as
-        the logits of `packed_attention`.
+        the logits of `packed_attention`. Under autocast q and residual_k are cast.
 
     Raises:
         RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
-        ValueError: q or residual_k requires grad.
+        ValueError: an input requires grad.
+        TypeError: packed_k is no PackedKV.
 
     Complexity: 2 B Hq T D flops, one read of the packed keys.
     """

@@ -53,11 +53,11 @@ def qk_score(
         slots: int32 [B, N], where each row's keys are in a pool that all rows share (pages).
 
     Returns:
-        float32 [B, Hq | Hkv | 1, N].
+        float32 [B, Hq | Hkv | 1, N]. Under autocast q and k are cast, as for attention.
 
     Raises:
         RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
-        ValueError: q or k requires grad: scores serve to choose, and have no gradient.
+        ValueError: an input requires grad: scores serve to choose, and have no gradient.
 
     Complexity: 2 B Hq N D flops (F in place of D with dims), one read of k.
     """
@@ -141,7 +141,7 @@ def block_score(
 
     Raises:
         RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
-        ValueError: q or pooled requires grad.
+        ValueError: an input requires grad.
 
     Complexity: 2 B Hq L M D flops (4 for "bounds" and "deviation").
     """

@@ -37,11 +37,11 @@ def attention_rows(
 
     Returns:
         float32 [B, Hq, L, N]; with softmax, 0 where hidden and where no key of the denominator is
-        visible.
+        visible. Under autocast q and k are cast, as for attention.
 
     Raises:
         RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
-        ValueError: q or k requires grad.
+        ValueError: an input requires grad.
 
     Complexity: 2 B Hq L N D flops, O(B Hq L N) memory: the result.
     """
@@ -80,11 +80,11 @@ def attention_columns(
         causal, scale, mask: as in `biased_attention`.
 
     Returns:
-        float32 [B, Hq, N].
+        float32 [B, Hq, N]. Under autocast q and k are cast, as for attention.
 
     Raises:
         RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
-        ValueError: q or k requires grad.
+        ValueError: an input requires grad.
 
     Complexity: 2 B Hq L N D flops (twice that without lse), memory linear in L and N.
     """
@@ -126,11 +126,11 @@ def pagerank(
         lse, causal, scale, mask: as in `attention_columns`.
 
     Returns:
-        float32 [B, Hq, N].
+        float32 [B, Hq, N]. Under autocast q and k are cast, as for attention.
 
     Raises:
         RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
-        ValueError: q or k requires grad.
+        ValueError: an input requires grad.
 
     Complexity: 2 B Hq N^2 D flops an iteration, memory linear in N.
     """

@@ -62,11 +62,12 @@ def similarity_stats(
     Returns:
         SimilarityStats: mean, variance (biased), greatest and energy float32 [B, Na]; index int32,
         the first partner of greatest similarity; count int32. A masked row, and one without
-        partners, has greatest -inf, index -1, and 0 otherwise. NaN is never the greatest.
+        partners, has greatest -inf, index -1, and 0 otherwise. NaN is never the greatest. Under
+        autocast a and b are cast to the wider dtype of the two.
 
     Raises:
         RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
-        ValueError: a or b requires grad.
+        ValueError: an input requires grad.
 
     Complexity: 2 B Na Nb C flops, memory linear in Na and Nb.
     """
@@ -90,7 +91,7 @@ def transition_stats(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
         before, after: [B, N, C] float32, float16 or bfloat16, channels contiguous.
 
     Returns:
-        ratio and cosine, float32 [B, N].
+        ratio and cosine, float32 [B, N]. Under autocast the inputs are cast to the wider dtype.
 
     Raises:
         RuntimeError: naming the argument whose shape, dtype or device does not fit.

@@ -72,7 +72,8 @@ def biased_attention(
     Returns:
         out [B, Hq, L, Dv] in the dtype of q, and lse float32 [B, Hq, L], the log of the sum of the
         exponentials. A query that sees no key has out 0 and lse -inf. Differentiable in q, k, v and
-        key_bias, through out and lse. Under autocast q, k and v are cast, key_bias is not.
+        key_bias, once, through out and lse: second derivatives raise a RuntimeError. Under
+        autocast q, k and v are cast, key_bias is not.
 
     Raises:
         RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
@@ -124,6 +125,8 @@ def combine_states(
     Raises:
         RuntimeError: naming the argument whose shape, dtype or device does not fit.
         ValueError: an input requires grad.
+
+    Under autocast out_a and out_b are cast to the wider dtype of the two.
 
     Complexity: one pass.
     """

@@ -70,8 +70,8 @@ def sparse_attention(
 
     Returns:
         out [B, Hq, L, Dv] in the dtype of q, and lse float32 [B, Hq, L]; 0 and -inf where a query
-        sees no key. Differentiable in q, k, v and key_bias, through out and lse. Under autocast q,
-        k and v are cast.
+        sees no key. Differentiable in q, k, v and key_bias, once, through out and lse. Under
+        autocast q, k and v are cast.
 
     Raises:
         RuntimeError: naming the argument whose shape, dtype, device or value does not fit.

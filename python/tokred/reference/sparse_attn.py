@@ -22,12 +22,9 @@ def biased_attention(
     group = q.shape[1] // k.shape[1]
     queries, keys = q.shape[2], k.shape[2]
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    per_query_head = [t.to(dtype).repeat_interleave(group, dim=1) for t in (k, v)]
+    query = scale * q.to(dtype)
+    key, value = (t.to(dtype).repeat_interleave(group, dim=1) for t in (k, v))
 
-    logits = scale * q.to(dtype) @ per_query_head[0].transpose(-1, -2)
-    if key_bias is not None:
-        bias = key_bias.to(dtype).expand(-1, k.shape[1], -1)
-        logits = logits + bias.repeat_interleave(group, dim=1)[:, :, None, :]
     visible = torch.ones(queries, keys, dtype=torch.bool, device=q.device)
     if causal:
         visible = visible.tril(keys - queries)
@@ -36,14 +33,40 @@ def biased_attention(
     if query_position is not None and key_position is not None:
         ordered = key_position[:, None, None] <= query_position[:, None, :, None]
         visible = visible & ordered.all(-1)
-    logits = logits.masked_fill(~visible, -torch.inf)
+    bias = query.new_zeros(())
+    if key_bias is not None:
+        bias = key_bias.to(dtype).expand(-1, k.shape[1], -1)
+        bias = bias.repeat_interleave(group, dim=1)[:, :, None, :]
+        visible = visible & (bias != -torch.inf)
+    visible = visible.expand(*q.shape[:3], keys)
+
+    spoilt = _spoilt_keys(key)
+    logits = query @ key.index_fill(2, spoilt, 0).transpose(-1, -2)
+    if len(spoilt):
+        rows = _seen(key, visible, spoilt)
+        logits = logits.index_copy(3, spoilt, (query[..., None, :] * rows).sum(-1))
+    logits = (logits + bias).masked_fill(~visible, -torch.inf)
 
     # A row of -inf is computed as a row of zeros, and its results replaced at the end.
     empty = (logits == -torch.inf).all(-1, keepdim=True)
-    logits = logits.masked_fill(empty, 0)
-    out = (logits.softmax(-1) @ per_query_head[1]).masked_fill(empty, 0)
-    lse = logits.logsumexp(-1).masked_fill(empty[..., 0], -torch.inf)
-    return out.to(q.dtype), lse
+    weights = logits.masked_fill(empty, 0).softmax(-1)
+    spoilt = _spoilt_keys(value)
+    out = weights @ value.index_fill(2, spoilt, 0)
+    if len(spoilt):
+        rows = _seen(value, logits != -torch.inf, spoilt)
+        out = out + (weights[..., spoilt, None] * rows).sum(-2)
+    lse = logits.masked_fill(empty, 0).logsumexp(-1).masked_fill(empty[..., 0], -torch.inf)
+    return out.masked_fill(empty, 0).to(q.dtype), lse
+
+
+def _spoilt_keys(rows: Tensor) -> Tensor:
+    """The keys of [B, H, N, C] that hold NaN or an infinity: 0 times them is not 0."""
+    return rows.detach().isfinite().logical_not().any(-1).flatten(0, 1).any(0).nonzero()[:, 0]
+
+
+def _seen(rows: Tensor, visible: Tensor, keys: Tensor) -> Tensor:
+    """These keys as every query sees them, [B, H, L, keys, C]: 0 where it does not."""
+    return rows[:, :, None, keys].where(visible[..., keys, None], 0)
 
 
 def block_sparse_attention(
