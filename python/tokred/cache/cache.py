@@ -122,6 +122,11 @@ class PackedCache(Cache):
         with _restored_on_failure(self.layers):
             super().batch_select_indices(indices)
 
+    def early_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Makes room before the first tokens; see transformers.Cache."""
+        with _restored_on_failure(self.layers):
+            super().early_initialization(*args, **kwargs)
+
     def reset(self) -> None:
         """Drops all tokens."""
         with _restored_on_failure(self.layers):

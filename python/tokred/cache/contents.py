@@ -162,11 +162,11 @@ class Contents:
             raise
 
     def _first_packed(self, before: int, after: int) -> bool:
-        if not self.layout.center:
+        """Whether packing begins, with keys enough for a mean."""
+        if not self.layout.center or after < _LEAST_MEAN:
             return False
-        form, window = self.layout.key, self.layout.window
-        held = (packed_tokens(form.axis, window, tokens) for tokens in (before, after))
-        return after >= _LEAST_MEAN and [each > 0 for each in held] == [False, True]
+        axis, window = self.layout.key.axis, self.layout.window
+        return packed_tokens(axis, window, before) == 0 < packed_tokens(axis, window, after)
 
     def _mean(self, length: int, keys: Tensor) -> Tensor:
         """Of the keys so far, none of which is packed, and these; 0 where one is not finite."""
