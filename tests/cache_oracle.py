@@ -26,7 +26,9 @@ class Transcribed(transformers.cache_utils.DynamicLayer):
         before, new = self.get_seq_length(), key_states.shape[2]
         sides = super().update(key_states, value_states)
         if self.options.center and before + new >= 16:
-            held = [packed_tokens(layout.key.axis, layout.window, n) for n in (before, before + new)]
+            held = [
+                packed_tokens(layout.key.axis, layout.window, n) for n in (before, before + new)
+            ]
             if held[0] == 0 < held[1]:
                 self.mean = sides[0].mean(2, keepdim=True)
         return (

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -121,16 +123,14 @@ def test_a_damaged_file(path: Path, place: float) -> None:
         tokred.PackedCache.load(path, llama().config)
 
 
-def rewritten(path: Path, change: Callable[[dict, dict], None], consistent: bool = False) -> None:
-    """The file with other tensors and another header, and a checksum of them if consistent."""
+def rewritten(path: Path, change: Callable[[dict, dict], None]) -> None:
+    """The file with other tensors or another header."""
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = file.metadata()
     header = json.loads(metadata["content"])
     change(tensors, header)
     metadata["content"] = json.dumps(header)
-    if consistent:
-        metadata["checksum"] = tokred.cache.files._checksum(metadata["content"], tensors)
     save_file(tensors, path, metadata)
 
 
@@ -208,3 +208,151 @@ def test_layers_that_cannot_be_saved(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="class DynamicLayer cannot be saved"):
         cache.save(tmp_path / "cache")
     assert not list(tmp_path.iterdir())
+
+
+# Files whose checksum is right are not trusted either.
+
+NASTY = (
+    None, True, -1, 0, 1, 3, 41, 4.0, float("nan"), 2**31, 2**62, 10**30, "", "load", "float64",
+    "token", "packed", "none", [], {}, [2, 3, 16, 16], [2**40, 3, 16, 16], [0, 3, 16, 16],
+    ["uint8"],
+)  # fmt: skip
+
+
+def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
+    """The paths of all fields and elements."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, part in items:
+        yield (*path, key)
+        if isinstance(part, dict | list):
+            yield from places(part, (*path, key))
+
+
+def changed(header: dict, place: tuple, value: Any) -> dict:
+    header = copy.deepcopy(header)
+    *outer, last = place
+    part: Any = header
+    for key in outer:
+        part = part[key]
+    if value is places:
+        del part[last]
+    else:
+        part[last] = value
+    return header
+
+
+def write(path: Path, tensors: dict, metadata: dict, content: str) -> None:
+    checksum = tokred.cache.files._checksum(content, tensors)
+    save_file(tensors, path, {**metadata, "content": content, "checksum": checksum})
+
+
+def used(cache: tokred.PackedCache) -> None:
+    """A token more."""
+    for number, layer in enumerate(cache.layers):
+        packed = isinstance(layer, PackedCacheLayer)
+        batch, heads = 2, 3
+        if packed and layer.is_initialized:
+            batch, heads = layer.contents.batch, layer.contents.heads
+        token = torch.randn(batch, heads, 1, 16)
+        cache.update(token, token.clone(), number)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_headers_that_were_changed(family: str, tmp_path: Path) -> None:
+    """Every field gone, doubled or of every odd value: refused with the path, or of use."""
+    model = MODELS[family]()
+    model.set_attn_implementation(tokred.models.attention.register())
+    path = tmp_path / "cache.safetensors"
+    filled(model, 20, window=5).save(path)
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    header = json.loads(metadata["content"])
+    refused = 0
+    contents = [
+        json.dumps(changed(header, place, value))
+        for place in places(header)
+        for value in (*NASTY, places)
+    ]
+    contents += ["[" * 100_000 + "]" * 100_000, "", "null", "[]", '{"options": 1}', "9" * 10_000]
+    contents.append(metadata["content"].replace('"length"', '"length": 1, "length"', 1))
+    contents.append(metadata["content"].replace('"capacity"', '"extra": 1, "capacity"', 1))
+    for content in contents:
+        write(path, tensors, metadata, content)
+        try:
+            cache = tokred.PackedCache.load(path, model.config)
+        except ValueError as error:
+            assert str(path) in str(error), content
+            refused += 1
+        else:
+            used(cache)
+    assert refused > 0.9 * len(contents)
+
+
+def test_tensors_that_were_changed(tmp_path: Path) -> None:
+    model, path = MODELS["gemma3"](), tmp_path / "cache.safetensors"
+    model.set_attn_implementation(tokred.models.attention.register())
+    filled(model, 20, window=5).save(path)
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    for name, tensor in tensors.items():
+        for other in (
+            tensor[:1], tensor[..., :-1], tensor[:, :, :0], tensor.reshape(-1), tensor.sum(),
+            tensor.repeat(1, 1, 2, 1), tensor.to(torch.int64), tensor[:0], None,
+        ):  # fmt: skip
+            parts = {k: v for k, v in tensors.items() if k != name}
+            if other is not None:
+                parts[name] = other.contiguous()
+            write(path, parts, metadata, metadata["content"])
+            with pytest.raises(ValueError, match=r"cache.safetensors is damaged: "):
+                tokred.PackedCache.load(path, model.config)
+    write(path, {**tensors, "7.keys": tensors["0.keys"].clone()}, metadata, metadata["content"])
+    with pytest.raises(ValueError, match=r"has \['7.keys'\] beside"):
+        tokred.PackedCache.load(path, model.config)
+
+
+def test_a_loaded_cache_owns_its_tensors(tmp_path: Path) -> None:
+    """The file may be written again while the cache is in use."""
+    model, path = MODELS["gemma3"](), tmp_path / "cache.safetensors"
+    model.set_attn_implementation(tokred.models.attention.register())
+    filled(model).save(path)
+    loaded = tokred.PackedCache.load(path, model.config)
+    before = [
+        {name: tensor.clone() for name, tensor in tensors(layer).items()} for layer in loaded.layers
+    ]
+    path.write_bytes(b"\0" * path.stat().st_size)
+    for layer, held in zip(loaded.layers, before, strict=True):
+        for name, tensor in tensors(layer).items():
+            assert_bitwise_equal(tensor, held[name], name)
+
+
+def tensors(layer: Any) -> dict[str, torch.Tensor]:
+    if isinstance(layer, PackedCacheLayer):
+        return layer.contents.tensors()
+    return {"keys": layer.keys, "values": layer.values}
+
+
+def test_a_capacity_is_a_limit_and_no_allocation(tmp_path: Path) -> None:
+    model, path = MODELS["llama"](), tmp_path / "cache.safetensors"
+    model.set_attn_implementation(tokred.models.attention.register())
+    filled(model, window=5, capacity=64).save(path)
+    with safe_open(path, "pt") as file:
+        parts = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    content = metadata["content"].replace('"capacity": 64', f'"capacity": {2**31 - 1}')
+    write(path, parts, metadata, content)
+    loaded = tokred.PackedCache.load(path, model.config)
+    used(loaded)
+    assert loaded.nbytes().total < 10 * path.stat().st_size
+
+
+def test_a_file_stays_where_saving_fails(tmp_path: Path) -> None:
+    model, path = MODELS["llama"](), tmp_path / "cache.safetensors"
+    model.set_attn_implementation(tokred.models.attention.register())
+    filled(model).save(path)
+    before = path.read_bytes()
+    full = mock.patch("tokred.cache.files.save_file", side_effect=OSError("no space left"))
+    with full, pytest.raises(OSError, match="no space left"):
+        filled(model).save(path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

@@ -189,7 +189,10 @@ def test_no_tokens() -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (states(1, dtype=torch.float64), r"keys in float32, float16 and bfloat16, got torch.float64"),
+        (
+            states(1, dtype=torch.float64),
+            r"keys in float32, float16 and bfloat16, got torch.float64",
+        ),
         (states(1, batch=2), r"keys \[B, Hkv, L, D\] = \[3, 2, 1, 64\], got \[2, 2, 1, 64\]"),
         ((states(1)[0], states(2)[1]), r"the same tokens .* \[3, 2, 1, 64\] .* \[3, 2, 2, 32\]"),
         ((states(2)[0].mT.contiguous().mT, states(2)[1]), r"keys whose last dimension is contig"),

@@ -32,7 +32,8 @@ class PackedCache(Cache):
     precision and are packed behind that (KIVI, arXiv:2402.02750); later ones attend to the packed
     cache, and several at a time to one another in full precision. Left padding, beams, prompts in
     several parts, assisted generation and autocast work as with a DynamicCache; see
-    PackedCacheLayer.crop for what rolling back costs. A call that raises leaves the cache as it was.
+    PackedCacheLayer.crop for what rolling back costs. A call that raises leaves the cache as it
+    was.
 
     An encoder-decoder's decoder has it in `EncoderDecoderCache(PackedCache(config),
     DynamicCache(config=config))` of transformers.
@@ -219,9 +220,7 @@ def _restored_on_failure(layers: list[Any]) -> Iterator[None]:
 
     They hold tensors, and numbers, lists and dicts of them, that a call replaces.
     """
-    before = [
-        {name: _shallow(value) for name, value in vars(layer).items()} for layer in layers
-    ]
+    before = [{name: _shallow(value) for name, value in vars(layer).items()} for layer in layers]
     try:
         yield
     except BaseException:

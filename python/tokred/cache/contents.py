@@ -113,9 +113,7 @@ class Contents:
         for old, new in zip(olds, self.layout.live(packed, length), strict=True):
             new.codes.copy_(old.codes)
             new.params.copy_(old.params)
-        return Contents(
-            self.layout, packed, self.windows, self.key_mean, self.dtype, self.device
-        )
+        return Contents(self.layout, packed, self.windows, self.key_mean, self.dtype, self.device)
 
     def appended(self, length: int, keys: Tensor, values: Tensor) -> Contents:
         """What `length` tokens become with these keys [B, Hkv, L, D] and values, which fit.
@@ -130,9 +128,7 @@ class Contents:
             if "key" in windows:
                 moved = windows["key"] - _rotated(mean, self.layout.key)
                 windows = {**windows, "key": moved}
-            contents = Contents(
-                self.layout, self.packed, windows, mean, self.dtype, self.device
-            )
+            contents = Contents(self.layout, self.packed, windows, mean, self.dtype, self.device)
         if contents.key_mean is not None:
             keys = keys - contents.key_mean
         if keys.shape[2] == 1:

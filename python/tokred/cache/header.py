@@ -110,9 +110,7 @@ def _layer(value: Any, where: str) -> LayerHeader:
         _integer(size, f"{where}.shape", 1)
     if value["centered"] and length == 0:
         raise ValueError(f"{where}.centered is true, of no tokens")
-    return LayerHeader(
-        kind, length, dtypes, shape, value["sliding_window"], value["centered"]
-    )
+    return LayerHeader(kind, length, dtypes, shape, value["sliding_window"], value["centered"])
 
 
 def layer_tensors(options: CacheOptions, layer: LayerHeader) -> dict[str, TensorHeader]:

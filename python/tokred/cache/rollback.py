@@ -72,9 +72,14 @@ class Checkpoint:
             # to be replaced.
             packed = contents.map(torch.clone).packed
         earlier = replace(contents, packed=packed, windows=windows, key_mean=self.key_mean)
-        count = length - self.length
-        if count == 0:
-            return earlier, replace(self, keys=(), values=())
-        keys, values = (torch.cat(side, 2)[:, :, :count] for side in (self.keys, self.values))
-        checkpoint = replace(self, keys=(keys,), values=(values,))
-        return earlier.appended(self.length, keys, values), checkpoint
+        # In the same parts as they came: the mean is of the keys that were there at a moment.
+        at, keys, values = self.length, [], []
+        for more_keys, more_values in zip(self.keys, self.values, strict=True):
+            count = min(more_keys.shape[2], length - at)
+            if count == 0:
+                break
+            keys.append(more_keys[:, :, :count])
+            values.append(more_values[:, :, :count])
+            earlier = earlier.appended(at, keys[-1], values[-1])
+            at += count
+        return earlier, replace(self, keys=tuple(keys), values=tuple(values))

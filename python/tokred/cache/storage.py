@@ -135,9 +135,7 @@ class Layout:
         """How many of a cache's tokens need room as packed ones."""
         return max(packed_tokens(form.axis, self.window, tokens) for form in (self.key, self.value))
 
-    def live(
-        self, packed: tuple[PackedKV, PackedKV], tokens: int
-    ) -> tuple[PackedKV, PackedKV]:
+    def live(self, packed: tuple[PackedKV, PackedKV], tokens: int) -> tuple[PackedKV, PackedKV]:
         """What holds tokens of a cache of so many, views."""
         return tuple(
             rows(side, 0, packed_tokens(side.format.axis, self.window, tokens)) for side in packed
