@@ -126,6 +126,37 @@ def test_an_encoder_with_padding() -> None:
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
 
 
+def test_no_mask_says_that_the_queries_are_the_last_of_the_keys() -> None:
+    """Of a static cache, whose last keys do not exist yet, the mask says how many there are."""
+    made = attention.attention_mask
+    for length, offset, filled in ((5, 0, 5), (5, 8, 13), (1, 12, 13)):
+        assert made(2, length, filled, offset) is None
+        static = made(2, length, 16, offset)
+        assert static.shape[3] in (filled, 16) and static[0, 0, -1].sum() == filled
+    padding = torch.ones(2, 13, dtype=torch.bool)
+    padding[1, :2] = False
+    assert torch.equal(made(2, 5, 13, 8, attention_mask=padding)[:, 0, 0], padding)
+    both_ways = SimpleNamespace(is_causal=False)
+    rule = attention.bidirectional_mask_function
+    assert made(2, 5, 5, mask_function=rule, config=both_ways).shape == (1, 1, 5, 5)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_fewer_queries_than_keys_see_all_keys_before_them(queries: int) -> None:
+    q, k, v = heads(queries, 9)
+    causal = torch.ones(queries, 9).tril(9 - queries).bool()
+    expected = tokred.biased_attention(q, k, v, mask=causal[None, None])[0].transpose(1, 2)
+    out, _ = attention.attention_forward(module_of(), q, k, v, None)
+    torch.testing.assert_close(out, expected)
+    # Five more places of a static cache, behind a mask that ends before them.
+    longer = [torch.cat([x, torch.full_like(x[:, :, :5], torch.nan)], 2) for x in (k, v)]
+    padding = torch.ones(1, 1, 1, 9, dtype=torch.bool)
+    out, _ = attention.attention_forward(module_of(), q, *longer, padding)
+    torch.testing.assert_close(out, expected)
+    with pytest.raises(ValueError, match="11 queries cannot be the last of 9 keys"):
+        attention.attention_forward(module_of(), heads(11, 9)[0], k, v, None)
+
+
 def module_of(**attributes: Any) -> SimpleNamespace:
     return SimpleNamespace(**{"is_causal": True, "layer_idx": 0, **attributes})
 
@@ -185,6 +216,7 @@ def test_lists_of_keys_obey_the_mask_and_causality() -> None:
     [
         ({"softcap": 30.0}, "soft-capped"),
         ({"position_bias": torch.zeros(1)}, "bias for every pair"),
+        ({"block_indices": torch.zeros(1)}, "lists of blocks"),
         ({"cache": object()}, "paged caches"),
         ({"cu_seq_lens_q": torch.zeros(2)}, "packed sequences"),
         ({"output_attentions": True}, "attention weights"),
