@@ -71,6 +71,8 @@ def test_the_argument_is_named(function: Callable, kwargs: dict[str, Any]) -> No
     ("call", "message"),
     [
         (lambda: tokred.merge(None, MAP, 3), "x must be a tensor, got None"),
+        (lambda: tokred.topk(None, 2), "scores must be a tensor, got None"),
+        (lambda: tokred.bipartite_soft_matching(None, 2), "metric must be a tensor, got None"),
         (lambda: tokred.transition_stats(X, None), "after must be a tensor, got None"),
         (lambda: tokred.kv_append(None, PACKED, 0), "x must be a tensor, got None"),
         (lambda: tokred.qk_score([1.0], K), "q must be a tensor, got list"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import assert_bitwise_equal
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch_cases import tokens as floats
 
 import tokred
@@ -94,3 +95,33 @@ def test_writes_under_compile() -> None:
     assert_bitwise_equal(compiled(x, *buffers[0]), function(x, *buffers[1]))
     assert_bitwise_equal(buffers[0], buffers[1])
     assert buffers[0][0]._version > version
+
+
+def overlapping_calls() -> dict[str, tuple[str, Callable[[Callable[[Tensor], Tensor]], None]]]:
+    """What is refused, and a call whose buffers go through a function first."""
+    x, wide = floats(2, 6, 8), floats(2, 2, 8, 16)
+    row, size, room = torch.zeros(2, 1, 8), torch.zeros(2, 1), FORMAT.empty(1, 2, 8, 16)
+
+    def merge(prepare: Callable, out: Tensor, out_size: Tensor) -> None:
+        OPS.merge_out(*map(prepare, (x, MAP)), None, None, "sum", *map(prepare, (out, out_size)))
+
+    def append(prepare: Callable, codes: Tensor, params: Tensor) -> None:
+        OPS.kv_append(*map(prepare, (wide, codes, params)), None, 0, *astuple(FORMAT))
+
+    return {
+        "out": ("out", lambda f: merge(f, row.expand(2, 3, 8), torch.zeros(2, 3))),
+        "out_size": ("out_size", lambda f: merge(f, torch.zeros(2, 3, 8), size.expand(2, 3))),
+        "codes": ("codes", lambda f: append(
+            f, room.codes.expand(2, -1, -1, -1), torch.zeros(2, 2, 8, 2, dtype=torch.float16))),
+        "params": ("params", lambda f: append(
+            f, torch.zeros(2, 2, 8, 8, dtype=torch.uint8), room.params.expand(2, -1, -1, -1))),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("case", overlapping_calls())
+@pytest.mark.parametrize("fake", [False, True])
+def test_buffers_that_overlap_themselves_are_refused(case: str, fake: bool) -> None:
+    name, call = overlapping_calls()[case]
+    mode = FakeTensorMode()
+    with pytest.raises(RuntimeError, match=f"{name} must not overlap itself"):
+        call(mode.from_tensor if fake else torch.Tensor.detach)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .._library import check_tensor
-from .registration import not_differentiable, promote_under_autocast
+from .registration import choose, not_differentiable, promote_under_autocast
 
 _ops = torch.ops.tokred
 
@@ -49,7 +49,7 @@ def match(
 
     Complexity: 2 B Na Nb C flops in one pass, O(B (Na + Nb) C) memory traffic.
     """
-    return _ops.match.default(a, b, mask_a, mask_b, weight_a, weight_b, metric, band)
+    return choose(_ops.match.default, a, b, mask_a, mask_b, weight_a, weight_b, metric, band)
 
 
 def bipartite_soft_matching(
@@ -94,8 +94,15 @@ def bipartite_soft_matching(
     Complexity: 2 B Ns Nd C flops (B N^2 C / 2 by default), then O(N) per item.
     """
     sources, destinations = _sides(metric, num_prefix, sources, destinations)
-    return _ops.bipartite_soft_matching.default(
-        metric, r, num_prefix, mask, order, sources, destinations
+    return choose(
+        _ops.bipartite_soft_matching.default,
+        metric,
+        r,
+        num_prefix,
+        mask,
+        order,
+        sources,
+        destinations,
     )
 
 
@@ -128,8 +135,15 @@ def threshold_matching(
     Complexity: as `bipartite_soft_matching`.
     """
     sources, destinations = _sides(metric, num_prefix, sources, destinations)
-    return _ops.threshold_matching.default(
-        metric, threshold, num_prefix, mask, order, sources, destinations
+    return choose(
+        _ops.threshold_matching.default,
+        metric,
+        threshold,
+        num_prefix,
+        mask,
+        order,
+        sources,
+        destinations,
     )
 
 

@@ -11,6 +11,7 @@ from .._library import check_tensor
 from .registration import (
     call,
     call_in_place,
+    choose,
     differentiable,
     not_differentiable,
     without_gradient,
@@ -128,7 +129,7 @@ def compose(second: Tensor, first: Tensor) -> Tensor:
 
     Complexity: O(B N).
     """
-    return _ops.compose.default(second, first)
+    return choose(_ops.compose.default, second, first)
 
 
 def _size_dtype(x: Tensor) -> torch.dtype:

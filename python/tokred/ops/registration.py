@@ -45,6 +45,17 @@ def call(op: Any, *args: Any) -> Any:
         raise
 
 
+def choose(op: Any, *args: Any) -> Any:
+    """op(*args) for an op that is not differentiable."""
+    if torch.compiler.is_dynamo_compiling():
+        return op(*args)
+    try:
+        return op._op(*args)
+    except (RuntimeError, NotImplementedError):
+        _refuse_missing(op, args)
+        raise
+
+
 def call_in_place(op: Any, written: Sequence[Tensor], *args: Any) -> None:
     """op(*args), which writes to some of its arguments; autograd learns that they have changed."""
     if torch.compiler.is_dynamo_compiling():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._library import check_tensor
-from .registration import call, not_differentiable, without_gradient
+from .registration import call, choose, not_differentiable, without_gradient
 
 _ops = torch.ops.tokred
 
@@ -93,7 +93,7 @@ def topk_with_counts(
         values float32 [..., k], indices int32 [..., k] and counts int32 [...] (with a block_size
         [..., ceil(N / block_size)]): the chosen entries, after which the rows are padded.
     """
-    return _ops.topk.default(
+    return choose(_ops.topk.default, 
         scores, k, lengths, order, row_k, num_sinks, num_locals, must_keep, top_p, min_k,
         threshold, block_size,
     )  # fmt: skip
@@ -123,7 +123,7 @@ def compact(
 
     Complexity: O(N) a row.
     """
-    return _ops.compact.default(selected, threshold, capacity, lengths)
+    return choose(_ops.compact.default, selected, threshold, capacity, lengths)
 
 
 def gather_tokens(
@@ -156,6 +156,8 @@ def gather_tokens(
         for i, tensor in enumerate(tensors):
             check_tensor(f"tensors[{i}]", tensor)
         token_dims = [1 if t.dim() < 4 else 2 for t in tensors]
+    elif not isinstance(token_dims, Sequence):
+        raise TypeError(f"token_dims must be a sequence, got {type(token_dims).__name__}")
     return call(_ops.gather_tokens.default, tensors, indices, list(token_dims))
 
 
@@ -184,7 +186,7 @@ def inverse_transform_sample(
 
     Complexity: a sort of every row, O(N log N), and a search for every sample.
     """
-    return _ops.inverse_transform_sample.default(scores, num_samples, mask)
+    return choose(_ops.inverse_transform_sample.default, scores, num_samples, mask)
 
 
 def _check_rows(tensor: Tensor, name: str) -> None:
