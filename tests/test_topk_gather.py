@@ -236,3 +236,13 @@ def test_sample_on_every_cpu(on_every_cpu) -> None:
     results = on_every_cpu(lambda: tokred.inverse_transform_sample(scores, 100))
     for name, actual in results.items():
         assert_bitwise_equal(actual, expected, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_gathers_complex_numbers_and_empty_channels(dtype: torch.dtype) -> None:
+    parts = torch.randn(2, 5, 3, 2, generator=generator()).double()
+    tokens = torch.view_as_complex(parts).to(dtype)
+    indices = torch.tensor([[4, 0], [-1, 2]], dtype=torch.int32)
+    chosen, empty = tokred.gather_tokens([tokens, tokens[..., :0]], indices)
+    assert torch.equal(chosen[0], tokens[0, [4, 0]]) and torch.equal(chosen[1, 1], tokens[1, 2])
+    assert not chosen[1, 0].any() and empty.shape == (2, 2, 0)
