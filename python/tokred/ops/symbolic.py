@@ -19,10 +19,9 @@ def known(condition: bool | torch.SymBool) -> bool:
 
 def check_dim(name: str, tensor: Tensor, dims: int, layout: str) -> None:
     """Refuses another number of dimensions, as the kernels do."""
-    torch._check(
-        tensor.dim() == dims,
-        lambda: f"{name} must have {dims} dimensions {layout}, got shape {list(tensor.shape)}",
-    )
+    if tensor.dim() != dims:
+        shape = list(tensor.shape)
+        raise RuntimeError(f"{name} must have {dims} dimensions {layout}, got shape {shape}")
 
 
 def check_writable(name: str, tensor: Tensor) -> None:
