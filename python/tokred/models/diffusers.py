@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from torch import nn
 import tokred
 from tokred.methods.tomesd import ToMeSD, block_seed, compute_merge, grid_of
 from tokred.patching import Overrides, Settings
-from tokred.patching.recomputation import StorageTable, backward_task
+from tokred.patching.recomputation import PerThread, StorageTable, backward_task
 from tokred.patching.token_state import refuse_copy
 
 # The models of diffusers whose tokens are those of a latent [B, C, H, W] in rows. Others add a time
@@ -48,14 +47,14 @@ class Latent:
     merged: tuple[tuple[str, int, int], ...] = ()
 
 
-class _OfThread(threading.local):
+@dataclass
+class _OfThread:
     """The forward pass that runs in a thread, its latest complete one, and the running block."""
 
-    def __init__(self) -> None:
-        self.current: Latent | None = None
-        self.latest: Latent | None = None
-        self.in_block = False
-        self.plan: BlockPlan = None
+    current: Latent | None = None
+    latest: Latent | None = None
+    in_block: bool = False
+    plan: BlockPlan = None
 
 
 class LatentState:
@@ -68,10 +67,15 @@ class LatentState:
     def __init__(self, options: ToMeSD) -> None:
         self.options = options
         self.seed = torch.initial_seed() if options.seed is None else options.seed
-        self.thread = _OfThread()
+        self.threads = PerThread(_OfThread)
         self.passes: StorageTable[Latent] = StorageTable()
         self.latest: Latent | None = None
         self.warned = False
+
+    @property
+    def thread(self) -> _OfThread:
+        """What belongs to the calling thread."""
+        return self.threads.own
 
     @property
     def merged(self) -> dict[str, tuple[int, int]]:

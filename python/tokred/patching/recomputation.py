@@ -1,7 +1,9 @@
-"""Which forward pass a layer belongs to when torch.utils.checkpoint runs it again."""
+"""Whose forward pass it is: the thread's own, or the one that a checkpoint runs again."""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 import torch
@@ -15,6 +17,17 @@ def backward_task() -> int:
     if torch.compiler.is_compiling():
         return -1
     return torch._C._current_graph_task_id()
+
+
+class PerThread(threading.local, Generic[T]):
+    """One object for every thread, its `own`.
+
+    torch.compile keeps what it assigns to attributes of that object; what it assigned to those of a
+    threading.local itself would be lost.
+    """
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self.own = make()
 
 
 class StorageTable(Generic[T]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -10,7 +9,7 @@ import torch
 
 import tokred
 
-from .recomputation import StorageTable, backward_task
+from .recomputation import PerThread, StorageTable, backward_task
 from .settings import Settings
 
 
@@ -30,13 +29,13 @@ class Pass:
     token_map: torch.Tensor | None = None
 
 
-class _OfThread(threading.local):
+@dataclass
+class _OfThread:
     """The pass that runs in a thread, its latest complete one, and the running layer's keys."""
 
-    def __init__(self) -> None:
-        self.current: Pass | None = None
-        self.latest: Pass | None = None
-        self.metric: torch.Tensor | None = None
+    current: Pass | None = None
+    latest: Pass | None = None
+    metric: torch.Tensor | None = None
 
 
 class TokenState:
@@ -55,9 +54,13 @@ class TokenState:
         self.num_prefix = num_prefix
         self.prop_attn = settings.prop_attn
         self.trace_source = settings.trace_source
-        self._thread = _OfThread()
+        self._threads = PerThread(_OfThread)
         self._latest: Pass | None = None
         self._passes: StorageTable[Pass] = StorageTable()
+
+    @property
+    def _thread(self) -> _OfThread:
+        return self._threads.own
 
     @property
     def ran(self) -> bool:
