@@ -239,7 +239,8 @@ def _attention(draw: Draw, op: str, some: dict[str, Any], plain: Any) -> Case:
         equal = [(c == s) | (c.isnan() & s.isnan()) for c, s in zip(clean, spoiled, strict=True)]
         rows = equal[0].all(-1) & equal[1]
         where = (rows[..., None], rows)
-    return Case(op, some, plain, slack, where, batched=BATCHED, loose=LOOSE, halves=True)
+    return Case(op, some, plain, slack, where, batched=BATCHED, loose=LOOSE, halves=True,
+                refusable=not some["q"].shape[1])  # fmt: skip
 
 
 def _wide(value: Any) -> Any:

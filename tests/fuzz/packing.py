@@ -353,9 +353,12 @@ def packed_attention(draw: Draw) -> Case:
 
     slack = _rounding(some, k)
     names = ("q", "residual_k", "residual_v", "indices", "mask", "key_bias", "lengths", "slots")
-    return Case("packed_attention", some, plain if slack < 0.05 else None, slack,
-                batched=_batched((*names, "packed_k", "packed_v"), some),
-                loose=("mask", "key_bias", "lengths"), halves=True)  # fmt: skip
+    batched, loose = (
+        _batched((*names, "packed_k", "packed_v"), some),
+        ("mask", "key_bias", "lengths"),
+    )
+    return Case("packed_attention", some, plain if slack < 0.05 else None, slack, batched=batched,
+                loose=loose, halves=True, refusable=not heads)  # fmt: skip
 
 
 @op_case

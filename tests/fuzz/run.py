@@ -28,6 +28,7 @@ SHARES = {
 }  # fmt: skip
 BACKENDS = {"ops": "cpu", "simt": "simt", "cuda": "cuda"}
 SLOWEST_CASE_S = 120
+ALL_OPS_S = 3600  # the most that the heap of all ops, many calls each, may take
 MOST_FAILURES = 20
 
 
@@ -56,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 def _supervise(kind: str, options: argparse.Namespace, seconds: float) -> int:
     """Runs one kind in processes of its own; after a crash, goes on behind the case."""
     end, seed, status = time.monotonic() + seconds, options.seed, 0
+    slowest = ALL_OPS_S if kind == "heap" else SLOWEST_CASE_S
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "case"
         while True:
@@ -66,7 +68,7 @@ def _supervise(kind: str, options: argparse.Namespace, seconds: float) -> int:
             command += ["--only", options.only] if options.only else []
             try:
                 code = subprocess.run(
-                    command, env=guard.environment(), timeout=left + SLOWEST_CASE_S
+                    command, env=guard.environment(), timeout=left + slowest
                 ).returncode
             except subprocess.TimeoutExpired:
                 code = -signal.SIGALRM

@@ -140,8 +140,7 @@ def _statistic(x: Tensor, statistic: str) -> Tensor:
 
 @op_case
 def block_pool(draw: Draw) -> Case:
-    # No heads at all are left out until the devices count the tokens of their blocks.
-    batch, heads, tokens = draw.batch(), draw.one_of(1, 2, 3), draw.size()
+    batch, heads, tokens = draw.batch(), draw.one_of(0, 1, 2, 3), draw.size()
     x = draw.floats((batch, heads, tokens, draw.channels()), draw.dtype())
     spoiled = draw.chance(0.1)
     some: dict[str, Any] = {"x": draw.spoiled(x, 0.02) if spoiled else x}
@@ -258,7 +257,7 @@ def attention_rows(draw: Draw) -> Case:
         return out.clamp(max=1e3) if some["softmax"] else out
 
     return Case("attention_rows", some, plain, 1e-5, batched=_BATCHED, loose=("mask",),
-                measure=bounded)  # fmt: skip
+                measure=bounded, refusable=not some["q"].shape[1])  # fmt: skip
 
 
 @op_case
@@ -279,7 +278,8 @@ def attention_columns(draw: Draw) -> Case:
             return (share - share.mean(2, True)).square().sum(2) / max(queries - 1, 1)
         return share.mean(2) if reduce == "mean" else share.amax(2)
 
-    return Case("attention_columns", some, plain, 1e-5, batched=_BATCHED, loose=("mask", "weight"))
+    return Case("attention_columns", some, plain, 1e-5, batched=_BATCHED, loose=("mask", "weight"),
+                refusable=not heads)  # fmt: skip
 
 
 @op_case
@@ -301,7 +301,8 @@ def pagerank(draw: Draw) -> Case:
             rank = (1 - damping) * (rank[:, :, None] @ share)[:, :, 0] + damping * even
         return rank
 
-    return Case("pagerank", some, plain, 1e-5, batched=_BATCHED, loose=("mask", "start"))
+    return Case("pagerank", some, plain, 1e-5, batched=_BATCHED, loose=("mask", "start"),
+                refusable=not heads)  # fmt: skip
 
 
 @op_case
