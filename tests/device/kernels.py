@@ -49,6 +49,21 @@ def _attention_gradients(device: str, dtype: torch.dtype) -> Any:
     return backward(out, lse, *inputs, None, out, lse, False, None, None, None, None)[:3]
 
 
+def _hidden(device: str, queries: int) -> list[Tensor]:
+    """Queries, keys and values, the last of which no query but the last one sees."""
+    q, k, v = _qkv(device, queries)
+    v[:, :, -1] = torch.inf
+    return [q, k, v]
+
+
+def _hidden_gradients(device: str) -> Any:
+    inputs = _hidden(device, 40)
+    out, lse = tokred.biased_attention(*inputs, causal=True)
+    out = out.nan_to_num(0, 0, 0)
+    backward = namespace().biased_attention_backward.default
+    return backward(out, lse, *inputs, None, out, lse, True, None, None, None, None)[:1]
+
+
 def _list_gradients(device: str) -> Any:
     inputs, lists = _qkv(device, 10), _list_of(device, 10)
     out, lse = tokred.sparse_attention(*inputs, lists)
@@ -146,6 +161,10 @@ CALLS = (
          lambda d: _attention_gradients(d, torch.bfloat16)),
     Call("attention backward, fp32", ("attention_grad_query_kernel", "attention_grad_key_kernel"),
          lambda d: _attention_gradients(d, torch.float32)),
+    Call("a hidden infinity", ("mend_rows_kernel",),
+         lambda d: tokred.biased_attention(*_hidden(d, 90), causal=True)[0][:, :, :-1]),
+    Call("a hidden infinity, backward", ("mend_grad_query_kernel", "mend_grad_key_kernel"),
+         lambda d: [g[:, :, :-1] for g in _hidden_gradients(d)]),
     Call("list backward", ("list_grad_query_kernel", "list_grad_key_kernel"),
          _list_gradients),
     Call("combine_states", ("combine_states_kernel",),

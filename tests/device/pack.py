@@ -1,7 +1,8 @@
-"""Strips the built libraries into build/device, which is what travels to the device machine."""
+"""Strips and compresses the built libraries into build/device, which travels to the device."""
 
 from __future__ import annotations
 
+import lzma
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,11 @@ def main() -> int:
     PACKED.mkdir(parents=True)
     missing = [name for name in LIBRARIES if not (BUILT / name).exists()]
     for name in sorted(set(LIBRARIES) - set(missing)):
-        subprocess.run(["strip", "--strip-unneeded", "-o", PACKED / name, BUILT / name], check=True)
+        stripped = PACKED / name
+        subprocess.run(["strip", "--strip-unneeded", "-o", stripped, BUILT / name], check=True)
+        with lzma.open(f"{stripped}.xz", "wb", preset=1) as file:
+            file.write(stripped.read_bytes())
+        stripped.unlink()
     total = sum(path.stat().st_size for path in PACKED.iterdir())
     print(f"{PACKED}: {total / 1e6:.1f} MB")
     if missing:

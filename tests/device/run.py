@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -95,6 +96,8 @@ class Check:
         self.log = options.out / "device.log"
         packed = PACKED if options.device == "cuda" else ROOT / "python" / "tokred" / "lib"
         self.libraries = options.libraries or packed
+        for path in self.libraries.glob("*.xz"):  # as pack.py leaves them
+            path.with_suffix("").write_bytes(lzma.decompress(path.read_bytes()))
 
     def run(self, step: Step) -> bool:
         """Runs a step in a process of its own, within its time and what is left."""
