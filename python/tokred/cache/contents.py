@@ -148,13 +148,13 @@ class Contents:
             tokred.kv_append(keys, self.packed[0], length, key)
             tokred.kv_append(values, self.packed[1], length, value)
             return
-        row = key[:, :, length % key.shape[2]]
-        kept = row.clone()
+        row = length % key.shape[2]
+        kept = torch.select_copy(key, 2, row)
         tokred.kv_append(keys, self.packed[0], length, key)
         try:
             tokred.kv_append(values, self.packed[1], length, value)
         except BaseException:
-            row.copy_(kept)
+            key[:, :, row] = kept
             raise
 
     def _first_packed(self, before: int, after: int) -> bool:

@@ -347,8 +347,9 @@ def _check_tokens(keys: Tensor, values: Tensor) -> None:
 
 def _check_overlap(contents: Contents, keys: Tensor, values: Tensor) -> None:
     """Refuses tokens that are read from where they are written."""
-    held = [*contents.windows.values(), *(side.params for side in contents.packed)]
-    places = {tensor.untyped_storage().data_ptr() for tensor in held} - {0}
+    # Codes are bytes, and params are not handed out: windows alone look like tokens.
+    windows = contents.windows.values()
+    places = {tensor.untyped_storage().data_ptr() for tensor in windows} - {0}
     for name, states in (("keys", keys), ("values", values)):
         if states.untyped_storage().data_ptr() in places:
             raise ValueError(f"the {name} lie in the memory of the cache itself: clone() them")
