@@ -240,3 +240,12 @@ def test_batch_does_not_matter(kernels: Backend, dtype: torch.dtype) -> None:
 def test_isa_and_threads_do_not_matter(on_every_cpu, case: Case, dtype: torch.dtype) -> None:
     inputs = replace(case, dtype=dtype).inputs()
     assert_same_on_every_cpu(on_every_cpu, "biased_attention", inputs)
+
+
+@pytest.mark.parametrize(("batch", "queries", "keys"), [(2, 0, 5), (2, 3, 0), (0, 3, 5)])
+def test_gradients_of_nothing(batch: int, queries: int, keys: int) -> None:
+    """A sum hands back a gradient without strides, and a bias may have no elements."""
+    q, k, v = (torch.randn(batch, 2, n, 8, requires_grad=True) for n in (queries, keys, keys))
+    key_bias = torch.zeros(batch, 2, keys, requires_grad=True)
+    tokred.biased_attention(q, k, v, key_bias)[0].sum().backward()
+    assert all(x.grad.shape == x.shape and not x.grad.any() for x in (q, k, v, key_bias))

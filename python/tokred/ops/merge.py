@@ -211,7 +211,7 @@ def _merge_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None
 def _merge_backward(ctx: Any, grad_y: Tensor, grad_size: Tensor) -> tuple[Tensor | None, ...]:
     x, token_map, size, weight = ctx.saved_tensors
     if grad_y.stride(-1) != 1:
-        grad_y = grad_y.contiguous()
+        grad_y = grad_y.clone(memory_format=torch.contiguous_format)
     grads = call(
         _ops.merge_backward.default, grad_y, grad_size, x, token_map, size, weight, ctx.mode
     )
@@ -245,7 +245,7 @@ def _second_backward(
     if grad_x is not None:
         token_map, size, weight = ctx.saved_tensors
         if grad_x.stride(-1) != 1:
-            grad_x = grad_x.contiguous()
+            grad_x = grad_x.clone(memory_format=torch.contiguous_format)
         grad_grad_y, _ = call(
             _ops.merge.default, grad_x, token_map, ctx.num_out, size, weight, ctx.mode
         )
@@ -261,7 +261,7 @@ def _unmerge_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> N
 def _unmerge_backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor | None, None]:
     (token_map,) = ctx.saved_tensors
     if grad_x.stride(-1) != 1:
-        grad_x = grad_x.contiguous()
+        grad_x = grad_x.clone(memory_format=torch.contiguous_format)
     grad_y, _ = call(_ops.merge.default, grad_x, token_map, ctx.num_out, None, None, "sum")
     return grad_y, None
 

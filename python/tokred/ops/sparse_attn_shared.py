@@ -61,8 +61,8 @@ def fake_gradients(
 
 def incoming(grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of the results, laid out as the backward ops take them."""
-    if grad_out.stride(-1) != 1:
-        grad_out = grad_out.contiguous()
+    if grad_out.stride(-1) != 1:  # contiguous() returns an empty tensor as it is
+        grad_out = grad_out.clone(memory_format=torch.contiguous_format)
     return grad_out, grad_lse.contiguous()
 
 
@@ -72,7 +72,9 @@ def wanted(
     """The gradients of q, k, v and key_bias that autograd asks for."""
     grad_q, grad_k, grad_v, grad_bias = grads
     if key_bias is not None:
-        grad_bias = grad_bias.sum_to_size(key_bias.shape)
+        # The ops return a gradient [0] for a bias without elements.
+        whole = grad_bias.dim() == 3
+        grad_bias = grad_bias.sum_to_size(key_bias.shape) if whole else torch.zeros_like(key_bias)
     pairs = ((grad_q, q), (grad_k, k), (grad_v, v), (grad_bias, key_bias))
     return tuple(g if t is not None and t.requires_grad else None for g, t in pairs)
 
