@@ -51,7 +51,7 @@ def _backward(
     for name in ("rope_cos", "rope_sin"):
         some.pop(name, None)
     if "key_bias" in some and not some["k"].shape[:3].numel():
-        del some["key_bias"]  # until the gradient of an empty bias has its shape
+        del some["key_bias"]  # the raw op returns a gradient [0], autograd shapes it
     if "key_bias" in some:
         # The gradient of a shared bias is that of every item and head.
         full = some["k"].shape[:3]
