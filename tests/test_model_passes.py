@@ -181,10 +181,10 @@ def test_layers_out_of_turn() -> None:
     model = named("timm").model()
     tokens = torch.randn(1, 37, 32)
     with tokred.patch(model, "tome", r=4):
-        with pytest.raises(RuntimeError, match="layer 1 was run out of turn"):
+        with pytest.raises(RuntimeError, match="layer 1 was run out of order"):
             model.blocks[1](tokens)
         model.blocks[0](tokens)
-        with pytest.raises(RuntimeError, match="layer 2 was run out of turn"):
+        with pytest.raises(RuntimeError, match="layer 2 was run out of order"):
             model.blocks[2](tokens)
         model(images(1))
 

@@ -25,11 +25,13 @@ class PackedCache(Cache):
     """A cache of low-bit keys and values for transformers' generate.
 
         model.set_attn_implementation("tokred")
-        model.generate(**inputs, past_key_values=tokred.PackedCache(model.config, bits=4))
+        model.generate(**inputs, cache=tokred.PackedCache(model.config, bits=4))
+
+    (before transformers 5.24 the keyword is `past_key_values`).
 
     Full-attention layers are packed; layers with a sliding window, and others that keep no growing
     cache, stay transformers' own in full precision. The first tokens attend to one another in full
-    precision and are packed behind that (KIVI, arXiv:2402.02750); later ones attend to the packed
+    precision and are packed afterwards (KIVI, arXiv:2402.02750); later ones attend to the packed
     cache, and several at a time to one another in full precision. Left padding, beams, prompts in
     several parts, assisted generation and autocast work as with a DynamicCache; see
     PackedCacheLayer.crop for what rolling back costs. A call that raises leaves the cache as it
@@ -52,16 +54,17 @@ class PackedCache(Cache):
         rotate: packs after a Hadamard rotation (QuaRot, arXiv:2404.00456).
         center: packs keys without their mean over the tokens that were there when packing began,
             for every row of the batch and head (SageAttention, arXiv:2410.02367): a bias of the
-            key projection would take most of a group's range. A softmax does not see what all keys
-            lack, so attention is that to the whole keys. By default along channels, where 16 tokens
-            or more are there; along tokens a group has a minimum of its own.
+            key projection would take most of a group's range. Subtracting it changes all logits of
+            a query by the same amount, so attention stays that to the whole keys. On by default
+            where groups lie along channels, and only where packing begins with 16 tokens or more;
+            along tokens every group has a minimum of its own.
         capacity: tokens to make room for at once, and no more; grows by a sixteenth where None.
 
     Raises:
         ValueError: options that do not fit each other; a model without full-attention layers, or
             whose attention cannot read packed keys (multi-head latent attention, soft-capped
-            logits, a head dimension that is no multiple of 16 up to 256), where the config says so,
-            and else with the first tokens.
+            logits, a head dimension that is no multiple of 16 up to 256). What the config does not
+            tell is checked with the first tokens.
     """
 
     def __init__(
@@ -149,7 +152,7 @@ class PackedCache(Cache):
     def save(self, path: str | os.PathLike) -> None:
         """Writes a safetensors file with the tokens, which `load` brings back bit for bit.
 
-        What crop needs to leave no trace is not part of it.
+        What crop needs to be exact (see PackedCacheLayer.crop) is not part of it.
 
         Raises:
             ValueError: the model has layers that are neither packed nor have a sliding window.
@@ -163,12 +166,13 @@ class PackedCache(Cache):
         """The cache that `save` wrote, on a device, by default the CPU.
 
         Raises:
-            ValueError: a file that is damaged, or of a model with other layers; OSError: none.
+            ValueError: a file that is damaged, or of a model with other layers.
+            OSError: a file that cannot be read.
         """
-        return load_layers(path, config, device or "cpu", cls._made)
+        return load_layers(path, config, device or "cpu", cls._from_options)
 
     @classmethod
-    def _made(cls, config: Any, options: CacheOptions, capacity: int | None) -> PackedCache:
+    def _from_options(cls, config: Any, options: CacheOptions, capacity: int | None) -> PackedCache:
         return cls(config, options.key_bits, **asdict(options), capacity=capacity)
 
 

@@ -50,7 +50,7 @@ class Contents:
         dtype: torch.dtype,
         device: torch.device,
     ) -> Contents:
-        """Of no tokens, with room for so many packed ones."""
+        """Contents without tokens, with room for `room` packed ones."""
         packed = layout.empty(batch, heads, room, device)
         dims = {"key": layout.head_dim, "value": layout.value_dim} if layout.window > 0 else {}
         windows = {
@@ -73,18 +73,18 @@ class Contents:
         return self.packed[0].num_tokens
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of them, by the names they have in files."""
+        """All tensors, by the names they have in files."""
         named = {f"{name}_window": tensor for name, tensor in self.windows.items()}
         for name, side in zip(("key", "value"), self.packed, strict=True):
             named |= {f"{name}_codes": side.codes, f"{name}_params": side.params}
         return named if self.key_mean is None else {**named, "key_mean": self.key_mean}
 
     def live(self, length: int) -> dict[str, Tensor]:
-        """The same without the room that holds none of `length` tokens, views."""
+        """As `tensors`, views without the room beyond `length` tokens."""
         return replace(self, packed=self.layout.live(self.packed, length)).tensors()
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Contents:
-        """The function of every tensor, whose first dimension is the batch."""
+        """The function applied to every tensor, the first dimension of which is the batch."""
         return replace(
             self,
             packed=tuple(
@@ -99,7 +99,7 @@ class Contents:
         return replace(self, key_mean=key_mean)
 
     def widened(self, dtype: torch.dtype) -> Contents:
-        """The same in a dtype that has all of its numbers."""
+        """The same with windows and mean in a wider dtype."""
         if dtype == self.dtype:
             return self
         windows = {name: tensor.to(dtype) for name, tensor in self.windows.items()}
@@ -107,10 +107,10 @@ class Contents:
         return replace(self, windows=windows, key_mean=mean, dtype=dtype)
 
     def with_room(self, length: int, room: int) -> Contents:
-        """The same `length` tokens with room for so many packed ones at least."""
+        """The same `length` tokens with room for `room` packed ones at least."""
         packed = self.layout.empty(self.batch, self.heads, room, self.packed[0].codes.device)
-        olds = self.layout.live(self.packed, length)
-        for old, new in zip(olds, self.layout.live(packed, length), strict=True):
+        held = self.layout.live(self.packed, length)
+        for old, new in zip(held, self.layout.live(packed, length), strict=True):
             new.codes.copy_(old.codes)
             new.params.copy_(old.params)
         return Contents(self.layout, packed, self.windows, self.key_mean, self.dtype, self.device)
@@ -174,7 +174,7 @@ class Contents:
         return torch.where(mean.isfinite(), mean, 0).to(self.dtype)
 
     def cropped(self, before: int, after: int) -> Contents:
-        """The first `after` of `before` tokens; rows of the window come back from their codes."""
+        """The first `after` of `before` tokens; what the window lacks is unpacked from codes."""
         windows = {name: tensor.clone() for name, tensor in self.windows.items()}
         for packed, window in zip(self.packed, windows.values(), strict=False):
             _refill(packed, window, before, after)
@@ -192,7 +192,7 @@ def _rotated(x: Tensor, form: PackFormat) -> Tensor:
 
 
 def _refill(packed: PackedKV, window: Tensor, before: int, after: int) -> None:
-    """Puts into the window what a cache of `after` tokens has there, and one of `before` packed."""
+    """Unpacks into the window what it has to hold after a crop, and was packed before."""
     form, size = packed.format, window.shape[2]
     first = packed_tokens(form.axis, size, after)
     last = min(packed_tokens(form.axis, size, before), after)

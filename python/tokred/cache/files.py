@@ -67,7 +67,7 @@ def load_layers(
     device: torch.device | str,
     make: Callable[[Any, CacheOptions, int | None], Any],
 ) -> Any:
-    """See PackedCache.load; `make` makes an empty cache of the config, options and capacity."""
+    """See PackedCache.load; make(config, options, capacity) gives an empty cache."""
     device = torch.device(device)
     metadata, tensors = _read(path)
     if metadata.get("format") != FORMAT:
@@ -96,14 +96,14 @@ def load_layers(
 
 
 def _read(path: str | os.PathLike) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors; the latter lie in the file."""
+    """Metadata and tensors; the latter map the file."""
     try:
         with safe_open(path, "pt") as file:
             names = list(file.keys())
             return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
     except OSError:
         raise
-    except Exception as error:  # whatever the bytes of a file make its reader say
+    except Exception as error:  # the reader raises many kinds for bytes that make no sense
         raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from error
 
 

@@ -1,4 +1,4 @@
-"""The header of a packed cache's file: what its layers are, checked to the last field.
+"""The header of a packed cache's file: what its layers are, with a check of every field.
 
 A header says how many bytes to allocate and how to read them, so nothing in it is taken on trust:
 every field has its type and range, and every size follows from tensors that the file has.
@@ -25,12 +25,12 @@ TensorHeader = tuple[torch.dtype, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class LayerHeader:
-    """A layer; one without tokens has its kind, and its sliding window, alone.
+    """One layer; without tokens only its kind and its sliding window are set.
 
     kind: "packed", "sliding", or "none" where a layer caches nothing.
     dtypes: of windows and mean, or of the keys and the values of a sliding layer.
     shape: batch, key heads, and the head dimensions of keys and values.
-    centered: whether the keys lack their mean.
+    centered: whether keys are packed without their mean.
     """
 
     kind: str
@@ -51,6 +51,8 @@ class LayerHeader:
 
 @dataclass(frozen=True)
 class Header:
+    """What a file says of its cache and of every layer."""
+
     options: CacheOptions
     capacity: int | None
     layers: tuple[LayerHeader, ...]

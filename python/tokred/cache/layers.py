@@ -1,4 +1,4 @@
-"""A layer of a packed cache."""
+"""One layer of a packed cache: appending, growing, rolling back and reordering its tokens."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class PackedCacheLayer(CacheLayerMixin):
         return None if self.contents is None else self.contents.device
 
     def restore(self, contents: Contents, length: int) -> None:
-        """Holds these tokens in the place of what it held."""
+        """Replaces what the layer holds by these tokens."""
         self._hold(contents, length, ())
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -131,8 +131,9 @@ class PackedCacheLayer(CacheLayerMixin):
     ) -> tuple[PackedStates, None]:
         """Appends keys [B, Hkv, L, D] and values [B, Hkv, L, Dv].
 
-        They are float32, float16 or bfloat16, also one of the other, as autocast makes them; as in
-        a DynamicCache, what is held in full precision takes the dtype that has all numbers of both.
+        Their dtypes are float32, float16 or bfloat16 and may differ from each other and from
+        earlier ones, as under autocast; as in a DynamicCache, what is held in full precision takes
+        the widest of them.
 
         Raises:
             ValueError: tokens unlike those in the cache, or more than its capacity.
@@ -231,24 +232,24 @@ class PackedCacheLayer(CacheLayerMixin):
         return -1 if self.capacity is None else self.capacity
 
     def get_max_cache_shape(self) -> int:
-        """What get_max_length is called in earlier versions of transformers."""
+        """The name of get_max_length in older releases of transformers."""
         return self.get_max_length()
 
     def activate_past_recording(self) -> None:
-        """From now on every update keeps what `crop` needs to leave no trace.
+        """From now on every update keeps what `crop` needs to be exact.
 
-        transformers calls it for assisted generation. Without it the tokens of the last update are
-        kept alone, if they are 2 to 64.
+        transformers calls it for assisted generation. Without it only the tokens of the last update
+        are kept, if they are 2 to 64.
         """
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last -tokens_to_remove tokens.
 
-        Up to 64 tokens go without a trace: those of the last update, if it brought more than one,
-        and of more updates after activate_past_recording(). Packing the tokens that remain of
-        these updates once more is what it costs. Of more tokens, those that then belong into the
-        window come back from their codes, with the error of packing.
+        Up to 64 tokens are removed exactly, as if they had never been appended: those of the last
+        update, if it brought more than one, and of more updates after activate_past_recording().
+        The cost is to pack again what remains of these updates. Beyond that, tokens that belong
+        into the window are unpacked from their codes, with the error of packing.
 
         Raises:
             ValueError: a positive number, or more tokens than there are.

@@ -16,11 +16,11 @@ ROLLBACK = 64
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """What packing tokens overwrote, and the tokens that have come since, as the model made them.
+    """What packing tokens overwrote, and the tokens that were appended since, in full precision.
 
     Windows and mean are those at `length`; what was packed then still is. Appending as many of the
-    tokens as remain makes the contents that they alone would have made. Settled: tokens were taken
-    back, or were not but could have been; those that remain are here to stay.
+    tokens as remain makes the contents that they alone would have made. settled: a crop has decided
+    which of the tokens remain, so the next ones start a checkpoint of their own.
     """
 
     length: int
@@ -37,7 +37,7 @@ class Checkpoint:
 
     @property
     def tokens(self) -> int:
-        """How many have come since."""
+        """How many tokens were appended since."""
         return sum(each.shape[2] for each in self.keys)
 
     @property
@@ -53,7 +53,7 @@ class Checkpoint:
         return replace(self, settled=True)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Checkpoint:
-        """The function of every tensor, whose first dimension is the batch."""
+        """The function applied to every tensor, the first dimension of which is the batch."""
         return Checkpoint(
             self.length,
             {name: function(tensor) for name, tensor in self.windows.items()},
@@ -68,11 +68,11 @@ class Checkpoint:
         windows = {name: tensor.clone() for name, tensor in self.windows.items()}
         packed = contents.packed
         if self.key_mean is None and contents.key_mean is not None:
-            # Tokens are packed again, with another mean, while the later contents may still fail
-            # to be replaced.
+            # The tokens are packed again, with another mean, which must not change the contents
+            # that stay where something fails.
             packed = contents.map(torch.clone).packed
         earlier = replace(contents, packed=packed, windows=windows, key_mean=self.key_mean)
-        # In the same parts as they came: the mean is of the keys that were there at a moment.
+        # In the parts in which they were appended: the mean is that of the keys up to one of them.
         at, keys, values = self.length, [], []
         for more_keys, more_values in zip(self.keys, self.values, strict=True):
             count = min(more_keys.shape[2], length - at)

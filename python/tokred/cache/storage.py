@@ -41,7 +41,7 @@ class CacheOptions:
     def __post_init__(self) -> None:
         for name, types in _TYPES.items():
             value = getattr(self, name)
-            # A bool is an int to Python, and no number of bits.
+            # isinstance(True, int) holds, but a bool is no number of bits.
             if not isinstance(value, types) or (isinstance(value, bool) and types is not bool):
                 raise ValueError(f"{name} must be {_named(types)}, got {value!r}")
         for bits in (self.key_bits, self.value_bits):
@@ -136,7 +136,7 @@ class Layout:
         return max(packed_tokens(form.axis, self.window, tokens) for form in (self.key, self.value))
 
     def live(self, packed: tuple[PackedKV, PackedKV], tokens: int) -> tuple[PackedKV, PackedKV]:
-        """What holds tokens of a cache of so many, views."""
+        """Views without the room beyond the packed ones of `tokens` tokens."""
         return tuple(
             rows(side, 0, packed_tokens(side.format.axis, self.window, tokens)) for side in packed
         )

@@ -37,13 +37,13 @@ __all__ = ["Rotary", "Stack", "stacks"]
 
 @dataclass(frozen=True)
 class Bound:
-    """The method in one model."""
+    """The method in one model, with the model's rotary embedding where it compacts positions."""
 
     method: attention.AttentionMethod
     rotary: Rotary | None
 
     def forward_pass(self) -> Pass:
-        """The one that runs in this thread; a new one where a layer is called by itself."""
+        """This model's innermost pass in this thread; a new one for a layer called by itself."""
         running = _running.innermost
         while running is not None:
             if running.bound is self:
@@ -54,7 +54,11 @@ class Bound:
 
 @dataclass
 class Pass:
-    """A forward pass of a decoder, and the one that it runs inside of, if any."""
+    """A forward pass of a decoder.
+
+    carried: what layers leave for later ones, see AttentionCall. outer: the forward pass that this
+    one runs inside of, if any. is_prompt: a layer of it has had several queries.
+    """
 
     bound: Bound
     carried: dict[str, Tensor]
@@ -70,15 +74,18 @@ _running = _Running()
 
 
 @dataclass
-class Turn:
-    """One layer's turn in one forward pass, as the attention function calls it."""
+class LayerMethod:
+    """The method for one layer in one forward pass, which the attention function calls.
+
+    called: whether it has, as it does unless the layer runs on another attention.
+    """
 
     bound: Bound
     layer: int
-    came: bool = False
+    called: bool = False
 
     def attend(self, call: attention.AttentionCall) -> tuple[Tensor, Tensor]:
-        self.came = True
+        self.called = True
         bound = self.bound
         running = bound.forward_pass()
         if call.q.shape[2] > 1:
@@ -190,9 +197,9 @@ def _attention_forward(
                 "rotation='cached'"
             )
         kwargs["position_embeddings"] = unrotated(*kwargs["position_embeddings"])
-    turn = Turn(bound, layer)
-    result = original(*args, tokred_method=turn, **kwargs)
-    if not turn.came:
+    layer_method = LayerMethod(bound, layer)
+    result = original(*args, tokred_method=layer_method, **kwargs)
+    if not layer_method.called:
         raise RuntimeError(
             f"{type(module).__name__} did not hand its attention to tokred: its attention "
             "implementation was changed inside the patch, or it does not pass its arguments on"

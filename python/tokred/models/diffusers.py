@@ -36,10 +36,10 @@ BlockPlan: TypeAlias = tuple[torch.Tensor, int] | None
 
 @dataclass(frozen=True)
 class Latent:
-    """What the blocks of one forward pass know of it; never changed, only replaced.
+    """The state of a forward pass before one of its blocks; never changed, only replaced.
 
-    finest is the downsampling of its finest block so far, and merged has the name of every block
-    that has run, its tokens, and how many of them its parts saw.
+    size is the height and width of the latent, finest the downsampling of the finest block so far.
+    merged has the name of every block that has run, its tokens, and how many its parts ran on.
     """
 
     size: tuple[int, int]
@@ -48,7 +48,7 @@ class Latent:
 
 
 @dataclass
-class _OfThread:
+class _ThreadState:
     """The forward pass that runs in a thread, its latest complete one, and the running block."""
 
     current: Latent | None = None
@@ -67,13 +67,13 @@ class LatentState:
     def __init__(self, options: ToMeSD) -> None:
         self.options = options
         self.seed = torch.initial_seed() if options.seed is None else options.seed
-        self.threads = PerThread(_OfThread)
+        self.threads = PerThread(_ThreadState)
         self.passes: StorageTable[Latent] = StorageTable()
         self.latest: Latent | None = None
         self.warned = False
 
     @property
-    def thread(self) -> _OfThread:
+    def thread(self) -> _ThreadState:
         """What belongs to the calling thread."""
         return self.threads.own
 
@@ -201,14 +201,14 @@ def stacks(model: nn.Module, method: Any, settings: Settings) -> Iterator[Stack]
             root = _root(model, name)
             found.setdefault(root, {})[name.removeprefix(f"{root}.")] = block
     for root, blocks in found.items():
-        owner = model.get_submodule(root)
-        kinds = _diffusers_kinds(owner)
+        root_module = model.get_submodule(root)
+        kinds = _diffusers_kinds(root_module)
         if kinds and _IMAGE_MODELS.isdisjoint(kinds):
             raise ValueError(
                 f"{kinds[0]} is not supported, as its tokens are not those of one image in rows; "
                 f"supported are {', '.join(sorted(_IMAGE_MODELS))}"
             )
-        yield Stack(owner, blocks)
+        yield Stack(root_module, blocks)
 
 
 def _root(model: nn.Module, name: str) -> str:

@@ -1,6 +1,6 @@
-"""Which attention modules of a model are causal over all keys, so that a method can choose there.
+"""Finds the attention modules that are causal over all keys, where a method can choose keys.
 
-Told by what the modules do, not by their names: they call transformers' attention interface, and
+They are found by what they do, not by their names: they call transformers' attention interface, and
 their config says which layers see a part of the keys only.
 """
 
@@ -31,8 +31,8 @@ def full_attention(model: nn.Module) -> dict[str, nn.Module]:
         lacks = _lacks(module)
         if id(module.config) in configs and lacks:
             raise ValueError(
-                f"{type(module).__name__} {lacks}, which tokred's attention has not: no method can "
-                f"be put into {type(model).__name__}"
+                f"{type(module).__name__} {lacks}, which tokred's attention does not have: no "
+                f"method can be put into {type(model).__name__}"
             )
     return found
 
@@ -95,14 +95,14 @@ def _limit(module: nn.Module) -> str | None:
     if kinds is not None and 0 <= module.layer_idx < len(kinds):
         kind = kinds[module.layer_idx]
         return None if kind in _FULL else f"is {kind}"
-    for owner in (module, module.config):
-        if getattr(owner, "sliding_window", None) is not None:
-            return f"has a sliding window of {owner.sliding_window}"
+    for holder in (module, module.config):
+        if getattr(holder, "sliding_window", None) is not None:
+            return f"has a sliding window of {holder.sliding_window}"
     return None
 
 
 def _lacks(module: nn.Module) -> str | None:
-    """What the module needs and tokred's attention has not; None where there is nothing."""
+    """What the module needs and tokred's attention lacks; None where there is nothing."""
     if _passes(module, "position_bias"):
         return "adds a position bias to the logits"
     if _passes(module, "block_indices"):

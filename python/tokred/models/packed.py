@@ -20,15 +20,18 @@ ADVICE = (
 
 @dataclass(frozen=True, eq=False)
 class PackedStates:
-    """A layer's cache after the tokens of a forward pass were appended; no tensor, says so if used.
+    """A layer's cache after the tokens of a forward pass were appended.
+
+    It is no tensor; using it as one raises an error that says what to do.
 
     key, value: the packed tokens, [B, Hkv, N, D] and [B, Hkv, N, Dv] with N their capacity.
     key_window, value_window: the last tokens in full precision, as `kv_append` keeps them, or None.
     length: tokens in the cache, those of this pass included.
-    new_key, new_value: [B, Hkv, L, D] and [B, Hkv, L, Dv], those of this pass as the model made
-        them.
-    key_mean: [B, Hkv, 1, D], what is missing of every key in the cache, or None. A softmax does not
-        see it, as it takes the same from all logits of a query; scores and lse here have it.
+    new_key, new_value: [B, Hkv, L, D] and [B, Hkv, L, Dv], of the tokens of this pass, in full
+        precision.
+    key_mean: [B, Hkv, 1, D], subtracted from every key in the cache, or None. Subtracting it
+        changes all logits of a query by the same amount, so out needs no correction; scores and lse
+        get it back.
     """
 
     key: PackedKV

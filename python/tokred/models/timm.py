@@ -19,11 +19,11 @@ from . import ancestors, layer_lists
 
 @dataclass(frozen=True)
 class Stack:
-    """A run of Blocks, and the model that pools what they give (None where it is not there)."""
+    """A run of Blocks, the transformer that pools their tokens (or None), and their ancestors."""
 
     blocks: list[nn.Module]
     num_prefix: int
-    owner: nn.Module | None
+    vit: nn.Module | None
     around: list[nn.Module]
 
     def install(self, method: Any, settings: Settings, overrides: Overrides) -> TokenState:
@@ -37,11 +37,11 @@ class Stack:
             for module in self.around:
                 if hasattr(module, "forward_intermediates"):
                     overrides.replace(module, "forward_intermediates", _refuse_intermediates)
-        pool = getattr(self.owner, "attn_pool", None)
+        pool = getattr(self.vit, "attn_pool", None)
         if pool is not None and settings.prop_attn:
             overrides.replace(pool, "forward", _attention_pool_forward, state)
         if settings.weighted_pool:
-            overrides.replace(self.owner, "pool", _weighted_pool, state)
+            overrides.replace(self.vit, "pool", _weighted_pool, state)
         return state
 
 
@@ -71,9 +71,9 @@ def stacks(model: nn.Module, method: Any, settings: Settings) -> Iterator[Stack]
         around = list(ancestors(model, name))
         if any(method.plans(len(blocks))):
             _refuse_grids(around)
-        owner = next((m for m in around if hasattr(m, "num_prefix_tokens")), None)
-        _check_owner(owner, settings)
-        yield Stack(blocks, _num_prefix(owner, settings), owner, around)
+        vit = next((m for m in around if hasattr(m, "num_prefix_tokens")), None)
+        _check_vit(vit, settings)
+        yield Stack(blocks, _num_prefix(vit, settings), vit, around)
 
 
 def _refuse_grids(around: list[nn.Module]) -> None:
@@ -96,27 +96,27 @@ def _refuse_grids(around: list[nn.Module]) -> None:
             )
 
 
-def _num_prefix(owner: nn.Module | None, settings: Settings) -> int:
+def _num_prefix(vit: nn.Module | None, settings: Settings) -> int:
     if settings.num_prefix is not None:
         return settings.num_prefix
-    if owner is None:
+    if vit is None:
         raise ValueError(
             "the module does not say how many class and register tokens come first: pass "
             "num_prefix to tokred.patch"
         )
-    return owner.num_prefix_tokens
+    return vit.num_prefix_tokens
 
 
-def _check_owner(owner: nn.Module | None, settings: Settings) -> None:
-    pool = getattr(owner, "attn_pool", None)
+def _check_vit(vit: nn.Module | None, settings: Settings) -> None:
+    pool = getattr(vit, "attn_pool", None)
     if pool is not None and (
         type(pool).__name__ != "AttentionPoolLatent" or pool.pos_embed is not None
     ):
         raise ValueError(
-            f"the pooling head {type(pool).__name__} of {type(owner).__name__} needs every token; "
+            f"the pooling head {type(pool).__name__} of {type(vit).__name__} needs every token; "
             "AttentionPoolLatent without position embeddings is supported"
         )
-    if settings.weighted_pool and getattr(owner, "global_pool", None) != "avg":
+    if settings.weighted_pool and getattr(vit, "global_pool", None) != "avg":
         raise ValueError('weighted_pool needs a timm model with global_pool="avg"')
 
 

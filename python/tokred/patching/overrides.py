@@ -17,29 +17,29 @@ from torch import nn
 _ABSENT = object()  # the instance had no such attribute of its own
 _numbers = itertools.count()
 _lock = threading.RLock()
-_every: weakref.WeakSet[Overrides] = weakref.WeakSet()  # those that have set something
+_active: weakref.WeakSet[Overrides] = weakref.WeakSet()  # those that have set something
 
 
 @dataclass
 class _Entry:
-    """One attribute of an instance: what it was, and what it was set to."""
+    """One attribute of an instance: its value before, and the value it was set to."""
 
-    owner: Any
+    instance: Any
     name: str
     previous: Any
     value: Any
 
     def current(self) -> Any:
-        return vars(self.owner).get(self.name, _ABSENT)
+        return vars(self.instance).get(self.name, _ABSENT)
 
     def restore(self) -> None:
         if self.previous is not _ABSENT:
-            setattr(self.owner, self.name, self.previous)
-        elif self.name in vars(self.owner):
-            delattr(self.owner, self.name)
+            setattr(self.instance, self.name, self.previous)
+        elif self.name in vars(self.instance):
+            delattr(self.instance, self.name)
 
     def __str__(self) -> str:
-        return f"{type(self.owner).__name__}.{self.name}"
+        return f"{type(self.instance).__name__}.{self.name}"
 
 
 class Overrides:
@@ -59,14 +59,14 @@ class Overrides:
         replacement.__wrapped__ = original  # what inspect.signature shows
         self.assign(module, name, replacement)
 
-    def assign(self, owner: Any, name: str, value: Any) -> None:
+    def assign(self, instance: Any, name: str, value: Any) -> None:
         """Sets an attribute of an instance, such as a config."""
         with _lock:
             if not self._entries:
                 self._number = next(_numbers)
-                _every.add(self)
-            self._entries.append(_Entry(owner, name, vars(owner).get(name, _ABSENT), value))
-            setattr(owner, name, value)
+                _active.add(self)
+            self._entries.append(_Entry(instance, name, vars(instance).get(name, _ABSENT), value))
+            setattr(instance, name, value)
 
     def pre_hook(self, module: nn.Module, function: Callable[..., Any]) -> None:
         """Calls function(module, args, kwargs) before each of module's forward passes."""
@@ -77,18 +77,18 @@ class Overrides:
         self._hooks.append(module.register_forward_hook(function))
 
     def undo(self, failure: BaseException | None = None) -> None:
-        """Restores everything. What others changed meanwhile is lost, which a warning says.
+        """Restores everything. What other code changed meanwhile is lost, with a warning.
 
         Where a later patch has set the same attribute, its value stays, and that patch will restore
         what this one found.
 
         Args:
-            failure: the exception in flight, which gets a note in the place of the warning.
+            failure: the exception in flight, which gets a note instead of the warning.
         """
         with _lock:
             changed = [str(e) for e in reversed(self._entries) if not self._restored_ours(e)]
             self._entries.clear()
-            _every.discard(self)
+            _active.discard(self)
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -105,13 +105,13 @@ class Overrides:
             failure.add_note(message)
 
     def _restored_ours(self, entry: _Entry) -> bool:
-        """Restores one attribute; False where a change of others is lost by that."""
+        """Restores one attribute; False where that loses a change made by other code."""
         later = [
             (overrides._number, other)
-            for overrides in _every
+            for overrides in _active
             if overrides._number > self._number
             for other in overrides._entries
-            if other.owner is entry.owner and other.name == entry.name
+            if other.instance is entry.instance and other.name == entry.name
         ]
         if later:
             following = min(later, key=lambda pair: pair[0])[1]

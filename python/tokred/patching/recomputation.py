@@ -1,4 +1,4 @@
-"""Whose forward pass it is: the thread's own, or the one that a checkpoint runs again."""
+"""Finds the forward pass that a layer runs in: one per thread, or the one that is recomputed."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ T = TypeVar("T")
 
 
 def backward_task() -> int:
-    """The number of the backward pass that calls, or -1 outside of one."""
+    """The id of the backward pass that is running, or -1 outside of one."""
     if torch.compiler.is_compiling():
         return -1
     return torch._C._current_graph_task_id()
 
 
 class PerThread(threading.local, Generic[T]):
-    """One object for every thread, its `own`.
+    """An object for each thread, made when it first asks for its `own`.
 
     torch.compile keeps what it assigns to attributes of that object; what it assigned to those of a
     threading.local itself would be lost.
@@ -33,9 +33,9 @@ class PerThread(threading.local, Generic[T]):
 class StorageTable(Generic[T]):
     """Values found by the storage of a tensor, as long as that lives.
 
-    A checkpoint keeps the inputs of what it will run again, as they are or detached: in both cases
-    they share the storage of the tensors of the forward pass. Under torch.compile, which recomputes
-    within its graph, nothing is kept.
+    torch.utils.checkpoint keeps the inputs of what it will recompute, as they are or detached: in
+    both cases they share the storage of the tensors of the forward pass. Under torch.compile, which
+    recomputes within its graph, nothing is kept.
     """
 
     def __init__(self) -> None:

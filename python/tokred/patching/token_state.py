@@ -15,10 +15,12 @@ from .settings import Settings
 
 @dataclass(frozen=True)
 class Pass:
-    """What a forward pass has come to before one of its layers; never changed, only replaced.
+    """The state of a forward pass before one of its layers; never changed, only replaced.
 
-    ones [B, N0] are the sizes before any merge; size [B, N] and token_map [B, N0] are None as long
-    as nothing has merged. task names the backward pass that recomputes the layers, -1 for none.
+    layer is the next to run, and counts the tokens before the first layer and after each merge.
+    ones [B, N0] are the sizes before any merge; size f32 [B, N] and token_map i32 [B, N0] are None
+    as long as nothing has merged. task is the id of the backward pass that recomputes the layers,
+    -1 for none.
     """
 
     layer: int
@@ -30,8 +32,8 @@ class Pass:
 
 
 @dataclass
-class _OfThread:
-    """The pass that runs in a thread, its latest complete one, and the running layer's keys."""
+class _ThreadState:
+    """The pass that runs in a thread, its latest complete one, and the running layer's metric."""
 
     current: Pass | None = None
     latest: Pass | None = None
@@ -54,17 +56,17 @@ class TokenState:
         self.num_prefix = num_prefix
         self.prop_attn = settings.prop_attn
         self.trace_source = settings.trace_source
-        self._threads = PerThread(_OfThread)
+        self._threads = PerThread(_ThreadState)
         self._latest: Pass | None = None
         self._passes: StorageTable[Pass] = StorageTable()
 
     @property
-    def _thread(self) -> _OfThread:
+    def _thread(self) -> _ThreadState:
         return self._threads.own
 
     @property
     def ran(self) -> bool:
-        """Whether a forward pass has come through all layers."""
+        """Whether a forward pass has run through all layers."""
         return (self._thread.latest or self._latest) is not None
 
     @property
@@ -104,7 +106,7 @@ class TokenState:
         """Before a layer runs on x [B, N, C]: makes the pass it belongs to the thread's own.
 
         Raises:
-            RuntimeError: the layer runs out of turn, so that the tokens' sizes are not known.
+            RuntimeError: the layer runs out of order, so that the tokens' sizes are not known.
         """
         task = backward_task()
         if layer == 0:
@@ -119,9 +121,9 @@ class TokenState:
             found = self._thread.current
         if found is None or found.layer != layer or found.counts[-1] != x.shape[1]:
             raise RuntimeError(
-                f"layer {layer} was run out of turn, so the sizes of its tokens are not known: run "
-                "the patched layers one after the other, and checkpoint whole layers or the whole "
-                "model, with the tokens as their first argument"
+                f"layer {layer} was run out of order, so the sizes of its tokens are not known: "
+                "run the patched layers one after the other, and checkpoint whole layers or the "
+                "whole model, with the tokens as their first argument"
             )
         self._thread.current = replace(found, task=task)
         self._passes.add(x, layer, self._thread.current)
