@@ -1,3 +1,4 @@
+// Rounds of the loops of kernels.h on all threads, timed together.
 #include "measure.h"
 
 #include <algorithm>

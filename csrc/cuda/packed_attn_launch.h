@@ -1,4 +1,4 @@
-// How packed_attention reaches the kernel that does rows again.
+// The launch that recomputes rows of packed_attention whose result is NaN.
 #pragma once
 
 #include "kernels.h"

@@ -17,8 +17,8 @@ bool is_decode_attention(const AttentionParams&);
 bool is_wgmma_attention(const AttentionParams&);
 void wgmma_attention(const AttentionParams&, Stream);
 
-// Does rows that are NaN again, and the gradients of such rows and keys, for the visible pairs alone;
-// see sparse_attn_mend.cuh. Lists without indices are all keys in order.
+// Recomputes rows that are NaN, and the gradients of such rows and keys, from the visible pairs
+// alone; see sparse_attn_mend.cuh. Lists without indices are all keys in order.
 void mend_rows(const SparseAttentionParams&, bool marked, Stream);
 void mend_gradients(const AttentionBackwardParams&, const KeyLists&, Stream);
 

@@ -1,5 +1,5 @@
-// Launches of sparse_attn_mend.cuh. They read a number a row, or the results once; only rows that
-// are NaN cost more.
+// Launches of sparse_attn_mend.cuh. They read one number of every row, or the results once; only
+// rows with a NaN cost more.
 #include "launch.h"
 #include "sparse_attn_launch.h"
 #include "sparse_attn_mend.cuh"

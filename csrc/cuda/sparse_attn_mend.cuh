@@ -1,6 +1,7 @@
-// Rows that came out as NaN, once more. In the tiles of the other kernels a hidden key has weight 0,
-// and 0 times an infinite number is NaN; here a warp walks the pairs of a row that are visible, one
-// at a time. Rows are as wide as a warp, eight neighbours to a lane.
+// Recomputes the rows of attention, and of its gradients, whose result is NaN. In the tiles of the
+// other kernels a hidden key has weight 0, and 0 times infinity or NaN is NaN; here a warp takes
+// only the visible pairs of a row, one at a time. A row lies across a warp, eight neighbours to a
+// lane.
 #pragma once
 
 #include "score_rows.cuh"
@@ -152,8 +153,8 @@ struct QueryRow {
   __device__ bool exists(const AttentionParams& a) const { return batch < a.batch; }
 };
 
-// Keys is PlainKeys or PackedKeys, Params what they are made of. With `marked` rows, lse is NaN
-// wherever out is.
+// Keys is PlainKeys or PackedKeys, Params what they are made of. `marked`: the kernel before
+// has set lse to NaN wherever out has a NaN.
 template <class T, class Keys, class Params>
 __global__ void __launch_bounds__(256, 1)
     mend_rows_kernel(const __grid_constant__ Params p, const __grid_constant__ AttentionParams a,

@@ -28,7 +28,7 @@ _NOT_MEASURED = ("README.md", "docs", "bench/results")
 class Origin:
     """What all figures of a report have in common."""
 
-    complete: bool  # False of a quick run, which is none to quote
+    complete: bool  # False of a quick run, whose figures are not published
     cpu: str
     threads: int
     torch: str

@@ -24,7 +24,8 @@ __all__ = ["BlockSparseAttention", "TopKAttention"]
 
 _REDUCTIONS = ("none", "group_mean", "group_max", "head_mean", "softmax_vote")
 _UNKNOWN_LENGTHS = (
-    "mask is of the queries too where there are as many as keys: use one size for both"
+    "with a mask, a graph must know whether there are as many queries as keys, as the mask hides "
+    "queries too then: use one size for both"
 )
 _RULES = {"mean": "dot", "sqrt_mean": "dot", "min_max": "bounds"}
 

@@ -84,7 +84,7 @@ def _held(layer: PackedCacheLayer, name: str, side: PackedKV) -> Tensor:
         rows = torch.arange(part.num_tokens, layer.length) % window.shape[2]
         recent = window[:, :, rows].float()
         tokens = torch.cat([tokens, hadamard(recent) if side.format.rotated else recent], 2)
-    mean = getattr(layer, "key_mean", None) if name == "key" else None
+    mean = layer.key_mean if name == "key" else None
     return tokens if mean is None else tokens + mean.float()
 
 
@@ -266,7 +266,7 @@ class History:
         windows = layer.windows.get("key"), layer.windows.get("value")
         out, _ = tokred.packed_attention(q, *layer.packed, *windows, length=self.length)
         keys, values = (side.double().repeat_interleave(2, 1) for side in held(layer))
-        mean = getattr(layer, "key_mean", None)
+        mean = layer.key_mean
         keys = keys if mean is None else keys - mean.double().repeat_interleave(2, 1)
         exact = torch.nn.functional.scaled_dot_product_attention(q.double(), keys, values)
         greatest = float(values.abs().max())

@@ -27,7 +27,7 @@ def key_lengths(k: Tensor, lengths: Tensor | None) -> Tensor:
 
 
 def check_least(least: float, **values: float) -> None:
-    """Refuses values below `least`, in the caller's name of the argument."""
+    """Refuses values below `least`; each is given by the name of its argument."""
     for name, value in values.items():
         if not value >= least:
             raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -8,8 +8,8 @@ block of keys is represented by those of its keys that received most attention, 
 cosine of that with the probe, over all heads together. While decoding, layers share a budget of
 blocks in the ratio of their information density, the normalised entropy of those cosines.
 
-An approximate version: probes, representatives, scores and budgets are those of the release, and
-what is around them is not here. There, retrieved blocks are attended to beside the first and the
+An approximate version: probes, representatives, scores and budgets are those of the release; the
+rest of it is not here. There, retrieved blocks are attended to beside the first and the
 latest tokens, with the positions of InfLLM, and blocks are loaded from the host; here, attention is
 to the retrieved blocks alone, at the positions that the keys have. The release keeps one running
 mean for all layers, items and requests, which mixes them; here it belongs to the caller. Identical
@@ -36,7 +36,7 @@ from ._lists import check_least
 class ActivationStats:
     """Running mean and variance of queries, f32 [B, Hq, 1, D], over `windows` windows.
 
-    limit: windows after which the oldest fade out. Until one more than these have been seen,
+    limit: windows after which the oldest lose weight. Until one more than these have been seen,
     queries weigh the same, as published.
     """
 
@@ -71,8 +71,8 @@ class ActivationStats:
 def activation_weights(q: Tensor, stats: ActivationStats) -> Tensor:
     """f32 [B, L]: the share of each query of q [B, Hq, L, D] in the probe.
 
-    (q - mean)^2 / (variance + 1/100 of its mean over all dimensions), meaned over the heads'
-    dimensions. stats: this window included.
+    (q - mean)^2 / (variance + 1/100 of its mean over all dimensions), averaged over the
+    dimensions of all heads. stats: this window included.
     """
     queries = q.shape[2]
     if stats.windows <= stats.limit + 1:
@@ -106,8 +106,8 @@ def block_keys(
     Args:
         k: [B, Hkv, N, D]. received: f32 [B, Hq, N], the attention of each query head to the keys,
             summed over the queries after them.
-        block: tokens a block; a last one that is not full is none.
-        num_representatives: keys of the mean, from 1 to block; those that are there, if fewer.
+        block: tokens a block; the tokens of a last one that is not full belong to none.
+        num_representatives: keys of the mean, from 1 to block; fewer where padding leaves fewer.
         mask: bool [B, N], False where a key is padding.
 
     Returns:
@@ -164,8 +164,10 @@ def block_scores(
 
 
 def information_density(scores: Tensor) -> Tensor:
-    """f32 [B]: the entropy of softmax(scores [B, M]) over its greatest, the logarithm of the number
-    of blocks; 0 where there are fewer than two."""
+    """f32 [B]: the entropy of softmax(scores [B, M]) over its maximum, log(number of blocks).
+
+    0 where there are fewer than two blocks.
+    """
     p = scores.softmax(-1).nan_to_num(0)
     entropy = -(p * (p + 1e-10).log()).sum(-1)
     count = (scores > -torch.inf).sum(-1)
@@ -175,7 +177,7 @@ def information_density(scores: Tensor) -> Tensor:
 def layer_budget(
     densities: Sequence[float], layer: int, remaining: int, least: int = 32, most: int = 32
 ) -> int:
-    """How many blocks a layer retrieves, of those that it and the layers after it may.
+    """How many blocks a layer retrieves, of those left for it and the layers after it.
 
     Args:
         densities: the mean density of every layer, over the last hundred steps as published.

@@ -193,8 +193,9 @@ def dhsa_block_mask(
 ) -> Tensor:
     """The second version: whole rectangles of block_q x block_k, by the product of mean vectors.
 
-    With causal and force_ends it is the release's A shape, with neither its plain choice, in which
-    a row may keep nothing but future blocks. The last block may be short; the release fills it up.
+    With causal and force_ends it is the A-shaped mask of the release. With neither it is its plain
+    choice, in which a row may keep nothing but future blocks. The last block may be short; the
+    release fills it up.
 
     Args:
         density: the share of key blocks that each row of blocks keeps, in (0, 1]: int(density *

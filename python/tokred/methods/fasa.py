@@ -82,7 +82,7 @@ def dominant_dims(
 
     Calibrated once: the chunks hardly differ from task to task. Arguments as in chunk_agreement;
     num_chunks is 8, 12 or 16 of 64 in the paper. With `shared` they are those of each key head,
-    [Hkv, 2 * num_chunks], for `DominantKeys`: the agreement is meaned over its query heads.
+    [Hkv, 2 * num_chunks], for `DominantKeys`: the agreement is averaged over its query heads.
 
     Raises:
         ValueError: num_chunks outside [1, D / 2], or as in chunk_agreement.
@@ -133,7 +133,7 @@ class DominantKeys:
         self.length = end
 
     def score(self, q: Tensor, mask: Tensor | None = None) -> Tensor:
-        """f32 [B, Hkv, N]: the logits of q [B, Hq, 1, D] by the dominant dimensions, meaned over
+        """f32 [B, Hkv, N]: the logits of q [B, Hq, 1, D] by the dominant dimensions, averaged over
         each group; -inf where mask, bool [B, N], is False."""
         grouped = q.unflatten(1, (self.dims.shape[0], -1))[..., 0, :]
         dominant = self._dominant(grouped).flatten(1, 2)

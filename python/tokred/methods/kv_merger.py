@@ -7,13 +7,13 @@ Where cos(k_t, k_t-1) exceeds the threshold, t joins the run of t - 1; heavy hit
 tokens stay alone. In a run the token of greatest attention is the pivot p, and key and value are
 means with the weights exp(-|k_p - k_i|^2 / (2 sigma^2)), normalised.
 
-An approximate version, in two points. The printed sigma is defined by the weights that need it; the
-default here is 5, which the paper's search finds best and around which it says that sigma lies. The
-printed weights of values have a factor, the size of the run, that the text does not explain; here
-they are those of keys. The number of tokens that a merged one stands for is kept: attention may
-count it (see `MergedCache.attend`), the published one does not. The paper leaves the first two
-layers and the last one alone, and takes numbers of heavy hitters and recent tokens that meet its
-budgets, which are up to the caller.
+An approximate version, as the paper leaves two formulas open. The printed sigma is defined by the
+weights that need it; the default here is 5, which the paper's search finds best and around which it
+says that sigma lies. The printed weights of values have a factor, the size of the run, that the
+text does not explain; here they are those of keys. The number of tokens that a merged one stands
+for is kept: attention may count it (see `MergedCache.attend`), the published one does not. The
+paper leaves the first two layers and the last one alone, and takes numbers of heavy hitters and
+recent tokens that meet its budgets, which are up to the caller.
 """
 
 from __future__ import annotations

@@ -70,8 +70,8 @@ def pitome_plan(
         metric: [B, N, C], the keys averaged over the heads.
         num_prefix: the first tokens that must not take part.
         ratio: the share of the other T = N - num_prefix tokens to keep, from 0.5 to 1;
-            r = floor(T - T ratio) in double precision, as published: a ratio whose product is a
-            shade above the decimal merges one token less, such as (25, 0.56).
+            r = floor(T - T ratio) in double precision, as published: where rounding makes T ratio
+            a little too large one token less merges, as with T = 25 and ratio = 0.56.
         margin, kind: as in energy.
         variant: "pitome": the 2r tokens of highest energy are mergeable, every second of them
             (vision) or the first half (text) goes to its most similar partner in the rest, all

@@ -36,8 +36,13 @@ class Distilled:
 def _prompt_end(
     k: Tensor, prompt_end: int | Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, int]:
-    """int64 [B, 1], where the last prompt token of each row stands, or for all rows [1, 1]; and how
-    many tokens stand there and behind it at most."""
+    """Where the last prompt token of each row stands, and the most tokens from there on.
+
+    int64 [B, 1], or [1, 1] for all rows; and an int.
+
+    Raises:
+        ValueError: a prompt_end outside [0, N], or of another shape than [B].
+    """
     tokens = k.shape[2]
     if prompt_end is None and mask is not None:
         place = torch.arange(tokens, device=k.device)
@@ -64,7 +69,7 @@ def prompt_scores(
     mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """The logit of the last prompt token with the tokens before it, meaned over the heads.
+    """The logit of the last prompt token with the tokens before it, averaged over the heads.
 
     Args:
         q: [B, Hq, 1, D], the query of the last prompt token; k: [B, Hkv, N, D].

@@ -59,7 +59,7 @@ class Tree:
         return len(self.parent)
 
 
-# How many successors the nodes of each level have, in order; all are tried from the best on.
+# A string a level and a digit a node: how many of its successors are tried, from the best on.
 PUBLISHED_TREE = (
     "8",
     "84321111",

@@ -181,6 +181,7 @@ def packed_tokens(axis: str, window: int, tokens: int) -> int:
 
 
 def check_packed(name: str, value: Any) -> None:
+    """Refuses what is no PackedKV with a TypeError."""
     if not isinstance(value, PackedKV):
         raise TypeError(f"{name} must be a PackedKV, got {type(value).__name__}")
 
@@ -316,6 +317,7 @@ def kv_append(
 
 
 def check_bits(name: str, bits: int) -> None:
+    """Refuses a number of bits that no code has, as the kernels do."""
     torch._check(bits in BITS, lambda: f"{name} must be 1, 2, 3, 4 or 8, got {bits}")
 
 

@@ -1,4 +1,4 @@
-"""How the ops meet autograd, version counters and autocast: what every op registers with torch.
+"""What every op registers with torch for autograd, version counters and autocast.
 
 An op is one of
 
@@ -27,7 +27,7 @@ _below_in_place = torch._C._AutoDispatchBelowADInplaceOrView
 
 
 def call(op: Any, *args: Any) -> Any:
-    """op(*args), stepping over the autograd layer (several us a call) where nothing is recorded."""
+    """op(*args), without the autograd layer (several us a call) where nothing is recorded."""
     if torch.compiler.is_dynamo_compiling():
         return op(*args)
     if forward_ad._current_level >= 0:

@@ -1,4 +1,4 @@
-"""What fake kernels and wrappers ask of sizes that may be known only when a graph runs."""
+"""Checks of sizes for fake kernels and wrappers; a size may be known only when a graph runs."""
 
 from __future__ import annotations
 

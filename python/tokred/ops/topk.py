@@ -93,9 +93,9 @@ def topk_with_counts(
         values float32 [..., k], indices int32 [..., k] and counts int32 [...] (with a block_size
         [..., ceil(N / block_size)]): the chosen entries, after which the rows are padded.
     """
-    return choose(_ops.topk.default, 
-        scores, k, lengths, order, row_k, num_sinks, num_locals, must_keep, top_p, min_k,
-        threshold, block_size,
+    return choose(
+        _ops.topk.default, scores, k, lengths, order, row_k, num_sinks, num_locals, must_keep,
+        top_p, min_k, threshold, block_size,
     )  # fmt: skip
 
 

@@ -40,26 +40,26 @@ def biased_attention(
         visible = visible & (bias != -torch.inf)
     visible = visible.expand(*q.shape[:3], keys)
 
-    spoilt = _spoilt_keys(key)
-    logits = query @ key.index_fill(2, spoilt, 0).transpose(-1, -2)
-    if len(spoilt):
-        rows = _seen(key, visible, spoilt)
-        logits = logits.index_copy(3, spoilt, (query[..., None, :] * rows).sum(-1))
+    nonfinite = _nonfinite_keys(key)
+    logits = query @ key.index_fill(2, nonfinite, 0).transpose(-1, -2)
+    if len(nonfinite):
+        rows = _seen(key, visible, nonfinite)
+        logits = logits.index_copy(3, nonfinite, (query[..., None, :] * rows).sum(-1))
     logits = (logits + bias).masked_fill(~visible, -torch.inf)
 
     # A row of -inf is computed as a row of zeros, and its results replaced at the end.
     empty = (logits == -torch.inf).all(-1, keepdim=True)
     weights = logits.masked_fill(empty, 0).softmax(-1)
-    spoilt = _spoilt_keys(value)
-    out = weights @ value.index_fill(2, spoilt, 0)
-    if len(spoilt):
-        rows = _seen(value, logits != -torch.inf, spoilt)
-        out = out + (weights[..., spoilt, None] * rows).sum(-2)
+    nonfinite = _nonfinite_keys(value)
+    out = weights @ value.index_fill(2, nonfinite, 0)
+    if len(nonfinite):
+        rows = _seen(value, logits != -torch.inf, nonfinite)
+        out = out + (weights[..., nonfinite, None] * rows).sum(-2)
     lse = logits.masked_fill(empty, 0).logsumexp(-1).masked_fill(empty[..., 0], -torch.inf)
     return out.masked_fill(empty, 0).to(q.dtype), lse
 
 
-def _spoilt_keys(rows: Tensor) -> Tensor:
+def _nonfinite_keys(rows: Tensor) -> Tensor:
     """The keys of [B, H, N, C] that hold NaN or an infinity: 0 times them is not 0."""
     return rows.detach().isfinite().logical_not().any(-1).flatten(0, 1).any(0).nonzero()[:, 0]
 
