@@ -119,6 +119,8 @@ class PackedStates:
         """f32 [B, Hq, L]: what the mean of the keys adds to the logits of a query."""
         if self.key_mean is None:
             return None
+        if q.shape[2] == 1:
+            return tokred.qk_score(q, _as(self.key_mean, q), scale=scale)
         batch, heads, queries, dim = q.shape
         rows = q.reshape(batch, self.key_mean.shape[1], -1, dim).float()
         logits = rows @ self.key_mean.float().mT
