@@ -60,8 +60,14 @@ def op_table(rows: Sequence[Row]) -> str:
             if floor_names:
                 cells.insert(4, f"{floor.median_us / row.median_us:.2f}×" if floor else "")
             lines.append(cells)
-    header = ["op, shape, inputs", "median (p20 – p80)", "best peer", "speed-up", "of the ceiling",
-              "moved"]
+    header = [
+        "op, shape, inputs",
+        "median (p20 – p80)",
+        "best peer",
+        "speed-up",
+        "of the ceiling",
+        "moved",
+    ]
     if floor_names:
         header.insert(4, f"beside {', '.join(sorted(floor_names))}")
     return table(header, lines)
@@ -73,15 +79,18 @@ def models_table(rows: Sequence[Row]) -> str:
         for row in group:
             metrics, images = row.metrics, row.shape[0]
             cosines = (metrics.get(name) for name in ("cls_cosine", "patch_cosine"))
-            lines.append([
-                f"{row.case}, {row.shape[-1]} px, {SHORT[row.dtype]}: {row.candidate}",
-                f"{metrics['tokens']:.0f}" if "tokens" in metrics else "",
-                duration(row.median_us / images),
-                f"**{row.ratio_to_best_peer:.2f}×**" if row.role == "ours" else "1",
-                *("" if cosine is None else f"{cosine:.4f}" for cosine in cosines),
-            ])
-    return table(["model", "tokens out", "per image", "speed-up", "CLS cosine", "patch cosine"],
-                 lines)
+            lines.append(
+                [
+                    f"{row.case}, {row.shape[-1]} px, {SHORT[row.dtype]}: {row.candidate}",
+                    f"{metrics['tokens']:.0f}" if "tokens" in metrics else "",
+                    duration(row.median_us / images),
+                    f"**{row.ratio_to_best_peer:.2f}×**" if row.role == "ours" else "1",
+                    *("" if cosine is None else f"{cosine:.4f}" for cosine in cosines),
+                ]
+            )
+    return table(
+        ["model", "tokens out", "per image", "speed-up", "CLS cosine", "patch cosine"], lines
+    )
 
 
 def overhead_table(rows: Sequence[Row]) -> str:
@@ -91,8 +100,11 @@ def overhead_table(rows: Sequence[Row]) -> str:
     names = list(dict.fromkeys(r.candidate for r in calls))
     at = {(r.candidate, r.distribution): duration(r.median_us) for r in calls}
     lines = [[f"`{name}`", *(at.get((name, mode), "") for mode in modes)] for name in names]
-    imports = [[f"import {r.candidate}", duration(r.median_us), *[""] * (len(modes) - 1)]
-               for r in rows if r.case == "import"]
+    imports = [
+        [f"import {r.candidate}", duration(r.median_us), *[""] * (len(modes) - 1)]
+        for r in rows
+        if r.case == "import"
+    ]
     return table(["one call on [1, 4, 8]", *modes], [*lines, *imports])
 
 
@@ -102,14 +114,20 @@ def cache_table(rows: Sequence[Row]) -> str:
     for group in groups(rows):
         for row in group:
             ratio = f"{row.ratio_to_best_peer:.2f}×"
-            lines.append([
-                row.candidate,
-                str(row.shape[-1]),
-                f"{duration(row.median_us)} ({duration(row.p20_us)} – {duration(row.p80_us)})",
-                f"**{ratio}**" if row.role == "ours" else ratio,
-            ])
-    header = [f"{rows[0].case}, {SHORT[rows[0].dtype]}", "context", "a step (p20 – p80)",
-              "to the best peer"]
+            lines.append(
+                [
+                    row.candidate,
+                    str(row.shape[-1]),
+                    f"{duration(row.median_us)} ({duration(row.p20_us)} – {duration(row.p80_us)})",
+                    f"**{ratio}**" if row.role == "ours" else ratio,
+                ]
+            )
+    header = [
+        f"{rows[0].case}, {SHORT[rows[0].dtype]}",
+        "context",
+        "a step (p20 – p80)",
+        "to the best peer",
+    ]
     return table(header, lines)
 
 

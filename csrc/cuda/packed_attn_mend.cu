@@ -1,5 +1,5 @@
-// Launches sparse_attn_mend.cuh for packed keys and values: a window may hide infinities and NaN, and
-// params that were never written may be anything.
+// Launches sparse_attn_mend.cuh for packed keys and values: a window may hide infinities and NaN,
+// and params that were never written may be anything.
 #include "launch.h"
 #include "packed_attn_mend.cuh"
 #include "packed_attn_launch.h"

@@ -40,6 +40,7 @@ class Origin:
 
 
 def origin(complete: bool) -> Origin:
+    """The origin of a report that is made here and now."""
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     return Origin(
         complete,
@@ -86,6 +87,7 @@ def _cpu_name() -> str:
 
 @dataclass(frozen=True)
 class SpeedRow:
+    """How fast a method decodes with a context of so many tokens."""
     method: str
     context: int
     milliseconds: float  # a token

@@ -61,10 +61,12 @@ class Contents:
 
     @property
     def batch(self) -> int:
+        """Rows of the batch."""
         return self.packed[0].codes.shape[0]
 
     @property
     def heads(self) -> int:
+        """Key heads."""
         return self.packed[0].codes.shape[1]
 
     @property
@@ -96,6 +98,7 @@ class Contents:
         )
 
     def with_mean(self, key_mean: Tensor) -> Contents:
+        """The same with another mean of the keys."""
         return replace(self, key_mean=key_mean)
 
     def widened(self, dtype: torch.dtype) -> Contents:

@@ -42,6 +42,7 @@ class CacheBytes:
 
     @property
     def total(self) -> int:
+        """All of them."""
         return sum(astuple(self))
 
     def __add__(self, other: CacheBytes) -> CacheBytes:
@@ -82,6 +83,7 @@ class PackedCacheLayer(CacheLayerMixin):
 
     @property
     def layout(self) -> Layout | None:
+        """How the tokens are packed; None before the first ones."""
         return None if self.contents is None else self.contents.layout
 
     @property
@@ -101,10 +103,12 @@ class PackedCacheLayer(CacheLayerMixin):
 
     @property
     def dtype(self) -> torch.dtype | None:
+        """Of what is held in full precision."""
         return None if self.contents is None else self.contents.dtype
 
     @property
     def device(self) -> torch.device | None:
+        """Of the tokens, also while they are offloaded."""
         return None if self.contents is None else self.contents.device
 
     def restore(self, contents: Contents, length: int) -> None:
@@ -223,12 +227,15 @@ class PackedCacheLayer(CacheLayerMixin):
         return contents.with_room(self.length, room)
 
     def get_seq_length(self) -> int:
+        """Tokens in the cache."""
         return self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys that a mask for the next query_length tokens covers, and its offset."""
         return self.length + query_length, 0
 
     def get_max_length(self) -> int:
+        """The capacity, or -1 where there is none."""
         return -1 if self.capacity is None else self.capacity
 
     def get_max_cache_shape(self) -> int:

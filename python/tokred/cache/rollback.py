@@ -32,6 +32,7 @@ class Checkpoint:
 
     @classmethod
     def of(cls, contents: Contents, length: int) -> Checkpoint:
+        """The checkpoint of contents with `length` tokens, from which none was appended yet."""
         windows = {name: tensor.clone() for name, tensor in contents.windows.items()}
         return cls(length, windows, contents.key_mean, (), ())
 
@@ -42,6 +43,7 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the copies that it holds."""
         tensors = (*self.windows.values(), *self.keys, *self.values)
         return sum(tensor.nbytes for tensor in tensors)
 
@@ -50,6 +52,7 @@ class Checkpoint:
         return replace(self, keys=(*self.keys, keys.clone()), values=(*self.values, values.clone()))
 
     def settle(self) -> Checkpoint:
+        """The same, settled."""
         return replace(self, settled=True)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Checkpoint:

@@ -189,6 +189,7 @@ class FasaAttention:
         self.options = options
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        """(out [B, Hq, L, Dv], lse f32 [B, Hq, L]) of one layer; see AttentionMethod."""
         if call.is_prompt or self.options.k >= call.num_keys:
             return call.dense()
         dims = self.options.dims[call.layer]

@@ -26,6 +26,7 @@ class TidalAttention:
         self.options = options
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        """(out [B, Hq, L, Dv], lse f32 [B, Hq, L]) of one layer; see AttentionMethod."""
         if call.is_prompt or self.options.k >= call.num_keys:
             return call.dense()
         mask = call.visible()

@@ -190,7 +190,7 @@ def _call(
     scale: float | None,
     window: int | None,
 ) -> AttentionCall:
-    """The call in our terms: a mask of padding alone is causal."""
+    """The call as methods are given it; a mask of padding alone leaves causality to the kernel."""
     queries = q.shape[2]
     if mask is not None and (mask.dtype != torch.bool or mask.dim() != 4):
         raise ValueError(

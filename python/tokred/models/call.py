@@ -56,6 +56,7 @@ class AttentionCall:
 
     @property
     def is_packed(self) -> bool:
+        """Whether the keys are those of a PackedCache."""
         return isinstance(self.k, PackedStates)
 
     def score(self, reduce: str = "none", mask: Tensor | None = None) -> Tensor:

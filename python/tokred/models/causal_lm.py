@@ -85,6 +85,7 @@ class LayerMethod:
     called: bool = False
 
     def attend(self, call: attention.AttentionCall) -> tuple[Tensor, Tensor]:
+        """See AttentionMethod; the call as the attention function has it."""
         self.called = True
         bound = self.bound
         running = bound.forward_pass()
@@ -108,6 +109,7 @@ class Stack:
     rotary: Rotary | None
 
     def install(self, method: Any, settings: Settings, overrides: Overrides) -> Any:
+        """Puts the method into the modules; returns its state."""
         bound = Bound(self.state, self.rotary)
         # The attribute, as the property would set the configs of other parts of the model too.
         config = self.modules[0].config

@@ -168,6 +168,7 @@ class Stack:
     blocks: dict[str, nn.Module]
 
     def install(self, method: ToMeSD, settings: Settings, overrides: Overrides) -> LatentState:
+        """Puts the method into the blocks; returns their state."""
         state = LatentState(method)
         _, latent, *_ = *inspect.signature(type(self.model).forward).parameters, ""
         overrides.replace(self.model, "forward", _model_forward, state, latent)

@@ -27,6 +27,7 @@ class Stack:
     around: list[nn.Module]
 
     def install(self, method: Any, settings: Settings, overrides: Overrides) -> TokenState:
+        """Puts the method into the layers; returns their state."""
         state = TokenState(method.plans(len(self.blocks)), self.num_prefix, settings)
         for layer, block in enumerate(self.blocks):
             overrides.replace(block, "forward", _block_forward, state, layer, block)

@@ -97,6 +97,7 @@ class Stack:
     pooling_head: nn.Module | None
 
     def install(self, method: Any, settings: Settings, overrides: Overrides) -> TokenState:
+        """Puts the method into the layers; returns their state."""
         state = TokenState(method.plans(len(self.layers)), self.num_prefix, settings)
         family = self.family
         for index, layer in enumerate(self.layers):

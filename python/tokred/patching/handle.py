@@ -32,7 +32,7 @@ from .overrides import Overrides
 from .settings import Settings
 from .token_state import TokenState
 
-# What a pipeline calls the model that it runs again and again.
+# Attributes in which diffusers' pipelines keep the model that they run at every step.
 _DENOISERS = ("unet", "transformer", "unet_2", "transformer_2")
 
 

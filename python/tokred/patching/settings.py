@@ -7,7 +7,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The options every method has; patch() documents them."""
+    """prop_attn, trace_source, weighted_pool and num_prefix, as patch() documents them."""
 
     prop_attn: bool = True
     trace_source: bool = False
