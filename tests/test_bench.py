@@ -18,11 +18,28 @@ import bench.__main__ as command
 from bench import ceilings, harness, machine, published, readme_tables, tables
 from bench.__main__ import arguments
 
-RUN = machine.Run("cpu", "quick", "Test CPU AVX2 2-core", 2, {"torch": "2.13.0"}, "abc1234",
-                  "2026-01-01", 0.05, cache_bytes=600)
-ORIGIN = {"complete": True, "cpu": "Test CPU", "threads": 2, "torch": "2.13.0",
-          "transformers": "5.24.0", "python": "3.11", "tokred": "0.1.0", "revision": "abc1234",
-          "date": "2026-01-01"}
+RUN = machine.Run(
+    "cpu",
+    "quick",
+    "Test CPU AVX2 2-core",
+    2,
+    {"torch": "2.13.0"},
+    "abc1234",
+    "2026-01-01",
+    0.05,
+    cache_bytes=600,
+)
+ORIGIN = {
+    "complete": True,
+    "cpu": "Test CPU",
+    "threads": 2,
+    "torch": "2.13.0",
+    "transformers": "5.24.0",
+    "python": "3.11",
+    "tokred": "0.1.0",
+    "revision": "abc1234",
+    "date": "2026-01-01",
+}
 
 
 class FakeSampler:
@@ -40,11 +57,23 @@ class FakeSampler:
 
 def case(**changes) -> harness.Case:
     return dataclasses.replace(
-        harness.Case("match", "plan", (2, 3, 4), "float32",
-                     lambda: {"tokred.x": lambda: 1e-3, "torch": lambda: 4e-3,
-                              "tomesd": lambda: 2e-3, "half the work": lambda: 5e-4},
-                     bytes_moved=1000, flops=2000, ceiling="gemm_float32",
-                     floors=("half the work",), sampler=FakeSampler),
+        harness.Case(
+            "match",
+            "plan",
+            (2, 3, 4),
+            "float32",
+            lambda: {
+                "tokred.x": lambda: 1e-3,
+                "torch": lambda: 4e-3,
+                "tomesd": lambda: 2e-3,
+                "half the work": lambda: 5e-4,
+            },
+            bytes_moved=1000,
+            flops=2000,
+            ceiling="gemm_float32",
+            floors=("half the work",),
+            sampler=FakeSampler,
+        ),
         **changes,
     )
 
@@ -79,8 +108,7 @@ def test_compare_alternates_and_takes_medians():
 
         return call
 
-    timings = harness.compare({n: candidate(n) for n in series}, budget_s=0.0,
-                              sampler=FakeSampler)
+    timings = harness.compare({n: candidate(n) for n in series}, budget_s=0.0, sampler=FakeSampler)
     assert timings["a"].samples == timings["b"].samples == harness.FEWEST_SLOW_SAMPLES
     assert timings["a"].median_s == 2.0 and timings["b"].median_s == 3.0
     assert timings["a"].p20_s < 2.0 < timings["a"].p80_s
@@ -107,7 +135,11 @@ def test_cpu_sampler_repeats_short_calls():
 def test_rows_relate_to_the_best_peer_and_the_ceiling():
     by_name = {row.candidate: row for row in rows()}
     assert {n: r.role for n, r in by_name.items()} == {
-        "tokred.x": "ours", "torch": "peer", "tomesd": "peer", "half the work": "floor"}
+        "tokred.x": "ours",
+        "torch": "peer",
+        "tomesd": "peer",
+        "half the work": "floor",
+    }
     ours = by_name["tokred.x"]
     assert ours.ratio_to_best_peer == pytest.approx(2.0)
     assert by_name["tomesd"].ratio_to_best_peer == 1.0
@@ -118,8 +150,12 @@ def test_rows_relate_to_the_best_peer_and_the_ceiling():
 
 
 def test_what_fits_the_cache_has_no_share_of_the_memory():
-    for moved, residency in ((600, "fits L3"), (601, "partly in L3"), (1199, "partly in L3"),
-                             (1200, "")):
+    for moved, residency in (
+        (600, "fits L3"),
+        (601, "partly in L3"),
+        (1199, "partly in L3"),
+        (1200, ""),
+    ):
         row = rows(ceiling="copy", bytes_moved=moved)[0]
         assert row.residency == residency
         assert (row.ceiling_share is None) == bool(residency)
@@ -134,8 +170,11 @@ def test_no_share_is_above_all():
 
 
 def test_the_bound_of_arithmetic_is_the_fastest_way_known():
-    for bf16, fma, expected in ((1e3, 5e6, "fma_float32"), (8e6, 5e6, "gemm_bfloat16"),
-                                (1e3, 0, "gemm_float32")):
+    for bf16, fma, expected in (
+        (1e3, 5e6, "fma_float32"),
+        (8e6, 5e6, "gemm_bfloat16"),
+        (1e3, 0, "gemm_float32"),
+    ):
         rates = {"gemm_float32": 4e6, "gemm_bfloat16": bf16, "fma_float32": fma}
         row = harness.run_case(case(ceiling="gemm_bfloat16"), RUN, rates)[0]
         assert row.ceiling_name == expected
@@ -175,15 +214,18 @@ def test_results_are_named_after_machine_and_mode():
 def measured() -> list[harness.Row]:
     stored = rows() + rows(bench="merge", floors=()) + rows(bench="sparse_attn")
     models = [
-        dataclasses.replace(r, metrics={"r": 8.0, "tokens": 100.0, "cls_cosine": 0.995,
-                                        "patch_cosine": 0.9})
+        dataclasses.replace(
+            r, metrics={"r": 8.0, "tokens": 100.0, "cls_cosine": 0.995, "patch_cosine": 0.9}
+        )
         for r in rows(bench="models", shape=(4, 3, 224, 224), ceiling="")
     ]
     calls = rows(bench="overhead", name="call", distribution="no_grad", ceiling="")
     steps = rows(bench="cache", name="decode", shape=(1, 8000), ceiling="")
     seconds = [2e-3, 1e-3, 3e-3]
-    most = [ceilings.row_of(RUN, "read", "tokred._C, avx2", 25_000_000, seconds, 2),
-            ceilings.row_of(RUN, "dot_int16", "tokred._C, avx2", 40_000_000, seconds, 2)]
+    most = [
+        ceilings.row_of(RUN, "read", "tokred._C, avx2", 25_000_000, seconds, 2),
+        ceilings.row_of(RUN, "dot_int16", "tokred._C, avx2", 40_000_000, seconds, 2),
+    ]
     return stored + models + calls + steps + most
 
 
@@ -196,8 +238,9 @@ def results(measured, tmp_path) -> Path:
 def test_tables_are_filled_once_and_for_all(results):
     unmeasured = {"topk", "score", "decode", "packed", "block_sparse"}
     names = (*(name for name in tables.TABLES if name not in unmeasured), "match:full")
-    text = "# Title\n" + "".join(f"<!-- table:{n} -->\nold\n<!-- /table -->\nprose\n"
-                                 for n in names)
+    text = "# Title\n" + "".join(
+        f"<!-- table:{n} -->\nold\n<!-- /table -->\nprose\n" for n in names
+    )
     filled = readme_tables.regenerate(text, results)
     assert readme_tables.regenerate(filled, results) == filled
     assert "old" not in filled and filled.count("prose") == len(names)
@@ -267,10 +310,13 @@ def test_the_headline_is_of_models_and_ops(results, tmp_path):
     assert "Not measured yet" in readme_tables.render("headline", empty)
     for name in ("demo", "text", "text_cache"):
         (results / f"{name}.json").write_text(json.dumps(report_of(name)))
-    lost = rows(bench="score", name="rows", build=lambda: {"tokred.x": lambda: 4e-3,
-                                                           "torch": lambda: 2e-3})
-    harness.store(results / "machine-quick.jsonl",
-                  rows(bench="match", name="match", shape=(64, 577, 64)) + lost)
+    lost = rows(
+        bench="score", name="rows", build=lambda: {"tokred.x": lambda: 4e-3, "torch": lambda: 2e-3}
+    )
+    harness.store(
+        results / "machine-quick.jsonl",
+        rows(bench="match", name="match", shape=(64, 577, 64)) + lost,
+    )
     filled = readme_tables.render("headline", results)
     for line in (
         "| DINOv2 ViT-S/14, 224 px, ToMe r = 8 | SDPA, 50 ms | 40 ms | **1.25×** "
@@ -346,7 +392,8 @@ def test_figures_are_drawn(results):
 
     drawn = plot.draw(results)
     assert {p.stem for p in drawn} == {
-        f"machine-quick-{bench}" for bench in ("match", "merge", "sparse_attn", "models", "cache")}
+        f"machine-quick-{bench}" for bench in ("match", "merge", "sparse_attn", "models", "cache")
+    }
     assert all(p.stat().st_size > 5000 for p in drawn)
 
 

@@ -265,13 +265,11 @@ def test_token_select_on_packed_keys(llama: nn.Module, name: str) -> None:
     torch.testing.assert_close(results[1], results[0], rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("name", ["tidal_decode", "top_k_attention"])
-def test_methods_that_need_tensors_say_so(llama: nn.Module, name: str) -> None:
+def test_choosing_for_parts_of_a_prompt_says_what_it_needs(llama: nn.Module) -> None:
     ids, mask = left_padded()
     cache = tokred.PackedCache(llama.config)
-    first = {"sparse_layer_start": 0} if name == "tidal_decode" else {}
     with (
-        tokred.patch(llama, name, k=4, **first),
+        tokred.patch(llama, "top_k_attention", k=4),
         pytest.raises((AttributeError, TypeError), match="PackedCache"),
     ):
-        in_parts(llama, ids, mask, (9, 2) if name == "top_k_attention" else (9, 1), cache)
+        in_parts(llama, ids, mask, (9, 2), cache)

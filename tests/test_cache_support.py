@@ -90,6 +90,25 @@ def test_autocast(dtype: torch.dtype) -> None:
     assert (logits[1] - logits[0]).norm() < 0.1 * logits[0].norm()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("tidal_decode", dict(sparse_layer_start=0), "token_select or top_k_attention"),
+        ("fasa", dict(dims=[torch.arange(4, dtype=torch.int32).repeat(9, 1)] * 2), "DynamicCache"),
+        ("token_select", dict(rotation="compact"), "rotation='cached'"),
+    ],
+)
+def test_methods_that_need_dense_keys_say_so_at_the_first_token(
+    name: str, options: dict, message: str
+) -> None:
+    model = tiny_lm("Llama", head_dim=16)
+    cache = tokred.PackedCache(model.config)
+    inputs = {"input_ids": left_padded()[0][:, :1], compat.cache_keyword(): cache}
+    with tokred.patch(model, name, **options), pytest.raises(ValueError, match=message):
+        model(**inputs)
+
+
 def test_a_bias_of_the_keys_costs_no_bits() -> None:
     """A large constant in a few slow channels, which groups along channels would be spent on."""
     torch.manual_seed(0)

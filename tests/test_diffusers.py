@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torchvision_stub
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import tokred
 
@@ -166,6 +168,17 @@ def test_gradient_checkpointing(family: Family) -> None:
         for ours, theirs in zip(gradients(), expected, strict=True):
             scale = theirs.abs().max().item()
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * scale)
+
+
+def test_backward_with_checkpoints_belongs_inside_the_patch() -> None:
+    model = sd1().train()
+    model.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=True))
+    latent = latent_of(16, 16).requires_grad_()
+    with tokred.patch(model, "tomesd"):
+        loss = run_unet(model, latent).square().sum()
+    with pytest.raises(RuntimeError, match=r"call backward\(\) inside"):
+        loss.backward()
+    assert latent.grad is None
 
 
 @torch.no_grad()

@@ -153,6 +153,41 @@ def test_gradient_checkpointing_gives_the_same_gradients(name: str) -> None:
     assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
 
 
+@pytest.mark.parametrize("after", ["left", "replaced"])
+def test_a_checkpoint_is_recomputed_under_its_patch_alone(llama: nn.Module, after: str) -> None:
+    """Without the method a reentrant checkpoint would give other gradients, unnoticed."""
+    model, ids = tiny_lm("Llama", num_hidden_layers=LAYERS).train(), prompt()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    handle = tokred.apply(model, "top_k_attention", k=2)
+    loss = model(ids).logits.square().mean()
+    if after == "left":
+        handle.remove()
+    with pytest.raises(RuntimeError, match=r"call backward\(\) inside"):
+        if after == "left":
+            loss.backward()
+        else:
+            with tokred.patch(model, "top_k_attention", k=3):
+                loss.backward()
+    assert all(layer.self_attn.q_proj.weight.grad is None for layer in model.model.layers)
+    handle.remove()
+    model.gradient_checkpointing_disable()
+    with tokred.patch(model, "top_k_attention", k=2):
+        loss = model(ids).logits.square().mean()
+    loss.backward()
+
+
+def test_compact_rotation_has_gradients(llama: nn.Module) -> None:
+    options = dict(k=2, n_init=1, n_local=2, rotation="compact")
+    with tokred.patch(llama, "token_select", **options):
+        with torch.inference_mode():
+            expected = steps(llama, prompt())
+        actual = steps(llama, prompt())
+    torch.testing.assert_close(actual.detach(), expected.clone(), rtol=1e-4, atol=1e-4)
+    actual[:, -1].sum().backward()
+    assert llama.model.layers[0].self_attn.k_proj.weight.grad.abs().sum() > 0
+    llama.zero_grad()
+
+
 @pytest.mark.parametrize("name", ["token_select", "tidal_decode"])
 def test_a_static_decode_step_compiles_once(llama: nn.Module, patch: Callable[[], Any]) -> None:
     ids, graphs = prompt(16), []

@@ -121,6 +121,16 @@ def test_what_cannot_be_run_again_is_refused(part: str) -> None:
         undo()
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputing_after_the_patch_was_left_is_refused(reentrant: bool) -> None:
+    model = named("vit").model().train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    with tokred.patch(model, "tome", r=AMOUNTS):
+        loss = pooled_of(model, images(1).requires_grad_()).sum()
+    with pytest.raises(RuntimeError):
+        loss.backward()
+
+
 @torch.no_grad()
 def test_threads_share_one_model(case: Case) -> None:
     model = case.model()

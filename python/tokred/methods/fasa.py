@@ -17,7 +17,7 @@ from torch import Tensor
 import tokred
 from tokred.selection import block_mask
 
-from ._lists import check_least
+from ._lists import check_ints, check_least
 
 LANES = 16  # rows of whole lanes are read fastest
 
@@ -212,6 +212,7 @@ class Fasa:
     rotation = "cached"
 
     def __post_init__(self) -> None:
+        check_ints(k=self.k)
         if self.k < 1:
             raise ValueError(f"k must be at least 1, got {self.k}")
 
@@ -219,13 +220,20 @@ class Fasa:
         """The object that attends for all layers of a model.
 
         Raises:
-            ValueError: not one entry of dims for every layer with full attention.
+            ValueError: not one entry of dims for every layer with full attention, or one that is
+                no list of dimensions.
         """
         if len(self.dims) != len(layers):
             raise ValueError(
                 f"dims must have {len(layers)} entries, one for every layer with full attention, "
                 f"got {len(self.dims)}"
             )
+        for layer, dims in enumerate(self.dims):
+            if dims.dtype != torch.int32 or dims.dim() != 2 or bool((dims < 0).any()):
+                raise ValueError(
+                    f"dims[{layer}] must be int32 [Hq, F] of dimensions from 0, got {dims.dtype} "
+                    f"{list(dims.shape)}"
+                )
         return FasaAttention(self)
 
 

@@ -15,6 +15,8 @@ from torch import Tensor
 
 import tokred
 
+from ._lists import check_ints
+
 if TYPE_CHECKING:
     from tokred.models.attention import AttentionCall
 
@@ -96,6 +98,8 @@ class TidalDecode:
     rotation = "cached"
 
     def __post_init__(self) -> None:
+        names = ("k", "sparse_layer_start", "correction_layer")
+        check_ints(**{name: getattr(self, name) for name in names})
         if self.k < 1:
             raise ValueError(f"k must be at least 1, got {self.k}")
         for name in ("sparse_layer_start", "correction_layer"):

@@ -25,7 +25,9 @@ import torch
 from torch import Tensor
 
 import tokred
-from tokred.selection import choose, ends
+from tokred.selection import block_mask, choose, ends
+
+from ._lists import check_ints
 
 if TYPE_CHECKING:
     from tokred.models.attention import AttentionCall
@@ -57,6 +59,8 @@ def _pooled(votes: Tensor, pool: int) -> Tensor:
 class TokenSelectAttention:
     """What `tokred.patch` calls for every layer."""
 
+    reads_packed = True
+
     def __init__(self, options: TokenSelect) -> None:
         self.options = options
 
@@ -87,6 +91,11 @@ class TokenSelectAttention:
         place = torch.arange(queries, device=counts.device) - queries
         limit = lists.shape[3]
         q = call.rotary.rotate(call.q, (counts + place).clamp(min=0), limit)
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, call.k, call.v)):
+            # The op rotates without a gradient: here every key turns to its place in the list.
+            place = block_mask(indices[:, 0], call.num_keys).cumsum(-1) - 1
+            k = call.rotary.rotate(call.k, place.clamp(min=0), limit)
+            return replace(call, q=q, k=k).attend_to(lists, block_q=queries)
         cos, sin = call.rotary.halves(limit, q.device)
         return tokred.sparse_attention(
             q,
@@ -156,6 +165,8 @@ class TokenSelect:
     adapters = ("causal_lm",)
 
     def __post_init__(self) -> None:
+        names = ("k", "n_init", "n_local", "chunk", "pool")
+        check_ints(**{name: getattr(self, name) for name in names})
         if self.k < 0 or self.n_init < 0:
             raise ValueError(f"k and n_init must be at least 0, got {self.k} and {self.n_init}")
         if self.n_local < 1:

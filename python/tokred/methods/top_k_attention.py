@@ -16,7 +16,7 @@ from torch import Tensor
 
 import tokred
 
-from ._lists import check_least
+from ._lists import check_ints, check_least
 
 if TYPE_CHECKING:
     from tokred.models.attention import AttentionCall
@@ -75,6 +75,8 @@ def top_k_attention(
 class TopKState:
     """What tokred.patch calls for every layer."""
 
+    reads_packed = True
+
     def __init__(self, options: TopKAttention) -> None:
         self.options = options
 
@@ -111,6 +113,7 @@ class TopKAttention:
     rotation = "cached"
 
     def __post_init__(self) -> None:
+        check_ints(k=self.k)
         if self.k < 1:
             raise ValueError(f"k must be at least 1, got {self.k}")
         if self.prefill not in ("select", "dense"):

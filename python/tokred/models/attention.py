@@ -154,6 +154,8 @@ def attention_forward(
         is_causal = getattr(module, "is_causal", True)
     if isinstance(key, PackedStates):
         key.refuse_cross_attention(module, bool(is_causal))
+        if tokred_method is not None:
+            tokred_method.refuse_packed()
         if key.is_first:
             key, value = key.new_key, key.new_value
     if value is not None:

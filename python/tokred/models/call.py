@@ -151,7 +151,10 @@ class AttentionCall:
 
 
 class AttentionMethod(Protocol):
-    """What a method gives to `tokred.models.causal_lm`: one object for all layers of a model."""
+    """What a method gives to `tokred.models.causal_lm`: one object for all layers of a model.
+
+    Where it works on PackedStates, a class attribute `reads_packed` is True.
+    """
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         """(out [B, Hq, L, Dv], lse f32 [B, Hq, L]) of one layer; call.dense() where it is dense."""

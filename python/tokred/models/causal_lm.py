@@ -24,9 +24,11 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tokred.patching import Overrides, Settings
+from tokred.patching.recomputation import refuse_late_backward
 
 from . import attention
 from .full_attention import explain, full_attention
@@ -57,13 +59,16 @@ class Pass:
     """A forward pass of a decoder.
 
     carried: what layers leave for later ones, see AttentionCall. outer: the forward pass that this
-    one runs inside of, if any. is_prompt: a layer of it has had several queries.
+    one runs inside of, if any. is_prompt: a layer of it has had several queries. grad: it
+    began with gradients. checkpointed: a layer ran without, as in a reentrant checkpoint.
     """
 
     bound: Bound
     carried: dict[str, Tensor]
     outer: Pass | None
     is_prompt: bool = False
+    grad: bool = False
+    checkpointed: bool = False
 
 
 class _Running(threading.local):
@@ -84,11 +89,31 @@ class LayerMethod:
     layer: int
     called: bool = False
 
+    def refuse_packed(self) -> None:
+        """Refuses a PackedCache at its first tokens, where the method cannot read one later.
+
+        Raises:
+            ValueError: it needs keys as tensors, or without rotation.
+        """
+        name = type(self.bound.method).__name__
+        if self.bound.rotary is not None:
+            raise ValueError(
+                f"{name} with rotation='compact' rotates cached keys anew, which a PackedCache "
+                "does not allow: use rotation='cached', or a DynamicCache"
+            )
+        if not getattr(self.bound.method, "reads_packed", False):
+            raise ValueError(
+                f"{name} cannot choose among the keys of a PackedCache: use a DynamicCache, or "
+                "token_select or top_k_attention"
+            )
+
     def attend(self, call: attention.AttentionCall) -> tuple[Tensor, Tensor]:
         """See AttentionMethod; the call as the attention function has it."""
         self.called = True
         bound = self.bound
         running = bound.forward_pass()
+        if running.grad and not torch.is_grad_enabled():
+            running.checkpointed = True
         if call.q.shape[2] > 1:
             running.is_prompt = True
         # A full-attention layer that passes a window on does not apply it.
@@ -114,7 +139,7 @@ class Stack:
         # The attribute, as the property would set the configs of other parts of the model too.
         config = self.modules[0].config
         overrides.assign(config, "_attn_implementation_internal", attention.register())
-        overrides.replace(self.decoder, "forward", _decoder_forward, bound)
+        overrides.replace(self.decoder, "forward", _decoder_forward, bound, self.decoder)
         for layer, module in enumerate(self.modules):
             overrides.replace(module, "forward", _attention_forward, bound, layer, module)
         return self.state
@@ -180,13 +205,18 @@ def _decoder(model: nn.Module, names: Sequence[str]) -> nn.Module:
         path.pop()
 
 
-def _decoder_forward(bound: Bound, original: Callable, *args: Any, **kwargs: Any) -> Any:
+def _decoder_forward(
+    bound: Bound, decoder: nn.Module, original: Callable, *args: Any, **kwargs: Any
+) -> Any:
     outer = _running.innermost
-    _running.innermost = Pass(bound, {}, outer)
+    running = _running.innermost = Pass(bound, {}, outer, grad=torch.is_grad_enabled())
     try:
-        return original(*args, **kwargs)
+        output = original(*args, **kwargs)
     finally:
         _running.innermost = outer
+    if running.checkpointed:
+        refuse_late_backward(output, decoder)
+    return output
 
 
 def _attention_forward(

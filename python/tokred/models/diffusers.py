@@ -15,7 +15,12 @@ from torch import nn
 import tokred
 from tokred.methods.tomesd import ToMeSD, block_seed, compute_merge, grid_of
 from tokred.patching import Overrides, Settings
-from tokred.patching.recomputation import PerThread, StorageTable, backward_task
+from tokred.patching.recomputation import (
+    PerThread,
+    StorageTable,
+    backward_task,
+    refuse_late_backward,
+)
 from tokred.patching.token_state import refuse_copy
 
 # The models of diffusers whose tokens are those of a latent [B, C, H, W] in rows. Others add a time
@@ -40,11 +45,15 @@ class Latent:
 
     size is the height and width of the latent, finest the downsampling of the finest block so far.
     merged has the name of every block that has run, its tokens, and how many its parts ran on.
+    grad: the pass began with gradients. checkpointed: a block ran without, as in a reentrant
+    checkpoint.
     """
 
     size: tuple[int, int]
     finest: int | None = None
     merged: tuple[tuple[str, int, int], ...] = ()
+    grad: bool = False
+    checkpointed: bool = False
 
 
 @dataclass
@@ -92,7 +101,8 @@ class LatentState:
     def begin(self, size: tuple[int, int]) -> Latent | None:
         """Starts a forward pass; returns the one that it interrupts, for `end`."""
         self.passes.purge()
-        outer, self.thread.current = self.thread.current, Latent(size)
+        outer = self.thread.current
+        self.thread.current = Latent(size, grad=torch.is_grad_enabled())
         return outer
 
     def complete(self) -> None:
@@ -138,7 +148,9 @@ class LatentState:
         plan = compute_merge(metric, now.size, self.options, seed, finest)
         record = (name, x.shape[1], x.shape[1] if plan is None else plan[1])
         if self.thread.current is not None:
-            self.thread.current = replace(now, finest=finest, merged=(*now.merged, record))
+            merged = (*now.merged, record)
+            rerun = now.checkpointed or (now.grad and not torch.is_grad_enabled())
+            self.thread.current = replace(now, finest=finest, merged=merged, checkpointed=rerun)
         return plan
 
     def plan_of(self, block: nn.Module) -> BlockPlan:
@@ -171,7 +183,7 @@ class Stack:
         """Puts the method into the blocks; returns their state."""
         state = LatentState(method)
         _, latent, *_ = *inspect.signature(type(self.model).forward).parameters, ""
-        overrides.replace(self.model, "forward", _model_forward, state, latent)
+        overrides.replace(self.model, "forward", _model_forward, state, latent, self.model)
         for index, (name, block) in enumerate(self.blocks.items()):
             overrides.replace(block, "forward", _block_forward, state, name, index)
             for part in _parts(block, method):
@@ -228,7 +240,12 @@ def _diffusers_kinds(module: nn.Module) -> list[str]:
 
 
 def _model_forward(
-    state: LatentState, name: str, original: Callable, *args: Any, **kwargs: Any
+    state: LatentState,
+    name: str,
+    model: nn.Module,
+    original: Callable,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     latent = args[0] if args else kwargs.get(name)
     if not isinstance(latent, torch.Tensor) or latent.ndim != 4:
@@ -238,6 +255,8 @@ def _model_forward(
     try:
         output = original(*args, **kwargs)
         state.complete()
+        if state.thread.current.checkpointed:
+            refuse_late_backward(output, model)
     finally:
         state.thread.current = outer
     return output

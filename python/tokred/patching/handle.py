@@ -83,7 +83,8 @@ def patch(
     A Patch that is dropped without having been entered warns, as it did nothing.
 
     Forward passes may run in several threads at once, inside one another, and under
-    torch.utils.checkpoint around whole layers or the whole model.
+    torch.utils.checkpoint around whole layers or the whole model; backward() then belongs inside
+    the patch, as it runs them again.
 
     Not supported, with an error that says so: attention masks, attention dropout in training and
     attention weights in layers that see merged tokens; models that need every token, such as those

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
+from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 T = TypeVar("T")
@@ -17,6 +18,40 @@ def backward_task() -> int:
     if torch.compiler.is_compiling():
         return -1
     return torch._C._current_graph_task_id()
+
+
+def refuse_late_backward(output: Any, module: nn.Module) -> None:
+    """Lets gradients reach the output of a patched module only as long as that patch is in place.
+
+    For modules with a reentrant checkpoint inside, which would recompute without the method: where
+    shapes stay the same, the gradients would be wrong. The other kind sees the difference.
+
+    Args:
+        output: what the module's forward returned: tensors, tuples, lists and dicts of them.
+    """
+    if torch.compiler.is_compiling():
+        return
+    patched = vars(module).get("forward")
+
+    def check(grad: torch.Tensor) -> None:
+        if vars(module).get("forward") is not patched:
+            raise RuntimeError(
+                f"backward of {type(module).__name__} has checkpoints to recompute, and the patch "
+                "they were made in was left, or another was entered: call backward() inside it"
+            )
+
+    for tensor in _tensors(output):
+        if tensor.requires_grad:
+            tensor.register_hook(check)
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value
+    if not isinstance(value, dict | list | tuple):
+        return []
+    return [tensor for part in parts for tensor in _tensors(part)]
 
 
 class PerThread(threading.local, Generic[T]):

@@ -175,6 +175,11 @@ class TokenState:
     def reduce(self, x: torch.Tensor, layer: int) -> torch.Tensor:
         """Merges x [B, N, C] as the layer's plan says, by the metric its attention left here."""
         metric, self._thread.metric = self._thread.metric, None
+        if metric is None:
+            raise RuntimeError(
+                "a layer ran without its patched attention: call backward() inside the patch that "
+                "the forward pass ran in, where checkpoints recompute its layers"
+            )
         plan = self.plans[layer](metric, self.num_prefix)
         if plan is None:
             return x
