@@ -2,42 +2,21 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from heap_use import KNOWN, used
 from op_calls import CALLS, Sizes, call, op_names
 
 LEAST = 20_000  # bytes; a thousand calls that leave an object each leave more
 
-
-class _MallocInfo(ctypes.Structure):
-    """mallinfo2 of glibc."""
-
-    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
-    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
-
-
-try:
-    _mallinfo = ctypes.CDLL(None).mallinfo2
-    _mallinfo.restype = _MallocInfo
-except AttributeError:
-    _mallinfo = None
-
-pytestmark = pytest.mark.skipif(_mallinfo is None, reason="needs mallinfo2 of glibc 2.33")
+pytestmark = pytest.mark.skipif(not KNOWN, reason="needs mallinfo2 of glibc 2.33")
 
 
 def growth(function: Callable[[], Any], calls: int) -> int:
     """The bytes that so many calls leave on the heap."""
-
-    def used() -> int:
-        gc.collect()
-        info = _mallinfo()
-        return info.uordblks + info.hblkhd
-
     function()
     before = used()
     for _ in range(calls):

@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import time
 
 import torch
 from compare import Mismatch
 from draw import Draw
 from examine import CASES
+from heap_use import used
 
 CALLS, LONGEST_S = 100_000, 120.0
 WARM_UP = 200
 MOST_BYTES = 4096  # what the allocator's own lists may take
 _TRIED = 12
-
-
-class _Mallinfo2(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_size_t) for name in (
-        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks",
-        "fordblks", "keepcost",
-    ))  # fmt: skip
-
-
-_mallinfo2 = ctypes.CDLL(None).mallinfo2
-_mallinfo2.restype = _Mallinfo2
-
-
-def used() -> int:
-    """Bytes of the heap, mapped blocks included."""
-    gc.collect()
-    info = _mallinfo2()
-    return info.uordblks + info.hblkhd
 
 
 def examine(op: str, seed: int, calls: int = CALLS) -> None:
