@@ -1,4 +1,4 @@
-"""Loads the op libraries, and refuses what their ops cannot take or not differentiate."""
+"""Loads the op libraries; has the checks of tensors that wrappers, caches and patches share."""
 
 from __future__ import annotations
 
@@ -84,3 +84,13 @@ def named_tensors(names: Sequence[str], values: Iterable[Any]) -> Iterable[tuple
         elif isinstance(value, list | tuple):
             items = [f"{name}[{i}]" for i in range(len(value))]
             yield from named_tensors(items, value)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """A value's tensors, those in its tuples, lists and dicts included."""
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value
+    if not isinstance(value, dict | list | tuple):
+        return []
+    return [tensor for part in parts for tensor in tensors_in(part)]

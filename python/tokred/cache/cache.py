@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from tokred._library import tensors_in
 from tokred.models import attention
 
 from .files import load_layers, save_layers
@@ -244,15 +245,6 @@ def _nbytes(layer: Any) -> CacheBytes:
     # The storages: what is a view keeps all of its memory.
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for tensor in _tensors(vars(layer))
+        for tensor in tensors_in(vars(layer))
     }
     return CacheBytes(full_precision=sum(storages.values()))
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    parts = value.values() if isinstance(value, dict) else value
-    if not isinstance(value, dict | list | tuple):
-        return []
-    return [tensor for part in parts for tensor in _tensors(part)]

@@ -92,7 +92,7 @@ class TokenSelectAttention:
         limit = lists.shape[3]
         q = call.rotary.rotate(call.q, (counts + place).clamp(min=0), limit)
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, call.k, call.v)):
-            # The op rotates without a gradient: here every key turns to its place in the list.
+            # The op rotates without a gradient: keys are rotated to their places in the list first.
             place = block_mask(indices[:, 0], call.num_keys).cumsum(-1) - 1
             k = call.rotary.rotate(call.k, place.clamp(min=0), limit)
             return replace(call, q=q, k=k).attend_to(lists, block_q=queries)

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from tokred._library import tensors_in
+
 T = TypeVar("T")
 
 
@@ -24,7 +26,8 @@ def refuse_late_backward(output: Any, module: nn.Module) -> None:
     """Lets gradients reach the output of a patched module only as long as that patch is in place.
 
     For modules with a reentrant checkpoint inside, which would recompute without the method: where
-    shapes stay the same, the gradients would be wrong. The other kind sees the difference.
+    shapes stay the same, the gradients would be wrong. Checkpoints that are not reentrant notice
+    the difference themselves.
 
     Args:
         output: what the module's forward returned: tensors, tuples, lists and dicts of them.
@@ -40,18 +43,9 @@ def refuse_late_backward(output: Any, module: nn.Module) -> None:
                 "they were made in was left, or another was entered: call backward() inside it"
             )
 
-    for tensor in _tensors(output):
+    for tensor in tensors_in(output):
         if tensor.requires_grad:
             tensor.register_hook(check)
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    parts = value.values() if isinstance(value, dict) else value
-    if not isinstance(value, dict | list | tuple):
-        return []
-    return [tensor for part in parts for tensor in _tensors(part)]
 
 
 class PerThread(threading.local, Generic[T]):
