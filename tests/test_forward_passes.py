@@ -176,6 +176,24 @@ def test_a_checkpoint_is_recomputed_under_its_patch_alone(llama: nn.Module, afte
     loss.backward()
 
 
+@pytest.mark.parametrize("dims", [torch.full((9, 4), 8), torch.zeros(3, 4)], ids=["8", "heads"])
+def test_dims_of_other_models_are_refused(llama: nn.Module, dims: Tensor) -> None:
+    options = dict(k=3, dims=[dims.to(torch.int32)] * LAYERS)
+    with tokred.patch(llama, "fasa", **options), pytest.raises(ValueError, match=r"dims\[0\] must"):
+        llama(prompt())
+
+
+@torch.no_grad()
+def test_compact_rotation_of_sequences_in_one_row(llama: nn.Module) -> None:
+    """Positions that begin anew say where one ends: each attends to its own keys."""
+    ids, first = prompt(16), 6
+    apart = [llama(part).logits for part in (ids[:, :first], ids[:, first:])]
+    positions = torch.cat([torch.arange(first), torch.arange(16 - first)])[None]
+    with tokred.patch(llama, "token_select", k=99, rotation="compact"):
+        together = llama(ids, position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(together, torch.cat(apart, 1), rtol=1e-4, atol=1e-4)
+
+
 def test_compact_rotation_has_gradients(llama: nn.Module) -> None:
     options = dict(k=2, n_init=1, n_local=2, rotation="compact")
     with tokred.patch(llama, "token_select", **options):

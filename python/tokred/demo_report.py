@@ -88,6 +88,7 @@ def _cpu_name() -> str:
 @dataclass(frozen=True)
 class SpeedRow:
     """How fast a method decodes with a context of so many tokens."""
+
     method: str
     context: int
     milliseconds: float  # a token

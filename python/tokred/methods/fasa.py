@@ -187,12 +187,19 @@ class FasaAttention:
 
     def __init__(self, options: Fasa) -> None:
         self.options = options
+        self._greatest = [int(dims.max()) if dims.numel() else -1 for dims in options.dims]
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        heads, head_dim = call.q.shape[1], call.q.shape[3]
+        dims, greatest = self.options.dims[call.layer], self._greatest[call.layer]
+        if dims.shape[0] != heads or greatest >= head_dim:
+            raise ValueError(
+                f"dims[{call.layer}] must be those of {heads} query heads below {head_dim}, got "
+                f"{dims.shape[0]} heads and dimensions up to {greatest}"
+            )
         """(out [B, Hq, L, Dv], lse f32 [B, Hq, L]) of one layer; see AttentionMethod."""
         if call.is_prompt or self.options.k >= call.num_keys:
             return call.dense()
-        dims = self.options.dims[call.layer]
         visible = call.visible()
         return fasa_attention(call.q, call.k, call.v, dims, self.options.k, visible, call.scale)
 

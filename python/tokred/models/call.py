@@ -95,7 +95,7 @@ class AttentionCall:
         if self.rotary is not None:
             keys = k.shape[2]
             k = self.rotary.rotate(k, (self.visible().cumsum(-1) - 1).clamp(min=0), keys)
-            q = self.rotary.rotate(q, (self.num_visible() - 1).clamp(min=0), keys)
+            q = self.rotary.rotate(q, self._query_ranks().clamp(min=0), keys)
         if self.window is None:
             return tokred.biased_attention(
                 q, k, self.v, causal=self.causal, scale=self.scale, mask=self.mask
@@ -140,6 +140,17 @@ class AttentionCall:
             return self.mask[:, 0].sum(-1)
         rank = self.visible().cumsum(-1)
         return rank[:, keys - queries :] if self.causal else rank[:, -1:].expand(-1, queries)
+
+    def _query_ranks(self) -> Tensor:
+        """int [B | 1, L]: the rank of the last key that each query sees, among all visible keys.
+
+        Fewer keys are visible to a query where a mask keeps sequences in one row apart.
+        """
+        if self.mask is None or self.mask.shape[2] == 1 or self.causal:
+            return self.num_visible() - 1
+        rank = self.visible().cumsum(-1) - 1
+        place = torch.arange(self.num_keys, device=rank.device)
+        return rank.gather(1, (self.mask[:, 0] * place).amax(-1))
 
     def _window_positions(self) -> tuple[Tensor, Tensor]:
         """Position columns for which key <= query says: not later, and within the window."""
