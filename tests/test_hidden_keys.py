@@ -284,6 +284,7 @@ HIDDEN = torch.arange(30).remainder(3).eq(1).expand(2, 30)
 ROWS = torch.randn(2, 30, 16, generator=generator(9))
 HEADS = torch.randn(2, 2, 30, 16, generator=generator(9))
 QUERY = torch.randn(2, 4, 3, 16, generator=generator(10))
+LSE = torch.randn(2, 4, 3, generator=generator(10)) + 5
 MAP = torch.randint(0, 5, (2, 30), generator=generator(11), dtype=torch.int32)
 OTHER_OPS: dict[str, tuple[str, Callable[[float], tuple], dict[str, Any]]] = {
     "match": (
@@ -331,6 +332,10 @@ OTHER_OPS: dict[str, tuple[str, Callable[[float], tuple], dict[str, Any]]] = {
     ),
     "rows": (
         "attention_rows", lambda x: (QUERY, spoilt(HEADS, HIDDEN[:, None, :, None], x)),
+        {"mask": (~HIDDEN)[:, None, None]},
+    ),
+    "columns": (
+        "attention_columns", lambda x: (QUERY, spoilt(HEADS, HIDDEN[:, None, :, None], x), LSE),
         {"mask": (~HIDDEN)[:, None, None]},
     ),
     "chosen": (

@@ -205,7 +205,10 @@ struct ColumnTask {
     multiply<Layout::row_step>(
         q, p.head_dim, block_count, key + panel * p.head_dim * kLanes, p.head_dim * kLanes, count,
         p.head_dim, [&](int64_t row, int i, f32x16 sum) {
-          store(weights + i * kWeights + row * kLanes, sum + load(bias + (panel + i) * kLanes));
+          // A hidden key is hidden whatever its logit is, NaN included.
+          const f32x16 added = load(bias + (panel + i) * kLanes);
+          store(weights + i * kWeights + row * kLanes,
+                select_equal(added, -kInf, added, sum + added));
         });
     for (int64_t i = 0; i < count; ++i) {
       float* tile = weights + i * kWeights;
