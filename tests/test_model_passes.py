@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import tokred
+from tokred import compat
 
 NAMES = ("timm-everything", "timm-map", "vit", "dinov2-registers", "siglip")
 AMOUNTS = [5, 0, 4]
@@ -203,6 +204,8 @@ def test_layers_out_of_turn() -> None:
 @pytest.mark.parametrize("by_layer", [False, True])
 def test_compiled_once(by_layer: bool) -> None:
     """The whole model, or every layer by itself; the handle shows compiled passes as well."""
+    if compat.release("transformers") < (5, 18) and not by_layer:
+        pytest.skip("this ViT makes an attention mask while it is traced, which is refused")
     model, graphs = named("vit").model(), []
     torch._dynamo.reset()
 

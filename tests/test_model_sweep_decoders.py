@@ -16,6 +16,7 @@ from tiny_models import generated, left_padded, transformers
 from torch import Tensor, nn
 
 import tokred
+from tokred import compat
 from tokred.models import attention
 from tokred.models.full_attention import full_attention
 
@@ -93,7 +94,8 @@ FAMILIES = (
     Family("Phi", BASE, compact=PARTIAL),
     Family("Phi3", {**GROUPED, "sliding_window": None}),
     Family("GPT2", GPT, compact=NO_ROTATION),
-    Family("GPTJ", {**GPT, "rotary_dim": 4}, compact=NO_ROTATION),
+    *([Family("GPTJ", {**GPT, "rotary_dim": 4}, compact=NO_ROTATION)]
+      if compat.release("transformers") >= (5, 24) else []),  # before, not through the interface
     Family("GPTNeoX", BASE),
     Family("OPT", dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48,
                        word_embed_proj_dim=32), compact=NO_ROTATION),

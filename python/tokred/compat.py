@@ -16,6 +16,11 @@ def cache_keyword() -> str:
     return "cache" if release("transformers") >= (5, 24) else "past_key_values"
 
 
+def has_flat_dinov2() -> bool:
+    """Whether DINOv2's attention holds its projections itself, as from transformers 5.18 on."""
+    return release("transformers") >= (5, 18)
+
+
 def forward_checkpoints(layer: type) -> bool:
     """Whether a transformers layer checkpoints its gradients in `forward`.
 

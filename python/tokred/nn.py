@@ -17,7 +17,7 @@ from .ops import (
     sparse_attention,
     topk_with_counts,
 )
-from .ops.symbolic import known
+from .ops.symbolic import known, smaller
 from .selection import block_mask, choose, ends, expand_blocks
 
 __all__ = ["BlockSparseAttention", "TopKAttention"]
@@ -101,7 +101,7 @@ class TopKAttention(nn.Module):
         everything = self.num_sinks + self.k + self.num_locals >= keys
         if known(queries == 0) or known(everything):
             return biased_attention(q, k, v, causal=self.causal, scale=self.scale, mask=mask)[0]
-        block_q = queries if self.block_q is None else torch.sym_min(self.block_q, queries)
+        block_q = queries if self.block_q is None else smaller(self.block_q, queries)
         if self.scoring == "block":
             indices = self._choose_blocks(q.detach(), k.detach(), block_q, mask)
         else:
@@ -159,7 +159,7 @@ class TopKAttention(nn.Module):
         forced = _any_per_block(ends(visible, self.num_sinks, self.num_locals), size)
         # Sinks and locals may begin in the middle of a block.
         most = sum(-(-n // size) + 1 for n in (self.num_sinks, self.num_locals) if n)
-        places = torch.sym_min(-(-self.k // size) + most, pooled.shape[2])
+        places = smaller(-(-self.k // size) + most, pooled.shape[2])
         _, blocks, _ = topk_with_counts(scores, places, order="position", must_keep=forced)
         return expand_blocks(blocks, size, keys)
 
@@ -276,7 +276,7 @@ class BlockSparseAttention(nn.Module):
         else:
             k = round(self.density * total) if self.k is None else self.k
             free = scores.masked_fill(forced, -torch.inf)
-            _, chosen, _ = topk_with_counts(free, torch.sym_min(k, total))
+            _, chosen, _ = topk_with_counts(free, smaller(k, total))
         return block_mask(chosen, total) | forced
 
 

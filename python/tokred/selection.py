@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .ops import topk_with_counts
+from .ops.symbolic import smaller
 
 
 def ends(visible: Tensor, num_sinks: int, num_locals: int) -> Tensor:
@@ -45,7 +46,7 @@ def choose(
         indices int32 [..., min(num_sinks + k + num_locals, N)], ascending, -1 behind the last, and
         counts int32 [...].
     """
-    places = torch.sym_min(num_sinks + k + num_locals, scores.shape[-1])
+    places = smaller(num_sinks + k + num_locals, scores.shape[-1])
     if visible is None:
         _, indices, counts = topk_with_counts(
             scores, places, lengths, "position", num_sinks=num_sinks, num_locals=num_locals

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tokred import compat
+
 from .offline import MissingModelError, broken_torchvision_hidden
 
 if TYPE_CHECKING:
@@ -45,6 +47,8 @@ def load_dinov2(cache: Path | None = None) -> Dinov2Model:
         MissingModelError: transformers, or what is needed to read the weights, is not installed.
     """
     _require("transformers", "transformers")
+    if not compat.has_flat_dinov2():
+        raise MissingModelError("merging in DINOv2 needs transformers 5.18 or newer")
     _require("safetensors", "safetensors")
     from safetensors.torch import load_file
 

@@ -136,7 +136,7 @@ def _block_forward(
 ) -> torch.Tensor:
     state.enter(x, layer)
     if state.plans[layer] is None:
-        x = original(x, attn_mask=attn_mask, is_causal=is_causal)
+        x = original(x, **_given(attn_mask, is_causal))
     else:
         _refuse_masks(attn_mask, is_causal)
         x = x + block.drop_path1(block.ls1(block.attn(block.norm1(x))))
@@ -156,7 +156,7 @@ def _attention_forward(
 ) -> torch.Tensor:
     bias = state.key_bias()
     if bias is None:
-        return original(x, attn_mask=attn_mask, is_causal=is_causal)
+        return original(x, **_given(attn_mask, is_causal))
     _refuse_masks(attn_mask, is_causal)
     if attn.training and attn.attn_drop.p > 0:
         raise ValueError(
@@ -171,9 +171,14 @@ def _attention_forward(
     q, k = q.to(v.dtype), k.to(v.dtype)
     out, _ = tokred.biased_attention(q, k, v, key_bias=bias, scale=attn.scale)
     out = attn.norm(out.transpose(1, 2).reshape(batch, tokens, attn.attn_dim))
-    if attn.gate is not None:
+    if getattr(attn, "gate", None) is not None:
         out = out * attn.gate(x).sigmoid()
     return attn.proj_drop(attn.proj(out))
+
+
+def _given(attn_mask: torch.Tensor | None, is_causal: bool) -> dict[str, Any]:
+    """The arguments of a block or an attention; earlier releases of timm have no is_causal."""
+    return {"attn_mask": attn_mask, **({"is_causal": True} if is_causal else {})}
 
 
 def _refuse_masks(attn_mask: torch.Tensor | None, is_causal: bool) -> None:

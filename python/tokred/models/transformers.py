@@ -82,6 +82,11 @@ def _family(layer: nn.Module) -> Family | None:
     kind = type(layer)
     name = f"{kind.__module__}.{kind.__qualname__}".removeprefix("transformers.models.")
     family = FAMILIES.get(name)
+    if family is not None and "Dinov2" in name and not compat.has_flat_dinov2():
+        raise ValueError(
+            f"{kind.__name__} of this release of transformers is built in another way: merging in "
+            "DINOv2 needs transformers 5.18 or newer"
+        )
     if family is None or "Text" in type(getattr(layer, family.attention).config).__name__:
         return None
     return family

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .._library import check_tensor
 from .registration import choose, not_differentiable, promote_under_autocast
+from .symbolic import larger, smaller
 
 _ops = torch.ops.tokred
 
@@ -170,14 +171,14 @@ def num_out(
     for name, side in (("sources", sources), ("destinations", destinations)):
         if side is not None:
             check_tensor(name, side)
-    free = torch.sym_max(tokens - num_prefix, 0)
+    free = larger(tokens - num_prefix, 0)
     if sources is not None:
         limit = sources.shape[-1]
     elif destinations is not None:
-        limit = torch.sym_max(free - destinations.shape[-1], 0)
+        limit = larger(free - destinations.shape[-1], 0)
     else:
         limit = free // 2
-    return torch.sym_max(tokens - torch.sym_min(r, limit), 0)
+    return larger(tokens - smaller(r, limit), 0)
 
 
 def _sides(
@@ -197,7 +198,7 @@ def _other_tokens(destinations: Tensor, tokens: int, num_prefix: int) -> Tensor:
     Ns assumes distinct destinations after the prefix; entries left over are -1.
     """
     rows = destinations[None] if destinations.dim() == 1 else destinations
-    count = torch.sym_max(tokens - num_prefix - rows.shape[1], 0)
+    count = larger(tokens - num_prefix - rows.shape[1], 0)
     inside = (rows >= 0) & (rows < tokens)
     position = torch.arange(tokens + 1, dtype=torch.int32, device=rows.device)
     other = ((position >= num_prefix) & (position < tokens)).repeat(rows.shape[0], 1)

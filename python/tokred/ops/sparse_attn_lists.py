@@ -25,7 +25,7 @@ from .sparse_attn_shared import (
     incoming,
     wanted,
 )
-from .symbolic import check_dim, known
+from .symbolic import check_dim, known, larger
 
 _ops = torch.ops.tokred
 
@@ -85,7 +85,7 @@ def sparse_attention(
         check_tensor("indices", indices)
         check_dim("q", q, 4, "[B, Hq, L, D]")
         one_list = indices.dim() == 4 and known(indices.shape[2] == 1)
-        block_q = torch.sym_max(q.shape[2], 1) if one_list else 1
+        block_q = larger(q.shape[2], 1) if one_list else 1
     return call(
         _ops.sparse_attention.default,
         q,

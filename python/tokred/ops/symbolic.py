@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,16 @@ def known(condition: bool | torch.SymBool) -> bool:
     if torch.compiler.is_compiling() or isinstance(condition, torch.SymBool):
         return torch.fx.experimental.symbolic_shapes.guard_or_false(condition)
     return condition
+
+
+def larger(a: int | torch.SymInt, b: int | torch.SymInt) -> Any:
+    """torch.sym_max, which the Dynamo of torch 2.11 does not trace for plain integers."""
+    return max(a, b) if torch.compiler.is_dynamo_compiling() else torch.sym_max(a, b)
+
+
+def smaller(a: int | torch.SymInt, b: int | torch.SymInt) -> Any:
+    """torch.sym_min; see `larger`."""
+    return min(a, b) if torch.compiler.is_dynamo_compiling() else torch.sym_min(a, b)
 
 
 def check_dim(name: str, tensor: Tensor, dims: int, layout: str) -> None:

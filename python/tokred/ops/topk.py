@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._library import check_tensor
 from .registration import call, choose, not_differentiable, without_gradient
+from .symbolic import larger
 
 _ops = torch.ops.tokred
 
@@ -215,7 +216,7 @@ def _topk_fake(
     torch._check(k >= 0, lambda: "k must be at least 0")
     rows = list(scores.shape[:-1])
     if block_size > 0:
-        rows.append(torch.sym_max(1, (scores.shape[-1] + block_size - 1) // block_size))
+        rows.append(larger(1, (scores.shape[-1] + block_size - 1) // block_size))
     values = scores.new_empty((*rows, k), dtype=torch.float32)
     indices = scores.new_empty((*rows, k), dtype=torch.int32)
     return values, indices, scores.new_empty(rows, dtype=torch.int32)
