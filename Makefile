@@ -10,8 +10,7 @@ LOCKED = $(PIP) --no-deps --requirement
 BUILD := CMAKE_ARGS="-DTOKRED_SIMT=ON" $(BIN)/python setup.py --quiet build_ext --inplace
 
 .PHONY: build demo test test-newest test-oldest test-avx512 fuzz device-check device-pack bench \
-        bench-full tables lint sanitize \
-        lock clean FORCE
+        bench-full tables lint sanitize lock clean FORCE
 .DELETE_ON_ERROR:
 
 # ---- environments: a stamp is written after the last step, so an interrupted one starts again ----
