@@ -8,14 +8,14 @@
 #include <vector>
 
 #include "ceilings/measure.h"
-#include "cuda/plan_kv_pack.h"
-#include "cuda/plan_match.h"
-#include "cuda/plan_merge.h"
-#include "cuda/plan_packed_attn.h"
-#include "cuda/plan_score.h"
-#include "cuda/plan_sparse_attn.h"
-#include "cuda/plan_sparse_decode.h"
-#include "cuda/plan_topk.h"
+#include "kv_pack/cuda/plan_kv_pack.h"
+#include "match/cuda/plan_match.h"
+#include "merge/cuda/plan_merge.h"
+#include "packed_attn/cuda/plan_packed_attn.h"
+#include "score/cuda/plan_score.h"
+#include "sparse_attn/cuda/plan_sparse_attn.h"
+#include "sparse_attn/cuda/plan_sparse_decode.h"
+#include "topk/cuda/plan_topk.h"
 
 extern "C" const char* tokred_cpu_isa();
 extern "C" const char* tokred_best_cpu_isa();

@@ -16,7 +16,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "ops/types.h"
+#include "common/types.h"
 
 // The text is all that callers see; torch's own macros add a file of the build to it.
 #define TOKRED_CHECK(condition, ...)                             \

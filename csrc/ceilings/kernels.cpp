@@ -1,8 +1,8 @@
 // The loops of the ceilings, compiled once per instruction set: nothing but the loads, stores and
 // multiplications whose rate is asked for.
-#include "kernels.h"
+#include "ceilings/kernels.h"
 
-#include "../cpu/simd.h"
+#include "common/cpu/simd.h"
 
 #ifdef __SSE2__
 #include <emmintrin.h>

@@ -1,5 +1,5 @@
 // Rounds of the loops of kernels.h on all threads, timed together.
-#include "measure.h"
+#include "ceilings/measure.h"
 
 #include <algorithm>
 #include <barrier>
@@ -12,9 +12,9 @@
 
 #include <sys/mman.h>
 
-#include "../cpu/dispatch.h"
-#include "../cpu/pages.h"
-#include "kernels.h"
+#include "ceilings/kernels.h"
+#include "common/cpu/dispatch.h"
+#include "common/cpu/pages.h"
 
 extern "C" const char* tokred_best_cpu_isa();
 

@@ -16,7 +16,7 @@ import torch
 from conftest import SIMT_LIBRARY
 
 HERE = Path(__file__).parent
-CUDA_SOURCES = HERE.parents[1] / "csrc" / "cuda"
+CUDA_SOURCES = HERE.parents[1] / "csrc"
 
 
 def check(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

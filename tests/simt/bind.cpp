@@ -1,6 +1,6 @@
 // torch.ops.tokred_simt.*: the CUDA kernels on the emulated device, for CPU tensors.
-#include "../../csrc/cuda/backend.h"
-#include "../../csrc/ops/register.h"
+#include "bind/cuda_backend.h"
+#include "bind/register.h"
 
 namespace tokred {
 namespace {

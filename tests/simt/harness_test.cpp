@@ -5,8 +5,8 @@
 #include <stdexcept>
 #include <vector>
 
-#include "../../csrc/cuda/block.cuh"
-#include "../../csrc/cuda/ptx_sm90.cuh"
+#include "common/cuda/block.cuh"
+#include "common/cuda/ptx_sm90.cuh"
 
 namespace {
 

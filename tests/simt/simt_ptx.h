@@ -1,7 +1,7 @@
-// The C++ twins of csrc/cuda/ptx.cuh.
+// The C++ twins of csrc/common/cuda/ptx.cuh.
 #pragma once
 
-#include "../../csrc/cuda/numbers.cuh"
+#include "common/cuda/numbers.cuh"
 
 namespace tokred::cuda {
 

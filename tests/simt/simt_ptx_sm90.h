@@ -1,10 +1,10 @@
-// The C++ twins of csrc/cuda/ptx_sm90.cuh.
+// The C++ twins of csrc/common/cuda/ptx_sm90.cuh.
 #pragma once
 
 #include <algorithm>
 #include <vector>
 
-#include "../../csrc/cuda/numbers.cuh"
+#include "common/cuda/numbers.cuh"
 
 namespace tokred::cuda {
 

@@ -1,0 +1,59 @@
+// What every kernel over queries and keys is given: who attends to whom, and with which logit.
+// Acc is float, or double where the dtype is f64.
+#pragma once
+
+#include "common/types.h"
+
+namespace tokred {
+
+inline constexpr int64_t kMaxHeadDim = 256;
+
+// A [B, H, L, D] tensor whose last dimension is contiguous; strides in elements.
+struct HeadTensor {
+  const void* data = nullptr;
+  int64_t stride_batch = 0, stride_head = 0, stride_token = 0;
+};
+
+// Up to two integers a query and a key: query i sees key j only where
+// key[b][j][c] <= query[b][i][c] for every column c. One column is a position, two are (position,
+// iteration), or for a tree (entry, -exit) of a depth-first walk: ancestors and self are visible.
+// No columns: everything is visible.
+struct PositionTables {
+  const int32_t* query = nullptr;  // i32 [B | 1, L, columns], the last dimension contiguous
+  const int32_t* key = nullptr;    // i32 [B | 1, N, columns], the last dimension contiguous
+  int64_t query_stride_batch = 0, query_stride_token = 0;
+  int64_t key_stride_batch = 0, key_stride_token = 0;
+  int64_t columns = 0;             // 0, 1 or 2
+};
+
+// Which rectangles of block_q queries by block_k keys are visible at all. Null data: all.
+struct BlockMask {
+  MaskView mask;                   // bool [B | 1, Hq | 1, ceil(L / block_q), ceil(N / block_k)]
+  int64_t block_q = 0, block_k = 0;
+};
+
+// logits(i, j) = scale * q_i . k_j + key_bias[j], for the visible j: mask(i, j) true, with causal
+// j <= i + N - L (the last query sees every key), and visible by positions and blocks.
+// out_i = softmax . v, lse_i = log sum exp.
+// A query that sees no key, or only keys of logit -inf, has out 0 and lse -inf.
+// Query head h reads key head h / (heads_q / heads_kv).
+struct AttentionParams {
+  HeadTensor q;                        // [B, Hq, L, D]
+  HeadTensor k;                        // [B, Hkv, N, D]
+  HeadTensor v;                        // [B, Hkv, N, Dv]
+  const void* key_bias;                // Acc [B | 1, Hkv | 1, N] or null
+  int64_t bias_stride_batch, bias_stride_head, bias_stride_key;
+  MaskView mask;                       // bool [B | 1, Hq | 1, L | 1, N] or null
+  PositionTables positions;
+  BlockMask blocks;
+  void* out;                           // [B, Hq, L, Dv]
+  int64_t out_stride_batch, out_stride_head, out_stride_token;
+  void* lse;                           // Acc [B, Hq, L] contiguous
+  int64_t batch, heads_q, heads_kv, queries, keys, head_dim, value_dim;
+  DType dtype;
+  bool causal;
+  double scale;
+  void* workspace;                     // attention_workspace(params) bytes
+};
+
+}  // namespace tokred

@@ -1,0 +1,29 @@
+// The CPU kernels as each instruction set's namespace offers them.
+#pragma once
+
+#include "match/match_params.h"
+#include "merge/merge_params.h"
+#include "packed_attn/packed_attn_params.h"
+#include "topk/topk_params.h"
+#include "common/cpu/parallel.h"
+
+#ifdef TOKRED_ONLY_ISA
+namespace tokred::only {
+#include "bind/cpu_kernels.inc"
+}
+namespace tokred {
+namespace generic = only;
+namespace avx2 = only;
+namespace avx512 = only;
+}  // namespace tokred
+#else
+namespace tokred::generic {
+#include "bind/cpu_kernels.inc"
+}
+namespace tokred::avx2 {
+#include "bind/cpu_kernels.inc"
+}
+namespace tokred::avx512 {
+#include "bind/cpu_kernels.inc"
+}
+#endif

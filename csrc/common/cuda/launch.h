@@ -1,0 +1,52 @@
+// The one way a kernel is launched.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "bind/cuda_kernels.h"
+#include "common/cuda/numbers.cuh"
+#include "common/cuda/plan.h"
+
+namespace tokred::cuda {
+
+inline constexpr int64_t kDefaultSharedBytes = 48 << 10;  // above it a kernel must ask for more
+
+// launch(kernel, plan, stream, params): a plan with an empty grid launches nothing. Throws where
+// the device refuses.
+template <class... P>
+void launch(void (*kernel)(P...), const LaunchPlan& plan, [[maybe_unused]] Stream stream,
+            const std::type_identity_t<P>&... params) {
+  if (plan.grid[0] == 0 || plan.grid[1] == 0 || plan.grid[2] == 0) return;
+  const dim3 grid(static_cast<unsigned>(plan.grid[0]), static_cast<unsigned>(plan.grid[1]),
+                  static_cast<unsigned>(plan.grid[2]));
+#ifdef TOKRED_SIMT
+  simt::launch(kernel, grid, dim3(plan.block), plan.shared_bytes, params...);
+#else
+  const auto check = [](cudaError_t status) {
+    if (status == cudaSuccess) return;
+    throw std::runtime_error(std::string("tokred: CUDA error: ") + cudaGetErrorString(status));
+  };
+  if (plan.shared_bytes > kDefaultSharedBytes) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(plan.shared_bytes)));
+  }
+  kernel<<<grid, plan.block, plan.shared_bytes, static_cast<cudaStream_t>(stream)>>>(params...);
+  check(cudaGetLastError());
+#endif
+}
+
+// Calls f.template operator()<T>() with the storage type of a 16- or 32-bit dtype.
+template <class F>
+void visit_dtype(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::f32: return f.template operator()<float>();
+    case DType::f16: return f.template operator()<f16>();
+    case DType::bf16: return f.template operator()<bf16>();
+    case DType::f64: break;
+  }
+  throw std::runtime_error("tokred: float64 has no CUDA kernels");
+}
+
+}  // namespace tokred::cuda

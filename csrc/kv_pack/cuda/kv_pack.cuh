@@ -1,0 +1,260 @@
+// Packing keys and values, unpacking them, and appending to a cache of them. A part of a warp has a
+// row, eight neighbouring channels a lane.
+#pragma once
+
+#include "common/cuda/block.cuh"
+#include "kv_pack/cuda/kv_pack_codes.cuh"
+#include "kv_pack/cuda/kv_pack_groups.cuh"
+#include "kv_pack/cuda/plan_kv_pack.h"
+#include "score/cuda/score_rows.cuh"
+
+namespace tokred::cuda::packing {
+
+template <int kLanes>
+struct PackShared {
+  static constexpr int kRows = kPackThreads / kLanes, kWarps = kPackThreads / kWarp;
+  alignas(16) uint8_t code[kRows][8 * kLanes];
+  float low[kWarps][8 * kLanes], high[kWarps][8 * kLanes];
+};
+
+// What an append does to one item, or nothing at all: the tokens [first, last) become packed.
+struct ItemTokens {
+  int64_t held, first, last;
+
+  __device__ ItemTokens(const KvAppendParams& p, int64_t batch)
+      : held(p.lengths ? p.lengths[batch * p.lengths_stride] : p.length) {
+    const GroupAxis axis = p.packed.format.axis;
+    first = packed_tokens(axis, p.window_rows, held);
+    last = packed_tokens(axis, p.window_rows, held + p.tokens);
+    if (held < 0 || last > p.slots.capacity) held = -1;
+  }
+  __device__ bool valid() const { return held >= 0; }
+};
+
+// One head of an item. Rows of tokens that do not exist are null.
+template <class T, int kLanes>
+struct PackHead {
+  const KvAppendParams& p;
+  const int64_t batch, head;
+  const ItemTokens tokens;
+  const int channel, dim;
+  const bool aligned;  // rows of x and of the window
+  static constexpr int kRows = kPackThreads / kLanes;
+
+  __device__ PackHead(const KvAppendParams& p, int64_t index)
+      : p(p), batch(index / p.heads), head(index % p.heads), tokens(p, batch),
+        channel(static_cast<int>(threadIdx.x) % kLanes * 8),
+        dim(static_cast<int>(p.packed.format.head_dim)),
+        aligned(scoring::is_aligned(p.x, p.dtype) && scoring::is_aligned(p.window, p.dtype)) {}
+
+  static __device__ int row() { return static_cast<int>(threadIdx.x) / kLanes; }
+  static __device__ const T* row_of(const HeadTensor& t, int64_t batch, int64_t head,
+                                    int64_t row) {
+    return static_cast<const T*>(t.data) + batch * t.stride_batch + head * t.stride_head +
+           row * t.stride_token;
+  }
+
+  // This lane's channels of a token as it is packed; zeros for a token outside [first, last).
+  __device__ __forceinline__ void load(float (&x)[8], int64_t token) const {
+    const bool exists = token < tokens.last, held = token < tokens.held;
+    const T* source[1] = {nullptr};
+    if (exists && held) source[0] = row_of(p.window, batch, head, token % p.window_rows);
+    if (exists && !held) source[0] = row_of(p.x, batch, head, token - tokens.held);
+    float rows[1][8];
+    scoring::load_rows(rows, source, channel, dim, aligned);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] = rows[0][i];
+    if (!p.packed.format.rotated) return;
+    float rotated[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) rotated[i] = x[i];
+    rotate_row(rotated, dim);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] = held ? x[i] : rotated[i];
+  }
+
+  // Where a token's codes go, -1 for nowhere.
+  __device__ __forceinline__ int64_t place(int64_t token) const {
+    if (token >= tokens.last) return -1;
+    const int64_t slot = p.slots.data ? p.slots.data[batch * p.slots.stride_batch + token] : token;
+    return slot < p.packed.rows ? slot : -1;
+  }
+  __device__ int64_t pool() const { return p.slots.data ? 0 : batch; }
+  __device__ uint16_t* params_row(int64_t row) const {
+    return p.packed.params + pool() * p.packed.params_stride_batch +
+           head * p.packed.params_stride_head + row * p.packed.params_stride_row;
+  }
+
+  // Writes the codes of this warp's rows, `mine` being those of this lane's channels.
+  __device__ __forceinline__ void store_codes(PackShared<kLanes>& shared, uint2 mine,
+                                              int64_t place) const {
+    uint8_t* codes = shared.code[row()];
+    reinterpret_cast<Word*>(&codes[channel])[0] = mine.x;
+    reinterpret_cast<Word*>(&codes[channel])[1] = mine.y;
+    __syncwarp();
+    if (place >= 0) {
+      const PackedRows& packed = p.packed;
+      uint8_t* to = packed.codes + pool() * packed.codes_stride_batch +
+                    head * packed.codes_stride_head + place * packed.codes_stride_token;
+      const int bits = packed.format.bits, lane = channel / 8;
+      store_code_row<kLanes>(to, codes, lane, dim, bits == 3 ? 2 : bits, 0);
+      if (bits == 3) store_code_row<kLanes>(to + high_bit_row(dim), codes, lane, dim, 1, 2);
+    }
+    __syncwarp();
+  }
+};
+
+template <class T, int kLanes>
+__device__ __forceinline__ void pack_along_channels(const PackHead<T, kLanes>& head,
+                                                    PackShared<kLanes>& shared, int64_t unit) {
+  const PackFormat& f = head.p.packed.format;
+  const int64_t token = head.tokens.first + unit * head.kRows + head.row();
+  float x[8];
+  head.load(x, token);
+  Extremes extremes[1];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) extremes[0].add(x[i]);
+  const int lanes = static_cast<int>(f.group_size) / 8, lane = head.channel / 8;
+  extremes[0].reduce(lanes, lane / lanes * lanes + lane_id() / kLanes * kLanes);
+  const Quantizer quantizer(f, extremes[0]);
+  uint2 codes{0, 0};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    (i < 4 ? codes.x : codes.y) |= quantizer.code(x[i]) << 8 * (i % 4);
+  }
+  const int64_t place = head.place(token);
+  head.store_codes(shared, codes, place);
+  if (place < 0 || head.channel >= head.dim || lane % lanes != 0) return;
+  quantizer.store(head.params_row(place), lane / lanes, head.dim / static_cast<int>(f.group_size));
+}
+
+template <class T, int kLanes>
+__device__ __forceinline__ void pack_along_tokens(const PackHead<T, kLanes>& head,
+                                                  PackShared<kLanes>& shared, int64_t unit) {
+  const PackFormat& f = head.p.packed.format;
+  const int64_t first = head.tokens.first + unit * f.group_size, end = first + f.group_size;
+  float x[8];
+  Extremes extremes[8];
+  for (int64_t base = first; base < end; base += head.kRows) {
+    const int64_t token = base + head.row();
+    head.load(x, token);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (token < end) extremes[i].add(x[i]);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+#pragma unroll
+    for (int step = kLanes; step < kWarp; step *= 2) extremes[i].join_lane(lane_id() ^ step);
+    if (lane_id() >= kLanes) continue;
+    shared.low[warp_id()][head.channel + i] = extremes[i].low;
+    shared.high[warp_id()][head.channel + i] = extremes[i].high;
+  }
+  __syncthreads();
+  const int64_t slot = head.place(first);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    for (int w = 0; w < shared.kWarps; ++w) {
+      extremes[i].join({shared.low[w][head.channel + i], shared.high[w][head.channel + i]});
+    }
+    if (head.row() > 0 || slot < 0 || head.channel >= head.dim) continue;
+    Quantizer(f, extremes[i]).store(head.params_row(slot / f.group_size), head.channel + i,
+                                    head.dim);
+  }
+  for (int64_t base = first; base < end; base += head.kRows) {
+    const int64_t token = base + head.row();
+    head.load(x, token);
+    uint2 codes{0, 0};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      (i < 4 ? codes.x : codes.y) |= Quantizer(f, extremes[i]).code(x[i]) << 8 * (i % 4);
+    }
+    head.store_codes(shared, codes, token < end ? head.place(token) : -1);
+  }
+}
+
+// Units as in plan_kv_pack, `units` to a head.
+template <class T, int kLanes>
+__global__ void __launch_bounds__(kPackThreads)
+    pack_kernel(const __grid_constant__ KvAppendParams p, int64_t units) {
+  auto& shared = shared_memory<PackShared<kLanes>>();
+  const PackHead<T, kLanes> head(p, blockIdx.x / units);
+  if (!head.tokens.valid()) return;
+  if (p.packed.format.axis == GroupAxis::channel) {
+    pack_along_channels(head, shared, blockIdx.x % units);
+  } else if (head.tokens.first + blockIdx.x % units * p.packed.format.group_size <
+             head.tokens.last) {
+    pack_along_tokens(head, shared, blockIdx.x % units);
+  }
+}
+
+// This lane's channels of a row of `dim`.
+template <class T>
+__device__ __forceinline__ void store_eight(T* row, int channel, int dim, bool aligned,
+                                            const float (&x)[8]) {
+  if (channel >= dim) return;
+  constexpr int kPart = 16 / sizeof(T);
+#pragma unroll
+  for (int first = 0; first < 8; first += kPart) {
+    Chunk chunk;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (sizeof(T) == 4) {
+        chunk.word[i] = __float_as_uint(x[first + i]);
+      } else {
+        chunk.word[i] = pack_pair<T>(x[2 * i], x[2 * i + 1]);
+      }
+    }
+    if (aligned) store_chunk(row + channel + first, chunk);
+  }
+  if (aligned) return;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) row[channel + i] = from_float<T>(x[i]);
+}
+
+// The last `newest` new tokens of every head, where they stay in the window.
+template <class T, int kLanes>
+__global__ void __launch_bounds__(kPackThreads)
+    write_window_kernel(const __grid_constant__ KvAppendParams p, int64_t newest) {
+  using Head = PackHead<T, kLanes>;
+  const int64_t row = int64_t{blockIdx.x} * Head::kRows + Head::row();
+  const bool exists = row < p.batch * p.heads * newest;
+  const Head head(p, exists ? row / newest : 0);
+  const int64_t token = p.tokens - newest + (exists ? row % newest : 0);
+  const T* source[1] = {exists ? head.row_of(p.x, head.batch, head.head, token) : nullptr};
+  float x[1][8];
+  scoring::load_rows(x, source, head.channel, head.dim, head.aligned);
+  if (p.packed.format.rotated) rotate_row(x[0], head.dim);
+  const int64_t place = head.tokens.held + token;
+  if (!exists || !head.tokens.valid() || place < head.tokens.last) return;
+  auto* to = const_cast<T*>(
+      head.row_of(p.window, head.batch, head.head, place % p.window_rows));
+  store_eight(to, head.channel, head.dim, head.aligned, x[0]);
+}
+
+// Rows [B, H, S] of a packed tensor, in order.
+template <class T, int kLanes>
+__global__ void __launch_bounds__(kPackThreads)
+    unpack_kernel(const __grid_constant__ KvUnpackParams p) {
+  const PackedRows& packed = p.packed;
+  const PackFormat& f = packed.format;
+  const int dim = static_cast<int>(f.head_dim);
+  const int channel = static_cast<int>(threadIdx.x) % kLanes * 8;
+  const int64_t row =
+      int64_t{blockIdx.x} * (kPackThreads / kLanes) + static_cast<int>(threadIdx.x) / kLanes;
+  const int64_t token = row % packed.rows, head = row / packed.rows % p.heads;
+  const int64_t batch = row / packed.rows / p.heads;
+  float x[8] = {};
+  if (row < p.batch * p.heads * packed.rows && channel < dim) {
+    RowReader reader(packed, batch, head, channel, CodeReader(f, channel));
+    reader.numbers(x, token);
+  }
+  if (f.rotated) rotate_row(x, dim);
+  if (row >= p.batch * p.heads * packed.rows) return;
+  auto* to = static_cast<T*>(const_cast<void*>(p.out.data)) + batch * p.out.stride_batch +
+             head * p.out.stride_head + token * dim;
+  store_eight(to, channel, dim, scoring::is_aligned(p.out, p.dtype), x);
+}
+
+}  // namespace tokred::cuda::packing

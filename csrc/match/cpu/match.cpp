@@ -1,0 +1,324 @@
+// Row arg-max of a similarity that never exists in memory. Sixteen source rows are the lanes of a
+// vector; destination rows pass by as broadcasts, so a row's best score and index stay in their
+// lane, sums run over the channels in order, and results do not depend on blocking or threads.
+//
+// [64, 577, 64] in halves: 0.68 GFLOP over 9.5 MB, so the floor is the fp32 FMA rate: 3.4 ms at
+// 200 GFLOP/s. Converting and packing touch each element once per block of rows (< 5 %).
+#include "common/cpu/parallel.h"
+#include "common/cpu/row.h"
+#include "common/cpu/sizes.h"
+#include "match/cpu/match_plan.h"
+#include "match/match_params.h"
+
+namespace tokred::TOKRED_ISA {
+namespace {
+
+// Register tile: kTokens destinations by kPanels * 16 source rows.
+#if defined(__AVX512F__)
+constexpr int kTokens = 12, kPanels = 2;
+#elif defined(__AVX2__)
+constexpr int kTokens = 6, kPanels = 1;
+#else
+constexpr int kTokens = 2, kPanels = 1;
+#endif
+constexpr int kChunk = 48;                       // destinations converted at a time
+constexpr int kRowStep = kPanels * kLanes;       // source rows of a tile
+static_assert(kChunk % kTokens == 0);
+
+// Of every usable destination row, in row order: s = dot * scale + offset, then times weight.
+struct Columns {
+  int32_t* row;     // [Nb] row number in b
+  float* scale;     // [Nb]
+  float* offset;    // [Nb]
+  float* weight;    // [Nb]
+  int32_t* count;   // [1]
+};
+
+// One worker's memory.
+struct Scratch {
+  float* panels;    // [block / 16][C][16] source rows, transposed
+  float* converted; // [kChunk][C] destinations as fp32
+  float* best;      // [block]
+  int32_t* index;   // [block]
+  float* offset;    // [block] row term of l2
+  float* weight;    // [block]
+  void* plan;
+};
+
+int64_t block_rows(const MatchParams& p, const Parallel& parallel) {
+  // The packed rows should stay in half of a 512 KiB L2; smaller where tasks would be too few.
+  const int64_t fit = (int64_t{1} << 16) / (p.channels > 0 ? p.channels : 1);
+  int64_t rows = fit < 96 ? 96 : fit > 384 ? 384 : fit;
+  while (rows > 96 && p.batch * ((p.a.count + rows - 1) / rows) < 4 * parallel.threads) rows /= 2;
+  return round_up(rows, kRowStep);
+}
+
+int64_t columns_bytes(const MatchParams& p) { return aligned(16 * p.b.count + 4); }
+int64_t scratch_bytes(const MatchParams& p, int64_t block) {
+  return aligned(4 * block * p.channels) + aligned(4 * kChunk * p.channels) +
+         4 * aligned(4 * block) + aligned(plan_scratch_bytes(p.a.count, p.a.tokens));
+}
+
+char* workspace_start(const MatchParams& p) {
+  return aligned(p.workspace);
+}
+Columns columns_of(const MatchParams& p, int64_t item) {
+  char* memory = workspace_start(p) + item * columns_bytes(p);
+  auto* words = reinterpret_cast<float*>(memory);
+  const int64_t n = p.b.count;
+  return {reinterpret_cast<int32_t*>(words), words + n, words + 2 * n, words + 3 * n,
+          reinterpret_cast<int32_t*>(words + 4 * n)};
+}
+Scratch scratch_of(const MatchParams& p, int64_t block, int64_t worker) {
+  char* memory = workspace_start(p) + p.batch * columns_bytes(p) + worker * scratch_bytes(p, block);
+  Scratch s;
+  const auto take = [&](int64_t bytes) {
+    char* start = memory;
+    memory += aligned(bytes);
+    return reinterpret_cast<float*>(start);
+  };
+  s.panels = take(4 * block * p.channels);
+  s.converted = take(4 * kChunk * p.channels);
+  s.best = take(4 * block);
+  s.index = reinterpret_cast<int32_t*>(take(4 * block));
+  s.offset = take(4 * block);
+  s.weight = take(4 * block);
+  s.plan = take(plan_scratch_bytes(p.a.count, p.a.tokens));
+  return s;
+}
+
+template <class T>
+TOKRED_INLINE const T* row_data(const TokenSet& set, int64_t item, int64_t position) {
+  return static_cast<const T*>(set.data) + item * set.stride_batch + position * set.stride_token;
+}
+TOKRED_INLINE float row_weight(const TokenSet& set, int64_t item, int64_t position) {
+  return set.weight
+             ? set.weight[item * set.weight_stride_batch + position * set.weight_stride_token]
+             : 1.0f;
+}
+
+TOKRED_INLINE float inverse_norm(float squared) {
+  const float norm = __builtin_sqrtf(squared);
+  return 1.0f / (norm < kNormEps ? kNormEps : norm);
+}
+
+// Lists the usable destinations of one item with what turns their dot product into a score.
+template <class T>
+void prepare_columns(const MatchParams& p, int64_t item) {
+  const Columns columns = columns_of(p, item);
+  int32_t count = 0;
+  for (int64_t t = 0; t < p.b.count; ++t) {
+    const int64_t position = row_position(p.b, item, t);
+    if (position < 0 || row_masked(p.b, item, position)) continue;
+    float scale = 1.0f, offset = 0.0f;
+    if (p.metric != Metric::dot) {
+      const float squared = squared_norm(row_data<T>(p.b, item, position), p.channels);
+      switch (p.metric) {
+        case Metric::l2: scale = 2.0f, offset = -squared; break;
+        case Metric::half_cosine: scale = 0.5f * inverse_norm(squared), offset = 0.5f; break;
+        default: scale = inverse_norm(squared); break;
+      }
+    }
+    columns.row[count] = static_cast<int32_t>(t);
+    columns.scale[count] = scale;
+    columns.offset[count] = offset;
+    columns.weight[count] = row_weight(p.b, item, position);
+    ++count;
+  }
+  *columns.count = count;
+}
+
+// Packs the source rows [row0, row0 + 16) as the lanes of [C][16], scaled; rows that take no part
+// become zeros.
+template <class T>
+void pack_panel(const MatchParams& p, int64_t item, int64_t row0, int64_t i0, const Scratch& s) {
+  constexpr int64_t kChannels = 64;  // transposed at a time
+  const bool normalise = p.metric == Metric::cosine || p.metric == Metric::half_cosine;
+  const T* rows[kLanes];
+  float scale[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const int64_t i = i0 + lane, t = row0 + i;
+    const int64_t position = t < p.a.count ? row_position(p.a, item, t) : -1;
+    rows[lane] = position < 0 ? nullptr : row_data<T>(p.a, item, position);
+    scale[lane] = 1.0f;
+    s.best[i] = -__builtin_inff();
+    s.index[i] = -1;
+    s.offset[i] = 0.0f;
+    s.weight[i] = position < 0 ? 1.0f : row_weight(p.a, item, position);
+    if (position < 0 || p.metric == Metric::dot) continue;
+    const float squared = squared_norm(rows[lane], p.channels);
+    if (normalise) scale[lane] = inverse_norm(squared);
+    if (p.metric == Metric::l2) s.offset[i] = -squared;
+  }
+  for (int64_t c = 0; c < p.channels; c += kChannels) {
+    const int64_t channels = p.channels - c < kChannels ? p.channels - c : kChannels;
+    alignas(64) float chunk[kLanes * kChannels];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      float* to = chunk + lane * channels;
+      if (rows[lane]) pack_row(rows[lane] + c, channels, to);
+      for (int64_t i = 0; i < channels; ++i) to[i] = rows[lane] ? to[i] * scale[lane] : 0.0f;
+    }
+    transpose(chunk, kLanes, channels, s.panels + i0 * p.channels + c * kLanes);
+  }
+}
+
+// fp32 destinations are read in place; others are converted.
+TOKRED_INLINE const float* as_floats(const float* x, float*, int64_t) { return x; }
+template <class T>
+TOKRED_INLINE const float* as_floats(const T* x, float* converted, int64_t channels) {
+  pack_row(x, channels, converted);
+  return converted;
+}
+
+struct Tile {
+  f32x16 dot[kTokens][kPanels];
+};
+
+TOKRED_INLINE Tile dot_tile(const float* panels, const float* const* rows, int64_t channels) {
+  Tile tile;
+#pragma GCC unroll 12
+  for (int t = 0; t < kTokens; ++t) {
+#pragma GCC unroll 2
+    for (int n = 0; n < kPanels; ++n) tile.dot[t][n] = splat(0.0f);
+  }
+  const float* row[kTokens];
+#pragma GCC unroll 12
+  for (int t = 0; t < kTokens; ++t) row[t] = rows[t];
+  for (int64_t c = 0; c < channels; ++c) {
+    f32x16 source[kPanels];
+#pragma GCC unroll 2
+    for (int n = 0; n < kPanels; ++n) source[n] = load(panels + n * kLanes * channels + c * kLanes);
+#pragma GCC unroll 12
+    for (int t = 0; t < kTokens; ++t) {
+      const f32x16 token = splat(row[t][c]);
+#pragma GCC unroll 2
+      for (int n = 0; n < kPanels; ++n) tile.dot[t][n] = fma(token, source[n], tile.dot[t][n]);
+    }
+  }
+  return tile;
+}
+
+// Lanes whose row number is more than `band` away from column `row` lose.
+TOKRED_INLINE f32x16 inside_band(f32x16 score, int64_t row0, int64_t row, int64_t band) {
+  float lane[kLanes];
+  store(lane, score);
+  for (int i = 0; i < kLanes; ++i) {
+    const int64_t distance = row0 + i - row;
+    if (distance > band || distance < -band) lane[i] = -__builtin_inff();
+  }
+  return load(lane);
+}
+
+// Passes one chunk of destinations by one tile of source rows.
+template <bool kGeneral>
+TOKRED_INLINE void update_best(const MatchParams& p, const Scratch& s, int64_t block_row0,
+                               int64_t i0, const float* const* rows, const Columns& columns,
+                               int64_t column0, int64_t count) {
+  f32x16 best[kPanels];
+  i32x16 index[kPanels];
+#pragma GCC unroll 2
+  for (int n = 0; n < kPanels; ++n) {
+    best[n] = load(s.best + i0 + n * kLanes);
+    index[n] = load(s.index + i0 + n * kLanes);
+  }
+  for (int64_t t0 = 0; t0 < count; t0 += kTokens) {
+    const Tile tile = dot_tile(s.panels + i0 * p.channels, rows + t0, p.channels);
+#pragma GCC unroll 12
+    for (int t = 0; t < kTokens; ++t) {
+      // Past the end the last row comes again, which changes nothing.
+      const int64_t j = column0 + (t0 + t < count ? t0 + t : count - 1);
+      const i32x16 row = splat(columns.row[j]);
+#pragma GCC unroll 2
+      for (int n = 0; n < kPanels; ++n) {
+        f32x16 score = fma(tile.dot[t][n], splat(columns.scale[j]), splat(columns.offset[j]));
+        if constexpr (kGeneral) {
+          const int64_t i = i0 + n * kLanes;
+          score = (score + load(s.offset + i)) * (load(s.weight + i) * splat(columns.weight[j]));
+          if (p.band >= 0) score = inside_band(score, block_row0 + i, columns.row[j], p.band);
+        }
+        index[n] = select_greater(score, best[n], row, index[n]);
+        best[n] = select_greater(score, best[n], score, best[n]);
+      }
+    }
+  }
+#pragma GCC unroll 2
+  for (int n = 0; n < kPanels; ++n) {
+    store(s.best + i0 + n * kLanes, best[n]);
+    store(s.index + i0 + n * kLanes, index[n]);
+  }
+}
+
+template <class T>
+void match_block(const MatchParams& p, int64_t item, int64_t row0, int64_t block,
+                 const Scratch& s) {
+  const int64_t valid = p.a.count - row0 < block ? p.a.count - row0 : block;
+  const int64_t rows_used = round_up(valid, kRowStep);
+  for (int64_t i = 0; i < rows_used; i += kLanes) pack_panel<T>(p, item, row0, i, s);
+  const Columns columns = columns_of(p, item);
+  const bool general = p.band >= 0 || p.a.weight || p.b.weight;
+  for (int64_t j0 = 0; j0 < *columns.count; j0 += kChunk) {
+    const int64_t count = *columns.count - j0 < kChunk ? *columns.count - j0 : kChunk;
+    const float* rows[kChunk];
+    for (int64_t t = 0; t < kChunk; ++t) {
+      const int64_t j = j0 + (t < count ? t : count - 1);
+      const T* x = row_data<T>(p.b, item, row_position(p.b, item, columns.row[j]));
+      rows[t] = t < count ? as_floats(x, s.converted + t * p.channels, p.channels) : rows[t - 1];
+    }
+    for (int64_t i0 = 0; i0 < rows_used; i0 += kRowStep) {
+      if (general) {
+        update_best<true>(p, s, row0, i0, rows, columns, j0, count);
+      } else {
+        update_best<false>(p, s, row0, i0, rows, columns, j0, count);
+      }
+    }
+  }
+  for (int64_t i = 0; i < valid; ++i) {
+    const int64_t position = row_position(p.a, item, row0 + i);
+    // The weighted score already holds the row term of l2, which may be infinite: no match then.
+    const float score = general ? s.best[i] : s.best[i] + s.offset[i];
+    const bool found = position >= 0 && !row_masked(p.a, item, position) && s.index[i] >= 0 &&
+                       score > -__builtin_inff();
+    const int64_t at = item * p.a.count + row0 + i;
+    // + 0 makes -0 into +0, which compare equal and must rank equal.
+    p.score[at] = found ? score + 0.0f : -__builtin_inff();
+    p.index[at] = found ? s.index[i] : -1;
+  }
+}
+
+template <class T>
+void match_all(const MatchParams& p, const Parallel& parallel) {
+  parallel_tasks(parallel, p.batch,
+                 [&](int64_t item, int64_t) { prepare_columns<T>(p, item); });
+  const int64_t block = block_rows(p, parallel);
+  const int64_t blocks = (p.a.count + block - 1) / block;
+  parallel_tasks(parallel, p.batch * blocks, [&](int64_t task, int64_t worker) {
+    match_block<T>(p, task / blocks, task % blocks * block, block, scratch_of(p, block, worker));
+  });
+}
+
+}  // namespace
+
+int64_t match_workspace(const MatchParams& p, const Parallel& parallel) {
+  return kAlign + p.batch * columns_bytes(p) +
+         parallel.threads * scratch_bytes(p, block_rows(p, parallel));
+}
+
+void match(const MatchParams& p, const Parallel& parallel) {
+  switch (p.dtype) {
+    case DType::f32: match_all<float>(p, parallel); break;
+    case DType::f16: match_all<f16>(p, parallel); break;
+    case DType::bf16: match_all<bf16>(p, parallel); break;
+    case DType::f64: break;  // refused by the front end
+  }
+}
+
+void bipartite_soft_matching(const BipartiteParams& p, const Parallel& parallel) {
+  const MatchParams& m = p.match;
+  if (m.a.count > 0) match(m, parallel);
+  const int64_t block = block_rows(m, parallel);
+  parallel_tasks(parallel, m.batch, [&](int64_t item, int64_t worker) {
+    plan_item(p, item, plan_scratch(scratch_of(m, block, worker).plan, m.a.count, p.tokens));
+  });
+}
+
+}  // namespace tokred::TOKRED_ISA

@@ -1,0 +1,61 @@
+// What the matching kernels are given. Every pointer carries its shape.
+#pragma once
+
+#include "common/types.h"
+
+namespace tokred {
+
+enum class Order : int32_t { tome, position };
+
+// One side of a matching: `count` rows of a [B, N, C] tensor whose channels are contiguous.
+// Row t stands at position rows[t], or first + step * t where rows is null.
+struct TokenSet {
+  const void* data;                         // [B, N, C]
+  int64_t stride_batch, stride_token;       // in elements
+  int64_t tokens;                           // N; positions outside [0, N) are skipped
+  int64_t count;                            // rows in the set
+  const int32_t* rows;                      // i32 [B | 1, count] or null
+  int64_t rows_stride_batch;                // 0 where shared by the batch
+  int64_t first, step;
+  const bool* mask;                         // bool [B, N] by position or null; false = skipped
+  int64_t mask_stride_batch, mask_stride_token;
+  const float* weight;                      // f32 [B, N] by position or null
+  int64_t weight_stride_batch, weight_stride_token;
+};
+
+// score[b][i] = max_j s(i, j) and index[b][i] = the smallest such j, over the j with mask, with
+// |i - j| <= band (band < 0: no limit) and with s > -inf; NaN never wins. (-inf, -1) where no j is
+// left or a_i itself is skipped. s(i, j) = weight_a[i] * weight_b[j] * metric(a_i, b_j).
+struct MatchParams {
+  TokenSet a, b;
+  int64_t batch, channels;
+  DType dtype;
+  Metric metric;
+  int64_t band;
+  float* score;    // f32 [B, a.count]
+  int32_t* index;  // i32 [B, a.count], row number in b
+  void* workspace;
+};
+
+// Which sources leave, and where every token goes. Sources are ranked:
+//   matched ones by (score descending, row ascending), then masked ones, then unmatched ones;
+//   positions out of range, repeated, or that are also destinations or prefix never leave.
+// Fixed r: the first r leave, to the slot of their match, or nowhere (-1) where they have none.
+// By threshold: matched sources with score > threshold leave, at most r of them; masked tokens map
+// to -1. In both, a survivor whose slot would be >= N - r (fixed r) maps to -1.
+// Slots, order tome: prefix, tokens on neither side (ascending), surviving sources (in rank order
+//   where num_prefix = 0, else in row order), destinations in row order.
+// Slots, order position: groups by the position of their first member.
+struct BipartiteParams {
+  MatchParams match;   // its score and index are scratch of the right size
+  int64_t tokens;      // N
+  int64_t r;           // already clamped to the limit
+  int64_t num_prefix;
+  Order order;
+  bool by_threshold;
+  float threshold;
+  int32_t* token_map;  // i32 [B, N]
+  int32_t* num_out;    // i32 [B]; null unless by_threshold
+};
+
+}  // namespace tokred

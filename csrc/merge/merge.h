@@ -1,0 +1,200 @@
+// Front ends of the merge stem: checks, allocation, parameters. Compiled for every backend.
+#pragma once
+
+#include <limits>
+
+#include "common/overlap.h"
+#include "merge/merge_params.h"
+
+namespace tokred {
+
+inline MergeMode parse_merge_mode(std::string_view name) {
+  constexpr std::string_view kNames[] = {"sum", "mean", "plain_mean", "amax", "amin", "prune",
+                                         "maxnorm"};
+  for (int32_t i = 0; i < 7; ++i) {
+    if (name == kNames[i]) return static_cast<MergeMode>(i);
+  }
+  TOKRED_CHECK(false, "mode must be one of sum, mean, plain_mean, amax, amin, prune, maxnorm, ",
+               "got '", std::string(name), "'");
+  return MergeMode::sum;
+}
+
+inline void check_map(const Tensor& map, const char* name, int64_t batch, int64_t tokens,
+                      const Tensor& like, const char* like_name) {
+  check_shape(map, name, {batch, tokens}, "[B, N]");
+  check_dtype(map, name, ScalarType::Int);
+  check_same_device(map, name, like, like_name);
+  TOKRED_CHECK(tokens < std::numeric_limits<int32_t>::max(), name,
+               " may cover at most 2^31 - 2 tokens, got ", tokens);
+}
+
+// The inputs of a merge, checked; outputs and scratch are still to be set.
+template <class Backend>
+MergeParams merge_inputs(const Tensor& x, const Tensor& token_map, int64_t num_out,
+                         const OptionalTensor& size, const OptionalTensor& weight,
+                         const Text& mode) {
+  MergeParams p{};
+  p.mode = parse_merge_mode(mode);
+  p.dtype = float_dtype(x, "x", Backend::kDouble);
+  check_dim(x, "x", 3, "[B, N, C]");
+  check_last_contiguous(x, "x");
+  p.batch = x.size(0);
+  p.tokens = x.size(1);
+  p.channels = x.size(2);
+  p.num_out = num_out;
+  check_map(token_map, "token_map", p.batch, p.tokens, x, "x");
+  TOKRED_CHECK(num_out >= 0 && num_out < std::numeric_limits<int32_t>::max(),
+               "num_out must be between 0 and 2^31 - 2, got ", num_out);
+  p.x = x.const_data_ptr();
+  p.x_stride_batch = x.stride(0);
+  p.x_stride_token = x.stride(1);
+  p.token_map = static_cast<const int32_t*>(token_map.const_data_ptr());
+  p.map_stride_batch = token_map.stride(0);
+  p.map_stride_token = token_map.stride(1);
+  p.size = token_table(size, "size", x, p.batch, p.tokens);
+  p.weight = token_table(weight, "weight", x, p.batch, p.tokens);
+  return p;
+}
+
+// Bytes for the members of every slot.
+inline int64_t members_bytes(const MergeParams& p) {
+  return p.batch * (p.num_out + 1 + p.tokens) * static_cast<int64_t>(sizeof(int32_t));
+}
+inline void set_members(MergeParams& p, void* memory) {
+  p.indptr = static_cast<int32_t*>(memory);
+  p.members = p.indptr + p.batch * (p.num_out + 1);
+}
+
+inline void set_merge_outputs(MergeParams& p, const Tensor& y, const Tensor& size_out) {
+  p.y = y.mutable_data_ptr();
+  p.y_stride_batch = y.stride(0);
+  p.y_stride_token = y.stride(1);
+  p.size_out = size_out.mutable_data_ptr();
+  p.size_out_stride_batch = size_out.stride(0);
+  p.size_out_stride_token = size_out.stride(1);
+}
+
+// y [B, M, C], size [B, M]; see MergeParams.
+template <class Backend>
+std::tuple<Tensor, Tensor> merge(const Tensor& x, const Tensor& token_map, int64_t num_out,
+                                 const OptionalTensor& size, const OptionalTensor& weight,
+                                 const Text& mode) {
+  MergeParams p = merge_inputs<Backend>(x, token_map, num_out, size, weight, mode);
+  Backend backend(x);
+  Tensor y = allocate(x, {p.batch, num_out, p.channels}, x.scalar_type());
+  Tensor size_out = allocate(x, {p.batch, num_out}, accumulator_type(x));
+  set_merge_outputs(p, y, size_out);
+  Scratch members(x, members_bytes(p), Backend::kHost);
+  set_members(p, members.data());
+  backend.will_write(p.y, p.batch * num_out * p.channels * static_cast<int64_t>(x.element_size()));
+  backend.merge(p);
+  return {y, size_out};
+}
+
+template <class Backend>
+void merge_out(const Tensor& x, const Tensor& token_map, const OptionalTensor& size,
+               const OptionalTensor& weight, const Text& mode, const Tensor& out,
+               const Tensor& out_size) {
+  check_dim(out, "out", 3, "[B, M, C]");
+  MergeParams p = merge_inputs<Backend>(x, token_map, out.size(1), size, weight, mode);
+  check_shape(out, "out", {p.batch, p.num_out, p.channels}, "[B, M, C]");
+  check_last_contiguous(out, "out");
+  check_same_dtype(out, "out", x, "x");
+  check_same_device(out, "out", x, "x");
+  check_shape(out_size, "out_size", {p.batch, p.num_out}, "[B, M]");
+  check_dtype(out_size, "out_size", accumulator_type(x));
+  check_same_device(out_size, "out_size", x, "x");
+  check_overlaps({{"out", out}, {"out_size", out_size}},
+                 {{"x", x}, {"token_map", token_map}, {"size", size}, {"weight", weight}});
+  set_merge_outputs(p, out, out_size);
+  Backend backend(x);
+  Scratch members(x, members_bytes(p), Backend::kHost);
+  set_members(p, members.data());
+  backend.merge(p);
+}
+
+// Gradients of x, size and weight; see MergeBackwardParams.
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor> merge_backward(const Tensor& grad_y, const Tensor& grad_size,
+                                                  const Tensor& x, const Tensor& token_map,
+                                                  const OptionalTensor& size,
+                                                  const OptionalTensor& weight,
+                                                  const Text& mode) {
+  check_dim(grad_y, "grad_y", 3, "[B, M, C]");
+  MergeBackwardParams p{};
+  p.forward = merge_inputs<Backend>(x, token_map, grad_y.size(1), size, weight, mode);
+  const int64_t batch = p.forward.batch, tokens = p.forward.tokens;
+  check_shape(grad_y, "grad_y", {batch, p.forward.num_out, p.forward.channels}, "[B, M, C]");
+  check_last_contiguous(grad_y, "grad_y");
+  check_same_dtype(grad_y, "grad_y", x, "x");
+  check_same_device(grad_y, "grad_y", x, "x");
+  p.grad_y = grad_y.const_data_ptr();
+  p.grad_y_stride_batch = grad_y.stride(0);
+  p.grad_y_stride_token = grad_y.stride(1);
+  p.grad_size_out = token_table(grad_size, "grad_size", x, batch, p.forward.num_out);
+
+  Backend backend(x);
+  Tensor grad_x = allocate(x, {batch, tokens, p.forward.channels}, x.scalar_type());
+  Tensor grad_size_in = allocate(x, {batch, tokens}, accumulator_type(x));
+  Tensor grad_weight = allocate(x, {batch, tokens}, accumulator_type(x));
+  p.grad_x = grad_x.mutable_data_ptr();
+  p.grad_size = grad_size_in.mutable_data_ptr();
+  p.grad_weight = grad_weight.mutable_data_ptr();
+  Scratch members(x, members_bytes(p.forward), Backend::kHost);
+  set_members(p.forward, members.data());
+  backend.merge_backward(p);
+  return {grad_x, grad_size_in, grad_weight};
+}
+
+// [B, N, C]; see UnmergeParams.
+template <class Backend>
+Tensor unmerge(const Tensor& y, const Tensor& token_map) {
+  UnmergeParams p{};
+  p.dtype = float_dtype(y, "y", Backend::kDouble);
+  check_dim(y, "y", 3, "[B, M, C]");
+  check_last_contiguous(y, "y");
+  check_dim(token_map, "token_map", 2, "[B, N]");
+  p.batch = y.size(0);
+  p.num_out = y.size(1);
+  p.channels = y.size(2);
+  p.tokens = token_map.size(1);
+  check_map(token_map, "token_map", p.batch, p.tokens, y, "y");
+  p.y = y.const_data_ptr();
+  p.y_stride_batch = y.stride(0);
+  p.y_stride_token = y.stride(1);
+  p.token_map = static_cast<const int32_t*>(token_map.const_data_ptr());
+  p.map_stride_batch = token_map.stride(0);
+  p.map_stride_token = token_map.stride(1);
+  Backend backend(y);
+  Tensor x = allocate(y, {p.batch, p.tokens, p.channels}, y.scalar_type());
+  p.x = x.mutable_data_ptr();
+  backend.will_write(p.x, p.batch * p.tokens * p.channels * static_cast<int64_t>(y.element_size()));
+  backend.unmerge(p);
+  return x;
+}
+
+// i32 [B, N]; see ComposeParams.
+template <class Backend>
+Tensor compose(const Tensor& second, const Tensor& first) {
+  ComposeParams p{};
+  check_dim(second, "second", 2, "[B, M]");
+  check_dim(first, "first", 2, "[B, N]");
+  p.batch = second.size(0);
+  p.num_out = second.size(1);
+  p.tokens = first.size(1);
+  check_map(second, "second", p.batch, p.num_out, first, "first");
+  check_map(first, "first", p.batch, p.tokens, second, "second");
+  p.second = static_cast<const int32_t*>(second.const_data_ptr());
+  p.second_stride_batch = second.stride(0);
+  p.second_stride_token = second.stride(1);
+  p.first = static_cast<const int32_t*>(first.const_data_ptr());
+  p.first_stride_batch = first.stride(0);
+  p.first_stride_token = first.stride(1);
+  Backend backend(first);
+  Tensor out = allocate(first, {p.batch, p.tokens}, ScalarType::Int);
+  p.out = static_cast<int32_t*>(out.mutable_data_ptr());
+  backend.compose(p);
+  return out;
+}
+
+}  // namespace tokred

@@ -1,0 +1,68 @@
+// What the merging kernels are given. Acc is float, or double where the dtype is f64.
+#pragma once
+
+#include "common/types.h"
+
+namespace tokred {
+
+enum class MergeMode : int32_t { sum, mean, plain_mean, amax, amin, prune, maxnorm };
+
+// Slot o of item b holds the tokens i with token_map[b][i] == o, in ascending i. With w = weight
+// and s = size (1 where absent):
+//   sum         y = sum w x                          mean     y = sum w s x / sum w s
+//   plain_mean  y = sum w x / sum w                  amax, amin: elementwise over members, NaN wins
+//   prune       y = x of the member of greatest w (lowest i on a tie; NaN weighs least)
+//   maxnorm     y = m / |m| * max |x_i| with m = sum w s x
+// size_out = sum s. An empty slot, or one whose divisor is 0, has y = 0.
+// Entries of token_map outside [0, num_out) are skipped. Sums run in fp32 in ascending i.
+struct MergeParams {
+  const void* x;                       // [B, N, C], channels contiguous
+  int64_t x_stride_batch, x_stride_token;
+  const int32_t* token_map;            // i32 [B, N]
+  int64_t map_stride_batch, map_stride_token;
+  TokenTable size, weight;             // Acc [B, N] or null
+  void* y;                             // [B, M, C], channels contiguous
+  int64_t y_stride_batch, y_stride_token;
+  void* size_out;                      // Acc [B, M]
+  int64_t size_out_stride_batch, size_out_stride_token;
+  int64_t batch, tokens, num_out, channels;
+  DType dtype;
+  MergeMode mode;
+  int32_t* indptr;                     // scratch i32 [B, M + 1]: members of slot o are
+  int32_t* members;                    // scratch i32 [B, N]: members[indptr[o] .. indptr[o + 1])
+};
+
+// Gradients of MergeParams' function. grad_x of skipped tokens is 0.
+// amax and amin share a gradient evenly between tied members.
+struct MergeBackwardParams {
+  MergeParams forward;                 // y and size_out unused
+  const void* grad_y;                  // [B, M, C], channels contiguous
+  int64_t grad_y_stride_batch, grad_y_stride_token;
+  TokenTable grad_size_out;            // Acc [B, M]
+  void* grad_x;                        // [B, N, C] contiguous
+  void* grad_size;                     // Acc [B, N] contiguous
+  void* grad_weight;                   // Acc [B, N] contiguous
+};
+
+// x[b][i] = y[b][token_map[b][i]], 0 where the entry is outside [0, M).
+struct UnmergeParams {
+  const void* y;                       // [B, M, C], channels contiguous
+  int64_t y_stride_batch, y_stride_token;
+  const int32_t* token_map;            // i32 [B, N]
+  int64_t map_stride_batch, map_stride_token;
+  void* x;                             // [B, N, C] contiguous
+  int64_t batch, tokens, num_out, channels;
+  DType dtype;
+};
+
+// out[b][i] = second[b][first[b][i]], -1 where first[b][i] is outside [0, M).
+struct ComposeParams {
+  const int32_t* second;               // i32 [B, M]
+  int64_t second_stride_batch, second_stride_token;
+  const int32_t* first;                // i32 [B, N]
+  int64_t first_stride_batch, first_stride_token;
+  int32_t* out;                        // i32 [B, N] contiguous
+  int64_t batch, tokens, num_out;      // num_out = M
+};
+
+}  // namespace tokred

@@ -1,0 +1,158 @@
+// Tiles and launch plans of the topk stem.
+#pragma once
+
+#include "common/cuda/plan.h"
+
+namespace tokred::cuda {
+
+inline constexpr int kTopkBins = 2048;             // of a histogram, one digit of 11 bits
+inline constexpr int64_t kTopkBlocks = 1 << 30;    // blocks loop over the lists that are left
+
+// A warp has a short list in registers; a block has eight warps.
+inline constexpr int kTopkWarps = 8;
+inline constexpr int kTopkWarpChosen = 256;
+inline constexpr int64_t kTopkWarpColumns = 33 * 32;
+
+// A block that selects from a list: `keys` that may be chosen, of which it sorts up to `chosen`.
+struct TopkTiles {
+  int threads, keys, chosen;
+
+  // Room for them, a histogram, and partial results.
+  constexpr int64_t shared_bytes() const {
+    return 8 * (int64_t{keys} + chosen) + 4 * kTopkBins + (8 + 4) * 32 + 16;
+  }
+  friend constexpr bool operator==(const TopkTiles&, const TopkTiles&) = default;
+};
+inline constexpr TopkTiles kSmallTopk{256, 2048, 512};   // 28 KB
+inline constexpr TopkTiles kWideTopk{512, 8192, 4096};   // 104 KB: two an SM
+inline constexpr int64_t kSmallTopkColumns = 1 << 16;
+
+// Lists split among blocks: at least so many columns a block, so many keys that it may hand on, and
+// blocks in all; on lists too few to fill a device.
+inline constexpr int64_t kSplitColumns = 8192;
+inline constexpr int64_t kSplitKeys = 4096;
+inline constexpr int64_t kSplitBlocks = 264;
+inline constexpr int64_t kMaxSplitLists = 128;
+
+// Lists sorted whole: chunks sorted by a block each, then merged, so many keys a block.
+inline constexpr int kSortThreads = 512;
+inline constexpr int kSortItems = 8;
+inline constexpr int64_t kSortChunkKeys = int64_t{kSortThreads} * kSortItems;
+inline constexpr int kMergeSortThreads = 256;
+inline constexpr int kMergeSortItems = 8;
+inline constexpr int64_t kMergeSortKeys = int64_t{kMergeSortThreads} * kMergeSortItems;
+inline constexpr int kSortedThreads = 512;
+
+// What the plans depend on. The path never changes a result.
+struct TopkShape {
+  int64_t lists, columns, k;  // segments of rows, columns of a segment, entries chosen of it
+  bool has_top_p;
+
+  constexpr int64_t most() const { return k < columns ? k : columns; }
+};
+
+enum class TopkPath { warp, small, wide, split, sorted };
+
+constexpr TopkPath topk_path(const TopkShape& s) {
+  if (s.columns <= kTopkWarpColumns && s.most() <= kTopkWarpChosen && !s.has_top_p) {
+    return TopkPath::warp;
+  }
+  if (s.most() > kWideTopk.chosen) return TopkPath::sorted;
+  if (s.lists <= kMaxSplitLists && s.columns >= 2 * kSplitColumns) return TopkPath::split;
+  return s.most() <= kSmallTopk.chosen && s.columns <= kSmallTopkColumns ? TopkPath::small
+                                                                         : TopkPath::wide;
+}
+
+constexpr int64_t at_most(int64_t n, int64_t limit) { return n < limit ? n : limit; }
+
+// Example: [18432, 289]: 2304 blocks of eight warps.
+constexpr LaunchPlan plan_topk_warps(int64_t lists) {
+  return {{at_most(divide_up(lists, kTopkWarps), kTopkBlocks), 1, 1}, 32 * kTopkWarps,
+          8 * kTopkWarps * kTopkWarpChosen};
+}
+// Example: [256, 131072], k = 2048: 256 blocks of 512 threads, two an SM, all at once.
+constexpr LaunchPlan plan_topk_blocks(int64_t lists, const TopkTiles& tiles) {
+  return {{at_most(lists, kTopkBlocks), 1, 1}, tiles.threads, tiles.shared_bytes()};
+}
+
+// Example: [8, 131072]: 16 parts of 8192 columns, 128 blocks. [1, 1048576]: 128 blocks as well.
+constexpr int64_t topk_parts(const TopkShape& s) {
+  const int64_t wanted = at_most(divide_up(kSplitBlocks, s.lists), kWideTopk.threads);
+  return at_most(wanted, s.columns / kSplitColumns);
+}
+constexpr int64_t topk_part_columns(const TopkShape& s) {
+  return divide_up(s.columns, topk_parts(s));
+}
+constexpr LaunchPlan plan_topk_parts(const TopkShape& s) {
+  return {{s.lists * topk_parts(s), 1, 1}, kWideTopk.threads, kWideTopk.shared_bytes()};
+}
+
+// Example: [4, 131072], k = 16384: 4 * 32 blocks sort 4096 keys each; then five times 4 * 64 or
+// fewer merge, as runs of more than k are cut.
+constexpr LaunchPlan plan_sort_chunks(int64_t lists, int64_t columns) {
+  return {{at_most(lists * divide_up(columns, kSortChunkKeys), kTopkBlocks), 1, 1}, kSortThreads,
+          16 * kSortChunkKeys};
+}
+// Blocks for a pair of runs of `run` keys, of which the first `most` together are wanted.
+constexpr int64_t merge_sort_tiles(int64_t run, int64_t most) {
+  return divide_up(at_most(2 * run, most), kMergeSortKeys);
+}
+constexpr LaunchPlan plan_merge_runs(int64_t lists, int64_t columns, int64_t run, int64_t most) {
+  const int64_t pairs = divide_up(columns, 2 * run);
+  return {{at_most(lists * pairs * merge_sort_tiles(run, most), kTopkBlocks), 1, 1},
+          kMergeSortThreads, 0};
+}
+constexpr LaunchPlan plan_sorted(int64_t lists) {
+  return {{at_most(lists, kTopkBlocks), 1, 1}, kSortedThreads, (8 + 4) * 32};
+}
+
+// Scratch in bytes. Split: the keys handed on, how many, and the guess they were found with.
+// [8, 131072]: 4 MB. Sorted: all keys, twice.
+constexpr int64_t topk_split_bytes(const TopkShape& s) {
+  const int64_t parts = s.lists * topk_parts(s);
+  return 8 * (parts * kSplitKeys + s.lists) + round_up(4 * parts, 16);
+}
+constexpr int64_t sort_bytes(int64_t lists, int64_t columns) { return 16 * lists * columns; }
+
+// compact: a block packs a part of a row. It counts what lies before, so parts are as long as
+// there are blocks for the device. Example: [1, 1048576]: 32 blocks of 32768 columns.
+inline constexpr int kCompactThreads = 512;
+inline constexpr int kCompactWidth = 16;  // neighbours of a thread
+inline constexpr int64_t kCompactTile = int64_t{kCompactThreads} * kCompactWidth;
+
+constexpr int64_t compact_parts(int64_t rows, int64_t columns) {
+  const int64_t tiles = divide_up(columns, kCompactTile);
+  int64_t parts = 1;
+  while (parts < 32 && 2 * parts * rows <= 256 && 2 * parts <= tiles) parts *= 2;
+  return parts;
+}
+constexpr LaunchPlan plan_compact(int64_t rows, int64_t columns) {
+  return {{at_most(rows * compact_parts(rows, columns), kTopkBlocks), 1, 1}, kCompactThreads,
+          4 * 32};
+}
+
+// gather_tokens: lanes enough for a row, 2 to 32, share its copy; grid row i has item i. Example:
+// keys and values [1, 8, 131072, 128] in bf16, K = 2048: 16 lanes a row, 16384 rows: 2 * 1024
+// blocks.
+inline constexpr int kGatherThreads = 256;
+
+constexpr int gather_lanes(int64_t units) {
+  int lanes = 2;
+  while (lanes < 32 && lanes < units) lanes *= 2;
+  return lanes;
+}
+constexpr int64_t gather_blocks(int64_t rows, int64_t units) {
+  return at_most(divide_up(rows, kGatherThreads / gather_lanes(units)), kTopkBlocks);
+}
+constexpr LaunchPlan plan_gather(int64_t blocks, int64_t items) {
+  return {{blocks, items, 1}, kGatherThreads, 0};
+}
+
+// inverse_transform_sample: after the sort, a block a row.
+inline constexpr int kSampleThreads = 256;
+
+constexpr LaunchPlan plan_sample(int64_t rows) {
+  return {{at_most(rows, kTopkBlocks), 1, 1}, kSampleThreads, (8 + 4) * 32};
+}
+
+}  // namespace tokred::cuda
