@@ -7,15 +7,15 @@
 #include <utility>
 #include <vector>
 
+#include "attention/cuda/plan.h"
+#include "attention/cuda/plan_decode.h"
 #include "ceilings/measure.h"
-#include "kv_pack/cuda/plan_kv_pack.h"
-#include "match/cuda/plan_match.h"
-#include "merge/cuda/plan_merge.h"
-#include "packed_attn/cuda/plan_packed_attn.h"
-#include "score/cuda/plan_score.h"
-#include "sparse_attn/cuda/plan_sparse_attn.h"
-#include "sparse_attn/cuda/plan_sparse_decode.h"
-#include "topk/cuda/plan_topk.h"
+#include "kv_pack/cuda/plan.h"
+#include "match/cuda/plan.h"
+#include "merge/cuda/plan.h"
+#include "packed_attn/cuda/plan.h"
+#include "score/cuda/plan.h"
+#include "topk/cuda/plan.h"
 
 extern "C" const char* tokred_cpu_isa();
 extern "C" const char* tokred_best_cpu_isa();

@@ -113,7 +113,7 @@ inline constexpr const char* kSchemas[] = {
     // out_* [B,H,L,D], lse_* f32 [B,H,L] -> out, lse
     "combine_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)",
 
-    // kv_pack: low-bit storage; the bytes are in ops/kv_layout.h ----------------------------------
+    // kv_pack: low-bit storage; the bytes are in kv_pack/layout.h ----------------------------------
     // x [B,H,N,D] -> codes u8 [B,H,N,D*bits/8], params f16 [B,H,N | N/group_size,P]
     "kv_pack(Tensor x, int bits, SymInt group_size, str axis, str scheme, bool rotate) "
     "-> (Tensor, Tensor)",

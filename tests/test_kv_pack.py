@@ -132,7 +132,7 @@ def test_bits_of_codes_params_and_numbers(kernels: Backend, case: Case) -> None:
 
 
 def read_codes(packed: PackedKV) -> Tensor:
-    """The codes [B, H, N, D] read by what csrc/kv_pack/kv_layout.h says of their places."""
+    """The codes [B, H, N, D] read by what csrc/kv_pack/layout.h says of their places."""
 
     def read(rows: Tensor, bits: int) -> Tensor:
         codes, byte, total = [], 0, rows.shape[-1]

@@ -1,6 +1,6 @@
 """The paths of the CUDA kernels of topk, each at the sizes and in the data where it could go wrong.
 
-The paths are those of csrc/topk/cuda/plan_topk.h; every backend must agree on all of them.
+The paths are those of csrc/topk/cuda/plan.h; every backend must agree on all of them.
 """
 
 from __future__ import annotations

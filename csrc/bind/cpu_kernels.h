@@ -1,10 +1,10 @@
 // The CPU kernels as each instruction set's namespace offers them.
 #pragma once
 
-#include "match/match_params.h"
-#include "merge/merge_params.h"
-#include "packed_attn/packed_attn_params.h"
-#include "topk/topk_params.h"
+#include "match/params.h"
+#include "merge/params.h"
+#include "packed_attn/params.h"
+#include "topk/params.h"
 #include "common/cpu/parallel.h"
 
 #ifdef TOKRED_ONLY_ISA

@@ -1,10 +1,10 @@
 // The CUDA kernels as bind.cpp sees them: torch-free, one function an op, asynchronous on a stream.
 #pragma once
 
-#include "match/match_params.h"
-#include "merge/merge_params.h"
-#include "packed_attn/packed_attn_params.h"
-#include "topk/topk_params.h"
+#include "match/params.h"
+#include "merge/params.h"
+#include "packed_attn/params.h"
+#include "topk/params.h"
 
 namespace tokred::cuda {
 

@@ -4,11 +4,11 @@
 #include "kv_pack/kv_pack.h"
 #include "match/match.h"
 #include "merge/merge.h"
-#include "packed_attn/packed_attn.h"
+#include "packed_attn/packed_attention.h"
+#include "score/attention.h"
 #include "score/score.h"
-#include "score/score_attention.h"
-#include "sparse_attn/sparse_attn.h"
-#include "sparse_attn/sparse_attn_lists.h"
+#include "sparse_attn/biased_attention.h"
+#include "sparse_attn/sparse_attention.h"
 #include "topk/topk.h"
 
 namespace tokred {

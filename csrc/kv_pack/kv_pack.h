@@ -3,9 +3,9 @@
 
 #include <algorithm>
 
-#include "attention/attention_inputs.h"
+#include "attention/inputs.h"
 #include "common/overlap.h"
-#include "kv_pack/kv_pack_params.h"
+#include "kv_pack/params.h"
 
 namespace tokred {
 

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <limits>
 
-#include "match/match_params.h"
+#include "match/params.h"
 #include "tensor.h"
 
 namespace tokred {

@@ -4,7 +4,7 @@
 #include <limits>
 
 #include "common/overlap.h"
-#include "merge/merge_params.h"
+#include "merge/params.h"
 
 namespace tokred {
 

@@ -2,8 +2,8 @@
 // parameters. Compiled for every backend.
 #pragma once
 
-#include "attention/attention_inputs.h"
-#include "score/score_params.h"
+#include "attention/inputs.h"
+#include "score/params.h"
 
 namespace tokred {
 

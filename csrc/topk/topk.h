@@ -6,7 +6,7 @@
 #include <limits>
 
 #include "tensor.h"
-#include "topk/topk_params.h"
+#include "topk/params.h"
 
 namespace tokred {
 

@@ -101,7 +101,7 @@ def test_the_steps_fit_the_budget_in_order() -> None:
 
 
 def test_every_kernel_has_a_call() -> None:
-    sources = "".join(path.read_text() for path in CUDA_SOURCES.glob("*.cu*"))
+    sources = "".join(path.read_text() for path in CUDA_SOURCES.rglob("*.cu*"))
     defined = set(re.findall(r"__global__[^;{]*?\b(\w+_kernel)\s*\(", sources))
     listed = set(re.findall(r"\b(\w+_kernel)\b", (HERE / "kernels.py").read_text()))
     assert defined == listed and len(defined) > 40

@@ -1,9 +1,9 @@
-// The rotation of rows that ops/kv_layout.h defines: butterflies in f32, smallest step first, the
+// The rotation of rows that kv_pack/layout.h defines: butterflies in f32, smallest step first, the
 // same bits on every instruction set.
 #pragma once
 
 #include "common/cpu/simd.h"
-#include "kv_pack/kv_layout.h"
+#include "kv_pack/layout.h"
 
 namespace tokred::TOKRED_ISA {
 

@@ -2,7 +2,7 @@
 // once.
 #include "common/cpu/parallel.h"
 #include "common/cpu/sizes.h"
-#include "kv_pack/cpu/kv_pack_rows.h"
+#include "kv_pack/cpu/rows.h"
 
 namespace tokred::TOKRED_ISA {
 namespace {

@@ -3,10 +3,10 @@
 #pragma once
 
 #include "common/cuda/block.cuh"
-#include "kv_pack/cuda/kv_pack_codes.cuh"
-#include "kv_pack/cuda/kv_pack_groups.cuh"
-#include "kv_pack/cuda/plan_kv_pack.h"
-#include "score/cuda/score_rows.cuh"
+#include "kv_pack/cuda/codes.cuh"
+#include "kv_pack/cuda/groups.cuh"
+#include "kv_pack/cuda/plan.h"
+#include "score/cuda/rows.cuh"
 
 namespace tokred::cuda::packing {
 

@@ -7,8 +7,8 @@
 #include "common/cpu/parallel.h"
 #include "common/cpu/row.h"
 #include "common/cpu/sizes.h"
-#include "match/cpu/match_plan.h"
-#include "match/match_params.h"
+#include "match/cpu/token_map.h"
+#include "match/params.h"
 
 namespace tokred::TOKRED_ISA {
 namespace {

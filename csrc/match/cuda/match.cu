@@ -1,6 +1,6 @@
 // Which match kernel runs, and how it is launched.
 #include "common/cuda/launch.h"
-#include "match/cuda/match_plan.cuh"
+#include "match/cuda/token_map.cuh"
 
 namespace tokred::cuda {
 namespace {

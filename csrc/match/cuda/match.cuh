@@ -6,7 +6,7 @@
 // instructions, 1.3 us. With the launch the floor is about 4 us; fp32 takes six products, 14 us.
 #pragma once
 
-#include "match/cuda/match_tile.cuh"
+#include "match/cuda/tile.cuh"
 
 namespace tokred::cuda::matching {
 

@@ -5,8 +5,8 @@
 // are copied past the cache. Floor: copy bandwidth.
 #include "common/cpu/parallel.h"
 #include "common/cpu/row.h"
-#include "merge/cpu/merge_slots.h"
-#include "merge/merge_params.h"
+#include "merge/cpu/slots.h"
+#include "merge/params.h"
 
 namespace tokred::TOKRED_ISA {
 namespace {

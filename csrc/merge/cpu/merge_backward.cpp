@@ -1,8 +1,8 @@
 // Gradients of merge. A token belongs to one slot, so the slot's owner writes all its gradients.
 #include "common/cpu/parallel.h"
 #include "common/cpu/row.h"
-#include "merge/cpu/merge_slots.h"
-#include "merge/merge_params.h"
+#include "merge/cpu/slots.h"
+#include "merge/params.h"
 
 namespace tokred::TOKRED_ISA {
 namespace {

@@ -1,8 +1,8 @@
 // Applying a token map: a warp owns an output row and reads its members in ascending order.
 #pragma once
 
-#include "merge/cuda/merge_members.cuh"
-#include "merge/cuda/merge_row.cuh"
+#include "merge/cuda/members.cuh"
+#include "merge/cuda/row.cuh"
 
 namespace tokred::cuda::merging {
 

@@ -1,7 +1,7 @@
 // merge backward: two launches, three above 1024 tokens. Floor: x and grad_y read, grad_x written;
 // 40 us for [64, 577, 768] -> 561 in bf16 at the 4.3 TB/s copy rate of an H200.
+#include "merge/cuda/launch.h"
 #include "merge/cuda/merge_backward.cuh"
-#include "merge/cuda/merge_launch.h"
 
 namespace tokred::cuda {
 namespace {

@@ -9,8 +9,8 @@
 // resemble each other three times.
 #include "common/cpu/parallel.h"
 #include "common/cpu/row.h"
-#include "topk/cpu/topk_near.h"
-#include "topk/topk_params.h"
+#include "topk/cpu/near.h"
+#include "topk/params.h"
 
 namespace tokred::TOKRED_ISA {
 namespace {

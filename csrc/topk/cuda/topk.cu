@@ -5,9 +5,9 @@
 // where the instructions of the warps decide. `sorted` reads and writes all keys, 8 bytes each, in
 // 1 + log2(columns / 4096) passes.
 #include "common/cuda/launch.h"
+#include "topk/cuda/sort_launch.h"
 #include "topk/cuda/topk.cuh"
-#include "topk/cuda/topk_sort_launch.h"
-#include "topk/cuda/topk_warp.cuh"
+#include "topk/cuda/warp.cuh"
 
 namespace tokred::cuda {
 namespace {

@@ -1,8 +1,8 @@
 // The kernels of topk that give a list to a block, to several blocks, or to a sort.
 #pragma once
 
-#include "topk/cuda/topk_search.cuh"
-#include "topk/cuda/topk_select.cuh"
+#include "topk/cuda/search.cuh"
+#include "topk/cuda/select.cuh"
 
 namespace tokred::cuda::selecting {
 

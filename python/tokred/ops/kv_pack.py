@@ -79,7 +79,7 @@ class PackFormat:
 
 @dataclass(frozen=True)
 class PackedKV:
-    """Packed keys or values [B, H, N, D]; the bytes are described in csrc/kv_pack/kv_layout.h.
+    """Packed keys or values [B, H, N, D]; the bytes are described in csrc/kv_pack/layout.h.
 
     codes: uint8 [B, H, N, D * bits / 8].
     params: float16 [B, H, N, columns] along channels, [B, H, N / group_size, columns] along tokens;

@@ -1,4 +1,4 @@
-"""Low-bit storage of keys and values, in plain torch; its bytes: csrc/kv_pack/kv_layout.h."""
+"""Low-bit storage of keys and values, in plain torch; its bytes: csrc/kv_pack/layout.h."""
 
 from __future__ import annotations
 

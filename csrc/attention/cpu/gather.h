@@ -1,0 +1,203 @@
+// The (query, head) rows that share a list of keys, and the keys of a list that they see.
+#pragma once
+
+#include "attention/cpu/rows.h"
+#include "attention/cpu/tile.h"
+
+namespace tokred::TOKRED_ISA {
+
+// Rows of a task, and keys of a block: a part of the result's definition, because the softmax is
+// rescaled once a block.
+inline constexpr int64_t kMaxRows = 32;
+inline constexpr int64_t kGather = 64;
+
+// A task: some rows of one list. Row i is row first_row + i of the heads list_head * heads ..,
+// counted as Visibility counts them.
+struct ListRows {
+  int64_t batch, list_head, heads, kv_head, first_row, rows;
+  const int32_t* indices;  // null: entry i is key i
+  int64_t first_key, end_key;  // others are skipped
+};
+
+// How all rows are cut into tasks. Without indices there is one list for all, of every key.
+struct ListPlan {
+  int64_t heads;        // query heads of a kv head that share a list
+  int64_t list_heads;   // those times this are all query heads
+  int64_t block_rows;   // rows of a list, the last one's but for
+  int64_t lists, chunks, chunk_rows, tasks;
+
+  ListPlan(const AttentionParams& p, const KeyLists& lists_of)
+      : heads(lists_of.heads == p.heads_q ? 1 : p.heads_q / p.heads_kv),
+        list_heads(p.heads_q / heads),
+        block_rows(greater(smaller(lists_of.block_q, p.queries), 1) * heads),
+        lists(divide_up(p.queries * heads, block_rows)), chunks(divide_up(block_rows, kMaxRows)),
+        chunk_rows(smaller(block_rows, kMaxRows)),
+        tasks(p.batch * list_heads * lists * chunks) {}
+
+  // Tasks in the order of batch, head, list; `rows` may be 0.
+  ListRows operator()(const AttentionParams& p, const KeyLists& of, int64_t task) const {
+    const int64_t list = task / chunks % lists, head = task / chunks / lists;
+    ListRows at;
+    at.batch = head / list_heads;
+    at.list_head = head % list_heads;
+    at.heads = heads;
+    at.kv_head = at.list_head * p.heads_kv / list_heads;
+    at.first_row = list * block_rows + task % chunks * chunk_rows;
+    const int64_t end = smaller((list + 1) * block_rows, p.queries * heads);
+    at.rows = greater(smaller(chunk_rows, end - at.first_row), 0);
+    at.indices = !of.indices ? nullptr
+                             : of.indices + at.batch * of.stride_batch +
+                                   at.list_head * of.heads / list_heads * of.stride_head +
+                                   list * of.stride_list;
+    at.first_key = 0;
+    at.end_key = p.keys;
+    return at;
+  }
+};
+
+// Which of a task's rows see a key, as bits.
+class RowSight {
+ public:
+  RowSight(const AttentionParams& p, const ListRows& at)
+      : see_(p, at.batch, at.list_head, at.heads), first_(at.first_row), rows_(at.rows),
+        all_(static_cast<uint32_t>((uint64_t{1} << at.rows) - 1)) {
+    const bool one_query = first_ / at.heads == (first_ + rows_ - 1) / at.heads;
+    one_mask_ = (one_query || see_.stride_query == 0) && (at.heads == 1 || see_.stride_head == 0);
+  }
+
+  uint32_t all() const { return all_; }
+  bool hides_nothing() const {
+    return !see_.mask && see_.positions.columns == 0 && see_.limit(first_) >= see_.keys - 1;
+  }
+  uint32_t operator()(int64_t key) const {
+    uint32_t seen = all_;
+    if (key > see_.limit(first_)) {
+      seen = keep(seen, [&](int64_t row) { return key <= see_.limit(row); });
+    }
+    if (see_.mask && one_mask_) {
+      if (!*see_.row_mask(first_, key)) return 0;
+    } else if (see_.mask) {
+      seen = keep(seen, [&](int64_t row) { return *see_.row_mask(row, key); });
+    }
+    for (int64_t column = 0; column < see_.positions.columns; ++column) {
+      const int32_t position = see_.key_position(key)[column];
+      seen = keep(seen, [&](int64_t row) { return position <= see_.query_position(row)[column]; });
+    }
+    return seen;
+  }
+
+ private:
+  template <class Sees>
+  uint32_t keep(uint32_t seen, const Sees& sees) const {
+    for (int64_t i = 0; i < rows_; ++i) {
+      if (!sees(first_ + i)) seen &= ~(uint32_t{1} << i);
+    }
+    return seen;
+  }
+
+  Visibility see_;
+  int64_t first_, rows_;
+  uint32_t all_;
+  bool one_mask_;
+};
+
+// Up to kGather entries of a list that some row sees and that weigh something.
+template <class Acc>
+struct Chosen {
+  int64_t count = 0;
+  bool plain, seen_by_all;  // without biases and hidden pairs
+  uint32_t seen[kGather];
+  int32_t key[kGather], entry[kGather];
+  alignas(64) Acc bias[kGather];
+
+  // Takes entries of [first, end) from the first on that find(key, place) finds as well; returns
+  // where to go on.
+  template <class Find>
+  int64_t choose(const AttentionParams& p, const ListRows& at, const RowSight& sight,
+                 int64_t first, int64_t end, const Find& find) {
+    count = 0;
+    plain = !p.key_bias && sight.hides_nothing();
+    seen_by_all = true;
+    if (p.keys == 0) return end;
+    const int32_t* indices = at.indices;
+    first = indices ? take(p, at, sight, first, end, [=](int64_t i) { return indices[i]; }, find)
+                    : take(p, at, sight, first, end, [](int64_t i) { return i; }, find);
+    for (int64_t i = count; count > 0 && i < whole_lanes(count); ++i) bias[i] = 0;
+    return first;
+  }
+
+  // logits[row][kGather] plus the biases, -inf where a row does not see a key and behind the last.
+  void finish_logits(int64_t rows, Acc* logits) const {
+    for (int64_t row = 0; row < rows; ++row, logits += kGather) {
+      for (int64_t i = 0; i < count && !plain; i += kLanes) {
+        store(logits + i, load(logits + i) + load(bias + i));
+      }
+      for (int64_t i = count; i < whole_lanes(count); ++i) logits[i] = -kInfinity<Acc>;
+      if (seen_by_all) continue;
+      for (int64_t i = 0; i < count; ++i) {
+        logits[i] = seen[i] >> row & 1 ? logits[i] : -kInfinity<Acc>;
+      }
+    }
+  }
+
+ private:
+  template <class KeyOf, class Find>
+  int64_t take(const AttentionParams& p, const ListRows& at, const RowSight& sight, int64_t first,
+               int64_t end, const KeyOf& key_of, const Find& find) {
+    const int64_t first_key = at.first_key, end_key = at.end_key;
+    int64_t taken = 0;
+    for (; first < end && taken < kGather; ++first) {
+      const int64_t number = key_of(first);
+      if (number < first_key || number >= end_key) continue;
+      if (!plain) {
+        seen[taken] = sight(number);
+        bias[taken] = key_bias<Acc>(p, at.batch, at.kv_head, number);
+        if (seen[taken] == 0 || bias[taken] == -kInfinity<Acc>) continue;
+      }
+      if (!find(number, taken)) continue;
+      if (!plain) seen_by_all = seen_by_all && seen[taken] == sight.all();
+      key[taken] = static_cast<int32_t>(number);
+      entry[taken] = static_cast<int32_t>(first);
+      ++taken;
+    }
+    count = taken;
+    return first;
+  }
+};
+
+// The same with the rows of keys and values.
+template <class T>
+struct Gathered : Chosen<Accumulator<T>> {
+  using Chosen<Accumulator<T>>::count;
+  const T* k[kGather];  // valid up to whole_lanes(count)
+  const T* v[kGather];
+
+  int64_t choose(const AttentionParams& p, const ListRows& at, const RowSight& sight,
+                 int64_t first, int64_t end) {
+    const T* keys = key_row<T>(p.k, at.batch, at.kv_head, 0);
+    const T* values = key_row<T>(p.v, at.batch, at.kv_head, 0);
+    const int64_t key_stride = p.k.stride_token, value_stride = p.v.stride_token;
+    first = Chosen<Accumulator<T>>::choose(p, at, sight, first, end,
+                                           [&](int64_t number, int64_t i) {
+      k[i] = keys + number * key_stride;
+      v[i] = values + number * value_stride;
+      return true;
+    });
+    for (int64_t i = count; count > 0 && i < whole_lanes(count); ++i) {
+      k[i] = k[count - 1];
+      v[i] = v[count - 1];
+    }
+    return first;
+  }
+
+  // Scattered rows lie in pages of their own. A prefetch waits for its page, and everything behind
+  // it with it; one after the other without anything between them, they are looked up side by side.
+  void find_pages() const {
+    for (int64_t i = 0; i < count; ++i) {
+      __builtin_prefetch(k[i]);
+      __builtin_prefetch(v[i]);
+    }
+  }
+};
+
+}  // namespace tokred::TOKRED_ISA

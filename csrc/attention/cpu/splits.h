@@ -1,0 +1,134 @@
+// A list is cut into splits of kSplit entries, as in Flash-Decoding, whose partial results are
+// merged in order; splits are tasks where there are few lists.
+#pragma once
+
+#include "attention/cpu/gather.h"
+#include "common/cpu/parallel.h"
+
+namespace tokred::TOKRED_ISA {
+
+inline constexpr int64_t kSplit = 1024;  // entries; part of the result's definition
+
+// The partial result of some rows: out is a sum over keys of exp(logit - top) v.
+template <class Acc>
+struct Partial {
+  int64_t rows, stride;  // a row of out is `stride` numbers: whole_lanes(value_dim)
+  Acc *out, *top, *total;
+
+  Partial(Acc* memory, int64_t row_count, int64_t value_dim)
+      : rows(row_count), stride(whole_lanes(value_dim)), out(memory), top(out + rows * stride),
+        total(top + rows) {}
+  static constexpr int64_t numbers(int64_t rows, int64_t value_dim) {
+    return rows * (whole_lanes(value_dim) + 2);
+  }
+
+  void clear() {
+    fill_zero(out, rows * stride * static_cast<int64_t>(sizeof(Acc)));
+    for (int64_t row = 0; row < rows; ++row) top[row] = -kInfinity<Acc>, total[row] = 0;
+  }
+
+  // Adds keys that follow.
+  void merge(const Partial& other) {
+    for (int64_t row = 0; row < rows; ++row) {
+      const Acc greatest = other.top[row] > top[row] ? other.top[row] : top[row];
+      const Acc base = greatest > -kInfinity<Acc> ? greatest : 0;
+      const Vec<Acc> here = exp(splat(top[row] - base)), there = exp(splat(other.top[row] - base));
+      for (int64_t c = row * stride; c < (row + 1) * stride; c += kLanes) {
+        store(out + c, fma(load(out + c), here, load(other.out + c) * there));
+      }
+      const Vec<Acc> sum = fma(splat(total[row]), here, splat(other.total[row]) * there);
+      store_row(total + row, sum, 1);
+      top[row] = greatest;
+    }
+  }
+};
+
+// Turns logits [rows][kGather] into weights exp(logit - top), after moving top; shrink[row] is what
+// the sums so far are to be multiplied by.
+template <class Acc>
+__attribute__((noinline)) static void exponentiate(int64_t rows, int64_t count, Acc* weights,
+                                                   Acc* shrink, const Partial<Acc>& result) {
+  Acc base[kMaxRows];
+  for (int64_t row = 0; row < rows; ++row) {
+    const Acc* logits = weights + row * kGather;
+    Vec<Acc> most = splat(result.top[row]);
+    for (int64_t i = 0; i < count; i += kLanes) most = max(load(logits + i), most);
+    const Acc top = greatest_lane(most);
+    // A row that has seen nothing yet: exp(-inf - 0), not exp(-inf + inf).
+    base[row] = top > -kInfinity<Acc> ? top : 0;
+    shrink[row] = result.top[row] - base[row];
+    result.top[row] = top;
+  }
+  for (int64_t row = 0; row < rows; row += kLanes) {
+    store_row(shrink + row, exp(load_row(shrink + row, rows - row)), rows - row);
+  }
+  for (int64_t row = 0; row < rows; ++row) {
+    Acc* logits = weights + row * kGather;
+    Vec<Acc> sum_of = splat(Acc{0});
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const Vec<Acc> weight = exp(load(logits + i) - splat(base[row]));
+      store(logits + i, weight);
+      sum_of = sum_of + weight;
+    }
+    result.total[row] = result.total[row] * shrink[row] + sum(sum_of);
+  }
+}
+
+inline int64_t splits_of(const KeyLists& lists) {
+  return greater(divide_up(lists.length, kSplit), 1);
+}
+// Few lists are cut into tasks by their splits; of many, each is a task. The result is the same.
+inline bool splits_are_tasks(const ListPlan& plan, const KeyLists& lists, int64_t threads) {
+  return splits_of(lists) > 1 && plan.tasks < 4 * threads;
+}
+template <class Acc>
+inline int64_t split_workspace(const AttentionParams& p, const KeyLists& lists,
+                               const Parallel& parallel) {
+  const ListPlan plan(p, lists);
+  if (!splits_are_tasks(plan, lists, parallel.threads)) return 0;
+  return plan.tasks * splits_of(lists) * Partial<Acc>::numbers(plan.chunk_rows, p.value_dim) *
+         static_cast<int64_t>(sizeof(Acc));
+}
+
+// Calls run(rows, split, partial result) for all splits of all lists, merges what they leave, and
+// calls write(rows, result). p.workspace has split_workspace() bytes.
+template <class Acc, class Run, class Write>
+void run_splits(const AttentionParams& p, const KeyLists& lists, const Parallel& parallel,
+                const Run& run, const Write& write) {
+  const ListPlan plan(p, lists);
+  const int64_t splits = splits_of(lists);
+  if (!splits_are_tasks(plan, lists, parallel.threads)) {
+    parallel_tasks(parallel, plan.tasks, [&](int64_t task, int64_t) {
+      const ListRows at = plan(p, lists, task);
+      if (at.rows == 0) return;
+      alignas(64) Acc memory[2][Partial<Acc>::numbers(kMaxRows, kMaxHeadDim)];
+      Partial<Acc> result(memory[0], at.rows, p.value_dim), next(memory[1], at.rows, p.value_dim);
+      run(at, 0, result);
+      for (int64_t split = 1; split < splits; ++split) {
+        run(at, split, next);
+        result.merge(next);
+      }
+      write(at, result);
+    });
+    return;
+  }
+  const auto partial = [&](const ListRows& at, int64_t index) {
+    const int64_t numbers = Partial<Acc>::numbers(plan.chunk_rows, p.value_dim);
+    return Partial<Acc>(static_cast<Acc*>(p.workspace) + index * numbers, at.rows, p.value_dim);
+  };
+  parallel_tasks(parallel, plan.tasks * splits, [&](int64_t task, int64_t) {
+    const ListRows at = plan(p, lists, task / splits);
+    if (at.rows > 0) run(at, task % splits, partial(at, task));
+  });
+  parallel_tasks(parallel, plan.tasks, [&](int64_t task, int64_t) {
+    const ListRows at = plan(p, lists, task);
+    if (at.rows == 0) return;
+    Partial<Acc> result = partial(at, task * splits);
+    for (int64_t split = 1; split < splits; ++split) {
+      result.merge(partial(at, task * splits + split));
+    }
+    write(at, result);
+  });
+}
+
+}  // namespace tokred::TOKRED_ISA

@@ -1,0 +1,262 @@
+// Attention of few query rows over many keys: the keys of a row are split over blocks, each of
+// which sums its split with a running softmax; a second kernel adds the splits up. Every warp
+// streams tiles of its own, with no barrier but at the end, so that the copies never pause.
+#pragma once
+
+#include "attention/cuda/keys.cuh"
+#include "common/cuda/block.cuh"
+#include "sparse_attn/cuda/biased_attention.cuh"
+
+namespace tokred::cuda::attention {
+
+struct DecodeParams {
+  SparseAttentionParams sparse;  // null indices: dense attention
+  int64_t first_item;            // of this launch
+  int64_t list_items, item_rows, split_length, splits;
+
+  // Partial results, by item of the launch, split and row.
+  __device__ float* partial_out(int64_t slot) const {
+    return static_cast<float*>(sparse.attention.workspace) + slot * sparse.attention.value_dim;
+  }
+  __device__ float* partial_state(int64_t items, int64_t slot) const {  // greatest logit, sum
+    return partial_out(items * splits * item_rows) + 2 * slot;
+  }
+};
+
+template <class StorageType, int kHeadDim>
+struct DecodeConfig {
+  using T = StorageType;
+  using Key = T;  // what queries and keys meet as
+  static constexpr int kDim = kHeadDim;
+  static constexpr int kValueDim = forward_value_dim(kDim, Operand<T>::kPlanes == 3);
+  static constexpr DecodeTiles kTiles = decode_tiles(kDim, Operand<T>::kPlanes == 3);
+  static constexpr int kWarps = kTiles.warps, kStages = kTiles.stages;
+  static constexpr int kThreads = kTiles.threads();
+  static constexpr int kRowTiles = 1, kRows = kDecodeRows, kKeys = kDecodeKeys;
+  static constexpr bool kQueryInRegisters = Operand<T>::kPlanes == 1 && kDim <= 128;
+};
+
+// Of 16-bit keys that are rotated to the places of their entries.
+template <class StorageType, int kHeadDim>
+struct RotatedDecodeConfig : DecodeConfig<float, kHeadDim> {
+  using T = StorageType;
+  using Key = Split<T>;
+};
+
+template <class C>
+struct DecodeShared {
+  struct Stage {
+    StreamedTile<typename C::Key, C::kKeys, C::kDim> key;
+    StreamedTile<typename C::T, C::kKeys, C::kValueDim> value;
+    KeySlots<C::kKeys> slots;
+  };
+  Tile<typename C::Key, C::kRows, C::kDim> query;
+  union {
+    Stage stage[C::kWarps][C::kStages];
+    float out[C::kWarps][C::kRows][C::kValueDim];  // of the warps, when all tiles are done
+  };
+  RowSight sight[C::kRows];
+  float top[C::kWarps][C::kRows], sum[C::kWarps][C::kRows];
+};
+
+// The rows of one item: up to kDecodeRows rows of one list.
+struct ItemRows {
+  ListView list;
+  uint32_t first_row;
+  int rows;
+
+  // The last list of a head may have fewer rows than the others, and even none for an item.
+  __device__ ItemRows(const DecodeParams& p, int64_t item)
+      : list(p.sparse.attention, p.sparse.lists, item / p.list_items),
+        first_row(list.first_row + static_cast<uint32_t>(item % p.list_items * kDecodeRows)) {
+    const uint32_t end = list.view.rows;
+    rows = first_row < end ? static_cast<int>(min(end - first_row, uint32_t{kDecodeRows})) : 0;
+  }
+};
+
+template <class C>
+struct DecodeBlock {
+  using T = typename C::T;
+  const SparseAttentionParams& p;
+  const ItemRows& item;
+  const RowSource<T> keys, values;
+
+  __device__ DecodeBlock(const SparseAttentionParams& p, const ItemRows& item)
+      : p(p), item(item),
+        keys(p.attention.k, item.list.view.batch, item.list.key_head, 0, p.attention.head_dim),
+        values(p.attention.v, item.list.view.batch, item.list.key_head,
+               blockIdx.z * int64_t{C::kValueDim}, p.attention.value_dim) {}
+
+  __device__ __forceinline__ void load_rows(DecodeShared<C>& shared) const {
+    const HeadView& view = item.list.view;
+    const RowSource<T> queries(p.attention.q, view.batch, 0, 0, p.attention.head_dim);
+    load_queries<C::kThreads>(shared.query, queries, view, item.first_row);
+    cp_async_commit();
+    const int thread = static_cast<int>(threadIdx.x);
+    if (thread >= C::kRows) return;
+    shared.sight[thread] =
+        row_sight(p.attention, view, min(item.first_row + thread, view.rows - 1));
+  }
+
+  // Starts this warp's copies of a tile, whose keys its first lanes bring.
+  __device__ __forceinline__ void load_tile_of_warp(typename DecodeShared<C>::Stage& stage,
+                                                    const KeyInfo& info, int64_t position) const {
+    if (lane_id() < C::kKeys) {
+      stage.slots.key[lane_id()] = info.key;
+      stage.slots.bias[lane_id()] = info.bias;
+    }
+    __syncwarp();
+    load_listed_keys<C, kWarp>(stage.key, keys, p.rotation, position,
+                               listed_rows(keys, stage.slots), lane_id());
+    load_tile<kWarp>(stage.value, values.first, values.columns, values.aligned,
+                     listed_rows(values, stage.slots), lane_id());
+  }
+};
+
+// Column `column` of a row, and with column 0 its lse, from sums in units of 2^top.
+template <class T>
+__device__ __forceinline__ void store_result(const AttentionParams& p, const HeadView& view,
+                                             uint32_t row, int column, float top, float sum,
+                                             float out) {
+  T* result = static_cast<T*>(p.out) + view.batch * p.out_stride_batch +
+              view.query_head(row) * p.out_stride_head + view.query(row) * p.out_stride_token;
+  result[column] = from_float<T>(sum == 0.0f ? 0.0f : out / sum);
+  if (column == 0) {
+    static_cast<float*>(p.lse)[view.flat_row(p, row)] =
+        sum == 0.0f ? -kInfinity : (top + log2f(sum)) * kLn2;
+  }
+}
+
+// Puts what this warp has summed where the block finds it.
+template <class C, class Shared>
+__device__ __forceinline__ void keep_warp_state(const ForwardState<C>& state, Shared& shared) {
+  const int warp = warp_id();
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int row = h * 8 + lane_id() / 4;
+    const float sum = warp_sum<4>(state.sum[0][h]);
+    shared.top[warp][row] = state.top[0][h];
+    shared.sum[warp][row] = sum;
+#pragma unroll
+    for (int j = 0; j < C::kValueDim / 8; ++j) {
+      float* out = &shared.out[warp][row][8 * j + lane_id() % 4 * 2];
+      out[0] = state.out[0][j][2 * h];
+      out[1] = state.out[0][j][2 * h + 1];
+    }
+  }
+}
+
+// What a row's sums of each warp count for, in the order of the warps.
+template <class C>
+struct WarpWeights {
+  float of[C::kWarps], top = -kInfinity, sum = 0.0f;
+
+  template <class Shared>
+  __device__ __forceinline__ WarpWeights(const Shared& shared, int row) {
+#pragma unroll
+    for (int w = 0; w < C::kWarps; ++w) top = fmaxf(top, shared.top[w][row]);
+    const float base = top == -kInfinity ? 0.0f : top;
+#pragma unroll
+    for (int w = 0; w < C::kWarps; ++w) {
+      of[w] = exp2_approx(shared.top[w][row] - base);
+      sum = fmaf(of[w], shared.sum[w][row], sum);
+    }
+  }
+};
+
+// Column `column` of a row of this block: the result itself, or that of its split.
+template <class T>
+__device__ __forceinline__ void store_split(const DecodeParams& p, const ItemRows& item, int row,
+                                            int column, float top, float sum, float out) {
+  if (p.splits == 1) {
+    return store_result<T>(p.sparse.attention, item.list.view, item.first_row + row, column, top,
+                           sum, out);
+  }
+  const int64_t slot = (blockIdx.x * p.splits + blockIdx.y) * p.item_rows + row;
+  p.partial_out(slot)[column] = out;
+  if (column > 0) return;
+  float* partial = p.partial_state(gridDim.x, slot);
+  partial[0] = top;
+  partial[1] = sum;
+}
+
+// What the warps have summed becomes the result of the block.
+template <class C>
+__device__ __forceinline__ void finish_split(const ForwardState<C>& state, DecodeShared<C>& shared,
+                                             const DecodeParams& p, const ItemRows& item) {
+  __syncthreads();
+  keep_warp_state(state, shared);
+  __syncthreads();
+  const int first_column = static_cast<int>(blockIdx.z) * C::kValueDim;
+  const int value_dim = static_cast<int>(p.sparse.attention.value_dim);
+  const int columns = min(value_dim - first_column, C::kValueDim);
+  for (int i = static_cast<int>(threadIdx.x); i < item.rows * columns; i += C::kThreads) {
+    const int row = i / columns, column = i % columns;
+    const WarpWeights<C> weights(shared, row);
+    float out = 0.0f;
+#pragma unroll
+    for (int w = 0; w < C::kWarps; ++w) {
+      out = fmaf(weights.of[w], shared.out[w][row][column], out);
+    }
+    store_split<typename C::T>(p, item, row, first_column + column, weights.top, weights.sum, out);
+  }
+}
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, 1)
+    decode_kernel(const __grid_constant__ DecodeParams p) {
+  auto& shared = shared_memory<DecodeShared<C>>();
+  const AttentionParams& a = p.sparse.attention;
+  const ItemRows item(p, p.first_item + blockIdx.x);
+  if (item.rows == 0) return;
+  const DecodeBlock<C> block(p.sparse, item);
+
+  const int64_t first = blockIdx.y * p.split_length;
+  const int64_t end = min(first + p.split_length, item.list.length);
+  const int64_t step = C::kWarps * C::kKeys, mine = first + warp_id() * C::kKeys;
+  const int tiles = static_cast<int>(max((end - mine + step - 1) / step, int64_t{0}));
+  KeyStream stream(a, item.list, lane_id() < C::kKeys ? mine + lane_id() : end, step, end);
+  auto& stages = shared.stage[warp_id()];
+  const auto load = [&](int tile) {
+    if (tile < tiles) {
+      block.load_tile_of_warp(stages[tile % C::kStages], stream.next(), mine + tile * step);
+    }
+    cp_async_commit();
+  };
+
+  block.load_rows(shared);
+#pragma unroll
+  for (int tile = 0; tile < C::kStages - 1; ++tile) load(tile);
+  cp_async_wait<C::kStages - 1>();  // the queries
+  __syncthreads();
+
+  ForwardState<C> state;
+  start(state);
+  Left<typename C::Key> query[C::kQueryInRegisters ? C::kDim / 16 : 1];
+  if constexpr (C::kQueryInRegisters) {
+#pragma unroll
+    for (int k = 0; k < C::kDim / 16; ++k) load_left(query[k], shared.query, 0, 16 * k);
+  }
+  const float scale = static_cast<float>(a.scale) * kLog2E;
+  const bool careful = rows_differ(a);
+  for (int tile = 0; tile < tiles; ++tile) {
+    cp_async_wait<C::kStages - 2>();
+    __syncwarp();  // all lanes have their copies, and are done with the tile before
+    load(tile + C::kStages - 1);
+    const auto& stage = stages[tile % C::kStages];
+    float weights[1][C::kKeys / 8][4];
+    multiply_by_rows<C::kDim>(weights, stage.key, [&](int k, int) {
+      if constexpr (C::kQueryInRegisters) return query[k];
+      Left<typename C::Key> left;
+      load_left(left, shared.query, 0, 16 * k);
+      return left;
+    });
+    list_logits(weights, stage.slots, shared.sight, a, item.list.view.batch, scale, careful,
+                [](int, int h) { return h * 8 + lane_id() / 4; });
+    to_weights(weights, state);
+    accumulate(state.out, weights, stage.value);
+  }
+  finish_split(state, shared, p, item);
+}
+
+}  // namespace tokred::cuda::attention

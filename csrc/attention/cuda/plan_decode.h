@@ -1,0 +1,177 @@
+// Tiles and launch plans of attention with few query rows (decode) and over index lists.
+#pragma once
+
+#include "attention/cuda/plan.h"
+
+namespace tokred::cuda {
+
+inline constexpr int kDecodeRows = 16;         // query rows of a block: a tile of the tensor cores
+inline constexpr int kDecodeKeys = 16;         // keys of a tile
+inline constexpr int kCombineThreads = 256;
+inline constexpr int64_t kMaxDecodeRows = 64;  // that share their keys
+inline constexpr int64_t kMaxItems = 1 << 30;  // of a launch
+inline constexpr int64_t kMaxPartialBytes = int64_t{64} << 20;
+
+// Which query rows share which keys. The lists of a head follow each other, block_q queries each;
+// the heads of a group share one (heads = Hkv) or have one each (heads = Hq). Dense attention is
+// one list of all keys.
+struct ListShape {
+  AttentionShape attention;
+  int64_t heads, length, block_q;  // Hkv or Hq, keys of a list, queries of a list
+
+  constexpr int64_t lists() const {
+    return block_q > 0 ? divide_up(attention.queries, block_q) : 0;
+  }
+  constexpr int64_t all_lists() const { return attention.batch * heads * lists(); }
+  constexpr int64_t rows() const { return block_q * (attention.heads_q / heads); }  // of a list
+};
+
+constexpr ListShape dense_list(const AttentionShape& s) {
+  return {s, s.heads_kv, s.keys, s.queries};
+}
+
+// Decode: a block for kDecodeRows rows, one split of their keys, and a part of the value columns as
+// in forward_value_dim. The warps take the tiles of keys in turn, each with copies of its own.
+struct DecodeTiles {
+  int warps;
+  int stages;  // tiles of a warp under way or at work, at least 2
+
+  constexpr int threads() const { return 32 * warps; }
+};
+constexpr DecodeTiles decode_tiles(int dim, bool is_float) {
+  if (is_float) return {dim <= 128 ? 4 : 2, dim <= 64 ? 3 : 2};
+  return {4, dim <= 64 ? 4 : dim <= 128 ? 3 : 2};
+}
+constexpr int decode_head_dim(int64_t dim) { return dim <= 64 ? 64 : dim <= 128 ? 128 : 256; }
+
+// Rows of f32 as they are; four longer, so that columns of them lie in different banks.
+constexpr int raw_pitch(int dim) { return dim + 4; }
+
+constexpr int64_t decode_shared_bytes(int dim, bool is_float) {
+  const DecodeTiles t = decode_tiles(dim, is_float);
+  const int value_dim = forward_value_dim(dim, is_float);
+  const int64_t stage = is_float
+                            ? int64_t{4} * kDecodeKeys * (raw_pitch(dim) + raw_pitch(value_dim))
+                            : 2 * attention_tile_bytes(dim, kDecodeKeys, 1);
+  return attention_tile_bytes(dim, kDecodeRows, is_float ? 3 : 1) +
+         t.warps * t.stages * (stage + 8 * kDecodeKeys) + (24 + 8 * t.warps) * kDecodeRows;
+}
+
+// Whether so few rows share their keys that splitting the keys is what fills the device. Where a
+// head has many lists they fill it too, and more than one tile of rows is better kept together.
+constexpr bool is_decode(const ListShape& s) {
+  return s.rows() <= (s.lists() == 1 ? kMaxDecodeRows : kDecodeRows);
+}
+
+// Splits and their length both grow with the square root of the keys: 16 splits of 128 keys for
+// 2048, 128 of 1024 for 131072. Nothing else decides, so that a row never sees its batch.
+constexpr int64_t decode_split_length(int64_t keys) {
+  int64_t length = 128;
+  while (length * length / 8 < keys) length *= 2;
+  return length;
+}
+constexpr int64_t decode_splits(int64_t keys) {
+  return keys > 0 ? divide_up(keys, decode_split_length(keys)) : 1;
+}
+
+// An item is up to kDecodeRows rows of one list.
+constexpr int64_t decode_item_rows(const ListShape& s) {
+  return s.rows() < kDecodeRows ? s.rows() : kDecodeRows;
+}
+constexpr int64_t decode_items(const ListShape& s) {
+  return s.all_lists() * divide_up(s.rows(), kDecodeRows);
+}
+// What the splits of an item leave in the workspace: sums in f32, the greatest logit and the sum of
+// weights of each row. One split leaves nothing.
+constexpr int64_t decode_item_bytes(const ListShape& s) {
+  const int64_t splits = decode_splits(s.length);
+  return splits == 1 ? 0 : 4 * splits * decode_item_rows(s) * (s.attention.value_dim + 2);
+}
+// Items of one launch, so that a prefill of many short lists needs no large workspace.
+constexpr int64_t decode_launch_items(const ListShape& s) {
+  const int64_t items = decode_items(s), bytes = decode_item_bytes(s);
+  int64_t most = kMaxItems;
+  if (bytes > 0) most = bytes < kMaxPartialBytes ? kMaxPartialBytes / bytes : 1;
+  return items < most ? items : most;
+}
+constexpr int64_t decode_workspace_bytes(const ListShape& s) {
+  return decode_launch_items(s) * decode_item_bytes(s);
+}
+
+// Example: B = 1, Hq = 32, Hkv = 8, L = 1, N = 131072, D = 128 in bf16: 8 items of 4 rows and 128
+// splits of 1024 keys, 1024 blocks of 128 threads and 111 KB, of which two fit a multiprocessor;
+// the partial results take 2 MB. With lists of 2048 keys: 8 x 16 = 128 blocks.
+constexpr LaunchPlan plan_decode(const ListShape& s, int64_t items) {
+  const AttentionShape& a = s.attention;
+  const int dim = decode_head_dim(a.dim());
+  const int64_t parts = divide_up(a.value_dim, forward_value_dim(dim, a.is_float));
+  return {{items, decode_splits(s.length), parts}, decode_tiles(dim, a.is_float).threads(),
+          decode_shared_bytes(dim, a.is_float)};
+}
+
+// A block for each row. The example above: 32 blocks of 8 warps that share out the splits.
+constexpr int64_t combine_shared_bytes() { return 4 * (kCombineThreads / 32) * (256 + 1); }
+constexpr LaunchPlan plan_combine(const ListShape& s, int64_t items) {
+  return {{decode_splits(s.length) == 1 ? 0 : items * decode_item_rows(s), 1, 1}, kCombineThreads,
+          combine_shared_bytes()};
+}
+
+// Over lists, more rows than decode takes: a block for tiles.rows() rows of one list and a part of
+// the value columns, as in biased_attention. The keys of three tiles are known at a time.
+constexpr int64_t list_forward_shared_bytes(int dim, bool is_float) {
+  const AttentionTiles t = forward_tiles(dim, is_float);
+  const int value_dim = forward_value_dim(dim, is_float);
+  const int64_t stage = attention_tile_bytes(dim, t.columns, t.planes) +
+                        attention_tile_bytes(value_dim, t.columns, t.planes);
+  return attention_tile_bytes(dim, t.rows(), t.planes) + t.stages * stage + 24 * t.columns +
+         24 * t.rows();
+}
+// Example: B = 1, Hq = 32, Hkv = 8, L = 4096, block_q = 64, D = 128 in bf16: 8 x 64 lists of 256
+// rows, 64 to a block: 2048 blocks.
+constexpr LaunchPlan plan_list_forward(const ListShape& s) {
+  const AttentionShape& a = s.attention;
+  const int dim = forward_head_dim(a.dim(), a.is_float);
+  const AttentionTiles tiles = forward_tiles(dim, a.is_float);
+  const int64_t parts = divide_up(a.value_dim, forward_value_dim(dim, a.is_float));
+  return {{s.all_lists() * parts * divide_up(s.rows(), tiles.rows()), 1, 1}, tiles.threads(),
+          list_forward_shared_bytes(dim, a.is_float)};
+}
+
+// Backward over lists. Of the rows of one list:
+constexpr int64_t list_grad_query_shared_bytes(int dim, bool is_float) {
+  const AttentionTiles t = backward_tiles(dim, is_float);
+  return 2 * attention_tile_bytes(dim, t.rows(), t.planes) +
+         t.stages * 2 * attention_tile_bytes(dim, t.columns, t.planes) + 24 * t.columns +
+         40 * t.rows();
+}
+constexpr int64_t list_grad_query_blocks(const ListShape& s) {
+  const int dim = backward_head_dim(s.attention.dim());
+  return s.all_lists() * divide_up(s.rows(), backward_tiles(dim, s.attention.is_float).rows());
+}
+// `blocks` of them in one launch, at most kMaxItems.
+constexpr LaunchPlan plan_list_grad_query(const ListShape& s, int64_t blocks) {
+  const int dim = backward_head_dim(s.attention.dim());
+  return {{blocks < kMaxItems ? blocks : kMaxItems, 1, 1},
+          backward_tiles(dim, s.attention.is_float).threads(),
+          list_grad_query_shared_bytes(dim, s.attention.is_float)};
+}
+// And of the keys, whose blocks count how often each list of a tile of rows names each of them.
+constexpr int64_t list_grad_key_shared_bytes(int dim, bool is_float) {
+  const AttentionTiles t = backward_tiles(dim, is_float);
+  return 96 + 2 * attention_tile_bytes(dim, t.rows(), t.planes) +
+         2 * attention_tile_bytes(dim, t.columns, t.planes) + 40 * t.columns + 8 * t.rows() +
+         4 * t.columns * (2 * t.rows() + 4);
+}
+constexpr LaunchPlan plan_list_grad_key(const ListShape& s) {
+  LaunchPlan plan = plan_grad_key(s.attention);
+  plan.shared_bytes =
+      list_grad_key_shared_bytes(backward_head_dim(s.attention.dim()), s.attention.is_float);
+  return plan;
+}
+
+// A warp for each row of [B, H, L]. Example: B = 1, H = 32, L = 1: 4 blocks.
+constexpr LaunchPlan plan_combine_states(int64_t rows) {
+  return {{divide_up(rows, kCombineThreads / 32), 1, 1}, kCombineThreads, 0};
+}
+
+}  // namespace tokred::cuda

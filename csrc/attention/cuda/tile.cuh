@@ -1,0 +1,281 @@
+// Tiles in shared memory and their products on the tensor cores, for attention forward and
+// backward. f32 is split exactly into three bf16 planes, x = high + middle + low, and a product
+// takes the six pairs of planes that matter: six times the work of bf16, for the accuracy of an
+// fp32 dot product. (An infinity among f32 inputs comes out as NaN.)
+#pragma once
+
+#include "attention/cuda/visibility.cuh"
+#include "common/cuda/chunk.cuh"
+#include "common/cuda/ptx.cuh"
+#include "sparse_attn/params.h"
+
+namespace tokred::cuda::attention {
+
+template <class T>
+struct Operand {
+  using Element = T;
+  static constexpr int kPlanes = 1;
+};
+template <>
+struct Operand<float> {
+  using Element = bf16;
+  static constexpr int kPlanes = 3;
+};
+
+template <class T, int kRowCount, int kHeadDim>
+struct Tile {
+  static constexpr int kRows = kRowCount, kDim = kHeadDim;
+  static constexpr int kPitch = attention_pitch(kDim);
+  alignas(16) typename Operand<T>::Element plane[Operand<T>::kPlanes][kRows][kPitch];
+};
+
+// A pair of neighbours as fragments hold them, one register a plane.
+template <class T>
+__device__ __forceinline__ void split_pair(float x, float y, uint32_t (&out)[Operand<T>::kPlanes]) {
+  if constexpr (Operand<T>::kPlanes == 1) {
+    out[0] = pack_pair<T>(x, y);
+  } else {
+#pragma unroll
+    for (int plane = 0; plane < 3; ++plane) {
+      const uint32_t low = __float_as_uint(x) >> 16, high = __float_as_uint(y) & 0xffff0000u;
+      out[plane] = low | high;
+      x -= __uint_as_float(low << 16);
+      y -= __uint_as_float(high);
+    }
+  }
+}
+
+// Loading ----------------------------------------------------------------------------------------
+
+// What a tile is loaded from: numbers of its own type, but of T for Split<T>.
+template <class T>
+struct StoredAs {
+  using type = T;
+};
+
+// Whether every row of t starts at a multiple of 16 bytes.
+template <class T>
+__host__ __device__ __forceinline__ bool is_aligned(const HeadTensor& t) {
+  const int64_t strides = t.stride_batch | t.stride_head | t.stride_token;
+  return ((reinterpret_cast<uintptr_t>(t.data) | strides * sizeof(T)) & 15) == 0;
+}
+
+template <class T>
+__device__ __forceinline__ void load_eight(float (&x)[8], const T* source, int count,
+                                           bool aligned) {
+  if constexpr (sizeof(T) == 4) {
+    if (aligned && count == 8) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const Chunk bits = load_chunk(source + 4 * half);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[4 * half + i] = __uint_as_float(bits.word[i]);
+      }
+      return;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] = i < count ? to_float(source[i]) : 0.0f;
+}
+
+// Fills a tile with rows of `dim` elements; row(r) is where row r lies, or null for a row of zeros.
+// Complete once the copies have been waited for and the block has met. `anywhere` is any address
+// that copies of nothing may name; `thread` counts the kThreads that call.
+template <int kThreads, class T, int kRows, int kDim, class Row>
+__device__ __forceinline__ void load_tile(Tile<T, kRows, kDim>& tile,
+                                          const typename StoredAs<T>::type* anywhere, int dim,
+                                          bool aligned, Row row,
+                                          int thread = static_cast<int>(threadIdx.x)) {
+  constexpr int kPlanes = Operand<T>::kPlanes, kChunks = kDim / 8;
+  // As far as registers allow.
+  [[maybe_unused]] constexpr int kUnroll = kDim <= 128 ? 2 : 1;
+#pragma unroll kUnroll
+  for (int i = thread; i < kRows * kChunks; i += kThreads) {
+    const int r = i / kChunks, column = i % kChunks * 8;
+    const auto* source = row(r);
+    const int count = source ? max(0, min(dim - column, 8)) : 0;
+    if (kPlanes == 1 && aligned) {
+      cp_async_16(&tile.plane[0][r][column], count ? source + column : anywhere, 2 * count);
+      continue;
+    }
+    float x[8];
+    load_eight(x, source + (count ? column : 0), count, aligned);
+    uint32_t pairs[4][kPlanes];
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) split_pair<T>(x[2 * pair], x[2 * pair + 1], pairs[pair]);
+#pragma unroll
+    for (int plane = 0; plane < kPlanes; ++plane) {
+      store_chunk(&tile.plane[plane][r][column],
+                  {{pairs[0][plane], pairs[1][plane], pairs[2][plane], pairs[3][plane]}});
+    }
+  }
+}
+
+// Products ---------------------------------------------------------------------------------------
+
+// A 16 x 16 left operand.
+template <class T>
+struct Left {
+  uint32_t plane[Operand<T>::kPlanes][4];
+};
+
+// d += a . (plane `plane` of the right operand), less the pairs too small to matter.
+template <class T>
+__device__ __forceinline__ void multiply(float (&d)[4], const Left<T>& a, const uint32_t (&b)[2],
+                                         int plane) {
+#pragma unroll
+  for (int other = Operand<T>::kPlanes - 1 - plane; other >= 0; --other) {
+    mma(typename Operand<T>::Element{}, d, a.plane[other], b);
+  }
+}
+
+template <class T, int kRows, int kDim>
+__device__ __forceinline__ void load_left(Left<T>& a, const Tile<T, kRows, kDim>& tile, int row,
+                                          int column) {
+#pragma unroll
+  for (int plane = 0; plane < Operand<T>::kPlanes; ++plane) {
+    ldmatrix_x4(a.plane[plane],
+                &tile.plane[plane][row + lane_id() % 16][column + lane_id() / 16 * 8]);
+  }
+}
+
+// Two 16 x 8 right operands of one plane: rows of the tile as their columns, or (kTransposed) as
+// their rows.
+template <bool kTransposed, class T, int kRows, int kDim>
+__device__ __forceinline__ void load_right(uint32_t (&b)[2][2], const Tile<T, kRows, kDim>& tile,
+                                           int plane, int row, int column) {
+  const int lane = lane_id();
+  uint32_t r[4];
+  if constexpr (kTransposed) {
+    ldmatrix_x4_trans(r, &tile.plane[plane][row + lane % 16][column + lane / 16 * 8]);
+  } else {
+    ldmatrix_x4(r, &tile.plane[plane][row + lane % 8 + lane / 16 * 8][column + lane / 8 % 2 * 8]);
+  }
+  b[0][0] = r[0];
+  b[0][1] = r[1];
+  b[1][0] = r[2];
+  b[1][1] = r[3];
+}
+
+// out[i] = rows of the left operand . rows of the tile, 16 rows on the left for each i; left(k, i)
+// gives columns 16 k .. 16 k + 15 of them.
+template <int kDim, class T, int kRowTiles, int kColumns, class LeftAt>
+__device__ __forceinline__ void multiply_by_rows(float (&out)[kRowTiles][kColumns / 8][4],
+                                                 const Tile<T, kColumns, kDim>& tile,
+                                                 LeftAt left) {
+#pragma unroll
+  for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+    for (int j = 0; j < kColumns / 8; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) out[i][j][e] = 0.0f;
+    }
+  }
+  [[maybe_unused]] constexpr int kUnroll =
+      Operand<T>::kPlanes == 1 ? (kDim <= 128 ? kDim / 16 : 2) : 1;
+#pragma unroll kUnroll
+  for (int k = 0; k < kDim / 16; ++k) {
+    Left<T> a[kRowTiles];
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) a[i] = left(k, i);
+#pragma unroll
+    for (int j = 0; j < kColumns / 16; ++j) {
+#pragma unroll
+      for (int plane = Operand<T>::kPlanes - 1; plane >= 0; --plane) {
+        uint32_t b[2][2];
+        load_right<false>(b, tile, plane, 16 * j, 16 * k);
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i) {
+          multiply(out[i][2 * j], a[i], b[0], plane);
+          multiply(out[i][2 * j + 1], a[i], b[1], plane);
+        }
+      }
+    }
+  }
+}
+
+// out[i] += weights[i] . tile: products of one kind become the left operand of the next, since a
+// lane holds the same rows and columns of both.
+template <class T, int kRowTiles, int kColumns, int kDim>
+__device__ __forceinline__ void accumulate(float (&out)[kRowTiles][kDim / 8][4],
+                                           const float (&weights)[kRowTiles][kColumns / 8][4],
+                                           const Tile<T, kColumns, kDim>& tile) {
+#pragma unroll
+  for (int k = 0; k < kColumns / 16; ++k) {
+    Left<T> a[kRowTiles];
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+      for (int quarter = 0; quarter < 4; ++quarter) {
+        const float* w = &weights[i][2 * k + quarter / 2][quarter % 2 * 2];
+        uint32_t pair[Operand<T>::kPlanes];
+        split_pair<T>(w[0], w[1], pair);
+#pragma unroll
+        for (int plane = 0; plane < Operand<T>::kPlanes; ++plane) {
+          a[i].plane[plane][quarter] = pair[plane];
+        }
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kDim / 16; ++j) {
+#pragma unroll
+      for (int plane = Operand<T>::kPlanes - 1; plane >= 0; --plane) {
+        uint32_t b[2][2];
+        load_right<true>(b, tile, plane, 16 * k, 16 * j);
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i) {
+          multiply(out[i][2 * j], a[i], b[0], plane);
+          multiply(out[i][2 * j + 1], a[i], b[1], plane);
+        }
+      }
+    }
+  }
+}
+
+// Stores columns column, column + 1 of a row of `dim`.
+template <class T>
+__device__ __forceinline__ void store_pair(T* row, int column, int dim, float x, float y) {
+  if (column < dim) row[column] = from_float<T>(x);
+  if (column + 1 < dim) row[column + 1] = from_float<T>(y);
+}
+
+// Rows and keys ----------------------------------------------------------------------------------
+
+// The rows of a head of k or v, or of a batch item of q or grad_out (head 0), from a column on.
+template <class T>
+struct RowSource {
+  const HeadTensor& tensor;
+  const T* first;
+  int columns;
+  bool aligned;
+
+  __device__ RowSource(const HeadTensor& t, int64_t batch, int64_t head, int64_t column,
+                       int64_t columns)
+      : tensor(t), first(static_cast<const T*>(t.data) + batch * t.stride_batch +
+                         head * t.stride_head + column),
+        columns(static_cast<int>(columns - column)), aligned(is_aligned<T>(t)) {}
+};
+
+template <int kThreads, class T, int kRows, int kDim>
+__device__ __forceinline__ void load_keys(Tile<T, kRows, kDim>& tile, const RowSource<T>& source,
+                                          const AttentionParams& p, const HeadView& view,
+                                          int64_t first_key) {
+  load_tile<kThreads>(tile, source.first, source.columns, source.aligned, [&](int r) {
+    const int64_t key = first_key + r;
+    return view.key_exists(p, key) ? source.first + key * source.tensor.stride_token : nullptr;
+  });
+}
+
+template <int kThreads, class TileType, class T, int kRows, int kDim>
+__device__ __forceinline__ void load_queries(Tile<TileType, kRows, kDim>& tile,
+                                             const RowSource<T>& source, const HeadView& view,
+                                             int64_t first_row) {
+  load_tile<kThreads>(tile, source.first, source.columns, source.aligned, [&](int r) {
+    const auto row = static_cast<uint32_t>(first_row + r);
+    return row < view.rows ? source.first + view.query_head(row) * source.tensor.stride_head +
+                                 view.query(row) * source.tensor.stride_token
+                           : nullptr;
+  });
+}
+
+}  // namespace tokred::cuda::attention

@@ -1,0 +1,166 @@
+// Checks and views of the tensors of an attention: queries, keys, and who attends to whom.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "attention/params.h"
+#include "tensor.h"
+
+namespace tokred {
+
+inline HeadTensor head_tensor(const Tensor& t) {
+  return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+inline void check_heads(const Tensor& t, const char* name, const Tensor& like) {
+  check_dim(t, name, 4, "[B, H, N, D]");
+  check_last_contiguous(t, name);
+  check_same_dtype(t, name, like, "q");
+  check_same_device(t, name, like, "q");
+}
+
+inline void check_token_count(const Tensor& t, const char* name, int64_t dim) {
+  TOKRED_CHECK(t.size(dim) <= std::numeric_limits<int32_t>::max(), name,
+               " may have at most 2^31 - 1 tokens, got ", t.size(dim));
+}
+
+// Slot ids i32 [B, rows].
+inline void check_slots(const Tensor& slots, int64_t batch, const char* shape, const Tensor& like,
+                        const char* like_name) {
+  check_shape(slots, "slots", {batch, -1}, shape);
+  check_dtype(slots, "slots", ScalarType::Int);
+  check_same_device(slots, "slots", like, like_name);
+  check_last_contiguous(slots, "slots");
+  check_token_count(slots, "slots", 1);
+}
+
+inline void check_head_dim(const Tensor& t, const char* name, int64_t dim) {
+  TOKRED_CHECK(t.size(dim) >= 1 && t.size(dim) <= kMaxHeadDim, "the head dimension of ", name,
+               " must be between 1 and ", kMaxHeadDim, ", got ", t.size(dim));
+}
+
+inline void check_groups(int64_t heads_q, int64_t heads_kv) {
+  TOKRED_CHECK(heads_q > 0 && heads_kv > 0 && heads_q % heads_kv == 0,
+               "the heads of q must be a multiple of the heads of k, and at least one, got ",
+               heads_q, " and ", heads_kv);
+}
+
+inline double attention_scale(std::optional<double> scale, int64_t head_dim) {
+  TOKRED_CHECK(!scale || std::isfinite(*scale), "scale must be finite, got ", *scale);
+  return scale ? *scale : 1.0 / std::sqrt(static_cast<double>(head_dim));
+}
+
+inline void set_key_bias(AttentionParams& p, const OptionalTensor& bias, const Tensor& q) {
+  if (!bias) return;
+  check_dim(*bias, "key_bias", 3, "[B | 1, Hkv | 1, N]");
+  check_dtype(*bias, "key_bias", accumulator_type(q));
+  check_same_device(*bias, "key_bias", q, "q");
+  TOKRED_CHECK((bias->size(0) == p.batch || bias->size(0) == 1) &&
+                   (bias->size(1) == p.heads_kv || bias->size(1) == 1) && bias->size(2) == p.keys,
+               "key_bias must be [B | 1, Hkv | 1, N] with B = ", p.batch, ", Hkv = ", p.heads_kv,
+               ", N = ", p.keys, ", got shape ", shape_string(*bias));
+  p.key_bias = bias->const_data_ptr();
+  p.bias_stride_batch = broadcast_stride(*bias, 0);
+  p.bias_stride_head = broadcast_stride(*bias, 1);
+  p.bias_stride_key = bias->stride(2);
+}
+
+// A bool tensor of four dimensions, each of which but the last may be 1 instead of what it is of.
+inline MaskView broadcast_mask(const Tensor& mask, const char* name, const char* layout,
+                               const int64_t (&want)[4], int64_t broadcast_dims, const Tensor& q) {
+  MaskView view;
+  check_dim(mask, name, 4, layout);
+  check_dtype(mask, name, ScalarType::Bool);
+  check_same_device(mask, name, q, "q");
+  for (int64_t dim = 0; dim < 4; ++dim) {
+    const bool broadcasts = dim < broadcast_dims && mask.size(dim) == 1;
+    TOKRED_CHECK(mask.size(dim) == want[dim] || broadcasts, name, " must be ", layout,
+                 " with size ", want[dim], " in dimension ", dim, ", got shape ",
+                 shape_string(mask));
+    view.stride[dim] = broadcasts ? 0 : mask.stride(dim);
+  }
+  view.data = static_cast<const bool*>(mask.const_data_ptr());
+  return view;
+}
+
+inline void set_attention_mask(AttentionParams& p, const OptionalTensor& mask, const Tensor& q) {
+  if (!mask) return;
+  p.mask = broadcast_mask(*mask, "mask", "[B | 1, Hq | 1, L | 1, N]",
+                          {p.batch, p.heads_q, p.queries, p.keys}, 3, q);
+}
+
+inline void check_position(const Tensor& t, const char* name, int64_t batch, int64_t tokens,
+                           const Tensor& q) {
+  check_dim(t, name, 3, "[B | 1, tokens, 1 | 2]");
+  check_dtype(t, name, ScalarType::Int);
+  check_same_device(t, name, q, "q");
+  check_last_contiguous(t, name);
+  TOKRED_CHECK((t.size(0) == batch || t.size(0) == 1) && t.size(1) == tokens &&
+                   (t.size(2) == 1 || t.size(2) == 2),
+               name, " must be [B | 1, tokens, 1 | 2] with B = ", batch, " and ", tokens,
+               " tokens, got shape ", shape_string(t));
+}
+
+inline void set_positions(AttentionParams& p, const OptionalTensor& query,
+                          const OptionalTensor& key, const Tensor& q) {
+  TOKRED_CHECK(query.has_value() == key.has_value(),
+               "query_position and key_position must be given together");
+  if (!query) return;
+  check_position(*query, "query_position", p.batch, p.queries, q);
+  check_position(*key, "key_position", p.batch, p.keys, q);
+  TOKRED_CHECK(query->size(2) == key->size(2), "key_position must have the ", query->size(2),
+               " columns of query_position, got ", key->size(2));
+  p.positions = {static_cast<const int32_t*>(query->const_data_ptr()),
+                 static_cast<const int32_t*>(key->const_data_ptr()),
+                 broadcast_stride(*query, 0), query->stride(1),
+                 broadcast_stride(*key, 0), key->stride(1), query->size(2)};
+}
+
+// q and k of an attention, checked; v, outputs and what hides keys are still to be set.
+inline AttentionParams query_key_inputs(const Tensor& q, const Tensor& k,
+                                        std::optional<double> scale, bool causal,
+                                        bool allow_double) {
+  AttentionParams p{};
+  p.dtype = float_dtype(q, "q", allow_double);
+  check_heads(q, "q", q);
+  check_heads(k, "k", q);
+  TOKRED_CHECK(k.size(0) == q.size(0) && k.size(3) == q.size(3),
+               "k must have the batch and head sizes of q ", shape_string(q), ", got shape ",
+               shape_string(k));
+  check_groups(q.size(1), k.size(1));
+  check_head_dim(q, "q", 3);
+  check_token_count(q, "q", 2);
+  check_token_count(k, "k", 2);
+  p.q = head_tensor(q);
+  p.k = head_tensor(k);
+  p.batch = q.size(0);
+  p.heads_q = q.size(1);
+  p.heads_kv = k.size(1);
+  p.queries = q.size(2);
+  p.keys = k.size(2);
+  p.head_dim = q.size(3);
+  p.causal = causal;
+  p.scale = attention_scale(scale, p.head_dim);
+  return p;
+}
+
+// The inputs of a whole attention, checked; outputs are still to be set.
+template <class Backend>
+AttentionParams attention_inputs(const Tensor& q, const Tensor& k, const Tensor& v,
+                                 const OptionalTensor& key_bias, bool causal,
+                                 std::optional<double> scale, const OptionalTensor& mask) {
+  AttentionParams p = query_key_inputs(q, k, scale, causal, Backend::kDouble);
+  check_heads(v, "v", q);
+  TOKRED_CHECK(v.size(0) == k.size(0) && v.size(1) == k.size(1) && v.size(2) == k.size(2),
+               "v must have the batch, heads and keys of k ", shape_string(k), ", got shape ",
+               shape_string(v));
+  check_head_dim(v, "v", 3);
+  p.v = head_tensor(v);
+  p.value_dim = v.size(3);
+  set_key_bias(p, key_bias, q);
+  set_attention_mask(p, mask, q);
+  return p;
+}
+
+}  // namespace tokred

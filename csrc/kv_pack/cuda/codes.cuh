@@ -1,0 +1,175 @@
+// Codes of eight neighbouring channels, from bytes to numbers and back (see kv_pack/layout.h): what
+// kernels that pack, unpack and read packed rows share.
+#pragma once
+
+#include "common/cuda/numbers.cuh"
+#include "kv_pack/params.h"
+
+namespace tokred::cuda::packing {
+
+inline constexpr float kInfinity = __builtin_huge_valf();
+
+// Bytes read and written a few at a time, whatever they hold.
+using Word = uint32_t __attribute__((may_alias));
+using HalfWord = uint16_t __attribute__((may_alias));
+
+// Where the codes of channels 8 i .. 8 i + 7 lie in a row of 1, 2, 4 or 8 bits: in eight bytes from
+// a bit on, or in the bytes of a shorter run, the later channels in higher bits.
+struct CodePlace8 {
+  int byte, shift, run;
+
+  __device__ CodePlace8(int channel, int head_dim, int bits) : byte(0), shift(0), run(16) {
+    const int bytes = head_dim * bits / 8;
+    for (;; byte += run, channel -= run * 8 / bits) {
+      while (run > bytes - byte) run /= 2;
+      if (channel < run * 8 / bits) break;
+    }
+    byte += channel % run;
+    shift = channel / run * bits;
+  }
+  // From and to one number.
+  __device__ explicit CodePlace8(uint32_t all)
+      : byte(static_cast<int>(all >> 8)), shift(static_cast<int>(all >> 5 & 7)),
+        run(static_cast<int>(all & 31)) {}
+  __device__ uint32_t all() const {
+    return static_cast<uint32_t>(byte) << 8 | static_cast<uint32_t>(shift) << 5 |
+           static_cast<uint32_t>(run);
+  }
+};
+
+// `aligned`: p is a multiple of four bytes, or of two where the run is no longer.
+__device__ __forceinline__ uint2 load_run(const uint8_t* p, int run, bool aligned) {
+  uint2 word{0, 0};
+  if (!aligned) {
+    for (int i = 0; i < min(run, 8); ++i) {
+      (i < 4 ? word.x : word.y) |= static_cast<uint32_t>(p[i]) << 8 * (i % 4);
+    }
+  } else if (run == 2) {
+    word.x = *reinterpret_cast<const HalfWord*>(p);
+  } else {
+    word.x = *reinterpret_cast<const Word*>(p);
+    if (run > 4) word.y = *reinterpret_cast<const Word*>(p + 4);
+  }
+  return word;
+}
+
+// The codes, a byte each.
+__device__ __forceinline__ uint2 spread_run(uint2 word, const CodePlace8& place, int bits) {
+  if (place.run == 2) {
+    word.y = word.x >> 2 * bits;
+    word.x |= word.x >> bits << 16;
+    word.y |= word.y >> bits << 16;
+  } else if (place.run == 4) {
+    word.y = word.x >> bits;
+  }
+  const uint32_t mask = 0x01010101u * ((1u << bits) - 1);
+  return {word.x >> place.shift & mask, word.y >> place.shift & mask};
+}
+
+// The codes of a lane's eight channels in row after row.
+struct CodeReader {
+  int bits, high_row;
+  CodePlace8 low, high;  // three bits are two, and one of a second row
+
+  __device__ CodeReader(const PackFormat& f, int channel)
+      : bits(f.bits), high_row(static_cast<int>(high_bit_row(f.head_dim))),
+        low(channel, static_cast<int>(f.head_dim), bits == 3 ? 2 : bits),
+        high(channel, static_cast<int>(f.head_dim), bits == 3 ? 1 : bits) {}
+  __device__ CodeReader(const PackFormat& f, uint2 places)
+      : bits(f.bits), high_row(static_cast<int>(high_bit_row(f.head_dim))), low(places.x),
+        high(places.y) {}
+  __device__ uint2 places() const { return {low.all(), high.all()}; }
+
+  // `aligned`: the row starts at a multiple of four bytes.
+  __device__ __forceinline__ uint2 read(const uint8_t* row, bool aligned) const {
+    const uint2 word = load_run(row + low.byte, low.run, aligned);
+    if (bits != 3) return spread_run(word, low, bits);
+    const uint2 two = spread_run(word, low, 2);
+    const uint2 one =
+        spread_run(load_run(row + high_row + high.byte, high.run, aligned), high, 1);
+    return {two.x | one.x << 2, two.y | one.y << 2};
+  }
+};
+
+// The number that an e4m3fn code is.
+__device__ __forceinline__ float from_e4m3(uint32_t code) {
+  const uint32_t magnitude = code & 0x7f;
+  const float x = __uint_as_float(magnitude << 20) * 0x1p120f;
+  const uint32_t bits = magnitude == 0x7f ? 0x7fc00000u : __float_as_uint(x);
+  return __uint_as_float(bits | (code & 0x80) << 24);
+}
+// Of a finite x, |x| <= kFp8Max: to nearest, ties to even.
+__device__ __forceinline__ uint32_t to_e4m3(float x) {
+  const uint32_t bits = __float_as_uint(x), magnitude = bits & 0x7fffffffu;
+  const uint32_t sign = bits >> 24 & 0x80;
+  if (magnitude < 0x3c800000u) {  // 2^-6, the least normal number
+    return sign | static_cast<uint32_t>(rintf(__uint_as_float(magnitude) * 512.0f));
+  }
+  return sign | ((magnitude + 0x7ffffu + (magnitude >> 20 & 1)) >> 20) - (120u << 3);
+}
+
+// What turns the codes of a group, as to_floats() has them, into numbers:
+// scale (c - zero) + offset.
+struct GroupParams {
+  float scale, zero, offset;
+
+  __device__ __forceinline__ GroupParams(PackScheme scheme, float scale, float second)
+      : scale(scale), zero(scheme == PackScheme::zero_point ? second : 0.0f),
+        offset(scheme == PackScheme::asymmetric ? second : -0.0f) {}
+
+  // The product is exact but with zero_point, where adding -0 changes nothing.
+  __device__ __forceinline__ float number(float code) const {
+    return fmaf(scale, code - zero, offset);
+  }
+  __device__ __forceinline__ float number_from_zero(float code) const {
+    return fmaf(scale, code, offset);
+  }
+};
+
+__device__ __forceinline__ uint32_t byte_of(uint2 codes, int i) {
+  return (i < 4 ? codes.x : codes.y) >> 8 * (i % 4) & 0xff;
+}
+// The codes as numbers; symmetric ones already less their middle.
+__device__ __forceinline__ void to_floats(float (&x)[8], uint2 codes, const PackFormat& f) {
+  if (f.scheme == PackScheme::fp8) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] = from_e4m3(byte_of(codes, i));
+    return;
+  }
+  // 2^23 + c has c in its low bits.
+  const float middle = f.scheme == PackScheme::symmetric ? static_cast<float>(1 << (f.bits - 1))
+                                                         : 0.0f;
+  const float base = 0x1p23f + middle;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] = __uint_as_float(byte_of(codes, i) | 0x4b000000u) - base;
+}
+
+// The rotation of kv_pack/layout.h of a row whose lanes have eight neighbouring channels each; all lanes
+// of the warp call it.
+__device__ __forceinline__ void rotate_row(float (&x)[8], int64_t head_dim) {
+  const int size = static_cast<int>(hadamard_size(head_dim));
+#pragma unroll
+  for (int step = 1; step < 8; step *= 2) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (i & step) continue;
+      const float a = x[i], b = x[i + step];
+      x[i] = a + b;
+      x[i + step] = a - b;
+    }
+  }
+#pragma unroll 1
+  for (int step = 8; step < size; step *= 2) {
+    const bool upper = static_cast<int>(threadIdx.x) & (step / 8);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float other = __shfl_xor_sync(0xffffffffu, x[i], step / 8);
+      x[i] = upper ? other - x[i] : x[i] + other;
+    }
+  }
+  const float factor = __fdiv_rn(1.0f, __fsqrt_rn(static_cast<float>(size)));
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] = __fmul_rn(x[i], factor);
+}
+
+}  // namespace tokred::cuda::packing

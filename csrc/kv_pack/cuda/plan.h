@@ -1,0 +1,47 @@
+// Launch plans of the packing kernels.
+#pragma once
+
+#include "common/cuda/plan.h"
+#include "kv_pack/params.h"
+
+namespace tokred::cuda {
+
+inline constexpr int kPackThreads = 256;
+
+// The lanes that share a row of up to 256 channels, eight neighbours each.
+constexpr int pack_lanes(int64_t head_dim) {
+  return head_dim <= 64 ? 8 : head_dim <= 128 ? 16 : 32;
+}
+constexpr int64_t pack_rows(int lanes) { return kPackThreads / lanes; }  // of a block at once
+
+// The tokens of an item that one append may pack at most, T tokens being held already: the exact
+// number where T is known.
+constexpr int64_t most_packed(GroupAxis axis, int64_t window, int64_t tokens, int64_t held) {
+  if (held >= 0) {
+    return packed_tokens(axis, window, held + tokens) - packed_tokens(axis, window, held);
+  }
+  return axis == GroupAxis::token && window > 0 ? round_up(tokens, window) : tokens;
+}
+
+// Codes of a block's rows, a byte each, and along tokens the extremes of 8 warps by channel.
+constexpr int64_t pack_shared_bytes(int lanes) { return 8 * kPackThreads + 2 * 8 * 4 * 8 * lanes; }
+
+// Along channels a block for pack_rows() rows of a head, along tokens one for a group. Example:
+// B = 8, H = 8, N = 131072, D = 128: 64 * 8192 blocks of 16 rows along channels; 64 * 4096 blocks
+// along tokens in groups of 32. One token more along channels: 64 blocks.
+constexpr int64_t pack_units(const PackFormat& f, int64_t tokens) {
+  return divide_up(tokens,
+                   f.axis == GroupAxis::token ? f.group_size : pack_rows(pack_lanes(f.head_dim)));
+}
+constexpr LaunchPlan plan_kv_pack(const PackFormat& f, int64_t heads, int64_t tokens) {
+  const int lanes = pack_lanes(f.head_dim);
+  return {{heads * pack_units(f, tokens), 1, 1}, kPackThreads, pack_shared_bytes(lanes)};
+}
+
+// Rows of kv_unpack, and those that go to the window: pack_rows() to a block. The example above:
+// 64 * 8192 blocks.
+constexpr LaunchPlan plan_packed_rows(int64_t head_dim, int64_t rows) {
+  return {{divide_up(rows, pack_rows(pack_lanes(head_dim))), 1, 1}, kPackThreads, 0};
+}
+
+}  // namespace tokred::cuda

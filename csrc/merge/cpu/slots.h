@@ -1,0 +1,130 @@
+// The members of every slot of a token map, and what one slot knows about them.
+#pragma once
+
+#include "common/cpu/parallel.h"
+#include "common/cpu/row.h"
+#include "merge/params.h"
+
+namespace tokred::TOKRED_ISA {
+
+TOKRED_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
+TOKRED_INLINE double square_root(double x) { return __builtin_sqrt(x); }
+
+// One output slot of one batch item.
+template <class T>
+struct Slot {
+  using A = Accumulator<T>;
+  const MergeParams& p;
+  int64_t item;
+  const int32_t* members;  // ascending positions
+  int64_t count;
+
+  Slot(const MergeParams& params, int64_t item, int64_t slot) : p(params), item(item) {
+    const int32_t* indptr = p.indptr + item * (p.num_out + 1) + slot;
+    members = p.members + item * p.tokens + indptr[0];
+    count = indptr[1] - indptr[0];
+  }
+
+  const T* x(int64_t token) const {
+    return static_cast<const T*>(p.x) + item * p.x_stride_batch + token * p.x_stride_token;
+  }
+  A entry(const TokenTable& table, int64_t token) const {
+    if (!table.data) return A(1);
+    return static_cast<const A*>(
+        table.data)[item * table.stride_batch + token * table.stride_token];
+  }
+  A size(int64_t token) const { return entry(p.size, token); }
+  A weight(int64_t token) const { return entry(p.weight, token); }
+  A coefficient(int64_t token, bool use_size) const {
+    return use_size ? weight(token) * size(token) : weight(token);
+  }
+  A total(bool use_size) const {
+    A sum = A(0);
+    for (int64_t m = 0; m < count; ++m) sum += coefficient(members[m], use_size);
+    return sum;
+  }
+  A total_size() const {
+    A sum = A(0);
+    for (int64_t m = 0; m < count; ++m) sum += size(members[m]);
+    return sum;
+  }
+  // The member of greatest weight, the first of equals; NaN weighs least.
+  int64_t heaviest() const {
+    int64_t best = members[0];
+    for (int64_t m = 1; m < count; ++m) {
+      const A challenger = weight(members[m]), champion = weight(best);
+      if (challenger > champion || (champion != champion && challenger == challenger)) {
+        best = members[m];
+      }
+    }
+    return best;
+  }
+  // The member of greatest norm, the first of equals, and its squared norm.
+  int64_t longest(int64_t channels, A& squared) const {
+    int64_t best = members[0];
+    squared = squared_norm(x(best), channels);
+    for (int64_t m = 1; m < count; ++m) {
+      const A challenger = squared_norm(x(members[m]), channels);
+      if (challenger > squared || challenger != challenger) {
+        squared = challenger;
+        best = members[m];
+      }
+    }
+    return best;
+  }
+};
+
+// Counting sort of one item's tokens by slot, stable in position; entries without a slot are left
+// out. Fills p.indptr and p.members.
+TOKRED_INLINE void list_members(const MergeParams& p, const Parallel& parallel) {
+  parallel_tasks(parallel, p.batch, [&](int64_t item, int64_t) {
+    const int32_t* map = p.token_map + item * p.map_stride_batch;
+    int32_t* indptr = p.indptr + item * (p.num_out + 1);
+    int32_t* members = p.members + item * p.tokens;
+    const auto slot_of = [&](int64_t i) {
+      const int64_t slot = map[i * p.map_stride_token];
+      return slot < p.num_out ? slot : int64_t{-1};
+    };
+    for (int64_t o = 0; o <= p.num_out; ++o) indptr[o] = 0;
+    for (int64_t i = 0; i < p.tokens; ++i) {
+      if (const int64_t slot = slot_of(i); slot >= 0) ++indptr[slot];
+    }
+    // Ends of the slots; filling from the back turns them into starts.
+    for (int64_t o = 1; o <= p.num_out; ++o) indptr[o] += indptr[o - 1];
+    for (int64_t i = p.tokens - 1; i >= 0; --i) {
+      if (const int64_t slot = slot_of(i); slot >= 0) {
+        members[--indptr[slot]] = static_cast<int32_t>(i);
+      }
+    }
+  });
+}
+
+// Copies a row, past the cache if asked and if the target allows it.
+template <class T>
+TOKRED_INLINE void copy_row(T* to, const T* from, int64_t channels,
+                            [[maybe_unused]] bool stream) {
+  const int64_t bytes = channels * static_cast<int64_t>(sizeof(T));
+#ifdef __AVX2__
+  if (stream && reinterpret_cast<uintptr_t>(to) % 32 == 0) {
+    auto* target = reinterpret_cast<char*>(to);
+    const auto* source = reinterpret_cast<const char*>(from);
+    int64_t i = 0;
+    for (; i + 64 <= bytes; i += 64) {
+      const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + i));
+      const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + i + 32));
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(target + i), low);
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(target + i + 32), high);
+    }
+    copy_bytes(target + i, source + i, bytes - i);
+    return;
+  }
+#endif
+  copy_bytes(to, from, bytes);
+}
+TOKRED_INLINE void stream_fence() {
+#ifdef __AVX2__
+  _mm_sfence();
+#endif
+}
+
+}  // namespace tokred::TOKRED_ISA

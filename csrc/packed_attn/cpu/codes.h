@@ -1,0 +1,188 @@
+// Weighted sums of rows of codes for a few f32 rows. Codes stay where they lie in their bytes: a
+// byte is widened once, and the bits of a channel are masked in place, so a code is known up to a
+// power of two, which the result makes good; see in_place_factors().
+#pragma once
+
+#include "attention/cpu/gather.h"
+#include "attention/cpu/rows.h"
+#include "kv_pack/cpu/codes.h"
+#include "packed_attn/cpu/side.h"
+
+namespace tokred::TOKRED_ISA {
+
+// The formats whose codes are multiplied as they are; others are unpacked first.
+enum class Codes { none, bits1, bits2, bits4, bits8, fp8 };
+
+inline constexpr int64_t kUnit = 32;  // channels that are unpacked together: two Vecs
+inline constexpr int64_t kMostUnits = kMaxHeadDim / kUnit;
+
+constexpr int bits_of(Codes codes) {
+  return codes == Codes::bits1 ? 1 : codes == Codes::bits2 ? 2 : codes == Codes::bits4 ? 4 : 8;
+}
+
+// Rows have to be whole runs of sixteen bytes, groups whole units.
+constexpr Codes codes_of(const PackFormat& f) {
+  const bool whole = f.bits != 3 && f.head_dim % kUnit == 0 && f.head_dim * f.bits % 128 == 0;
+  const bool groups = f.axis == GroupAxis::token ? f.group_size >= kLanes
+                                                 : f.group_size % kUnit == 0;
+  if (!whole || !groups) return Codes::none;
+  if (f.scheme == PackScheme::fp8) return Codes::fp8;
+  return f.bits == 1   ? Codes::bits1
+         : f.bits == 2 ? Codes::bits2
+         : f.bits == 4 ? Codes::bits4
+                       : Codes::bits8;
+}
+
+// f.template operator()<codes>() for all but none.
+template <class F>
+TOKRED_INLINE void visit_codes(Codes codes, const F& f) {
+  switch (codes) {
+    case Codes::bits1: return f.template operator()<Codes::bits1>();
+    case Codes::bits2: return f.template operator()<Codes::bits2>();
+    case Codes::bits4: return f.template operator()<Codes::bits4>();
+    case Codes::bits8: return f.template operator()<Codes::bits8>();
+    case Codes::fp8: return f.template operator()<Codes::fp8>();
+    case Codes::none: return;
+  }
+}
+
+// What an unpacked code of a channel has to be multiplied by, for all channels.
+inline void in_place_factors(Codes codes, const PackFormat& f, float* factor) {
+  const int32_t planes = 8 / f.bits;
+  for (int64_t d = 0; d < f.head_dim; d += kLanes) {
+    const int32_t shift = static_cast<int32_t>(d / kLanes) % planes * f.bits;
+    store(factor + d, splat(codes == Codes::fp8 ? 256.0f : 1.0f / static_cast<float>(1 << shift)));
+  }
+}
+
+// Tokens that will be needed soon, brought closer a few at a time; see Ahead.
+struct PlacesAhead {
+  const Place* at = nullptr;
+  int64_t left = 0, bytes = 0;
+
+  void take(int64_t count) {
+    if (count > left) count = left;
+    for (int64_t byte = 0; byte < bytes; byte += 64) {
+      for (int64_t i = 0; i < count; ++i) __builtin_prefetch(at[i].row + byte);
+    }
+    // Rows of records begin anywhere in a cache line.
+    for (int64_t i = 0; i < count; ++i) __builtin_prefetch(at[i].row + bytes - 1);
+    for (int64_t i = 0; i < count; ++i) __builtin_prefetch(at[i].params);
+    at += count;
+    left -= count;
+  }
+};
+
+// ---- Units --------------------------------------------------------------------------------------
+
+// Register `part` of both Vecs of a unit.
+template <Codes kCodes>
+struct UnitCodes {
+  static constexpr int kBits = bits_of(kCodes);
+  static constexpr int64_t kUnitsOfRun = kBits < 8 ? 4 / kBits : 1;
+  const uint8_t* first;
+  i32x16::N bytes;
+  int32_t mask;
+
+  UnitCodes(const uint8_t* row, int64_t unit, int part) {
+    first = row + (kBits == 8 ? unit * kUnit : unit / kUnitsOfRun * 16) + part * f32x16::kWidth;
+    if constexpr (kBits == 8) return;
+    bytes = widen(first);
+    mask = ((1 << kBits) - 1) << unit % kUnitsOfRun * (2 * kBits);
+  }
+  // Of Vec i, in place.
+  Register<float> operator[](int i) const {
+    if constexpr (kCodes == Codes::fp8) {
+      return widen_fp8(first + i * kLanes);
+    } else if constexpr (kBits == 8) {
+      return __builtin_convertvector(widen(first + i * kLanes), Register<float>);
+    } else {
+      return __builtin_convertvector(bytes & mask << i * kBits, Register<float>);
+    }
+  }
+};
+
+// ---- Weighted sums ------------------------------------------------------------------------------
+
+// out_row += weights[row][unit's group][i] codes_i, for kUnits units and kParts registers of each.
+template <Codes kCodes, int kRows, int kUnits, int kParts>
+TOKRED_INLINE void add_code_tile(const float* weights, int64_t row_weights, int64_t group_units,
+                                 const Place* values, int64_t count, int64_t unit, int part,
+                                 float* out, int64_t out_stride) {
+  const auto at = [&](int row, int u, int p, int i) {
+    return out + row * out_stride + (unit + u) * kUnit + i * kLanes + (part + p) * f32x16::kWidth;
+  };
+  const auto each_sum = [](auto visit) {
+#pragma GCC unroll 4
+    for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 4
+      for (int u = 0; u < kUnits; ++u) {
+#pragma GCC unroll 2
+        for (int p = 0; p < kParts; ++p) {
+          visit(row, u, p, 0);
+          visit(row, u, p, 1);
+        }
+      }
+    }
+  };
+  Register<float> sum[kRows][kUnits][kParts][2];
+  each_sum([&](int row, int u, int p, int i) {
+    std::memcpy(&sum[row][u][p][i], at(row, u, p, i), sizeof(Register<float>));
+  });
+  const float* weight[kUnits];
+  for (int u = 0; u < kUnits; ++u) weight[u] = weights + (unit + u) / group_units * kGather;
+  for (int64_t token = 0; token < count; ++token) {
+    const uint8_t* codes = values[token].row;
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnits; ++u) {
+      Register<float> x[kParts][2];
+#pragma GCC unroll 2
+      for (int p = 0; p < kParts; ++p) {
+        const UnitCodes<kCodes> unit_codes(codes, unit + u, part + p);
+        x[p][0] = unit_codes[0];
+        x[p][1] = unit_codes[1];
+      }
+#pragma GCC unroll 4
+      for (int row = 0; row < kRows; ++row) {
+        const Register<float> w = weight[u][row * row_weights + token] - Register<float>{};
+#pragma GCC unroll 2
+        for (int p = 0; p < kParts; ++p) {
+          sum[row][u][p][0] = multiply_add(w, x[p][0], sum[row][u][p][0]);
+          sum[row][u][p][1] = multiply_add(w, x[p][1], sum[row][u][p][1]);
+        }
+      }
+    }
+  }
+  each_sum([&](int row, int u, int p, int i) {
+    std::memcpy(at(row, u, p, i), &sum[row][u][p][i], sizeof(Register<float>));
+  });
+}
+
+// The same for rows <= kFewRows and all units.
+template <Codes kCodes>
+__attribute__((noinline)) static void add_codes(const float* weights, int64_t row_weights,
+                                                int64_t rows, int64_t group_units,
+                                                const Place* values, int64_t count, int64_t units,
+                                                float* out, int64_t out_stride,
+                                                PlacesAhead& ahead) {
+  constexpr int kRegisters = f32x16::kRegisters;
+  visit_rows<kFewRows<float>>(rows, [&]<int kRows>() {
+    constexpr int kTogether = kPowerOfTwo<kRows> < 4 ? 4 / kPowerOfTwo<kRows> : 1;
+    constexpr int kParts = kTogether < kRegisters ? kTogether : kRegisters;
+    constexpr int kUnits = kTogether / kParts;
+    int64_t unit = 0;
+    const auto tiles = [&]<int kCount>() {
+      for (; unit + kCount <= units; unit += kCount) {
+        for (int part = 0; part < kRegisters; part += kParts) {
+          ahead.take(kLanes / 2 * kCount * kParts);
+          add_code_tile<kCodes, kRows, kCount, kParts>(weights, row_weights, group_units, values,
+                                                       count, unit, part, out, out_stride);
+        }
+      }
+    };
+    tiles.template operator()<kUnits>();
+    if constexpr (kUnits > 1) tiles.template operator()<1>();
+  });
+}
+
+}  // namespace tokred::TOKRED_ISA

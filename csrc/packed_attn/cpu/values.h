@@ -1,0 +1,214 @@
+// The weighted sum of a block of packed tokens for a few query rows, from the codes themselves
+// where their format allows it. Along channels the sum of p x is that of (p scale_g) c and that of
+// p offset_g; along tokens it is scale (sum of p c) + offset (sum of p) over the tokens of a group.
+#pragma once
+
+#include "packed_attn/cpu/block.h"
+#include "packed_attn/cpu/pairs.h"
+
+namespace tokred::TOKRED_ISA {
+
+// The weighted sums of values for up to kMost rows.
+template <int64_t kMost>
+class PackedSums {
+ public:
+  const SideView& side;
+  const Codes codes;
+  const bool fixed;  // the weights meet codes in fixed point
+  const int64_t rows, dim;
+
+  // `out` [rows][dim] is finished by finish(). With care, infinite values of a weight of 0 come to
+  // nothing: such a token may be hidden.
+  PackedSums(const SideView& values, bool in_order, int64_t count, float* out, bool careful)
+      : side(values), codes(codes_read(values.format, in_order)),
+        fixed(in_fixed_point(codes, values.dtype)), rows(count), dim(values.format.head_dim),
+        out_(out), careful_(careful) {
+    fill_zero(out_, rows * dim * 4);
+    if (!by_channel()) return;
+    fill_zero(sums_, rows * dim * 4);
+    fill_zero(offsets_, rows * static_cast<int64_t>(sizeof offsets_[0]));
+  }
+
+  // What was added so far is multiplied by shrink[row], then the tokens come with weights[row].
+  void add(const BlockPlaces& block, const float* weights, const float* shrink,
+           PlacesAhead ahead) {
+    for (int64_t row = 0; row < rows; ++row) {
+      if (shrink[row] != 1) shrink_row(row, shrink[row]);
+    }
+    if (codes == Codes::none || !block.packed) {
+      add_unpacked(block, weights, ahead);
+    } else if (by_channel()) {
+      add_channel_groups(block, weights, ahead);
+    } else {
+      add_token_groups(block, weights, ahead);
+    }
+    ahead.take(ahead.left);
+  }
+
+  void finish() {
+    if (!by_channel()) return;
+    const PackFormat& f = side.format;
+    alignas(64) float factor[kMaxHeadDim];
+    in_place_factors(codes, f, factor);
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t d = 0; d < dim; d += kLanes) {
+        float* to = out_ + row * dim + d;
+        const f32x16 sums = load(sums_ + row * dim + d);
+        store(to, fixed ? load(to) + natural_order(sums) : fma(sums, load(factor + d), load(to)));
+      }
+      for (int64_t g = 0; g < groups_per_row(f); ++g) {
+        const f32x16 offset = splat(sum(load(offsets_[row][g])));
+        for (int64_t d = g * f.group_size; d < (g + 1) * f.group_size; d += kLanes) {
+          store(out_ + row * dim + d, load(out_ + row * dim + d) + offset);
+        }
+      }
+    }
+  }
+
+ private:
+  float* const out_;
+  const bool careful_;
+  // Along channels: sums of codes in place, or in the order of add_pairs(); and of offsets by
+  // token % 16.
+  alignas(64) float sums_[kMost * kMaxHeadDim];
+  alignas(64) float offsets_[kMost][kMostUnits][kLanes];
+
+  bool by_channel() const {
+    return codes != Codes::none && side.format.axis == GroupAxis::channel;
+  }
+
+  void shrink_row(int64_t row, float factor) {
+    const auto shrink = [&](float* x, int64_t count) {
+      for (int64_t i = 0; i < count; i += kLanes) store(x + i, load(x + i) * splat(factor));
+    };
+    shrink(out_ + row * dim, dim);
+    if (!by_channel()) return;
+    shrink(sums_ + row * dim, dim);
+    shrink(offsets_[row][0], groups_per_row(side.format) * kLanes);
+  }
+
+  void add_unpacked(const BlockPlaces& block, const float* weights, PlacesAhead& ahead) {
+    constexpr float kOnes[kMaxRows] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
+                                       1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+    UnpackedRows values;
+    for (int64_t i = 0; i < block.count; i += kLanes) {
+      const int64_t count = smaller(block.count - i, kLanes);
+      ahead.take(kLanes);
+      values.load(side, block.at + i, count);
+      if (!careful_) {
+        add_rows<float>(weights + i, kGather, rows, values.row, count, dim, kOnes, out_, dim);
+        continue;
+      }
+      for (int64_t row = 0; row < rows; ++row) {
+        add_parts<float>(weights + row * kGather + i, values.row, count, dim, 1.0f,
+                         out_ + row * dim);
+      }
+    }
+  }
+
+  void add_channel_groups(const BlockPlaces& block, const float* weights, PlacesAhead& ahead) {
+    const PackFormat& f = side.format;
+    BlockParams params;
+    params.take(f, block);
+    FixedBlock pairs;
+    if (fixed) pairs.take(block.at, block.count, dim, f.bits);
+    alignas(64) float scaled[kFewRows<float>][kMostUnits][kGather];
+    for (int64_t row = 0; row < rows; row += kFewRows<float>) {
+      const int64_t here = smaller(rows - row, kFewRows<float>);
+      for (int64_t r = 0; r < here; ++r) {
+        scale_weights(params, weights + (row + r) * kGather, block.count, scaled[r],
+                      offsets_[row + r]);
+      }
+      float* out = sums_ + row * dim;
+      if (fixed) {
+        pairs.weigh(scaled[0][0], kMostUnits * kGather, here, groups_per_row(f));
+        add_fixed(pairs, here, f.group_size, out, ahead);
+      } else {
+        add_floats(scaled[0][0], kMostUnits * kGather, here, f.group_size, block.at, block.count,
+                   out, ahead);
+      }
+    }
+  }
+  // out_row += the weighted sums of codes in groups of so many channels.
+  void add_fixed(const FixedBlock& block, int64_t count, int64_t group_size, float* out,
+                 PlacesAhead& ahead) const {
+    visit_codes(codes, [&]<Codes kCodes>() {
+      visit_vnni([&]<bool kVnni>() {
+        add_pairs<kCodes, kVnni>(block, count, group_size / kLanes, dim, out, dim, ahead);
+      });
+    });
+  }
+  void add_floats(const float* weights, int64_t row_weights, int64_t count, int64_t group_size,
+                  const Place* tokens, int64_t token_count, float* out, PlacesAhead& ahead) const {
+    visit_codes(codes, [&]<Codes kCodes>() {
+      add_codes<kCodes>(weights, row_weights, count, group_size / kUnit, tokens, token_count,
+                        dim / kUnit, out, dim, ahead);
+    });
+  }
+  // A token of weight 0 may be hidden: its params do not count, whatever they are.
+  void scale_weights(const BlockParams& params, const float* weights, int64_t count,
+                     float (*scaled)[kGather], float (*offsets)[kLanes]) const {
+    const PackFormat& f = side.format;
+    const f32x16 zero = splat(0.0f);
+    for (int64_t g = 0; g < groups_per_row(f); ++g) {
+      f32x16 total = load(offsets[g]);
+      for (int64_t i = 0; i < count; i += kLanes) {
+        const f32x16 weight = load(weights + i);
+        const f32x16 product = weight * load(params.scale[g] + i);
+        store(scaled[g] + i, select_greater(weight, zero, product, zero));
+        if (f.scheme == PackScheme::fp8) continue;
+        const f32x16 sum = fma(weight, load(params.offset[g] + i), total);
+        total = select_greater(weight, zero, sum, total);
+      }
+      store(offsets[g], total);
+    }
+  }
+
+  void add_token_groups(const BlockPlaces& block, const float* weights, PlacesAhead& ahead) {
+    const PackFormat& f = side.format;
+    GroupParams params;
+    FixedBlock pairs;
+    alignas(64) float factor[kMaxHeadDim], part[kFewRows<float> * kMaxHeadDim];
+    in_place_factors(codes, f, factor);
+    for (int64_t first = 0, end; first < block.count; first = end) {
+      end = block.group_end(first);
+      const Place* tokens = block.at + first;
+      params.take(f, tokens->params);
+      if (fixed) pairs.take(tokens, end - first, dim, f.bits);
+      for (int64_t d = 0; d < dim && !fixed; d += kLanes) {
+        store(params.scale + d, load(params.scale + d) * load(factor + d));
+      }
+      for (int64_t row = 0; row < rows; row += kFewRows<float>) {
+        const int64_t here = smaller(rows - row, kFewRows<float>);
+        const float* weight = weights + row * kGather + first;
+        fill_zero(part, here * dim * 4);
+        if (fixed) {
+          pairs.weigh(weight, kGather, here, 1);
+          add_fixed(pairs, here, dim, part, ahead);
+        } else {
+          add_floats(weight, kGather, here, dim, tokens, end - first, part, ahead);
+        }
+        for (int64_t r = 0; r < here; ++r) {
+          add_group(params, part + r * dim, weight + r * kGather, end - first,
+                    out_ + (row + r) * dim);
+        }
+      }
+    }
+  }
+  void add_group(const GroupParams& params, const float* part, const float* weight, int64_t count,
+                 float* out) const {
+    float total = 0;
+    for (int64_t i = 0; i < count; ++i) total += weight[i];
+    if (total == 0) return;
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      const f32x16 sums = fixed ? natural_order(load(part + d)) : load(part + d);
+      f32x16 sum = fma(load(params.scale + d), sums, load(out + d));
+      if (side.format.scheme != PackScheme::fp8) {
+        sum = fma(splat(total), load(params.offset + d), sum);
+      }
+      store(out + d, sum);
+    }
+  }
+};
+
+}  // namespace tokred::TOKRED_ISA

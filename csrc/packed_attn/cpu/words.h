@@ -1,0 +1,298 @@
+// Dot products of a few rows with rows of codes. Lanes are tokens: the codes of sixteen tokens are
+// turned in words of four bytes, and each byte of a word gives the code of a channel. So nothing is
+// summed over lanes, scales are lanes too, and every multiplication meets a register of codes.
+#pragma once
+
+#include "packed_attn/cpu/codes.h"
+#include "packed_attn/cpu/fixed.h"
+
+namespace tokred::TOKRED_ISA {
+
+// What an unpacked code has to be multiplied by, for all channels.
+inline void word_factors(Codes codes, const PackFormat& f, float* factor) {
+  alignas(64) float lane[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    const int byte = i % 4;
+    const bool shifted = codes == Codes::bits8 && byte == 3;
+    lane[i] = codes == Codes::fp8 ? 256.0f
+              : shifted           ? 1.0f
+                                  : 1.0f / static_cast<float>(1 << 8 * byte);
+  }
+  for (int64_t d = 0; d < f.head_dim; d += kLanes) store(factor + d, load(lane));
+}
+
+inline constexpr int64_t kMostWords = kMaxHeadDim / 4;  // of a token
+
+// Four words of every fourth token, as many as a register holds.
+TOKRED_INLINE Register<int32_t> load_words(const Place* tokens, int64_t byte) {
+#ifdef __AVX2__
+  const auto words = [&](int i) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(tokens[4 * i].row + byte));
+  };
+  const __m256i two = _mm256_inserti128_si256(_mm256_castsi128_si256(words(0)), words(1), 1);
+#ifdef __AVX512F__
+  const __m256i others = _mm256_inserti128_si256(_mm256_castsi128_si256(words(2)), words(3), 1);
+  return (Register<int32_t>)_mm512_inserti64x4(_mm512_castsi256_si512(two), others, 1);
+#else
+  return (Register<int32_t>)two;
+#endif
+#else
+  Register<int32_t> words;
+  std::memcpy(&words, tokens->row + byte, sizeof words);
+  return words;
+#endif
+}
+
+// words[word][16 tokens]. Each quarter of a register's lanes is four tokens, transposed by itself.
+TOKRED_INLINE void turn_words(const Place* tokens, int64_t bytes, int32_t* words) {
+  using Words = Register<int32_t>;
+  constexpr int kWidth = i32x16::kWidth;
+  Words low{}, high{};
+#pragma GCC unroll 16
+  for (int i = 0; i < kWidth; ++i) {
+    low[i] = i / 4 * 4 + i % 4 / 2 + i % 2 * kWidth;
+    high[i] = low[i] + 2;
+  }
+  for (int64_t token = 0; token < kLanes; token += kWidth) {
+    for (int64_t byte = 0; byte < bytes; byte += 16) {
+      Words x[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        x[i] = load_words(tokens + token + i, byte);
+      }
+      const Words even_low = __builtin_shuffle(x[0], x[2], low);
+      const Words even_high = __builtin_shuffle(x[0], x[2], high);
+      const Words odd_low = __builtin_shuffle(x[1], x[3], low);
+      const Words odd_high = __builtin_shuffle(x[1], x[3], high);
+      x[0] = __builtin_shuffle(even_low, odd_low, low);
+      x[1] = __builtin_shuffle(even_low, odd_low, high);
+      x[2] = __builtin_shuffle(even_high, odd_high, low);
+      x[3] = __builtin_shuffle(even_high, odd_high, high);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        std::memcpy(words + (byte / 4 + i) * kLanes + token, &x[i], sizeof x[i]);
+      }
+    }
+  }
+}
+
+// The codes in byte kByte of a register of words, times what word_factors() makes good; the bits of
+// the channel are the byte's lowest.
+template <Codes kCodes, int kByte>
+TOKRED_INLINE Register<float> codes_of_byte(i32x16::N words) {
+  typedef uint32_t Unsigned __attribute__((vector_size(kRegisterBytes)));
+  if constexpr (kCodes == Codes::fp8) {
+    // The bits of an f32 that is 2^-120 times the number.
+    const i32x16::N bits = words << (24 - 8 * kByte) >> 4 & static_cast<int32_t>(0x87f00000u);
+    return (Register<float>)bits * 0x1p112f;
+  } else if constexpr (kCodes == Codes::bits8 && kByte == 3) {
+    return __builtin_convertvector((i32x16::N)((Unsigned)words >> 24), Register<float>);
+  } else {
+    constexpr int32_t kMask = ((1 << bits_of(kCodes)) - 1) << 8 * kByte;
+    return __builtin_convertvector(words & kMask, Register<float>);
+  }
+}
+
+// A block's codes, turned.
+struct TurnedCodes {
+  const int32_t* words;  // [token / 16][words_of_token][16 tokens]
+  const float* scales;   // [groups][kGather], or null for 1
+  int64_t words_of_token, groups, group_vecs;
+};
+
+// out[row][token ..] = what the groups before left there + the scale of this one * its sum. Without
+// scales there is one group.
+template <int kRows, int kParts>
+TOKRED_INLINE void add_group(const TurnedCodes& turned, int64_t group, int64_t token,
+                             Register<float> (&sum)[kRows][kParts], float* out) {
+#pragma GCC unroll 4
+  for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 4
+    for (int part = 0; part < kParts; ++part) {
+      const int64_t first = token + part * f32x16::kWidth;
+      float* to = out + row * kGather + first;
+      if (turned.scales) {
+        Register<float> scale, before = {};
+        std::memcpy(&scale, turned.scales + group * kGather + first, sizeof scale);
+        if (group > 0) std::memcpy(&before, to, sizeof before);
+        sum[row][part] = multiply_add(sum[row][part], scale, before);
+      }
+      std::memcpy(to, &sum[row][part], sizeof sum[row][part]);
+    }
+  }
+}
+
+// Register `part` of `word` of the tokens from `token` on.
+TOKRED_INLINE i32x16::N turned_word(const TurnedCodes& turned, int64_t token, int part,
+                                    int64_t word) {
+  constexpr int kWidth = f32x16::kWidth;
+  const int64_t first = token + part * kWidth / kLanes * kLanes;
+  i32x16::N x;
+  std::memcpy(&x, turned.words + first * turned.words_of_token + word * kLanes +
+                      part * kWidth % kLanes, sizeof x);
+  return x;
+}
+
+// Channels as the bytes of words pair up after a mask: 0 and 2, 1 and 3 of every four.
+TOKRED_INLINE f32x16 fixed_order(f32x16 x) {
+  return map<f32x16>([&](int i) {
+    Native<float>::bits from{};
+#pragma GCC unroll 16
+    for (int j = 0; j < f32x16::kWidth; ++j) from[j] = j / 4 * 4 + j % 2 * 2 + j / 2 % 2;
+    return __builtin_shuffle(x.r[i], from);
+  });
+}
+
+// Rows of f32, times word_factors().
+struct FloatRows {
+  const float* numbers;  // [row][stride]
+  int64_t stride;
+
+  // out[row][token ..] for kRows rows from `first` on and 16 kVecs tokens: the sum over the groups,
+  // ascending, of their scale times the sum over their channels, ascending, of x code.
+  template <Codes kCodes, int kRows, int kVecs>
+  void dot(int64_t first, const TurnedCodes& turned, int64_t token, float* out) const {
+    constexpr int kBits = bits_of(kCodes), kPlanes = 8 / kBits;
+    constexpr int kParts = kVecs * f32x16::kRegisters;
+    const float* x = numbers + first * stride;
+    int64_t vec = 0;
+    for (int64_t group = 0; group < turned.groups; ++group) {
+      Register<float> sum[kRows][kParts] = {};
+      for (const int64_t end = vec + turned.group_vecs; vec < end; ++vec) {
+        const int shift = static_cast<int>(vec % kPlanes) * kBits;
+        for (int64_t j = 0; j < 4; ++j) {
+          i32x16::N word[kParts];
+#pragma GCC unroll 4
+          for (int part = 0; part < kParts; ++part) {
+            word[part] = turned_word(turned, token, part, vec / kPlanes * 4 + j) >> shift;
+          }
+          const auto add = [&]<int kByte>() {
+            Register<float> codes[kParts];
+#pragma GCC unroll 4
+            for (int part = 0; part < kParts; ++part) {
+              codes[part] = codes_of_byte<kCodes, kByte>(word[part]);
+            }
+#pragma GCC unroll 4
+            for (int row = 0; row < kRows; ++row) {
+              const float number = x[row * stride + vec * kLanes + 4 * j + kByte];
+              const Register<float> q = number - Register<float>{};
+#pragma GCC unroll 4
+              for (int part = 0; part < kParts; ++part) {
+                sum[row][part] = multiply_add(codes[part], q, sum[row][part]);
+              }
+            }
+          };
+          add.template operator()<0>();
+          add.template operator()<1>();
+          add.template operator()<2>();
+          add.template operator()<3>();
+        }
+      }
+      add_group(turned, group, token, sum, out);
+    }
+  }
+};
+
+// Rows in fixed point, in the order of fixed_order().
+struct PairRows {
+  const int16_t* numbers;  // [row][stride]
+  int64_t stride;
+  const float* steps;      // [row][kMostUnits], of a row's groups
+  const float* rests;      // the same, what is added to their sums
+
+  // Like FloatRows::dot(); sums over a group are exact.
+  template <Codes kCodes, int kRows, int kVecs, bool kVnni>
+  void dot(int64_t first, const TurnedCodes& turned, int64_t token, float* out) const {
+    // Two Vecs of a run at once, which no group cuts, share the registers of its words.
+    constexpr int kBits = bits_of(kCodes), kPlanes = 8 / kBits;
+    constexpr int kTogether = kPlanes > 1 ? 2 : 1, kParts = kVecs * f32x16::kRegisters;
+    constexpr int32_t kMask = ((1 << kBits) - 1) * 0x10001;
+    const int16_t* x = numbers + first * stride;
+    int64_t vec = 0;
+    for (int64_t group = 0; group < turned.groups; ++group) {
+      Register<int32_t> sum[kRows][kParts] = {};
+      for (const int64_t end = vec + turned.group_vecs; vec < end; vec += kTogether) {
+        const int shift = kTogether == kPlanes ? 0 : static_cast<int>(vec % kPlanes) * kBits;
+        for (int64_t j = 0; j < 4; ++j) {
+          i32x16::N word[kParts];
+#pragma GCC unroll 4
+          for (int part = 0; part < kParts; ++part) {
+            word[part] = turned_word(turned, token, part, vec / kPlanes * 4 + j) >> shift;
+          }
+          const auto add = [&]<int kPlane, int kByte>() {
+            i32x16::N codes[kParts];
+#pragma GCC unroll 4
+            for (int part = 0; part < kParts; ++part) {
+              codes[part] = word[part] >> (8 * kByte + kBits * kPlane) & kMask;
+            }
+#pragma GCC unroll 4
+            for (int row = 0; row < kRows; ++row) {
+              const Register<int32_t> q =
+                  load_pair(x + row * stride + (vec + kPlane) * kLanes + 4 * j + 2 * kByte);
+#pragma GCC unroll 4
+              for (int part = 0; part < kParts; ++part) {
+                sum[row][part] = add_products<kVnni>(codes[part], q, sum[row][part]);
+              }
+            }
+          };
+          add.template operator()<0, 0>();
+          add.template operator()<0, 1>();
+          if constexpr (kTogether > 1) {
+            add.template operator()<1, 0>();
+            add.template operator()<1, 1>();
+          }
+        }
+      }
+      Register<float> total[kRows][kParts];
+#pragma GCC unroll 4
+      for (int row = 0; row < kRows; ++row) {
+        const int64_t at = (first + row) * kMostUnits + group;
+        const Register<float> step = steps[at] - Register<float>{};
+        const Register<float> rest = rests[at] - Register<float>{};
+#pragma GCC unroll 4
+        for (int part = 0; part < kParts; ++part) {
+          const auto units = __builtin_convertvector(sum[row][part], Register<float>);
+          total[row][part] = multiply_add(units, step, rest);
+        }
+      }
+      add_group(turned, group, token, total, out);
+    }
+  }
+};
+
+// out[row][i] = x_row . codes_i for i < count, over `groups` groups of so many Vecs that are scaled
+// by scales[group][kGather], or not where it is null; `tokens` are valid up to whole_lanes(count).
+// kMore: further parameters of Rows::dot().
+template <Codes kCodes, class Rows, auto... kMore>
+__attribute__((noinline)) static void dot_codes(const Rows& x, int64_t rows, const Place* tokens,
+                                                int64_t count, const float* scales,
+                                                int64_t groups, int64_t group_vecs, float* out,
+                                                PlacesAhead& ahead) {
+  alignas(64) int32_t words[kMostWords * kGather];
+  alignas(64) float dots[kFewRows<float> * kGather];
+  const int64_t bytes = groups * group_vecs * kLanes * bits_of(kCodes) / 8;
+  const TurnedCodes turned{words, scales, bytes / 4, groups, group_vecs};
+  for (int64_t token = 0; token < count; token += kLanes) {
+    turn_words(tokens + token, bytes, words + token * turned.words_of_token);
+  }
+  for (int64_t row = 0; row < rows; row += kFewRows<float>) {
+    visit_rows<kFewRows<float>>(rows - row, [&]<int kRows>() {
+      // The words need registers of their own.
+      constexpr int kVecs = kBeside<float, kRows == 1 ? 2 : kPowerOfTwo<kRows>>;
+      int64_t token = 0;
+      const auto tiles = [&]<int kCount>() {
+        for (; token + (kCount - 1) * kLanes < count; token += kCount * kLanes) {
+          ahead.take(row == 0 ? kCount * kLanes : 0);
+          x.template dot<kCodes, kRows, kCount, kMore...>(row, turned, token, dots);
+        }
+      };
+      tiles.template operator()<kVecs>();
+      if constexpr (kVecs > 1) tiles.template operator()<1>();
+      for (int r = 0; r < kRows; ++r) {
+        copy_bytes(out + (row + r) * kGather, dots + r * kGather, 4 * count);
+      }
+    });
+  }
+}
+
+}  // namespace tokred::TOKRED_ISA

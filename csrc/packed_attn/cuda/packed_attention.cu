@@ -1,0 +1,60 @@
+// packed_attention: the splits of a decode over packed tokens, then combine_splits_kernel. Bytes:
+// codes and params once, and the partial results of the splits, in f32, twice. B = 1, Hkv = 8,
+// T = 131072, D = 128 in bf16, 4 bits in groups of 32: 168 MB, 39 us at the 4.3 TB/s that an H200
+// reaches; 268 M codes of some four instructions each are 40 us of all multiprocessors. Groups
+// along tokens, f32, and values for f16 take about twice as many.
+#include "attention/cuda/combine.cuh"
+#include "common/cuda/launch.h"
+#include "packed_attn/cuda/launch.h"
+#include "packed_attn/cuda/packed_attention.cuh"
+
+namespace tokred::cuda {
+namespace {
+
+using namespace attention;
+
+template <class T, int kDim>
+void launch_packed(const PackedAttentionParams& params, Stream stream) {
+  using Config = PackedConfig<T, kDim>;
+  static_assert(sizeof(PackedShared<Config>) ==
+                packed_fixed_bytes(kDim, Operand<T>::kPlanes == 3));
+  const AttentionParams& a = params.attention;
+  const ListShape shape = list_shape(a, params.lists);
+  PackedDecodeParams p{{{a, params.lists, {}}, 0, divide_up(shape.rows(), kDecodeRows),
+                        decode_item_rows(shape), decode_split_length(shape.length),
+                        decode_splits(shape.length)},
+                       params.k, params.v, params.slots, params.lengths, params.lengths_stride,
+                       packed_stage(params.k.packed.format, params.v.packed.format)};
+  p.decode.sparse.lists.block_q = shape.block_q;
+  const int64_t items = decode_items(shape), most = decode_launch_items(shape);
+  for (; p.decode.first_item < items; p.decode.first_item += most) {
+    const int64_t count = min(most, items - p.decode.first_item);
+    launch(packed_decode_kernel<Config>, plan_packed_decode(shape, count, p.stage), stream, p);
+    launch(combine_splits_kernel<T>, plan_combine(shape, count), stream, p.decode);
+  }
+  if (params.v.packed.format.rotated && rotates_later(shape.attention)) {
+    launch(rotate_out_kernel, plan_rotate_out(shape.attention), stream, a);
+  }
+  if (!rows_differ(a)) return;
+  PackedAttentionParams mended = params;
+  mended.lists.block_q = shape.block_q;
+  mend_packed_rows(mended, stream);
+}
+
+}  // namespace
+
+int64_t packed_attention_workspace(const PackedAttentionParams& p) {
+  return decode_workspace_bytes(list_shape(p.attention, p.lists));
+}
+
+void packed_attention(const PackedAttentionParams& p, Stream stream) {
+  visit_dtype(p.attention.dtype, [&]<class T>() {
+    switch (decode_head_dim(attention_shape(p.attention).dim())) {
+      case 64: return launch_packed<T, 64>(p, stream);
+      case 128: return launch_packed<T, 128>(p, stream);
+      default: return launch_packed<T, 256>(p, stream);
+    }
+  });
+}
+
+}  // namespace tokred::cuda

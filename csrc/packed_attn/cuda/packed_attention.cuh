@@ -1,0 +1,279 @@
+// Attention over packed keys and values: as decode of sparse_attn, but that a warp copies packed
+// rows, and unpacks the keys of a tile, then its values, on their way to the tensor cores.
+#pragma once
+
+#include "packed_attn/cuda/tokens.cuh"
+
+namespace tokred::cuda::attention {
+
+// Copies of packed rows follow in memory, as PackedStage has them.
+template <class C>
+struct PackedShared {
+  union WarpTile {
+    StreamedTile<typename C::Key, C::kKeys, C::kDim> key;
+    StreamedTile<typename C::T, C::kKeys, C::kValueDim> value;  // or codes
+  };
+  Tile<typename C::Key, C::kRows, C::kDim> query;
+  union {
+    WarpTile tile[C::kWarps];
+    float out[C::kWarps][C::kRows][C::kValueDim];  // of the warps, when all tiles are done
+  };
+  TilePlaces places[C::kWarps][C::kStages];
+  GroupScales<C::kDim> scales[C::kWarps];
+  float query_sum[C::kRows][C::kDim / 16];             // of the groups of keys
+  uint2 k_codes[C::kRowLanes], v_codes[C::kRowLanes];  // CodeReader::places() of a row's lanes
+  RowSight sight[C::kRows];
+  float top[C::kWarps][C::kRows], sum[C::kWarps][C::kRows];
+
+  __device__ uint8_t* stage(const PackedStage& plan, int warp, int number) {
+    return reinterpret_cast<uint8_t*>(this + 1) + (warp * C::kStages + number) * plan.bytes();
+  }
+};
+
+// Where the codes of each lane's channels lie; lanes beyond a row have those of its beginning.
+template <class C>
+__device__ __forceinline__ void place_codes(PackedShared<C>& shared, const PackedDecodeParams& p) {
+  const int lane = static_cast<int>(threadIdx.x);
+  if (lane >= C::kRowLanes) return;
+  const auto places = [&](const PackFormat& f) {
+    return packing::CodeReader(f, 8 * lane < f.head_dim ? 8 * lane : 0).places();
+  };
+  shared.k_codes[lane] = places(p.k.packed.format);
+  shared.v_codes[lane] = places(p.v.packed.format);
+}
+
+// The query rows of an item, rotated where the keys are, and what each of them sees.
+template <class C>
+__device__ __forceinline__ void load_packed_queries(PackedShared<C>& shared,
+                                                    const PackedDecodeParams& p,
+                                                    const ItemRows& item, int64_t tokens) {
+  using T = typename C::T;
+  const AttentionParams& a = p.decode.sparse.attention;
+  const HeadView& view = item.list.view;
+  const int thread = static_cast<int>(threadIdx.x), channel = thread % C::kRowLanes * 8;
+  const bool aligned = is_aligned<T>(a.q);
+  for (int r = thread / C::kRowLanes; r < C::kRows; r += C::kThreads / C::kRowLanes) {
+    const uint32_t row = item.first_row + static_cast<uint32_t>(r);
+    const T* source[1] = {nullptr};
+    if (row < view.rows) {
+      source[0] = static_cast<const T*>(a.q.data) + view.batch * a.q.stride_batch +
+                  view.query_head(row) * a.q.stride_head + view.query(row) * a.q.stride_token;
+    }
+    float x[1][8];
+    scoring::load_rows(x, source, channel, static_cast<int>(a.head_dim), aligned);
+    if (p.k.packed.format.rotated) packing::rotate_row(x[0], a.head_dim);
+    keep_finite<T>(x[0]);
+    if (p.key_codes<T>()) order_codes(x[0]);
+    uint32_t pairs[4][Operand<typename C::Key>::kPlanes];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) split_pair<typename C::Key>(x[0][2 * i], x[0][2 * i + 1], pairs[i]);
+#pragma unroll
+    for (int plane = 0; plane < Operand<typename C::Key>::kPlanes; ++plane) {
+      store_chunk(&shared.query.plane[plane][r][channel],
+                  {{pairs[0][plane], pairs[1][plane], pairs[2][plane], pairs[3][plane]}});
+    }
+  }
+  if (thread >= C::kRows) return;
+  const uint32_t row = min(item.first_row + static_cast<uint32_t>(thread), view.rows - 1);
+  RowSight sight = row_sight(a, view, row);
+  sight.last_key =
+      static_cast<int>(a.causal ? view.query(row) + tokens - a.queries : tokens - 1);
+  shared.sight[thread] = sight;
+}
+
+// The products of the query rows with a tile of keys.
+template <class C>
+__device__ __forceinline__ void multiply_keys(float (&out)[1][C::kKeys / 8][4],
+                                              SideTiles<C, C::kDim> side, PackedShared<C>& shared,
+                                              const PackedDecodeParams& p, const uint8_t* stage,
+                                              const int* places) {
+  auto& tile = shared.tile[warp_id()];
+  if constexpr (Operand<typename C::T>::kPlanes == 1) {
+    if (p.key_codes<typename C::T>()) {
+      const PackFormat& f = p.k.packed.format;
+      auto& scales = shared.scales[warp_id()];
+      side.unpack_codes(tile.value, scales, stage, places);
+      __syncwarp();
+      return multiply_codes(out, tile.value, scales, shared.query, shared.query_sum,
+                            f.rotated ? 2 : 1, static_cast<int>(f.group_size),
+                            static_cast<int>(f.head_dim));
+    }
+  }
+  side.unpack(tile.key, stage, places);
+  __syncwarp();
+  multiply_by_rows<C::kDim>(out, tile.key, [&](int column, int) {
+    Left<typename C::Key> left;
+    load_left(left, shared.query, 0, 16 * column);
+    return left;
+  });
+}
+
+// Adds weights . a tile of values.
+template <class C>
+__device__ __forceinline__ void accumulate_values(ForwardState<C>& state,
+                                                  const float (&weights)[1][C::kKeys / 8][4],
+                                                  SideTiles<C, C::kValueDim> side,
+                                                  PackedShared<C>& shared,
+                                                  const PackedDecodeParams& p,
+                                                  const uint8_t* stage, const int* places) {
+  auto& tile = shared.tile[warp_id()];
+  if constexpr (std::is_same_v<typename C::T, bf16>) {
+    if (p.value_codes<bf16>()) {
+      const PackFormat& f = p.v.packed.format;
+      auto& scales = shared.scales[warp_id()];
+      side.unpack_codes(tile.value, scales, stage, places);
+      __syncwarp();
+      return accumulate_codes(state.out, weights, tile.value, scales, has_offset(f.scheme),
+                              static_cast<int>(f.group_size), static_cast<int>(f.head_dim));
+    }
+  }
+  side.unpack(tile.value, stage, places);
+  __syncwarp();
+  accumulate(state.out, weights, tile.value);
+}
+
+// What the warps have summed becomes the result of the block; rows of rotated values are turned
+// back, unless rotates_later().
+template <class C>
+__device__ __forceinline__ void finish_packed(const ForwardState<C>& state,
+                                              PackedShared<C>& shared,
+                                              const PackedDecodeParams& p, const ItemRows& item) {
+  __syncthreads();
+  keep_warp_state(state, shared);
+  __syncthreads();
+  constexpr int kRowLanes = C::kValueDim / 8;
+  const int thread = static_cast<int>(threadIdx.x), column = thread % kRowLanes * 8;
+  const int first = static_cast<int>(blockIdx.z) * C::kValueDim + column;
+  const AttentionParams& a = p.decode.sparse.attention;
+  const bool rotated =
+      p.v.packed.format.rotated && hadamard_size(a.value_dim) <= int64_t{C::kValueDim};
+  for (int row = thread / kRowLanes; row < C::kRows; row += C::kThreads / kRowLanes) {
+    const WarpWeights<C> weights(shared, row);
+    float out[8] = {};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+#pragma unroll
+      for (int w = 0; w < C::kWarps; ++w) {
+        out[i] = fmaf(weights.of[w], shared.out[w][row][column + i], out[i]);
+      }
+    }
+    if (p.value_codes<typename C::T>()) order_codes(out);
+    if (rotated) packing::rotate_row(out, a.value_dim);
+    if (row >= item.rows || first >= a.value_dim) continue;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      store_split<typename C::T>(p.decode, item, row, first + i, weights.top, weights.sum, out[i]);
+    }
+  }
+}
+
+// The sums of the query rows over the groups of keys; the block has met since they were loaded.
+template <class C>
+__device__ __forceinline__ void sum_queries(PackedShared<C>& shared, const PackFormat& f) {
+  const int size = static_cast<int>(f.group_size), groups = static_cast<int>(groups_per_row(f));
+  for (int i = static_cast<int>(threadIdx.x); i < C::kRows * groups; i += C::kThreads) {
+    const int row = i % C::kRows, group = i / C::kRows;
+    float sum = 0.0f;
+    for (int c = group * size; c < (group + 1) * size; ++c) {
+      sum += to_float(shared.query.plane[1][row][c]) + to_float(shared.query.plane[0][row][c]);
+    }
+    shared.query_sum[row][group] = sum;
+  }
+}
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, 1)
+    packed_decode_kernel(const __grid_constant__ PackedDecodeParams p) {
+  auto& shared = shared_memory<PackedShared<C>>();
+  const DecodeParams& decode = p.decode;
+  const AttentionParams& a = decode.sparse.attention;
+  const ItemRows item(decode, decode.first_item + blockIdx.x);
+  if (item.rows == 0) return;
+  const ListView& list = item.list;
+  const int64_t tokens = item_tokens(p.lengths, p.lengths_stride, list.view.batch, a.keys);
+
+  const int64_t first = blockIdx.y * decode.split_length;
+  const int64_t end = min(first + decode.split_length, list.indices ? list.length : tokens);
+  const int64_t step = C::kWarps * C::kKeys, mine = first + warp_id() * C::kKeys;
+  const int tiles = static_cast<int>(max((end - mine + step - 1) / step, int64_t{0}));
+  TokenStream stream(p, list, tokens, lane_id() < C::kKeys ? mine + lane_id() : end, step, end);
+  const int first_column = static_cast<int>(blockIdx.z) * C::kValueDim;
+  // Made anew for every tile, so that they take no registers meanwhile.
+  const auto k_side = [&] {
+    return SideTiles<C, C::kDim>(p.k, a.k, p.slots, opaque(list.view.batch),
+                                 opaque(list.key_head), 0, shared.k_codes, p.stage.k_codes,
+                                 p.stage.k_params);
+  };
+  const auto v_side = [&] {
+    return SideTiles<C, C::kValueDim>(p.v, a.v, p.slots, opaque(list.view.batch),
+                                      opaque(list.key_head), first_column, shared.v_codes,
+                                      p.stage.v_codes, p.stage.v_params);
+  };
+  const int v_first = C::kKeys * (p.stage.k_codes + p.stage.k_params);
+  const auto load = [&](int tile) {
+    if (tile < tiles) {
+      TilePlaces& places = shared.places[warp_id()][tile % C::kStages];
+      uint8_t* stage = shared.stage(p.stage, warp_id(), tile % C::kStages);
+      const TokenInfo info = stream.next();
+      if (lane_id() < C::kKeys) {
+        places.key[lane_id()] = info.key;
+        places.bias[lane_id()] = info.bias;
+        places.k[lane_id()] = info.k;
+        places.v[lane_id()] = info.v;
+      }
+      __syncwarp();
+      k_side().copy(stage, places.k);
+      v_side().copy(stage + v_first, places.v);
+    }
+    cp_async_commit();
+  };
+
+  place_codes(shared, p);
+  load_packed_queries(shared, p, item, tokens);
+  __syncthreads();
+  if (p.key_codes<typename C::T>()) sum_queries(shared, p.k.packed.format);
+  __syncthreads();
+#pragma unroll 1
+  for (int tile = 0; tile < C::kStages - 1; ++tile) load(tile);
+
+  ForwardState<C> state;
+  start(state);
+  const float scale = static_cast<float>(a.scale) * kLog2E;
+  const bool careful = rows_differ(a);
+  for (int tile = 0; tile < tiles; ++tile) {
+    cp_async_wait<C::kStages - 2>();
+    __syncwarp();  // all lanes have their copies, and are done with the tile before
+    load(tile + C::kStages - 1);
+    const auto& places = shared.places[warp_id()][tile % C::kStages];
+    const uint8_t* stage = shared.stage(p.stage, warp_id(), tile % C::kStages);
+    float weights[1][C::kKeys / 8][4];
+    multiply_keys(weights, k_side(), shared, p, stage, places.k);
+    __syncwarp();
+    list_logits(weights, places, shared.sight, a, list.view.batch, scale, careful,
+                [](int, int h) { return h * 8 + lane_id() / 4; });
+    to_weights(weights, state);
+    accumulate_values(state, weights, v_side(), shared, p, stage + v_first, places.v);
+  }
+  finish_packed(state, shared, p, ItemRows(decode, opaque(decode.first_item + blockIdx.x)));
+}
+
+// Turns back the rows of out, a warp each.
+__global__ void __launch_bounds__(kCombineThreads)
+    rotate_out_kernel(const __grid_constant__ AttentionParams p) {
+  const int64_t flat = int64_t{blockIdx.x} * (kCombineThreads / kWarp) + warp_id();
+  if (flat >= p.batch * p.heads_q * p.queries) return;
+  float* row = static_cast<float*>(p.out) + flat % p.queries * p.out_stride_token +
+               flat / p.queries % p.heads_q * p.out_stride_head +
+               flat / p.queries / p.heads_q * p.out_stride_batch + 8 * lane_id();
+  const bool exists = 8 * lane_id() < p.value_dim;
+  float x[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] = exists ? row[i] : 0.0f;
+  packing::rotate_row(x, p.value_dim);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    if (exists) row[i] = x[i];
+  }
+}
+
+}  // namespace tokred::cuda::attention

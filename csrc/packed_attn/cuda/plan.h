@@ -1,0 +1,84 @@
+// Tiles and launch plans of attention and scores on packed keys and values.
+#pragma once
+
+#include "attention/cuda/plan_decode.h"
+#include "kv_pack/params.h"
+#include "score/cuda/plan.h"
+
+namespace tokred::cuda {
+
+// What a warp copies of a tile of tokens before it unpacks them: where the parts begin, each with
+// a pitch a token, and the bytes of all. Params of groups along tokens are read in place.
+struct PackedStage {
+  int k_codes, k_params, v_codes, v_params;  // pitches
+  constexpr int bytes() const { return kDecodeKeys * (k_codes + k_params + v_codes + v_params); }
+};
+constexpr int stage_code_pitch(const PackFormat& f) {
+  return static_cast<int>(round_up(code_bytes(f.head_dim, f.bits), 16));
+}
+constexpr int stage_param_pitch(const PackFormat& f) {
+  return f.axis == GroupAxis::token ? 0 : static_cast<int>(round_up(2 * params_per_row(f), 16));
+}
+constexpr PackedStage packed_stage(const PackFormat& k, const PackFormat& v) {
+  return {stage_code_pitch(k), stage_param_pitch(k), stage_code_pitch(v), stage_param_pitch(v)};
+}
+
+// As in decode a block has kDecodeRows rows, one split of their keys and a part of the value
+// columns, and its warps take tiles of kDecodeKeys keys in turn; a warp unpacks keys and values to
+// the same tile.
+inline constexpr int kPackedStages = 3;  // under way or at work
+constexpr int packed_warps(int dim, bool is_float) { return is_float && dim > 128 ? 2 : 4; }
+// 16-bit keys and queries are two planes, which keep what unpacking and rotation give.
+constexpr int packed_query_planes(bool is_float) { return is_float ? 3 : 2; }
+
+constexpr int64_t packed_tile_bytes(int dim, bool is_float) {
+  return is_float ? int64_t{4} * kDecodeKeys * raw_pitch(dim)
+                  : attention_tile_bytes(dim, kDecodeKeys, 2);
+}
+// Scale and offset of each group of a tile's tokens.
+constexpr int64_t packed_scales_bytes(int dim) { return int64_t{8} * kDecodeKeys * (dim / 16 + 1); }
+constexpr int64_t packed_fixed_bytes(int dim, bool is_float) {
+  const int warps = packed_warps(dim, is_float);
+  return attention_tile_bytes(dim, kDecodeRows, packed_query_planes(is_float)) +
+         warps * packed_tile_bytes(dim, is_float) + (24 + 8 * warps) * kDecodeRows + 2 * dim +
+         warps * packed_scales_bytes(dim) + 4 * kDecodeRows * dim / 16 +
+         int64_t{16} * kDecodeKeys * warps * kPackedStages;
+}
+constexpr int64_t packed_shared_bytes(int dim, bool is_float, const PackedStage& stage) {
+  return packed_fixed_bytes(dim, is_float) +
+         int64_t{packed_warps(dim, is_float)} * kPackedStages * stage.bytes();
+}
+
+// Example: B = 1, Hq = 32, Hkv = 8, L = 1, T = 131072, D = 128 in bf16, 4 bits in groups of 32
+// channels: 8 items and 128 splits, 1024 blocks of 128 threads and 82 KB, of which two fit a
+// multiprocessor.
+constexpr LaunchPlan plan_packed_decode(const ListShape& s, int64_t items,
+                                        const PackedStage& stage) {
+  const int dim = decode_head_dim(s.attention.dim());
+  const bool is_float = s.attention.is_float;
+  const int64_t parts = divide_up(s.attention.value_dim, forward_value_dim(dim, is_float));
+  return {{items, decode_splits(s.length), parts}, 32 * packed_warps(dim, is_float),
+          packed_shared_bytes(dim, is_float, stage)};
+}
+
+// Whether rotated values span more columns than a block has: they are turned back afterwards, a
+// warp a row.
+constexpr bool rotates_later(const AttentionShape& s) {
+  return hadamard_size(s.value_dim) >
+         forward_value_dim(decode_head_dim(s.dim()), s.is_float);
+}
+constexpr LaunchPlan plan_rotate_out(const AttentionShape& s) {
+  return {{divide_up(s.batch * s.heads_q * s.queries, kCombineThreads / 32), 1, 1},
+          kCombineThreads, 0};
+}
+
+// Query rows that packed_qk_score scores at once: as many as unpacking leaves registers for.
+inline constexpr int kPackedScoreRows = 2;
+
+// The queries of packed_qk_score where keys are rotated, eight channels a thread. Example: B = 8,
+// Hq = 32, D = 128: 256 rows of 16 lanes, 16 blocks.
+constexpr LaunchPlan plan_rotate_queries(int64_t rows, int lanes) {
+  return {{divide_up(rows * lanes, kScoreThreads), 1, 1}, kScoreThreads, 0};
+}
+
+}  // namespace tokred::cuda

@@ -1,0 +1,197 @@
+// What the scores of keys and of blocks share: which scored rows make which rows of the result, and
+// the softmax vote of many heads over chunks of their columns.
+#pragma once
+
+#include "common/cpu/parallel.h"
+#include "common/cpu/row.h"
+#include "common/cpu/sizes.h"
+#include "common/cpu/vexp.h"
+#include "score/params.h"
+
+namespace tokred::TOKRED_ISA {
+
+// Columns that are scored, and summed in a vote, at a time: part of the order of summation.
+inline constexpr int64_t kScoreChunk = 512;
+inline constexpr int64_t kScoreRows = 4;  // rows scored together
+
+TOKRED_INLINE bool is_mean(HeadReduction reduction) {
+  return reduction == HeadReduction::group_mean || reduction == HeadReduction::head_mean;
+}
+
+// The columns of a chunk that are scored.
+struct Visible {
+  int64_t size, count = 0;
+  int64_t offset[kScoreChunk];    // in elements; behind the last it is repeated up to whole panels
+  int32_t position[kScoreChunk];  // in the chunk
+
+  // row(i) is the number of the row that column i stands for, or -1.
+  template <class Row>
+  Visible(int64_t columns, const Row& row, int64_t stride) : size(columns) {
+    for (int64_t i = 0; i < size; ++i) {
+      const int64_t at = row(i);
+      if (at < 0) continue;
+      offset[count] = at * stride;
+      position[count++] = static_cast<int32_t>(i);
+    }
+    for (int64_t i = count; i % kLanes != 0; ++i) offset[i] = offset[count - 1];
+  }
+
+  // The whole chunk, -inf where nothing is visible.
+  void spread(const float* from, float* to) const {
+    if (count == size) {
+      copy_bytes(to, from, 4 * size);
+      return;
+    }
+    for (int64_t i = 0; i < size; ++i) to[i] = -__builtin_inff();
+    for (int64_t i = 0; i < count; ++i) to[position[i]] = from[i];
+  }
+};
+
+// Softmax over [heads][columns] logits a batch entry, summed over the heads. The logits come chunk
+// by chunk, each with its greatest logit and its sum of exponentials.
+struct Vote {
+  float* logits;      // [items][heads][columns]
+  float* top;         // [items][heads][chunks]
+  float* total;       // [items][heads][chunks]
+  float* lse;         // [items][heads]
+  int64_t items, heads, columns, chunks;
+
+  static int64_t bytes(int64_t items, int64_t heads, int64_t columns) {
+    return 4 * items * heads * (columns + 2 * divide_up(columns, kScoreChunk) + 1) + kAlign;
+  }
+  Vote(void* workspace, int64_t items_, int64_t heads_, int64_t columns_)
+      : items(items_), heads(heads_), columns(columns_), chunks(divide_up(columns_, kScoreChunk)) {
+    logits = reinterpret_cast<float*>(aligned(workspace));
+    top = logits + items * heads * columns;
+    total = top + items * heads * chunks;
+    lse = total + items * heads * chunks;
+  }
+
+  // row holds a whole chunk, -inf where there is no column.
+  void put(int64_t item, int64_t head, int64_t chunk, const float* row, int64_t count) const {
+    const int64_t at = item * heads + head;
+    f32x16 best = splat(-__builtin_inff());
+    for (int64_t i = 0; i < kScoreChunk; i += kLanes) best = max(load(row + i), best);
+    float lane[kLanes];
+    store(lane, best);
+    float greatest = lane[0];
+    for (float x : lane) greatest = x > greatest ? x : greatest;
+    const f32x16 base = splat(greatest > -__builtin_inff() ? greatest : 0.0f);
+    f32x16 exponentials = splat(0.0f);
+    for (int64_t i = 0; i < kScoreChunk; i += kLanes) {
+      exponentials = exponentials + exp(load(row + i) - base);
+    }
+    top[at * chunks + chunk] = greatest;
+    total[at * chunks + chunk] = sum(exponentials);
+    copy_bytes(logits + at * columns + chunk * kScoreChunk, row, 4 * count);
+  }
+
+  // +inf where a head saw nothing, so that its votes are exp(-inf).
+  void finish_head(int64_t at) const {
+    float greatest = -__builtin_inff();
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const float x = top[at * chunks + chunk];
+      greatest = x > greatest ? x : greatest;
+    }
+    float sum = 0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const float x = top[at * chunks + chunk];
+      if (x == -__builtin_inff() && total[at * chunks + chunk] == 0) continue;
+      sum += total[at * chunks + chunk] * std::exp(x - greatest);
+    }
+    lse[at] = sum == 0 ? __builtin_inff() : greatest + std::log(sum);
+  }
+
+  // out is [items][columns].
+  void count_votes(float* out, const Parallel& parallel) const {
+    parallel_tasks(parallel, items * heads, [&](int64_t at, int64_t) { finish_head(at); });
+    parallel_tasks(parallel, items * chunks, [&](int64_t task, int64_t) {
+      const int64_t item = task / chunks, first = task % chunks * kScoreChunk;
+      const int64_t end = first + kScoreChunk < columns ? first + kScoreChunk : columns;
+      for (int64_t i = first; i < end; i += kLanes) {
+        f32x16 votes = splat(0.0f);
+        for (int64_t head = 0; head < heads; ++head) {
+          const int64_t at = item * heads + head;
+          votes = votes + exp(load_row(logits + at * columns + i, end - i) - splat(lse[at]));
+        }
+        store_row(out + item * columns + i, votes, end - i);
+      }
+    });
+  }
+};
+
+// Makes a chunk of the result from the scores of its heads. Scorer has `visible`, the number of
+// rows() to score a kv head, score(kv_head, row, count, scores [count][kScoreChunk]), and
+// out(head, heads), the chunk in row `head` of a result with `heads` rows.
+template <class Scorer>
+struct HeadReducer {
+  const Scorer& scorer;
+  const Visible& visible;
+  int64_t heads_q, heads_kv;
+  alignas(64) float scores[kScoreRows * kScoreChunk];
+  alignas(64) float total[kScoreChunk];
+
+  HeadReducer(const Scorer& s, int64_t query_heads, int64_t key_heads)
+      : scorer(s), visible(s.visible), heads_q(query_heads), heads_kv(key_heads) {}
+
+  void reduce(HeadReduction reduction, int64_t kv_head, const Vote& votes, int64_t item,
+              int64_t chunk) {
+    switch (reduction) {
+      case HeadReduction::none: keep(kv_head); break;
+      case HeadReduction::group_mean:
+        add(kv_head, kv_head + 1, scorer.out(kv_head, heads_kv));
+        break;
+      case HeadReduction::group_max: greatest(kv_head); break;
+      case HeadReduction::head_mean: add(0, heads_kv, scorer.out(0, 1)); break;
+      case HeadReduction::softmax_vote: vote(kv_head, votes, item, chunk); break;
+    }
+  }
+
+ private:
+  template <class Visit>
+  void each_row(int64_t kv_head, const Visit& visit) {
+    for (int64_t row = 0; row < scorer.rows(); row += kScoreRows) {
+      const int64_t count = scorer.rows() - row < kScoreRows ? scorer.rows() - row : kScoreRows;
+      scorer.score(kv_head, row, count, scores);
+      for (int64_t i = 0; i < count; ++i) visit(row + i, scores + i * kScoreChunk);
+    }
+  }
+  void start(float x) {
+    for (int64_t i = 0; i < kScoreChunk; i += kLanes) store(total + i, splat(x));
+  }
+  void keep(int64_t kv_head) {
+    each_row(kv_head, [&](int64_t row, const float* x) {
+      visible.spread(x, scorer.out(kv_head * scorer.rows() + row, heads_q));
+    });
+  }
+  void vote(int64_t kv_head, const Vote& votes, int64_t item, int64_t chunk) {
+    start(-__builtin_inff());
+    each_row(kv_head, [&](int64_t row, const float* x) {
+      visible.spread(x, total);
+      votes.put(item, kv_head * scorer.rows() + row, chunk, total, visible.size);
+    });
+  }
+  // NaN stays.
+  void greatest(int64_t kv_head) {
+    start(-__builtin_inff());
+    each_row(kv_head, [&](int64_t, const float* x) {
+      for (int64_t i = 0; i < visible.count; ++i) {
+        const bool stays = total[i] >= x[i] || total[i] != total[i];
+        total[i] = stays ? total[i] : x[i];
+      }
+    });
+    visible.spread(total, scorer.out(kv_head, heads_kv));
+  }
+  // Means: the queries hold the divisor.
+  void add(int64_t first_head, int64_t end_head, float* out) {
+    start(0.0f);
+    for (int64_t head = first_head; head < end_head; ++head) {
+      each_row(head, [&](int64_t, const float* x) {
+        for (int64_t i = 0; i < visible.count; ++i) total[i] += x[i];
+      });
+    }
+    visible.spread(total, out);
+  }
+};
+
+}  // namespace tokred::TOKRED_ISA

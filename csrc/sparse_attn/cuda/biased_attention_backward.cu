@@ -1,0 +1,59 @@
+// biased_attention backward: seven products of B H L N D multiply-adds where the forward pass has
+// two, because both kernels recompute the probabilities and their gradients.
+#include "common/cuda/launch.h"
+#include "sparse_attn/cuda/biased_attention_backward_query.cuh"
+#include "sparse_attn/cuda/launch.h"
+
+namespace tokred::cuda {
+namespace {
+
+using namespace attention;
+
+template <class T, int kDim, bool kSparse>
+void launch_gradients(const AttentionBackwardParams& p, const AttentionShape& shape,
+                      Stream stream) {
+  using Config = BackwardConfig<T, kDim, KeyGrads::all, kSparse>;
+  constexpr bool kFloat = Operand<T>::kPlanes == 3;
+  static_assert(sizeof(QueryGradShared<Config>) == grad_query_shared_bytes(kDim, kFloat));
+  static_assert(sizeof(KeyGradShared<Config>) == grad_key_shared_bytes(kDim, kFloat));
+  launch(attention_grad_query_kernel<Config>, plan_grad_query(shape), stream, p);
+  const LaunchPlan plan = plan_grad_key(shape);
+  if constexpr (kDim <= 128) {
+    launch(attention_grad_key_kernel<Config>, plan, stream, p);
+  } else {
+    using Value = BackwardConfig<T, kDim, KeyGrads::value, kSparse>;
+    using Key = BackwardConfig<T, kDim, KeyGrads::key, kSparse>;
+    launch(attention_grad_key_kernel<Value>, plan, stream, p);
+    launch(attention_grad_key_kernel<Key>, plan, stream, p);
+  }
+}
+
+template <class T, int kDim>
+void launch_backward(const AttentionBackwardParams& p, Stream stream) {
+  const AttentionShape shape = attention_shape(p.forward);
+  launch(attention_delta_kernel<T>, plan_delta(shape), stream, p);
+  if (hides_pairs(p.forward)) {
+    launch_gradients<T, kDim, true>(p, shape, stream);
+  } else {
+    launch_gradients<T, kDim, false>(p, shape, stream);
+  }
+  if (rows_differ(p.forward) || p.forward.key_bias) {
+    mend_gradients(p, dense_lists(p.forward).lists, stream);
+  }
+}
+
+}  // namespace
+
+void biased_attention_backward(const AttentionBackwardParams& p, Stream stream) {
+  const AttentionParams& f = p.forward;
+  if (f.batch == 0 || f.heads_q == 0) return;
+  visit_dtype(f.dtype, [&]<class T>() {
+    switch (backward_head_dim(f.head_dim > f.value_dim ? f.head_dim : f.value_dim)) {
+      case 64: return launch_backward<T, 64>(p, stream);
+      case 128: return launch_backward<T, 128>(p, stream);
+      default: return launch_backward<T, 256>(p, stream);
+    }
+  });
+}
+
+}  // namespace tokred::cuda

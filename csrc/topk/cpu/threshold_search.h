@@ -1,0 +1,341 @@
+// Selecting the best entries of one row: search for a threshold that leaves a few more than are
+// wanted by counting, then pack those above it in one pass. Whatever threshold is tried first (a
+// sample of a long row suggests one), the entries chosen in the end are the same.
+#pragma once
+
+#include "topk/cpu/sort.h"
+
+namespace tokred::TOKRED_ISA {
+
+// Where the Vec is read that has x[i, n) in it, or its first sixteen: the last one of a row begins
+// before i, so that nothing is read behind n.
+TOKRED_INLINE int64_t vec_start(int64_t i, int64_t n) {
+  return i + kLanes <= n || n < kLanes ? i : n - kLanes;
+}
+// That Vec as floats, NaN before i and from n on.
+template <class T>
+TOKRED_INLINE f32x16 load_entries(const T* x, int64_t i, int64_t n) {
+  if (i + kLanes <= n) return load_as(x + i);
+  if (n >= kLanes) {
+    const i32x16 known = splat(static_cast<int32_t>(i - (n - kLanes)));
+    return select_greater(known, load(kLaneNumbers), splat(kNaN), load_as(x + n - kLanes));
+  }
+  float lane[kLanes];
+  for (int64_t j = 0; j < kLanes; ++j) lane[j] = i + j < n ? to_float(x[i + j]) : kNaN;
+  return load(lane);
+}
+
+template <class T>
+int64_t count_above(const T* x, int64_t n, float threshold) {
+  const f32x16 limit = splat(threshold);
+  i32x16 total[2] = {splat(0), splat(0)};
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    total[0] = count_greater(total[0], load_as(x + i), limit);
+    total[1] = count_greater(total[1], load_as(x + i + kLanes), limit);
+  }
+  for (; i < n; i += kLanes) total[0] = count_greater(total[0], load_entries(x, i, n), limit);
+  return lane_total(total[0] + total[1]);
+}
+
+// What is known of some scores: how many are above a floor, the least and greatest of those.
+struct Survey {
+  int64_t above;
+  float least, greatest;
+};
+
+template <class T>
+Survey survey(const T* x, int64_t n, float floor) {
+  const f32x16 limit = splat(floor), infinity = splat(kInfinity);
+  i32x16 total = splat(0);
+  f32x16 greatest = limit, least = infinity;
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const f32x16 v = load_entries(x, i, n);
+    total = count_greater(total, v, limit);
+    greatest = max(v, greatest);
+    least = min(select_greater(v, limit, v, infinity), least);
+  }
+  return {lane_total(total), least_lane(least), greatest_lane(greatest)};
+}
+
+// More than enough entries are above `low`, too few above `high`.
+struct Bracket {
+  float low, high;
+  int64_t above_low, above_high;
+};
+
+// The greatest float that is less than x > -inf.
+TOKRED_INLINE float just_below(float x) {
+  return from_order_key(order_key(x == 0.0f ? -0.0f : x) - 1);
+}
+// Of scores of which more than enough are above the floor.
+TOKRED_INLINE Bracket bracket_of(const Survey& known) {
+  return {just_below(known.least), known.greatest, known.above, 0};
+}
+
+// Chooses the entries above `threshold` and the first `ties` of those equal to it.
+struct Cut {
+  float threshold;
+  int64_t ties;
+};
+
+// A threshold strictly inside the bracket (two or more places wide). Counts are interpolated over
+// values, then over places (orders of magnitude); the fifth step halves the places left, so that
+// any distribution is searched in at most 160 steps. Most rows need three to five.
+TOKRED_INLINE float probe(const Bracket& b, int64_t target, int step) {
+  const int phase = step % 5;
+  const bool halves = phase == 2 || phase == 4;
+  const float share = halves ? 0.5f
+                             : static_cast<float>(b.above_low - target) /
+                                   static_cast<float>(b.above_low - b.above_high);
+  const float t = b.low + (b.high - b.low) * share;
+  if ((phase == 0 || phase == 2) && t > b.low && t < b.high) return t;
+  const int64_t low = order_key(b.low), high = order_key(b.high);
+  const int64_t key = low + static_cast<int64_t>(share * static_cast<float>(high - low));
+  return from_order_key(static_cast<int32_t>(key <= low ? low + 1 : key >= high ? high - 1 : key));
+}
+
+// Moves the ends of the bracket to the least and the greatest score inside.
+template <class T>
+void tighten(Bracket& b, const T* x, int64_t n) {
+  const f32x16 low = splat(b.low), high = splat(b.high), infinity = splat(kInfinity);
+  f32x16 least = high, greatest = low;
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const f32x16 v = load_entries(x, i, n);
+    least = min(select_greater(v, low, v, infinity), least);
+    greatest = max(select_greater(v, high, low, v), greatest);
+  }
+  b.low = just_below(least_lane(least));
+  b.high = greatest_lane(greatest);
+}
+
+// The lanes that the cut chooses; the equal ones are taken off cut.ties.
+TOKRED_INLINE uint32_t chosen_mask(f32x16 v, f32x16 limit, Cut& cut) {
+  const uint32_t mask = greater_mask(v, limit);
+  const uint32_t equal = lowest_bits(equal_mask(v, limit), cut.ties);
+  cut.ties -= bit_count(equal);
+  return mask | equal;
+}
+
+// The cut that leaves the best `rest` of value[0, count); NaN behind them up to whole vectors.
+inline Cut cut_among(const float* value, int64_t count, int64_t rest) {
+  const f32x16 infinity = splat(kInfinity);
+  const i32x16 limit = splat(static_cast<int32_t>(rest));
+  f32x16 least = infinity;
+  for (int64_t first = 0; first < count; first += kLanes) {
+    const f32x16 mine = load(value + first);
+    i32x16 rank = splat(0);
+    for (int64_t i = 0; i < count; ++i) rank = count_greater(rank, splat(value[i]), mine);
+    const f32x16 chosen = select_greater(limit, rank, mine, infinity);
+    least = min(select_number(mine, chosen, infinity), least);
+  }
+  const float threshold = least_lane(least);
+  int64_t above = 0, equal = 0;
+  for (int64_t first = 0; first < count; first += kLanes) {
+    above += bit_count(greater_mask(load(value + first), splat(threshold)));
+    equal += bit_count(equal_mask(load(value + first), splat(threshold)));
+  }
+  const int64_t ties = rest - above;
+  return ties == equal ? Cut{just_below(threshold), 0} : Cut{threshold, ties};
+}
+
+// The cut that leaves exactly `wanted` of x[0, n), where no more than a Vec of them are inside the
+// bracket.
+template <class T>
+Cut cut_inside(const Bracket& b, int64_t wanted, const T* x, int64_t n) {
+  const f32x16 low = splat(b.low), high = splat(b.high);
+  float inside[2 * kLanes];
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; i += kLanes) {
+    pack_between(load_entries(x, i, n), low, high, inside, count);
+  }
+  store(inside + count, splat(kNaN));
+  return cut_among(inside, count, wanted - b.above_high);
+}
+
+// Narrows the bracket until a threshold leaves at least `at_least` of x[0, n), and at most
+// `at_most`, or until so many are equal that there is none: then the cut leaves exactly at_least,
+// and b.low is the greatest threshold that leaves more. `hint` is tried first where it is inside.
+template <class T>
+Cut search(Bracket& b, int64_t at_least, int64_t at_most, const T* x, int64_t n,
+           float hint = kNaN) {
+  bool in_gap = false;
+  for (int step = hint > b.low && hint < b.high ? -1 : 0;; ++step) {
+    // Where a step excludes nothing, scores may be equal: the ends may be close to each other.
+    if (in_gap) tighten(b, x, n);
+    if (at_least == at_most && b.above_low - b.above_high <= kLanes) {
+      return cut_inside(b, at_least, x, n);
+    }
+    const int64_t places = static_cast<int64_t>(order_key(b.high)) - order_key(b.low);
+    if (places <= 1) return {b.high, at_least - b.above_high};
+    const float t = step < 0 ? hint : probe(b, at_least + (at_most - at_least) / 2, step);
+    const int64_t above = count_above(x, n, t);
+    in_gap = !in_gap && (above == b.above_low || above == b.above_high);
+    if (above < at_least) {
+      b.high = t, b.above_high = above;
+    } else if (above > at_most) {
+      b.low = t, b.above_low = above;
+    } else {
+      return {t, 0};
+    }
+  }
+}
+
+// Appends the entries of x[0, n), which starts at position `first`, that the cut chooses. False
+// where they are more than `capacity`. kSparse: few are expected, so that it pays to skip.
+template <bool kSparse, bool kTies, class T>
+bool append_above(const T* x, int64_t n, int64_t first, Cut cut, int64_t capacity, Entries& to) {
+  const f32x16 limit = splat(cut.threshold);
+  int64_t count = to.count;
+  const auto append = [&](f32x16 v, int64_t i) {
+    const auto position = static_cast<int32_t>(first + vec_start(i, n));
+    v = v + splat(0.0f);  // makes -0 into +0, which are equal
+    if constexpr (kTies) {
+      const uint32_t mask = chosen_mask(v, limit, cut);
+      pack_lanes(to.value + count, v, mask);
+      pack_lanes(to.index + count, load(kLaneNumbers) + splat(position), mask);
+      count += bit_count(mask);
+    } else {
+      append_greater(v, limit, position, to.value, to.index, count);
+    }
+    return count <= capacity;
+  };
+  int64_t i = 0;
+  if constexpr (kSparse) {
+    for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+      f32x16 v[4];
+      for (int part = 0; part < 4; ++part) v[part] = load_as(x + i + part * kLanes);
+      // A NaN loses against any number.
+      const f32x16 greatest = max(max(v[0], max(v[1], limit)), max(v[2], max(v[3], limit)));
+      if (!greater_mask(greatest, limit)) continue;
+      for (int part = 0; part < 4; ++part) {
+        if (!append(v[part], i + part * kLanes)) return false;
+      }
+    }
+  }
+  for (; i < n; i += kLanes) {
+    if (!append(load_entries(x, i, n), i)) return false;
+  }
+  to.count = count;
+  return true;
+}
+
+template <class T>
+bool append(const T* x, int64_t n, int64_t first, Cut cut, int64_t capacity, Entries& to) {
+  if (cut.ties) return append_above<false, true>(x, n, first, cut, capacity, to);
+  return capacity < n / 64 ? append_above<true, false>(x, n, first, cut, capacity, to)
+                           : append_above<false, false>(x, n, first, cut, capacity, to);
+}
+
+// Keeps of the entries, NaN up to n, those that the cut chooses, in the order they have.
+inline void keep_chosen(Entries& entries, int64_t n, Cut cut) {
+  const f32x16 limit = splat(cut.threshold);
+  float* const value = entries.value;
+  int32_t* const index = entries.index;
+  int64_t kept = 0;
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const f32x16 v = load(value + i);
+    const i32x16 position = load(index + i);
+    const uint32_t mask = chosen_mask(v, limit, cut);
+    pack_lanes(value + kept, v, mask);
+    pack_lanes(index + kept, position, mask);
+    kept += bit_count(mask);
+  }
+  entries.count = kept;
+}
+
+// Ends the values with NaN up to whole vectors; returns their number with those.
+inline int64_t fill_up(Entries& entries) {
+  const int64_t n = round_up(entries.count, kLanes);
+  store(entries.value + entries.count, splat(kNaN));
+  return n;
+}
+
+// Keeps the best `wanted` candidates. `hint`: the threshold that did so in another row.
+inline void keep_best(Entries& entries, int64_t wanted, float& hint) {
+  if (entries.count <= wanted) return;
+  const int64_t n = fill_up(entries);
+  f32x16 greatest = load(entries.value);
+  for (int64_t i = kLanes; i < n; i += kLanes) greatest = max(load(entries.value + i), greatest);
+  greatest = max(greatest, splat(-kInfinity));
+  Bracket bracket{entries.below, greatest_lane(greatest), entries.count, 0};
+  const Cut cut = search(bracket, wanted, wanted, entries.value, n, hint);
+  hint = cut.threshold;
+  keep_chosen(entries, n, cut);
+}
+
+// Keeps the best `wanted` forced entries, which may be -inf.
+inline void keep_best_forced(Entries& entries, int64_t wanted) {
+  if (entries.count <= wanted) return;
+  const int64_t n = fill_up(entries);
+  const Survey known = survey(entries.value, n, -kInfinity);
+  if (known.above <= wanted) return keep_chosen(entries, n, {-kInfinity, wanted - known.above});
+  Bracket bracket = bracket_of(known);
+  keep_chosen(entries, n, search(bracket, wanted, wanted, entries.value, n));
+}
+
+// Candidates of one row: those of x[0, n) above the floor. x[0] stands at position `first`.
+template <class T>
+struct Candidates {
+  const T* x;
+  int64_t n, first;
+  float floor;
+  int64_t wanted;
+};
+
+inline constexpr int64_t kShortRow = 2048;
+inline constexpr int64_t kSample = 4096;
+
+// Entries that a search should leave at most: a narrower aim takes more steps.
+TOKRED_INLINE int64_t enough(int64_t wanted) { return wanted + wanted / 4 + kLanes; }
+// Room for them, or for those above a guess in a long row: one of the sample stands for many.
+TOKRED_INLINE int64_t found_capacity(int64_t wanted, int64_t n) {
+  const int64_t room = n <= kShortRow ? enough(wanted)
+                                      : wanted + wanted / 2 + 1024 + 12 * (n / kSample);
+  return room < n ? room : n;
+}
+
+// Finds the candidates above a threshold; false where they are too few or too many.
+template <class T>
+bool find_above(const Candidates<T>& c, float threshold, int64_t capacity, Entries& found) {
+  found.count = 0;
+  found.below = threshold;
+  const bool complete = append(c.x, c.n, c.first, Cut{threshold, 0}, capacity, found);
+  return complete && (found.count >= c.wanted || threshold == c.floor);
+}
+
+// Finds the best `wanted` candidates, and possibly some more.
+template <class T>
+void find_by_search(const Candidates<T>& c, int64_t capacity, Entries& found) {
+  const Survey known = survey(c.x, c.n, c.floor);
+  if (known.above <= capacity) {
+    find_above(c, c.floor, capacity, found);
+    found.below = just_below(known.least);
+    return;
+  }
+  const int64_t most = enough(c.wanted) < capacity ? enough(c.wanted) : capacity;
+  Bracket bracket = bracket_of(known);
+  const Cut cut = search(bracket, c.wanted, most, c.x, c.n);
+  found.count = 0;
+  found.below = cut.threshold;
+  append(c.x, c.n, c.first, cut, capacity, found);
+}
+
+// A threshold above which probably a few more than `wanted` candidates are, by every
+// (n / kSample)-th vector of the row.
+template <class T>
+float guess_threshold(const Candidates<T>& c, float* sample) {
+  constexpr int64_t kVectors = kSample / kLanes;
+  const int64_t step = c.n / kVectors;
+  if (c.wanted >= c.n || step < kLanes) return c.floor;
+  for (int64_t i = 0; i < kVectors; ++i) store(sample + i * kLanes, load_as(c.x + i * step));
+  const float expected = static_cast<float>(c.wanted) * kSample / static_cast<float>(c.n);
+  const auto at_least = static_cast<int64_t>(expected + 3 * __builtin_sqrtf(expected) + 3);
+  const Survey known = survey(sample, kSample, c.floor);
+  if (known.above <= at_least) return c.floor;
+  Bracket bracket = bracket_of(known);
+  const Cut cut = search(bracket, at_least, at_least + at_least / 8 + 1, sample, kSample);
+  return cut.ties ? bracket.low : cut.threshold;
+}
+
+}  // namespace tokred::TOKRED_ISA
