@@ -53,7 +53,7 @@ struct AttentionParams {
   DType dtype;
   bool causal;
   double scale;
-  void* workspace;                     // attention_workspace(params) bytes
+  void* workspace;                     // biased_attention_workspace(params) bytes
 };
 
 }  // namespace tokred

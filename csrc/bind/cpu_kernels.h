@@ -1,10 +1,7 @@
 // The CPU kernels as each instruction set's namespace offers them.
 #pragma once
 
-#include "match/params.h"
-#include "merge/params.h"
-#include "packed_attn/params.h"
-#include "topk/params.h"
+#include "bind/params.h"
 #include "common/cpu/parallel.h"
 
 #ifdef TOKRED_ONLY_ISA

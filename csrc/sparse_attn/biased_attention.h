@@ -36,7 +36,7 @@ template <class Backend>
 std::tuple<Tensor, Tensor> run_attention(AttentionParams& p, const Tensor& q) {
   Backend backend(q);
   std::tuple<Tensor, Tensor> outputs = allocate_attention_outputs(p, q);
-  Scratch workspace(q, backend.attention_workspace(p), Backend::kHost);
+  Scratch workspace(q, backend.biased_attention_workspace(p), Backend::kHost);
   p.workspace = workspace.data();
   backend.biased_attention(p);
   return outputs;

@@ -41,7 +41,7 @@ void combine_row(const CombineParams& p, int64_t row) {
 
 }  // namespace
 
-int64_t attention_workspace(const AttentionParams& p, const Parallel& parallel) {
+int64_t biased_attention_workspace(const AttentionParams& p, const Parallel& parallel) {
   return is_decode(p) ? sparse_attention_workspace(over_all_keys(p), parallel) : 0;
 }
 

@@ -59,7 +59,7 @@ int64_t decode_attention_workspace(const SparseAttentionParams& p) {
   return decode_workspace_bytes(list_shape(p));
 }
 
-int64_t attention_workspace(const AttentionParams& p) {
+int64_t biased_attention_workspace(const AttentionParams& p) {
   return is_decode_attention(p) ? decode_attention_workspace(dense_lists(p)) : 0;
 }
 
