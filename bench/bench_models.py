@@ -53,7 +53,8 @@ def allow_torchvision() -> None:
 def dinov2() -> tuple[nn.Module, str]:
     """The model and what runs through it; random weights, which only time, where it is missing."""
     allow_torchvision()
-    from tokred.models.dinov2 import MissingModelError, load_dinov2
+    from tokred.demo.dinov2 import load_dinov2
+    from tokred.demo.offline import MissingModelError
 
     try:
         return load_dinov2(), "photographs"

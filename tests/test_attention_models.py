@@ -15,7 +15,7 @@ from transformers.masking_utils import sdpa_mask, sliding_window_causal_mask_fun
 
 import tokred
 from tokred.compat import cache_keyword
-from tokred.models import attention
+from tokred.integrations.transformers import attention
 
 CACHE = cache_keyword()
 MODELS = {

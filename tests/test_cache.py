@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 import tokred
-from tokred.models import attention
+from tokred.integrations.transformers import attention
 
 SLIDING = ["sliding_attention", "full_attention"]
 MODELS = {

@@ -40,7 +40,7 @@ def threads(one_thread: None) -> None:
 @pytest.fixture(scope="module", params=MODELS)
 def model(request: pytest.FixtureRequest) -> nn.Module:
     model = MODELS[request.param]()
-    model.set_attn_implementation(tokred.models.attention.register())
+    model.set_attn_implementation(tokred.integrations.transformers.attention.register())
     return model
 
 
@@ -103,7 +103,7 @@ def path(tmp_path: Path) -> Path:
 
 def llama(**options: Any) -> nn.Module:
     model = tiny_lm("Llama", **{"head_dim": 16, **options})
-    model.set_attn_implementation(tokred.models.attention.register())
+    model.set_attn_implementation(tokred.integrations.transformers.attention.register())
     return model
 
 
@@ -261,7 +261,7 @@ def used(cache: tokred.PackedCache) -> None:
 def test_headers_that_were_changed(family: str, tmp_path: Path) -> None:
     """Every field gone, doubled or of every odd value: refused with the path, or of use."""
     model = MODELS[family]()
-    model.set_attn_implementation(tokred.models.attention.register())
+    model.set_attn_implementation(tokred.integrations.transformers.attention.register())
     path = tmp_path / "cache.safetensors"
     filled(model, 20, window=5).save(path)
     with safe_open(path, "pt") as file:
@@ -291,7 +291,7 @@ def test_headers_that_were_changed(family: str, tmp_path: Path) -> None:
 
 def test_tensors_that_were_changed(tmp_path: Path) -> None:
     model, path = MODELS["gemma3"](), tmp_path / "cache.safetensors"
-    model.set_attn_implementation(tokred.models.attention.register())
+    model.set_attn_implementation(tokred.integrations.transformers.attention.register())
     filled(model, 20, window=5).save(path)
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
@@ -315,7 +315,7 @@ def test_tensors_that_were_changed(tmp_path: Path) -> None:
 def test_a_loaded_cache_owns_its_tensors(tmp_path: Path) -> None:
     """The file may be written again while the cache is in use."""
     model, path = MODELS["gemma3"](), tmp_path / "cache.safetensors"
-    model.set_attn_implementation(tokred.models.attention.register())
+    model.set_attn_implementation(tokred.integrations.transformers.attention.register())
     filled(model).save(path)
     loaded = tokred.PackedCache.load(path, model.config)
     before = [
@@ -335,7 +335,7 @@ def tensors(layer: Any) -> dict[str, torch.Tensor]:
 
 def test_a_capacity_is_a_limit_and_no_allocation(tmp_path: Path) -> None:
     model, path = MODELS["llama"](), tmp_path / "cache.safetensors"
-    model.set_attn_implementation(tokred.models.attention.register())
+    model.set_attn_implementation(tokred.integrations.transformers.attention.register())
     filled(model, window=5, capacity=64).save(path)
     with safe_open(path, "pt") as file:
         parts = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
@@ -349,7 +349,7 @@ def test_a_capacity_is_a_limit_and_no_allocation(tmp_path: Path) -> None:
 
 def test_a_file_stays_where_saving_fails(tmp_path: Path) -> None:
     model, path = MODELS["llama"](), tmp_path / "cache.safetensors"
-    model.set_attn_implementation(tokred.models.attention.register())
+    model.set_attn_implementation(tokred.integrations.transformers.attention.register())
     filled(model).save(path)
     before = path.read_bytes()
     full = mock.patch("tokred.cache.files.save_file", side_effect=OSError("no space left"))

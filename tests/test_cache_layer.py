@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import tokred
 from tokred import reference
 from tokred.cache import CacheBytes, CacheOptions, PackedCacheLayer
-from tokred.models.attention import attention_forward
-from tokred.models.packed import PackedStates
+from tokred.integrations.transformers.attention import attention_forward
+from tokred.integrations.transformers.packed_states import PackedStates
 from tokred.reference.kv_pack import packed_tokens
 
 

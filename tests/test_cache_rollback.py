@@ -18,7 +18,7 @@ import tokred
 from tokred import compat
 from tokred.cache import PackedCacheLayer
 from tokred.cache.rollback import ROLLBACK
-from tokred.models import attention
+from tokred.integrations.transformers import attention
 
 FORMS = pytest.mark.parametrize(
     "form",

@@ -12,7 +12,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 import tokred
 from tokred import compat
-from tokred.models import attention
+from tokred.integrations.transformers import attention
 
 LM = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 MLA = {"kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32}

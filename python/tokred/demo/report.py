@@ -57,7 +57,7 @@ def origin(complete: bool) -> Origin:
 
 def revision() -> str:
     """The commit that tokred runs from, with "-dirty" where its files differ; or "unknown"."""
-    package = Path(__file__).resolve().parent
+    package = Path(tokred.__file__).resolve().parent
 
     def git(*arguments: str) -> str:
         command = ["git", *arguments]

@@ -1,6 +1,6 @@
 """The attention of transformers' models on tokred's kernels, and the place where methods plug in.
 
-    tokred.models.attention.register()
+    tokred.integrations.transformers.attention.register()
     model.set_attn_implementation("tokred")
 
 Dense attention then runs on `biased_attention`: grouped heads without copies of the keys, left
@@ -26,7 +26,7 @@ from transformers.masking_utils import (
 )
 
 from .call import AttentionCall, AttentionMethod
-from .packed import ADVICE, PackedStates
+from .packed_states import ADVICE, PackedStates
 
 __all__ = [
     "AttentionCall",

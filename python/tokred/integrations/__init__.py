@@ -1,4 +1,4 @@
-"""Adapters: where in a model family the layers are, and how a method gets into them."""
+"""Integrations: where in a library's models the layers are, and how a method gets into them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,18 @@ from torch import nn
 if TYPE_CHECKING:
     from tokred.patching import Overrides, Settings
 
-_SUPPORTED = {
-    "timm": "timm models made of vision_transformer.Block",
-    "transformers": "transformers' ViT, DeiT, DINOv2, SigLIP and CLIP vision models",
-    "diffusers": "diffusers models made of BasicTransformerBlock",
-    "causal_lm": "transformers' language models with full causal attention",
+# The module of each adapter, and the models that it finds layers in.
+_ADAPTERS = {
+    "timm": ("timm", "timm models made of vision_transformer.Block"),
+    "transformers": (
+        "transformers.vision",
+        "transformers' ViT, DeiT, DINOv2, SigLIP and CLIP vision models",
+    ),
+    "diffusers": ("diffusers", "diffusers models made of BasicTransformerBlock"),
+    "causal_lm": (
+        "transformers.decoder",
+        "transformers' language models with full causal attention",
+    ),
 }
 
 
@@ -38,7 +45,7 @@ def attach(
     found = False
     reasons = []
     for name in method.adapters:
-        adapter = importlib.import_module(f"tokred.models.{name}")
+        adapter = importlib.import_module(f"{__name__}.{_ADAPTERS[name][0]}")
         for stack in adapter.stacks(model, method, settings):
             found = True
             if not check_only:
@@ -46,7 +53,7 @@ def attach(
         if hasattr(adapter, "why_not"):
             reasons.append(adapter.why_not(model))
     if not found:
-        supported = "; ".join(_SUPPORTED[name] for name in method.adapters)
+        supported = "; ".join(_ADAPTERS[name][1] for name in method.adapters)
         why = "".join(f" ({reason})" for reason in reasons if reason)
         raise ValueError(
             f"{type(model).__name__} has no layer that {type(method).__name__} can be put into"

@@ -21,7 +21,8 @@ from torch.nn import functional
 
 import tokred
 from tokred.compat import cache_keyword
-from tokred.demo_report import (
+
+from .report import (
     SpeedRow,
     mark_dense,
     new_figure,
@@ -35,8 +36,8 @@ from tokred.demo_report import (
     speed_table,
     speed_verdict,
 )
-from tokred.demo_text import dense_attention, generate_text, text_ids
-from tokred.models.smollm2 import load_smollm2
+from .smollm2 import load_smollm2
+from .text import dense_attention, generate_text, text_ids
 
 # What of the default options is left out. Groups along tokens need a window, so what has none packs
 # keys along channels.

@@ -12,9 +12,8 @@ from torch import nn
 
 import tokred
 from tokred import compat
+from tokred.integrations import ancestors, layer_lists
 from tokred.patching import Overrides, Settings, TokenState
-
-from . import ancestors, layer_lists
 
 Step = Callable[[torch.Tensor], torch.Tensor]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import tokred
 
-from .packed import PackedStates
+from .packed_states import PackedStates
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class AttentionCall:
 
 
 class AttentionMethod(Protocol):
-    """What a method gives to `tokred.models.causal_lm`: one object for all layers of a model.
+    """What a method gives to a decoder's patch: one object for all layers of a model.
 
     Where it works on PackedStates, a class attribute `reads_packed` is True.
     """

@@ -1,7 +1,7 @@
 """transformers' language models: methods that choose which cached keys a layer attends to.
 
-The model runs on `tokred.models.attention` inside the patch, and every full-attention layer hands
-its attention to the method. A method is a dataclass of options with
+The model runs on tokred's attention (attention.py) inside the patch, and every full-attention layer
+hands its attention to the method. A method is a dataclass of options with
 
     adapters = ("causal_lm",)
     rotation = "cached" or "compact"

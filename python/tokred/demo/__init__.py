@@ -1,0 +1,54 @@
+"""python -m tokred demo: token merging in DINOv2 ViT-S/14 on real photographs, sparse attention and
+packed caches in SmolLM2-135M on real text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import cache, images, text
+from .offline import MissingModelError
+
+NEEDED = {
+    "transformers": "transformers",
+    "skimage": "scikit-image",
+    "matplotlib": "matplotlib",
+    "rich": "rich",
+}
+
+
+def main(arguments: Sequence[str] = ()) -> int:
+    """Runs the demo; the exit code is 2 where something must be installed first."""
+    parser = argparse.ArgumentParser(prog="python -m tokred demo", description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder to write")
+    parser.add_argument("--quick", action="store_true", help="one photograph, a little text")
+    parser.add_argument("--only", choices=("images", "text", "cache"), help="one part of the demo")
+    options = parser.parse_args(arguments)
+    try:
+        _require_packages()
+        if options.only in (None, "images"):
+            images.run(images.QUICK if options.quick else images.FULL, options.output)
+        if options.only in (None, "text"):
+            text.run(text.QUICK if options.quick else text.FULL, options.output)
+        if options.only in (None, "cache"):
+            cache.run(cache.QUICK if options.quick else cache.FULL, options.output)
+    except MissingModelError as error:
+        print(f"tokred demo: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _require_packages() -> None:
+    missing = [package for module, package in NEEDED.items() if not _installed(module)]
+    if missing:
+        raise MissingModelError(
+            f"the demo needs {', '.join(missing)}: run `pip install {' '.join(missing)}`"
+        )
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
