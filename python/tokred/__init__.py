@@ -9,88 +9,22 @@ diffusers model.
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import _library
 
 _library.load()
 
-from .ops import (  # noqa: E402  (the ops must exist before their wrappers)
-    PackedKV,
-    PackFormat,
-    Records,
-    SimilarityStats,
-    attention_columns,
-    attention_rows,
-    biased_attention,
-    bipartite_soft_matching,
-    block_pool,
-    block_score,
-    block_sparse_attention,
-    combine_states,
-    compact,
-    compose,
-    gather_tokens,
-    inverse_transform_sample,
-    kv_append,
-    kv_pack,
-    kv_unpack,
-    match,
-    merge,
-    num_out,
-    packed_attention,
-    packed_qk_score,
-    pagerank,
-    qk_score,
-    similarity_stats,
-    sparse_attention,
-    threshold_matching,
-    topk,
-    topk_with_counts,
-    transition_stats,
-    unmerge,
-)
+from .ops import *  # noqa: E402  (the ops must exist before their wrappers)
+from .ops import __all__ as _ops  # noqa: E402
+
+if TYPE_CHECKING:
+    from .cache import PackedCache
+    from .patching import apply, patch
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "PackFormat",
-    "PackedCache",
-    "PackedKV",
-    "Records",
-    "SimilarityStats",
-    "apply",
-    "attention_columns",
-    "attention_rows",
-    "biased_attention",
-    "bipartite_soft_matching",
-    "block_pool",
-    "block_score",
-    "block_sparse_attention",
-    "combine_states",
-    "compact",
-    "compose",
-    "gather_tokens",
-    "inverse_transform_sample",
-    "kv_append",
-    "kv_pack",
-    "kv_unpack",
-    "match",
-    "merge",
-    "num_out",
-    "packed_attention",
-    "packed_qk_score",
-    "pagerank",
-    "patch",
-    "qk_score",
-    "similarity_stats",
-    "sparse_attention",
-    "threshold_matching",
-    "topk",
-    "topk_with_counts",
-    "transition_stats",
-    "unmerge",
-]
+__all__ = ["PackedCache", "apply", "patch", *_ops]
 
 _LAZY_MODULES = ("cache", "integrations", "methods", "nn", "patching", "reference")
 

@@ -1,49 +1,18 @@
-"""The functional API: one module per stem."""
+"""The functional API: a module or a package a family, whose `__all__` says what is public."""
 
-from .kv_pack import PackedKV, PackFormat, Records, kv_append, kv_pack, kv_unpack
-from .match import bipartite_soft_matching, match, num_out, threshold_matching
-from .merge import compose, merge, unmerge
-from .packed_attn import packed_attention, packed_qk_score
-from .score import block_pool, block_score, qk_score
-from .score_attention import attention_columns, attention_rows, pagerank
-from .score_similarity import SimilarityStats, similarity_stats, transition_stats
-from .sparse_attn import biased_attention, combine_states
-from .sparse_attn_blocks import block_sparse_attention
-from .sparse_attn_lists import sparse_attention
-from .topk import compact, gather_tokens, inverse_transform_sample, topk, topk_with_counts
+from .kv_pack import *
+from .kv_pack import __all__ as _kv_pack
+from .match import *
+from .match import __all__ as _match
+from .merge import *
+from .merge import __all__ as _merge
+from .packed_attn import *
+from .packed_attn import __all__ as _packed_attn
+from .score import *
+from .score import __all__ as _score
+from .sparse_attn import *
+from .sparse_attn import __all__ as _sparse_attn
+from .topk import *
+from .topk import __all__ as _topk
 
-__all__ = [
-    "PackFormat",
-    "PackedKV",
-    "Records",
-    "SimilarityStats",
-    "attention_columns",
-    "attention_rows",
-    "biased_attention",
-    "bipartite_soft_matching",
-    "block_pool",
-    "block_score",
-    "block_sparse_attention",
-    "combine_states",
-    "compact",
-    "compose",
-    "gather_tokens",
-    "inverse_transform_sample",
-    "kv_append",
-    "kv_pack",
-    "kv_unpack",
-    "match",
-    "merge",
-    "num_out",
-    "packed_attention",
-    "packed_qk_score",
-    "pagerank",
-    "qk_score",
-    "similarity_stats",
-    "sparse_attention",
-    "threshold_matching",
-    "topk",
-    "topk_with_counts",
-    "transition_stats",
-    "unmerge",
-]
+__all__ = [*_kv_pack, *_match, *_merge, *_packed_attn, *_score, *_sparse_attn, *_topk]

@@ -12,6 +12,8 @@ from .._library import check_tensor
 from .registration import call, call_in_place, follow_under_autocast, without_gradient, writes
 from .symbolic import check_dim, check_writable
 
+__all__ = ["PackFormat", "PackedKV", "Records", "kv_append", "kv_pack", "kv_unpack"]
+
 _ops = torch.ops.tokred
 
 BITS = (1, 2, 3, 4, 8)

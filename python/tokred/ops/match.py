@@ -10,6 +10,8 @@ from .._library import check_tensor
 from .registration import choose, not_differentiable, promote_under_autocast
 from .symbolic import larger, smaller
 
+__all__ = ["bipartite_soft_matching", "match", "num_out", "threshold_matching"]
+
 _ops = torch.ops.tokred
 
 

@@ -19,6 +19,8 @@ from .registration import (
 )
 from .symbolic import check_writable, known
 
+__all__ = ["compose", "merge", "unmerge"]
+
 _ops = torch.ops.tokred
 
 LINEAR_MODES = ("sum", "mean", "plain_mean", "prune")

@@ -9,10 +9,12 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .._library import check_tensor
+from .attention import broadcast_bias, broadcast_mask, forward_flops
 from .kv_pack import PackedKV, check_bits, check_packed
 from .registration import call, cast_under_autocast, without_gradient
-from .sparse_attn_shared import broadcast_bias, broadcast_mask, forward_flops
 from .symbolic import check_dim
+
+__all__ = ["packed_attention", "packed_qk_score"]
 
 _ops = torch.ops.tokred
 

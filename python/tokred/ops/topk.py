@@ -11,6 +11,8 @@ from .._library import check_tensor
 from .registration import call, choose, not_differentiable, without_gradient
 from .symbolic import larger
 
+__all__ = ["compact", "gather_tokens", "inverse_transform_sample", "topk", "topk_with_counts"]
+
 _ops = torch.ops.tokred
 
 

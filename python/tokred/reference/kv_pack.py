@@ -7,6 +7,8 @@ from torch import Tensor
 
 from tokred.ops.kv_pack import PackedKV, PackFormat, packed_tokens
 
+__all__ = ["kv_append", "kv_pack", "kv_unpack"]
+
 _MOST_PARAM = 65504.0
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+__all__ = ["bipartite_soft_matching", "match", "threshold_matching"]
+
 NORM_EPS = 1e-12
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+__all__ = ["compose", "merge", "unmerge"]
+
 
 def _slots(token_map: Tensor, num_out: int) -> Tensor:
     """token_map as i64, with slot num_out for every entry outside [0, num_out)."""

@@ -12,6 +12,8 @@ from .kv_pack import hadamard, kv_unpack
 from .score import qk_score
 from .sparse_attn import biased_attention, sparse_attention
 
+__all__ = ["packed_attention", "packed_qk_score"]
+
 
 def _unpacked(
     packed: PackedKV,

@@ -9,6 +9,17 @@ from torch import Tensor
 
 from .match import NORM_EPS, similarity
 
+__all__ = [
+    "attention_columns",
+    "attention_rows",
+    "block_pool",
+    "block_score",
+    "pagerank",
+    "qk_score",
+    "similarity_stats",
+    "transition_stats",
+]
+
 
 def _wide(x: Tensor) -> Tensor:
     """In float32, or float64 where x is."""

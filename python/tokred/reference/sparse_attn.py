@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+__all__ = ["biased_attention", "block_sparse_attention", "combine_states", "sparse_attention"]
+
 
 def biased_attention(
     q: Tensor,

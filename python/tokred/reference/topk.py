@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+__all__ = ["compact", "gather_tokens", "inverse_transform_sample", "topk", "topk_with_counts"]
+
 _PROBABILITY_BITS = 40
 _LIMB_BITS = 30
 

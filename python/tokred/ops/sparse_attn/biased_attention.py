@@ -8,16 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .._library import check_tensor
-from .registration import (
-    call,
-    cast_under_autocast,
-    differentiable,
-    once_differentiable,
-    promote_under_autocast,
-    without_gradient,
-)
-from .sparse_attn_shared import (
+from ..._library import check_tensor
+from ..attention import (
     backward_flops,
     broadcast_bias,
     broadcast_mask,
@@ -26,6 +18,14 @@ from .sparse_attn_shared import (
     forward_flops,
     incoming,
     wanted,
+)
+from ..registration import (
+    call,
+    cast_under_autocast,
+    differentiable,
+    once_differentiable,
+    promote_under_autocast,
+    without_gradient,
 )
 
 _ops = torch.ops.tokred

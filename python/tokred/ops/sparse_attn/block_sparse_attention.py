@@ -8,14 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .._library import check_tensor
-from .registration import (
-    call,
-    cast_under_autocast,
-    differentiable,
-    once_differentiable,
-)
-from .sparse_attn_shared import (
+from ..._library import check_tensor
+from ..attention import (
     backward_flops,
     broadcast_bias,
     broadcast_mask,
@@ -25,7 +19,13 @@ from .sparse_attn_shared import (
     incoming,
     wanted,
 )
-from .symbolic import check_dim
+from ..registration import (
+    call,
+    cast_under_autocast,
+    differentiable,
+    once_differentiable,
+)
+from ..symbolic import check_dim
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask

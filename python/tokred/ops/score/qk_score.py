@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .._library import check_tensor
-from .registration import call, cast_under_autocast, without_gradient
-from .symbolic import check_dim
+from ..._library import check_tensor
+from ..registration import call, cast_under_autocast, without_gradient
+from ..symbolic import check_dim
 
 _ops = torch.ops.tokred
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .registration import call, promote_under_autocast, without_gradient
+from ..registration import call, promote_under_autocast, without_gradient
 
 _ops = torch.ops.tokred
 

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .._library import check_tensor
-from .registration import call, cast_under_autocast, without_gradient
-from .sparse_attn import biased_attention
-from .sparse_attn_shared import broadcast_mask
+from ..._library import check_tensor
+from ..attention import broadcast_mask
+from ..registration import call, cast_under_autocast, without_gradient
+from ..sparse_attn import biased_attention
 
 _ops = torch.ops.tokred
 
