@@ -45,7 +45,7 @@ def photographs(pixels: int) -> Tensor:
 def allow_torchvision() -> None:
     """transformers imports torchvision where it is installed, timm always does."""
     sys.path.append(str(Path(__file__).parent.parent / "tests"))
-    import torchvision_stub
+    from cases import torchvision_stub
 
     torchvision_stub.install()
 

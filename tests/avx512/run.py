@@ -1,7 +1,7 @@
 """Runs the kernels' tests on an emulated CPU with AVX-512, for machines that have none.
 
     python tests/avx512/run.py                                  # every 16th case
-    python tests/avx512/run.py --every 1 tests/test_topk.py     # all cases of a file
+    python tests/avx512/run.py --every 1 tests/topk/test_topk.py     # all cases of a file
     python tests/avx512/run.py --every 4 --offset 1 -- -k "not large"
 
 Boots Linux in Bochs, which emulates a Skylake-X instruction by instruction, with this environment's

@@ -22,16 +22,9 @@ ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "tests"
 sys.path[1:1] = [str(TESTS / "fuzz"), str(TESTS), str(ROOT / "python"), str(ROOT)]
 
-# What the suite runs there, and the rehearsal.
-SUITE = (
-    "test_match.py", "test_bipartite.py", "test_merge.py", "test_topk.py", "test_topk_gather.py",
-    "test_topk_paths.py", "test_score.py", "test_score_attention.py", "test_score_blocks.py",
-    "test_score_similarity.py", "test_sparse_attn.py", "test_sparse_decode.py",
-    "test_sparse_lists.py", "test_block_sparse.py", "test_combine_states.py", "test_positions.py",
-    "test_kv_pack.py", "test_kv_append.py", "test_kv_unpack.py", "test_packed_attn.py",
-    "test_packed_fixed.py", "test_packed_lists.py", "test_packed_score.py",
-)  # fmt: skip
-REHEARSED = ("test_combine_states.py", "test_kv_unpack.py")
+# What the suite runs there, and the rehearsal; the wgmma kernel has a step of its own.
+SUITE = ("match", "merge", "topk", "score", "sparse_attn", "kv_pack", "packed_attn")
+REHEARSED = ("sparse_attn/test_combine_states.py", "kv_pack/test_kv_unpack.py")
 
 
 class Step:
@@ -177,19 +170,21 @@ def wgmma(step: Step) -> None:
         return
     os.environ["TOKRED_WGMMA"] = "1"
     chosen = ["-k", "queries_without_keys"] if step.rehearsal else []
-    _pytest(step, "tests/test_wgmma.py", *chosen)
+    _pytest(step, "tests/sparse_attn/test_wgmma.py", *chosen)
 
 
 def fp32(step: Step) -> None:
     """Attention and matching in float32, which is made of three bf16 products."""
-    files = _files(step, ("test_match.py", "test_sparse_attn.py", "test_sparse_decode.py"))
+    attention = ("biased_attention", "biased_attention_decode")
+    names = ("match/test_match.py", *(f"sparse_attn/test_{name}.py" for name in attention))
+    files = _files(step, names)
     _pytest(step, *files, "-k", "not float16")
 
 
 def suite(step: Step) -> None:
     """The op tests' cases of the device."""
     workers = [] if step.rehearsal else ["-n", "8"]
-    _pytest(step, *_files(step, SUITE), *workers)
+    _pytest(step, *_files(step, SUITE), "--ignore=tests/sparse_attn/test_wgmma.py", *workers)
 
 
 def _calls(step: Step, check: bool) -> None:

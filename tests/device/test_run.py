@@ -11,9 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-import run
 import torch
-from conftest import SIMT_LIBRARY
+
+from cases.backends import SIMT_LIBRARY
+from device import run
 
 HERE = Path(__file__).parent
 CUDA_SOURCES = HERE.parents[1] / "csrc"

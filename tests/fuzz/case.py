@@ -8,11 +8,11 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
-from conftest import move
 from draw import F64, Draw
 from torch import Tensor
 
 import tokred
+from cases.backends import move
 from tokred import PackedKV
 
 

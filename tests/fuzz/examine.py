@@ -14,9 +14,10 @@ import scoring  # noqa: F401
 import torch
 from case import CASES, Case, clone, precision, widened
 from compare import Mismatch, flat, near, same
-from conftest import ISAS, SIMT_LIBRARY, set_cpu_isa
 from draw import F64, Draw
 from guard import Guard
+
+from cases.backends import ISAS, SIMT_LIBRARY, set_cpu_isa
 
 # Of this machine, the best one last.
 HERE = tuple(isa for isa in ISAS if set_cpu_isa(isa))

@@ -8,7 +8,8 @@ import torch
 from compare import Mismatch
 from draw import Draw
 from examine import CASES
-from heap_use import used
+
+from cases.heap_use import used
 
 CALLS, LONGEST_S = 100_000, 120.0
 WARM_UP = 200

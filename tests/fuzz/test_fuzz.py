@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import SIMT_LIBRARY
+
+from cases.backends import SIMT_LIBRARY
 
 RUN = Path(__file__).with_name("run.py")
 

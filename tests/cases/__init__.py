@@ -1,0 +1,1 @@
+"""What the tests share: backends, inputs, comparisons, models and oracles."""

@@ -1,0 +1,115 @@
+"""The backends every op is tested on: plain torch, the CPU kernels on each ISA, and the devices."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+import tokred
+from tokred import PackedKV, reference
+
+try:
+    from tokred import _C
+except ImportError:
+    _C = None
+
+ISAS = ("generic", "avx2", "avx512")
+KERNELS = (*(f"cpu-{isa}" for isa in ISAS), "simt", "cuda")
+SIMT_LIBRARY = Path(
+    os.environ.get("TOKRED_SIMT_LIBRARY", Path(__file__).parents[2] / "build" / "libtokred_simt.so")
+)
+
+
+# Their wrappers take more than the ops do.
+PACKED_OPS = ("kv_pack", "kv_unpack", "kv_append", "packed_attention", "packed_qk_score")
+
+
+def _wrapper_on_simt(op: str) -> Callable[..., Any]:
+    """The op's wrapper, calling the emulated device."""
+
+    wrapper = getattr(tokred, op)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with mock.patch.dict(wrapper.__globals__, {"_ops": torch.ops.tokred_simt}):
+            return wrapper(*args, **kwargs)
+
+    return call
+
+
+def move(value: Any, device: str) -> Any:
+    """The value with every tensor in it on the device, strides kept."""
+    if isinstance(value, tuple | list):
+        return type(value)(move(v, device) for v in value)
+    if isinstance(value, PackedKV):
+        codes, params = move((value.codes, value.params), device)
+        return replace(value, codes=codes, params=params)
+    if not isinstance(value, Tensor) or value.device.type == device:
+        return value
+    elements = value.untyped_storage().nbytes() // value.element_size()
+    storage = value.detach().as_strided((elements,), (1,), 0).to(device)
+    return storage.as_strided(value.shape, value.stride(), value.storage_offset())
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way of running an op. Inputs and results are CPU tensors."""
+
+    name: str
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.name == "cuda" else "cpu"
+
+    def function(self, op: str) -> Any:
+        if self.name == "reference":
+            return getattr(reference, op)
+        if self.name == "simt" and op in PACKED_OPS:
+            return _wrapper_on_simt(op)
+        if self.name == "simt":
+            return getattr(torch.ops.tokred_simt, op)
+        return getattr(tokred, op)
+
+    def run(self, op: str, *args: Any, **kwargs: Any) -> Any:
+        args = move(args, self.device)
+        kwargs = {name: move(value, self.device) for name, value in kwargs.items()}
+        return move(self.function(op)(*args, **kwargs), "cpu")
+
+
+def _simt_loaded() -> bool:
+    if not SIMT_LIBRARY.exists():
+        return False
+    torch.ops.load_library(str(SIMT_LIBRARY))
+    return True
+
+
+def set_cpu_isa(isa: str) -> bool:
+    """Whether the CPU kernels now run on that instruction set.
+
+    Where tokred._C was built for another Python they cannot be switched, and run on what
+    TOKRED_CPU_ISA names, or else on the best there is.
+    """
+    if _C is not None:
+        return _C.set_cpu_isa(isa)
+    capability = torch.backends.cpu.get_cpu_capability().lower()
+    best = capability if capability in ISAS else "generic"
+    return isa == os.environ.get("TOKRED_CPU_ISA", best)
+
+
+def ready(name: str) -> Backend:
+    """The backend, ready to run; skips where this machine cannot run it."""
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if name == "simt" and not _simt_loaded():
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{SIMT_LIBRARY} is not built")
+    isa = name.removeprefix("cpu-")
+    if isa in ISAS and not set_cpu_isa(isa):
+        pytest.skip(f"the CPU kernels cannot run on {isa} here")
+    return Backend(name)
