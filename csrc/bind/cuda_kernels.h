@@ -3,10 +3,9 @@
 #pragma once
 
 #include "bind/params.h"
+#include "common/cuda/stream.h"
 
 namespace tokred::cuda {
-
-using Stream = void*;  // a cudaStream_t
 
 #define TOKRED_OP(op, Params) void op(const Params&, Stream);
 #define TOKRED_OP_SCRATCH(op, Params) \

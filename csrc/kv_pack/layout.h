@@ -9,7 +9,7 @@
 // tensors may interleave in memory: every stride but the last is free.
 #pragma once
 
-#include <cstdint>
+#include "common/hadamard.h"
 
 namespace tokred {
 
@@ -39,7 +39,7 @@ struct PackFormat {
   int32_t bits;        // 1, 2, 3, 4 or 8
   GroupAxis axis;
   PackScheme scheme;
-  bool rotated;        // rows are packed after the rotation of hadamard_size(), and so is the window
+  bool rotated;        // rows are rotated (common/hadamard.h) before they are packed, the window too
 };
 
 constexpr bool has_offset(PackScheme scheme) {
@@ -81,12 +81,6 @@ static_assert(code_place(17, 128, 4).byte == 1 && code_place(17, 128, 4).shift =
 static_assert(code_place(127, 128, 2).byte == 31 && code_place(127, 128, 2).shift == 6);
 static_assert(code_place(9, 64, 1).byte == 1 && code_place(9, 64, 1).shift == 1);
 static_assert(code_place(79, 80, 4).byte == 39 && code_place(72, 80, 4).shift == 4);
-
-// Rows are rotated by H / sqrt(n), H the Hadamard matrix of the greatest power of two n that
-// divides D, n channels at a time: for step = 1, 2, 4 .. n / 2 the pairs (a, b) that are `step`
-// apart become (a + b, a - b), in f32, and the result is multiplied by 1 / sqrt(n) in f32. It is
-// its own inverse, so q . k is that of the rotated q and k.
-constexpr int64_t hadamard_size(int64_t head_dim) { return head_dim & -head_dim; }
 
 // Of a cache that holds `tokens` tokens, the first packed_tokens() are packed and the others lie in
 // the window, token t in row t % window. Along tokens the window empties a whole window at a time,

@@ -1,9 +1,9 @@
-// The rotation of rows that kv_pack/layout.h defines: butterflies in f32, smallest step first, the
-// same bits on every instruction set.
+// The Hadamard rotation of common/hadamard.h: butterflies in f32, the shortest step first, the same
+// bits on every instruction set.
 #pragma once
 
 #include "common/cpu/simd.h"
-#include "kv_pack/layout.h"
+#include "common/hadamard.h"
 
 namespace tokred::TOKRED_ISA {
 

@@ -2,6 +2,7 @@
 // with a fixed summation order.
 #pragma once
 
+#include "common/cpu/copy.h"
 #include "common/cpu/storage.h"
 
 namespace tokred::TOKRED_ISA {
@@ -48,14 +49,6 @@ TOKRED_INLINE void store_row(T* p, Vec<Accumulator<T>> v, int64_t count) {
   T lane[kLanes];
   store_as(lane, v);
   for (int64_t i = 0; i < count; ++i) p[i] = lane[i];
-}
-
-// memset and memcpy that allow null where there is nothing to do.
-TOKRED_INLINE void fill_zero(void* to, int64_t bytes) {
-  if (bytes > 0) std::memset(to, 0, static_cast<size_t>(bytes));
-}
-TOKRED_INLINE void copy_bytes(void* to, const void* from, int64_t bytes) {
-  if (bytes > 0) std::memcpy(to, from, static_cast<size_t>(bytes));
 }
 
 // Sixteen partial sums over the channels, then one tree.

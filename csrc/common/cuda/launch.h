@@ -5,9 +5,10 @@
 #include <string>
 #include <type_traits>
 
-#include "bind/cuda_kernels.h"
 #include "common/cuda/numbers.cuh"
 #include "common/cuda/plan.h"
+#include "common/cuda/stream.h"
+#include "common/types.h"
 
 namespace tokred::cuda {
 

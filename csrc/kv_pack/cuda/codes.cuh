@@ -144,8 +144,8 @@ __device__ __forceinline__ void to_floats(float (&x)[8], uint2 codes, const Pack
   for (int i = 0; i < 8; ++i) x[i] = __uint_as_float(byte_of(codes, i) | 0x4b000000u) - base;
 }
 
-// The rotation of kv_pack/layout.h of a row whose lanes have eight neighbouring channels each; all lanes
-// of the warp call it.
+// The Hadamard rotation of common/hadamard.h of a row whose lanes have eight neighbouring channels
+// each; all lanes of the warp call it.
 __device__ __forceinline__ void rotate_row(float (&x)[8], int64_t head_dim) {
   const int size = static_cast<int>(hadamard_size(head_dim));
 #pragma unroll

@@ -129,9 +129,6 @@ void merge_slot(const MergeParams& p, const Slot<T>& slot, T* y, bool stream) {
 
 constexpr int64_t kSlotsPerTask = 64;
 
-// Rows written past the cache when the output could not stay in it anyway.
-constexpr int64_t kStreamBytes = int64_t{24} << 20;
-
 template <class T>
 void merge_all(const MergeParams& p, const Parallel& parallel) {
   using A = Accumulator<T>;

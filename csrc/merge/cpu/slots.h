@@ -99,32 +99,4 @@ TOKRED_INLINE void list_members(const MergeParams& p, const Parallel& parallel) 
   });
 }
 
-// Copies a row, past the cache if asked and if the target allows it.
-template <class T>
-TOKRED_INLINE void copy_row(T* to, const T* from, int64_t channels,
-                            [[maybe_unused]] bool stream) {
-  const int64_t bytes = channels * static_cast<int64_t>(sizeof(T));
-#ifdef __AVX2__
-  if (stream && reinterpret_cast<uintptr_t>(to) % 32 == 0) {
-    auto* target = reinterpret_cast<char*>(to);
-    const auto* source = reinterpret_cast<const char*>(from);
-    int64_t i = 0;
-    for (; i + 64 <= bytes; i += 64) {
-      const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + i));
-      const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + i + 32));
-      _mm256_stream_si256(reinterpret_cast<__m256i*>(target + i), low);
-      _mm256_stream_si256(reinterpret_cast<__m256i*>(target + i + 32), high);
-    }
-    copy_bytes(target + i, source + i, bytes - i);
-    return;
-  }
-#endif
-  copy_bytes(to, from, bytes);
-}
-TOKRED_INLINE void stream_fence() {
-#ifdef __AVX2__
-  _mm_sfence();
-#endif
-}
-
 }  // namespace tokred::TOKRED_ISA

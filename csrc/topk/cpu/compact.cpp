@@ -2,7 +2,6 @@
 // once; a gather moves 2 * K * row_bytes, past the cache where the results are large.
 #include "common/cpu/parallel.h"
 #include "common/cpu/row.h"
-#include "merge/cpu/slots.h"
 #include "topk/cpu/lanes.h"
 #include "topk/cpu/rows.h"
 
@@ -85,7 +84,6 @@ void compact(const CompactParams& p, const Parallel& parallel) {
 
 void gather_tokens(const GatherParams& p, const Parallel& parallel) {
   constexpr int64_t kTaskBytes = 64 << 10;
-  constexpr int64_t kStreamBytes = int64_t{24} << 20;  // more than stays in a cache
   int64_t first_task[kMaxGatherItems + 1] = {}, step[kMaxGatherItems];
   for (int64_t n = 0; n < p.items; ++n) {
     const GatherItem& item = p.item[n];
