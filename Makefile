@@ -10,7 +10,8 @@ LOCKED = $(PIP) --no-deps --requirement
 BUILD := CMAKE_ARGS="-DTOKRED_SIMT=ON" $(BIN)/python setup.py --quiet build_ext --inplace
 
 .PHONY: build demo test test-newest test-oldest test-avx512 fuzz device-check device-pack bench \
-        bench-full tables lint sanitize lock clean FORCE
+        bench-full tables lint lint-python lint-cpp lint-types lint-tables format sanitize lock clean \
+        FORCE
 .DELETE_ON_ERROR:
 
 # ---- environments: a stamp is written after the last step, so an interrupted one starts again ----
@@ -60,8 +61,26 @@ lock: $(VENV)/test
 demo: build $(VENV)/demo
 	$(BIN)/python -m tokred demo
 
-lint: $(VENV)/test
+lint: lint-python lint-tables
+
+lint-python: $(VENV)/test
 	$(BIN)/ruff check .
+
+CPP = $(shell find csrc tests bench/peers -name '*.[ch]' -o -name '*.cpp' -o -name '*.cu' \
+                                          -o -name '*.cuh')
+lint-cpp: $(VENV)/test
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+lint-types: $(VENV)/test
+	$(BIN)/mypy
+
+# The tables that `make tables` writes; results of changed files are refused.
+lint-tables: build $(VENV)/test
+	$(BIN)/python -m bench.readme_tables --check
+
+format: $(VENV)/test
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
 
 test: build $(VENV)/test lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -5,12 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-VERSION = "0.1.0"
 
 
 class CMakeBuild(build_ext):
@@ -29,7 +28,6 @@ class CMakeBuild(build_ext):
             "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DPYBIND11_DIR={pybind11.get_cmake_dir()}",
-            f"-DTOKRED_VERSION={VERSION}",
             *os.environ.get("CMAKE_ARGS", "").split(),
         ]  # fmt: skip
         subprocess.check_call(configure)
@@ -51,9 +49,6 @@ class PlatformWheel(bdist_wheel):
 
 
 setup(
-    version=VERSION,
-    package_dir={"": "python"},
-    packages=find_packages("python"),
     ext_modules=[Extension("tokred._C", [])],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
 )

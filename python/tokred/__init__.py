@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import _library
+from ._version import __version__ as __version__
 
 _library.load()
 
@@ -21,8 +22,6 @@ from .ops import __all__ as _ops  # noqa: E402
 if TYPE_CHECKING:
     from .cache import PackedCache
     from .patching import apply, patch
-
-__version__ = "0.1.0"
 
 __all__ = ["PackedCache", "apply", "patch", *_ops]
 

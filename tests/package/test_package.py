@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -43,3 +44,15 @@ def test_everything_exported_exists() -> None:
         assert callable(getattr(tokred, name)) and getattr(tokred, name).__doc__
     with pytest.raises(AttributeError, match="nothing_like_that"):
         tokred.nothing_like_that  # noqa: B018
+
+
+def test_the_version_has_one_source() -> None:
+    """python/tokred/_version.py: setuptools and CMake read it."""
+    root = Path(__file__).resolve().parents[2]
+    texts = {name: (root / name).read_text() for name in ("pyproject.toml", "CMakeLists.txt")}
+    assert all("_version" in text and tokred.__version__ not in text for text in texts.values())
+    assert importlib.import_module("tokred._C").build_info()["version"] == tokred.__version__
+
+
+def test_the_package_says_that_it_is_typed() -> None:
+    assert (Path(tokred.__file__).parent / "py.typed").exists()
