@@ -1,8 +1,8 @@
 """Bipartite matching beside its torch formulations, tomesd and flash-kmeans.
 
 match: the best partner of every row of a among the rows of b. plan: the whole ToMe plan with its
-class token, r = N / 4. plan_2d: tomesd's plan, one destination in every 2x2 cell, half the
-tokens merged.
+class token, r = N / 4. threshold: a plan of every pair above a threshold. plan_2d: tomesd's plan,
+one destination in every 2x2 cell, half the tokens merged.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 
 import tokred
@@ -21,6 +22,7 @@ from .machine import DTYPES, Run
 
 SHAPES = ((64, 577, 64), (8, 4096, 64))
 MORE_SHAPES = ((64, 197, 64), (16, 1024, 64))
+THRESHOLD = 0.5
 DISTRIBUTIONS = ("randn", "correlated", "ties")
 # The similarities of one pair of rows, rounded twice, in the coarsest step of the dtype.
 TOLERANCE = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 4e-2}
@@ -95,6 +97,37 @@ def plan_case(shape: tuple[int, ...], dtype: str, distribution: str, device: str
                 ceiling=f"gemm_{dtype}")
 
 
+def torch_threshold(metric: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """A map by threshold: kept sources first, in order, then the destinations."""
+    metric = metric / metric.norm(dim=-1, keepdim=True)
+    best, partner = (metric[:, ::2] @ metric[:, 1::2].transpose(-1, -2)).max(dim=-1)
+    leaves = best > threshold
+    kept = (~leaves).cumsum(dim=-1)
+    count = kept[:, -1:]
+    sources = torch.where(leaves, count + partner, kept - 1)
+    destinations = count + torch.arange(metric.shape[1] // 2, device=metric.device)
+    token_map = torch.empty(metric.shape[:2], dtype=torch.int32, device=metric.device)
+    token_map[:, ::2], token_map[:, 1::2] = sources.int(), destinations.int()
+    return token_map, count[:, 0].int() + metric.shape[1] // 2
+
+
+def threshold_case(shape: tuple[int, ...], dtype: str, distribution: str, device: str) -> Case:
+    batch, count, channels = shape
+
+    def build() -> dict[str, Callable]:
+        x = tokens(shape, dtype, device, distribution)
+        return {
+            "tokred.threshold_matching":
+                partial(tokred.threshold_matching, x, THRESHOLD, order="position"),
+            "torch": partial(torch_threshold, x, THRESHOLD),
+        }
+
+    return Case("match", "threshold", shape, dtype, build, distribution,
+                bytes_moved=batch * count * (channels * DTYPES[dtype].itemsize + 4),
+                flops=2 * batch * (count // 2) * ((count + 1) // 2) * channels,
+                ceiling=f"gemm_{dtype}")
+
+
 def plan_2d_case(shape: tuple[int, ...], dtype: str, distribution: str, device: str) -> Case:
     from tomesd.merge import bipartite_soft_matching_random2d
 
@@ -124,5 +157,6 @@ def cases(run: Run) -> Iterator[Case]:
     for dtype in run.dtypes()[:1] if run.quick else run.dtypes():
         for shape in shapes:
             yield plan_case(shape, dtype, "correlated", run.device)
+        yield threshold_case(shapes[0], dtype, "correlated", run.device)
         if find_spec("tomesd"):
             yield plan_2d_case((2, 4096, 320), dtype, "randn", run.device)

@@ -1,7 +1,8 @@
 """Applying a token map beside the gather and scatter_reduce that ToMe and tomesd do it with.
 
 merge_wavg: one size-weighted merge step, features and sizes. merge_mean: tomesd's unweighted mean.
-unmerge: copying slots back to tokens. All candidates of a case apply the same plan.
+unmerge: copying slots back to tokens. compose: the maps of two layers as one, a few KB, so mostly
+the cost of the call. All candidates of a case apply the same plan.
 """
 
 from __future__ import annotations
@@ -138,6 +139,27 @@ def unmerge_case(shape: tuple[int, ...], r: int, dtype: str, distribution: str,
                 bytes_moved=traffic(shape, r, dtype), ceiling="copy", examine=agreement(0.0))
 
 
+def torch_compose(second: Tensor, first: Tensor) -> Tensor:
+    chained = second.gather(1, first.clamp_min(0).long())
+    return torch.where(first < 0, -1, chained)
+
+
+def compose_case(distribution: str, device: str) -> Case:
+    batch, count, _ = VIT_SHAPE
+
+    def build() -> dict[str, Callable]:
+        first = token_map_of(plan_of(VIT_SHAPE, VIT_R, device, distribution), count)
+        fewer = (batch, count - VIT_R, METRIC_CHANNELS)
+        second = token_map_of(plan_of(fewer, VIT_R, device, distribution), fewer[1])
+        return {
+            "tokred.compose": partial(tokred.compose, second, first),
+            "torch": partial(torch_compose, second, first),
+        }
+
+    return Case("merge", "compose", (batch, count), "int32", build, distribution,
+                bytes_moved=batch * (3 * count - VIT_R) * 4, ceiling="copy", examine=agreement(0.0))
+
+
 def cases(run: Run) -> Iterator[Case]:
     distributions = ("randn",) if run.quick else ("randn", "correlated", "ties")
     for dtype in run.dtypes():
@@ -146,3 +168,4 @@ def cases(run: Run) -> Iterator[Case]:
             yield merge_mean_case(dtype, distribution, run.device)
         yield unmerge_case(VIT_SHAPE, VIT_R, dtype, "randn", run.device)
         yield unmerge_case(DIFFUSION_SHAPE, DIFFUSION_R, dtype, "randn", run.device)
+    yield compose_case("randn", run.device)

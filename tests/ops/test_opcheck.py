@@ -7,6 +7,7 @@ import torch
 
 import tokred
 from cases.inputs import generator
+from cases.op_calls import CALLS, Sizes
 from cases.torch_ops import flops, tokens
 
 OPS = torch.ops.tokred
@@ -133,6 +134,11 @@ def sparse_cases() -> dict[str, tuple]:
 
 
 CASES = opcheck_cases() | selection_cases() | sparse_cases()
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_opcheck_of_every_op(op: str) -> None:
+    torch.library.opcheck(getattr(OPS, op).default, CALLS[op](Sizes()))
 
 
 @pytest.mark.parametrize("case", CASES)
