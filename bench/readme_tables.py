@@ -2,8 +2,9 @@
 
 A table stands between <!-- table:NAME --> and <!-- /table -->; NAME is a bench (topk, score,
 decode, packed, block_sparse, match, merge, sparse_attn, models, cache, overhead, ceilings) of the
-quick run, NAME:full of the full one, methods, headline, or demo, demo_text and demo_cache: the
-demo's reports, which are first copied from demo_output where they are complete. Results of an
+quick run, NAME:full of the full one, headline, methods and methods:full, the methods by name and
+in full, or demo, demo_text and demo_cache: the demo's reports, which are first copied from
+demo_output where they are complete. Results of an
 unknown revision or of changed files are refused, and then nothing is written. Running it twice
 changes nothing; --check only says whether the pages are up to date.
 """
@@ -15,7 +16,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from . import demo_tables
+from . import demo_tables, methods_page
 from .demo_tables import Report
 from .headline import headline
 from .machine import RESULTS
@@ -38,19 +39,6 @@ def pages() -> list[Path]:
     return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def methods_table() -> str:
-    """The registry of tokred.methods."""
-    from tokred.methods import METHODS
-
-    lines = [
-        [f"`{m.name}`", f"[{m.title}](https://arxiv.org/abs/{m.arxiv})",
-         m.summary + ("" if m.status == "exact" else f" ({m.status})")]
-        for m in METHODS.values()
-    ]  # fmt: skip
-    rows = [["method", "paper", "what it does"], ["---"] * 3, *lines]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows) + "\n"
-
-
 def demo_page(name: str, results: Path) -> str:
     stem, tables_of, picture = DEMOS[name]
     report = load_report(results / f"{stem}.json")
@@ -66,7 +54,7 @@ def bench_page(name: str, results: Path) -> str:
     """All machines' tables of one bench, one under the other."""
     bench, _, mode = name.partition(":")
     if bench not in TABLES:
-        known = ", ".join(("headline", "methods", *DEMOS, *TABLES))
+        known = ", ".join(("headline", "methods", "methods:full", *DEMOS, *TABLES))
         raise ValueError(f"table:{name}: the name must be one of {known}")
     parts = []
     for path in sorted(results.glob(f"*-{mode or 'quick'}.jsonl")):
@@ -81,7 +69,9 @@ def render(name: str, results: Path = RESULTS) -> str:
     if name == "headline":
         return headline(results)
     if name == "methods":
-        return methods_table()
+        return methods_page.overview()
+    if name == "methods:full":
+        return methods_page.page()
     return (demo_page if name in DEMOS else bench_page)(name, results)
 
 

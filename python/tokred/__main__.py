@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import platform
 import subprocess
 import sys
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -54,15 +54,20 @@ def methods(options: argparse.Namespace) -> int:
 
     chosen = [get(name) for name in options.names] or list(METHODS.values())
     if options.json:
-        print(json.dumps([dataclasses.asdict(method) for method in chosen], indent=2))
+        print(json.dumps([method.as_dict() for method in chosen], indent=2))
         return 0
-    for method in chosen:
-        status = "" if method.status == "exact" else f" ({method.status})"
-        print(f"{method.name:18s} arXiv:{method.arxiv}  {method.title}{status}")
-        print(f"{'':18s} {method.summary}")
     if options.names:
         for method in chosen:
-            print(f"\n{(method.load().__doc__ or '').strip()}")
+            print(f"{method.name}: {method.family.value}; needs {method.needs_in_words}")
+            print(f"{method.usage() or f'functions of tokred.methods.{method.name}'}\n")
+            print(f"{(method.load().__doc__ or '').strip()}\n")
+        return 0
+    for family, listed in groupby(chosen, key=lambda method: method.family):
+        print(f"\n{family.value}:" if family is not chosen[0].family else f"{family.value}:")
+        for method in listed:
+            status = "" if method.status == "exact" else f" ({method.status})"
+            print(f"  {method.name:18s} arXiv:{method.arxiv}  {method.title}{status}")
+            print(f"  {'':18s} {method.summary}")
     return 0
 
 

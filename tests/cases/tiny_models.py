@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from typing import Any
 
 import pytest
@@ -18,7 +18,8 @@ transformers = pytest.importorskip("transformers")
 
 from timm.models.vision_transformer import Block, VisionTransformer  # noqa: E402
 
-from tokred import compat  # noqa: E402
+from tokred import compat, methods  # noqa: E402
+from tokred.methods import Needs  # noqa: E402
 
 TIMM = dict(img_size=48, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=5)
 HF = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=48, patch_size=8)
@@ -83,6 +84,39 @@ CASES = (
     Case("clip", lambda: tiny_hf("CLIPVision"), 1),
 )
 PATCHES = (48 // 8) ** 2
+
+
+# Every method that tokred.patch puts into such models, a new one by its own defaults.
+
+
+def _patched(need: Needs, small: dict[str, dict[str, Any]], **common: Any) -> dict[str, dict]:
+    """name -> options: those of `small`, and what the method has of `common`."""
+    found = {}
+    for name, method in methods.METHODS.items():
+        if method.options is None or need not in method.needs:
+            continue
+        defaults = method.defaults()
+        chosen = {option: value for option, value in common.items() if option in defaults}
+        found[name] = chosen | small.get(name, {})
+        missing = [o for o, d in defaults.items() if d is MISSING and o not in found[name]]
+        assert not missing, f"{name} is not swept: its options {missing} have no default"
+    return found
+
+
+def reducers() -> dict[str, dict[str, Any]]:
+    """For vision encoders of 37 tokens; each must merge some of them."""
+    return _patched(Needs.VISION_ENCODER, {"tome": dict(r=3), "pitome": dict(ratio=0.75)})
+
+
+def selectors(layers: int, heads: int, k: int) -> dict[str, dict[str, Any]]:
+    """For decoders with so many full-attention layers and query heads, with a budget of k keys."""
+    dims = [torch.arange(4, dtype=torch.int32).repeat(heads, 1)] * layers
+    small = {
+        "token_select": dict(n_init=1, n_local=2),
+        "tidal_decode": dict(sparse_layer_start=0),
+        "fasa": dict(dims=dims),
+    }
+    return _patched(Needs.LANGUAGE_MODEL, small, k=k)
 
 
 def tokens_of(model: nn.Module, pixels: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import tokred
-from cases.tiny_models import generated, left_padded, transformers
+from cases.tiny_models import generated, left_padded, selectors, transformers
 from tokred import compat
 from tokred.integrations.transformers import attention
 from tokred.integrations.transformers.full_attention import full_attention
@@ -129,17 +129,6 @@ REFUSED = (
 )  # fmt: skip
 
 
-def methods(count: int, k: int) -> dict[str, dict[str, Any]]:
-    """Every method for models with so many full-attention layers of four heads."""
-    dims = [torch.arange(4, dtype=torch.int32).repeat(4, 1)] * count
-    return {
-        "token_select": dict(k=k, n_init=1, n_local=2),
-        "top_k_attention": dict(k=k),
-        "tidal_decode": dict(k=k, sparse_layer_start=0),
-        "fasa": dict(k=k, dims=dims),
-    }
-
-
 def attributes(model: nn.Module) -> list[Any]:
     """Everything that a patch may set in the model."""
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
@@ -166,7 +155,7 @@ def test_choosing_every_key_changes_nothing(family: Family) -> None:
     torch.testing.assert_close(dense[real], eager, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(logits(model, logits_to_keep=3), dense[:, -3:])
     model.set_attn_implementation("eager")
-    for name, options in methods(len(family.layers), 99).items():
+    for name, options in selectors(len(family.layers), 4, 99).items():
         with tokred.patch(model, name, **options):
             assert torch.equal(logits(model), dense), name
             assert torch.equal(generated(model, ids, None), text), name
@@ -179,7 +168,7 @@ def test_a_few_keys_and_an_exception(family: Family) -> None:
     model = family.model()
     ids, _ = left_padded()
     before = attributes(model)
-    for name, options in methods(len(family.layers), 2).items():
+    for name, options in selectors(len(family.layers), 4, 2).items():
         with pytest.raises(KeyError, match="inside"), tokred.patch(model, name, **options):
             whole = logits(model)
             torch.testing.assert_close(logits(model, logits_to_keep=3), whole[:, -3:])
@@ -208,7 +197,7 @@ def test_compact_rotation(family: Family) -> None:
 def test_what_cannot_be_served_is_refused_at_once(family: Family, message: str) -> None:
     model = family.model()
     before = attributes(model)
-    for name, options in methods(2, 99).items():
+    for name, options in selectors(2, 4, 99).items():
         with pytest.raises(ValueError, match=message):
             tokred.patch(model, name, **options)
     assert attributes(model) == before
@@ -228,7 +217,7 @@ def test_encoder_decoders_attend_through_the_method_in_their_decoder_alone() -> 
     ]
     ids, mask = left_padded()
     text = generated(model, ids, mask)
-    for name, options in methods(2, 99).items():
+    for name, options in selectors(2, 4, 99).items():
         with tokred.patch(model, name, **options):
             assert torch.equal(generated(model, ids, mask), text)
     relative = transformers.T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=2,

@@ -21,6 +21,7 @@ from cases.tiny_models import (
     TIMM,
     VisionTransformer,
     attributes,
+    reducers,
     require_dinov2,
     transformers,
 )
@@ -190,10 +191,10 @@ def test_served(family: Family) -> None:
     with tokred.patch(model, "tome", r=0):
         same = tensors(family.run(model))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(same, plain, strict=True))
-    for method, options in (("tome", {"r": 3}), ("pitome", {"ratio": 0.75})):
+    for method, options in reducers().items():
         with tokred.patch(model, method, **options) as handle:
             merged = tensors(family.run(model))
-            assert handle.counts[-1] < handle.counts[0]
+            assert handle.counts[-1] < handle.counts[0], f"{method} merges nothing: {options}"
             assert (handle.size.sum(1) == handle.counts[0]).all()
         assert merged[0].shape[::2] == plain[0].shape[::2]
         assert merged[0].isfinite().all()
@@ -214,7 +215,7 @@ def test_served(family: Family) -> None:
 def test_refused_when_the_patch_is_made(family: Family) -> None:
     model = family.model()
     before = attributes(model)
-    for method, options in (("tome", {"r": 3}), ("pitome", {"ratio": 0.75})):
+    for method, options in reducers().items():
         with pytest.raises(ValueError, match=family.refused):
             tokred.patch(model, method, **options)
     assert attributes(model) == before

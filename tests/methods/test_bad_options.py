@@ -12,9 +12,9 @@ from tokred.methods import fasa, importance_bits, landmark, paro_attention
 from tokred.methods import razor_attention as razor
 from tokred.methods.free_cache import FreeCache
 from tokred.methods.rectified_spattn import rectified_attention
-from tokred.methods.tidal_decode import TidalDecode
-from tokred.methods.token_select import TokenSelect
-from tokred.methods.top_k_attention import TopKAttention
+from tokred.methods.tidal_decode import TidalDecodeOptions
+from tokred.methods.token_select import TokenSelectOptions
+from tokred.methods.top_k_attention import TopKAttentionOptions
 from tokred.methods.zero_tuning import rescale_first_token
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -47,13 +47,15 @@ CASES: dict[str, Callable[[], object]] = {
     "num_chunks must be from 1 to 8, got 0": lambda: fasa.dominant_dims(Q, K, 0),
     "top must be at least 1, got 0": lambda: fasa.chunk_agreement(Q, K, 0),
     "share must be in": lambda: importance_bits.mixed_bits(K, V, LSE[:, 0], 1.5),
-    "k must be an int, got 2.5": lambda: TokenSelect(k=2.5),
-    "n_local must be an int, got 1.5": lambda: TokenSelect(n_local=1.5),
-    "k must be an int, got '8'": lambda: TopKAttention(k="8"),
-    "k must be an int, got True": lambda: fasa.Fasa([], k=True),
-    "sparse_layer_start must be an int, got 0.5": lambda: TidalDecode(sparse_layer_start=0.5),
-    r"dims\[0\] must be int32": lambda: fasa.Fasa([torch.zeros(4, 8)]).attention([0]),
-    r"of dimensions from 0": lambda: fasa.Fasa([-torch.ones(4, 8).int()]).attention([0]),
+    "k must be an int, got 2.5": lambda: TokenSelectOptions(k=2.5),
+    "n_local must be an int, got 1.5": lambda: TokenSelectOptions(n_local=1.5),
+    "k must be an int, got '8'": lambda: TopKAttentionOptions(k="8"),
+    "k must be an int, got True": lambda: fasa.FasaOptions([], k=True),
+    "sparse_layer_start must be an int, got 0.5": lambda: TidalDecodeOptions(
+        sparse_layer_start=0.5
+    ),
+    r"dims\[0\] must be int32": lambda: fasa.FasaOptions([torch.zeros(4, 8)]).attention([0]),
+    r"of dimensions from 0": lambda: fasa.FasaOptions([-torch.ones(4, 8).int()]).attention([0]),
     "gamma must broadcast": lambda: rescale(torch.ones(5)),
     "gamma must broadcast with": lambda: rescale(torch.ones(1, 2, 4, 9)),
 }

@@ -12,7 +12,7 @@ from cases.dense import attend, close, heads, logits
 from tokred.methods import kinetics
 from tokred.methods.fasa import DominantKeys, chunk_dims, dominant_dims, fasa_attention
 from tokred.methods.quest import quest_attention
-from tokred.methods.tidal_decode import TidalDecode
+from tokred.methods.tidal_decode import TidalDecodeOptions
 from tokred.methods.top_k_attention import top_k_attention
 
 
@@ -24,7 +24,7 @@ def top_visible(scores: Tensor, k: int) -> Tensor:
 
 def test_tidal_decode() -> None:
     """Layers 0, 1, 2 and 4 are dense; 3 uses the choice of 2, and 5 that of 4."""
-    state = TidalDecode(k=20, sparse_layer_start=2, correction_layer=4).attention(range(6))
+    state = TidalDecodeOptions(k=20, sparse_layer_start=2, correction_layer=4).attention(range(6))
     carried: dict[str, Tensor] = {}
     mask = torch.ones(2, 200, dtype=torch.bool)
     mask[1, :30] = False
@@ -40,18 +40,18 @@ def test_tidal_decode() -> None:
 
 def test_tidal_decode_needs_a_choice() -> None:
     with pytest.raises(ValueError, match="layer 3 is sparse"):
-        TidalDecode().attention(range(6)).step(3, *heads(), {})
+        TidalDecodeOptions().attention(range(6)).step(3, *heads(), {})
 
 
 def test_tidal_decode_is_told_how_many_layers_there_are() -> None:
     with pytest.raises(ValueError, match=r"sparse_layer_start must be below 6.* got 6"):
-        TidalDecode(sparse_layer_start=6).attention(range(6))
+        TidalDecodeOptions(sparse_layer_start=6).attention(range(6))
     # The only layer of six that attends to everything: there is no later one to be sparse.
     with pytest.warns(RuntimeWarning, match="tidal_decode changes nothing"):
-        TidalDecode(sparse_layer_start=2).attention([5])
+        TidalDecodeOptions(sparse_layer_start=2).attention([5])
     for options in ({"k": -5}, {"sparse_layer_start": -1}, {"correction_layer": -1}):
         with pytest.raises(ValueError, match=f"{next(iter(options))} must be at least"):
-            TidalDecode(**options)
+            TidalDecodeOptions(**options)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 import tokred
 from tokred.methods import pitome
-from tokred.methods.pitome import PiToMe, energy, pitome_plan
+from tokred.methods.pitome import PitomeOptions, energy, pitome_plan
 
 
 def metric_of(batch: int, tokens: int) -> Tensor:
@@ -122,26 +122,26 @@ def test_amounts_are_rounded_down_as_computed() -> None:
     ],
 )
 def test_published_layer_rules(rule: str, margin: float, variants: list[str]) -> None:
-    plans = PiToMe(rule=rule).plans(5)
+    plans = PitomeOptions(rule=rule).plans(5)
     assert [plan.keywords["variant"] for plan in plans] == variants
     margins = [plan.keywords["margin"] for plan in plans]
     assert margins == pytest.approx([margin * (5 - layer) / 5 for layer in range(5)])
 
 
 def test_options() -> None:
-    first, *_, last = PiToMe(ratio=0.9, margin=0.8, bsm_layers=1).plans(4)
+    first, *_, last = PitomeOptions(ratio=0.9, margin=0.8, bsm_layers=1).plans(4)
     assert first.keywords == {"ratio": 0.9, "margin": 0.8, "variant": "bsm"}
     assert last.keywords["variant"] == "pitome"
     assert last.keywords["margin"] == pytest.approx(0.2)
-    assert PiToMe().plans(12)[11].keywords["margin"] == pytest.approx(0.75 / 12)
-    blip2 = PiToMe(margin=0.75, margin_drop=0.4).plans(4)
+    assert PitomeOptions().plans(12)[11].keywords["margin"] == pytest.approx(0.75 / 12)
+    blip2 = PitomeOptions(margin=0.75, margin_drop=0.4).plans(4)
     assert blip2[3].keywords["margin"] == pytest.approx(0.45)
-    last_two = PiToMe(rule="mae", bsm_layers=1).plans(3)
+    last_two = PitomeOptions(rule="mae", bsm_layers=1).plans(3)
     assert [plan.keywords["variant"] for plan in last_two] == ["pitome", "pitome", "bsm"]
-    assert PiToMe(ratio=1).plans(2) == [None, None]
+    assert PitomeOptions(ratio=1).plans(2) == [None, None]
     for options in ({"rule": "vit"}, {"ratio": 0.4}, {"bsm_layers": -1}):
         with pytest.raises(ValueError, match=next(iter(options))):
-            PiToMe(**options)
+            PitomeOptions(**options)
 
 
 def test_refusals() -> None:

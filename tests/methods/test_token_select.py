@@ -14,7 +14,7 @@ from cases.inputs import generator
 from cases.tiny_models import generated, left_padded, tiny_lm
 from tokred.integrations.transformers import attention
 from tokred.integrations.transformers.decoder import Rotary
-from tokred.methods.token_select import TokenSelect, TokenSelectAttention, vote
+from tokred.methods.token_select import TokenSelectAttention, TokenSelectOptions, vote
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -48,7 +48,7 @@ def turned(x: Tensor, position: int) -> Tensor:
 
 
 def transcribed(
-    q: Tensor, k: Tensor, v: Tensor, real: Tensor, options: TokenSelect, compact: bool
+    q: Tensor, k: Tensor, v: Tensor, real: Tensor, options: TokenSelectOptions, compact: bool
 ) -> Tensor:
     """One chunk, the last queries of the row: q [H, L, D], k and v [Hkv, N, D], real bool [N]."""
     queries, keys = q.shape[1], k.shape[1]
@@ -96,7 +96,7 @@ def draw(queries: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 30), (4, 30), (11, 30), (23, 23)])
 def test_the_formula(queries: int, keys: int, padded: bool, compact: bool) -> None:
-    options = TokenSelect(
+    options = TokenSelectOptions(
         k=5, n_init=2, n_local=4, prefill="select", chunk=4,
         rotation="compact" if compact else "cached",
     )  # fmt: skip
@@ -123,7 +123,7 @@ def test_the_formula(queries: int, keys: int, padded: bool, compact: bool) -> No
 
 
 def test_a_static_cache_chooses_what_a_dynamic_one_does() -> None:
-    options = TokenSelect(k=5, n_init=2, n_local=4)
+    options = TokenSelectOptions(k=5, n_init=2, n_local=4)
     q, k, v = draw(1, 30)
     state = options.attention([0])
     short = attention.AttentionCall(q, k[:, :, :20], v[:, :, :20], None, False, None, 0)
@@ -223,4 +223,4 @@ def test_generation_with_a_small_budget(
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        TokenSelect(**options)
+        TokenSelectOptions(**options)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tokred
 from tokred.methods.tomesd import (
-    ToMeSD,
+    TomesdOptions,
     block_seed,
     compute_merge,
     grid_destinations,
@@ -73,29 +73,29 @@ def test_destinations_at_random() -> None:
 
 
 def test_compute_merge() -> None:
-    options = ToMeSD(ratio=0.5, use_rand=True)
+    options = TomesdOptions(ratio=0.5, use_rand=True)
     seed = torch.tensor(0)
     token_map, num_out = compute_merge(tokens(8, 6), (8, 6), options, seed)
     assert num_out == 24
     assert token_map.shape == (2, 48)
     assert compute_merge(tokens(4, 3), (8, 6), options, seed) is None
-    deeper = ToMeSD(ratio=0.5, max_downsample=2)
+    deeper = TomesdOptions(ratio=0.5, max_downsample=2)
     assert compute_merge(tokens(4, 3), (8, 6), deeper, seed)[1] == 6
     odd = tokens(8, 6, batch=3)
     top_left = random2d_plan(odd, 8, 6, 24)
     assert torch.equal(compute_merge(odd, (8, 6), options, seed)[0], top_left[0])
-    assert compute_merge(odd, (8, 6), ToMeSD(ratio=0), seed) is None
+    assert compute_merge(odd, (8, 6), TomesdOptions(ratio=0), seed) is None
 
 
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="4 x 4 of the grid"):
         random2d_plan(torch.zeros(1, 15, 4), 4, 4, 3)
     with pytest.raises(ValueError, match="ratio"):
-        ToMeSD(ratio=1)
+        TomesdOptions(ratio=1)
     with pytest.raises(ValueError, match="at least 1"):
-        ToMeSD(stride_x=0)
+        TomesdOptions(stride_x=0)
     with pytest.raises(ValueError, match="must be True"):
-        ToMeSD(merge_attn=False)
+        TomesdOptions(merge_attn=False)
     with pytest.raises(ValueError, match="BasicTransformerBlock"):
         tokred.patch(nn.Linear(2, 2), "tomesd")
     with pytest.raises(ValueError, match="BasicTransformerBlock"):
@@ -216,7 +216,7 @@ def test_the_finest_blocks_merge(square: int, side: tuple[int, int], tokens: int
 def test_max_downsample_counts_from_the_finest_block() -> None:
     x = tokens(4, 4)
     for finest, most, merges in ((1, 1, False), (1, 2, True), (2, 1, True), (4, 1, True)):
-        options = ToMeSD(max_downsample=most)
+        options = TomesdOptions(max_downsample=most)
         assert (compute_merge(x, (8, 8), options, finest=finest) is not None) == merges
 
     class UShaped(nn.Module):

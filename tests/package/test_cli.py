@@ -35,7 +35,9 @@ def test_json_has_every_field(capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["methods", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
     assert [each["name"] for each in listed] == list(METHODS)
-    assert set(listed[0]) == {"name", "title", "arxiv", "status", "summary"}
+    for each in listed:
+        assert {"title", "arxiv", "year", "family", "needs", "status", "summary"} < set(each)
+        assert (each["options"] is None) == (METHODS[each["name"]].options is None)
     assert cli.main(["info", "--json"]) == 0
     assert {"tokred", "torch", "python", "cuda"} <= set(json.loads(capsys.readouterr().out))
 

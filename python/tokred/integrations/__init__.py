@@ -56,7 +56,7 @@ def attach(
         supported = "; ".join(_ADAPTERS[name][1] for name in method.adapters)
         why = "".join(f" ({reason})" for reason in reasons if reason)
         raise ValueError(
-            f"{type(model).__name__} has no layer that {type(method).__name__} can be put into"
+            f"{type(model).__name__} has no layer that this method can be put into"
             f"{why}; supported are: {supported}"
         )
     return states

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import tokred
-from tokred.methods.tomesd import ToMeSD, block_seed, compute_merge, grid_of
+from tokred.methods.tomesd import TomesdOptions, block_seed, compute_merge, grid_of
 from tokred.patching import Overrides, Settings
 from tokred.patching.recomputation import (
     PerThread,
@@ -73,7 +73,7 @@ class LatentState:
     storage of its tokens.
     """
 
-    def __init__(self, options: ToMeSD) -> None:
+    def __init__(self, options: TomesdOptions) -> None:
         self.options = options
         self.seed = torch.initial_seed() if options.seed is None else options.seed
         self.threads = PerThread(_ThreadState)
@@ -179,7 +179,9 @@ class Stack:
     model: nn.Module
     blocks: dict[str, nn.Module]
 
-    def install(self, method: ToMeSD, settings: Settings, overrides: Overrides) -> LatentState:
+    def install(
+        self, method: TomesdOptions, settings: Settings, overrides: Overrides
+    ) -> LatentState:
         """Puts the method into the blocks; returns their state."""
         state = LatentState(method)
         _, latent, *_ = *inspect.signature(type(self.model).forward).parameters, ""
@@ -192,7 +194,7 @@ class Stack:
         return state
 
 
-def _parts(block: nn.Module, method: ToMeSD) -> list[nn.Module]:
+def _parts(block: nn.Module, method: TomesdOptions) -> list[nn.Module]:
     """What runs on merged tokens; attn2 is None in blocks without cross-attention."""
     parts = (
         (block.attn1, method.merge_attn),

@@ -33,13 +33,6 @@ def check_least(least: float, **values: float) -> None:
             raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
-def check_ints(**values: int) -> None:
-    """Refuses what is no int; each is given by the name of its argument."""
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"{name} must be an int, got {value!r}")
-
-
 def check_tokens(name: str, x: Tensor, shape: list[int], dtypes: tuple[torch.dtype, ...]) -> None:
     """Refuses tokens [B, H, L, D] that a cache would broadcast or round, or could not pack."""
     if list(x.shape) != shape or x.dtype not in dtypes:

@@ -30,6 +30,7 @@ import tokred
 from tokred.selection import expand_blocks
 
 from ._lists import check_least
+from ._method import Family, Method, Needs
 
 
 @dataclass(frozen=True)
@@ -224,3 +225,16 @@ def act_qkv_attention(
     chosen = tokred.topk(scores, min(num_blocks, scores.shape[1]), order="position")[1]
     indices = expand_blocks(chosen, block, k.shape[2])[:, None, None]
     return tokred.sparse_attention(q, k, v, indices, scale=scale, mask=mask, block_q=q.shape[2])
+
+
+METHOD = Method(
+    title=(
+        "Activation-aware Probe-Query: Effective Key-Value Retrieval for Long-Context LLMs "
+        "Inference"
+    ),
+    arxiv="2502.13542",
+    family=Family.DECODE,
+    needs=(Needs.LANGUAGE_MODEL,),
+    status="approximate",
+    summary="a probe query that stresses unusual queries retrieves blocks of keys",
+)

@@ -34,6 +34,7 @@ from tokred import PackedKV
 from tokred._library import refuse_grad
 
 from ._lists import check_least, check_query, check_tokens
+from ._method import Family, Method, Needs
 
 # The tau in the exponents 1 / tau of entropy, variance and kurtosis, and the weight of variance in
 # scores of tokens: what the release sets for all of its models.
@@ -241,3 +242,16 @@ def compress_prompt(
         k, v = tokred.gather_tokens([k, v], position.int())
     empty = (pack_fp8(x[:, :, :0]) for x in (k, v))
     return ArkvCache(*empty, k, v, position, origin_budget, cache_size, window, tokens)
+
+
+METHOD = Method(
+    title=(
+        "ARKV: Adaptive and Resource-Efficient KV Cache Management under Limited Memory Budget for "
+        "Long-Context Inference in LLMs"
+    ),
+    arxiv="2603.08727",
+    family=Family.EVICT,
+    needs=(Needs.LANGUAGE_MODEL,),
+    status="approximate",
+    summary="one cache of tokens in full precision, tokens in fp8 and evicted ones",
+)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 import tokred
 
+from ._method import Family, Method, Needs
+
 
 def shared_prefix_attention(
     q: Tensor,
@@ -41,3 +43,13 @@ def shared_prefix_attention(
     lse = lse.reshape(heads, batch, queries).transpose(0, 1).contiguous()
     own = tokred.biased_attention(q, k, v, causal=causal, scale=scale, mask=mask)
     return tokred.combine_states(out, lse, *own)
+
+
+METHOD = Method(
+    title="Cartridges: Lightweight and General-Purpose Long Context Representations via Self-Study",
+    arxiv="2506.06266",
+    family=Family.REUSE,
+    needs=(Needs.LANGUAGE_MODEL, Needs.TRAINING),
+    status="exact",
+    summary="one trained KV prefix, read once for all sequences of a batch",
+)

@@ -20,6 +20,7 @@ import tokred
 from tokred.selection import block_mask
 
 from ._lists import check_least
+from ._method import Family, Method, Needs
 
 
 def chunk_scores(
@@ -225,3 +226,13 @@ def dhsa_block_mask(
     kept = max(int(density * blocks), 2 if force_ends else 1)
     ends = {"num_sinks": 1, "num_locals": 1} if force_ends else {}
     return block_mask(tokred.topk(scores, min(kept, blocks), lengths, **ends)[1], blocks)
+
+
+METHOD = Method(
+    title="Long-Context Modeling with Dynamic Hierarchical Sparse Attention for On-Device LLMs",
+    arxiv="2510.24606",
+    family=Family.PREFILL,
+    needs=(Needs.LANGUAGE_MODEL,),
+    status="exact",
+    summary="score chunks of keys per block of queries, keep a budget of tokens",
+)

@@ -24,6 +24,7 @@ from torch.nn.functional import normalize
 import tokred
 
 from ._lists import check_least
+from ._method import Family, Method, Needs
 
 
 def global_local_score(q: Tensor, k: Tensor, window: int = 32) -> Tensor:
@@ -128,3 +129,16 @@ def ems(
     value, _ = tokred.merge(value, token_map, budget)
     key, value, counts = (x.unflatten(0, k.shape[:2]) for x in (key, value, counts))
     return EmsCache(key, value, kept, counts)
+
+
+METHOD = Method(
+    title=(
+        "EMS: Adaptive Evict-then-Merge Strategy for Head-wise KV Cache Compression Based on "
+        "Global-Local Importance"
+    ),
+    arxiv="2412.08521",
+    family=Family.EVICT,
+    needs=(Needs.LANGUAGE_MODEL,),
+    status="approximate",
+    summary="each head evicts its least important tokens, merges the middle ones into kept ones",
+)

@@ -17,7 +17,8 @@ from torch import Tensor
 import tokred
 from tokred.selection import block_mask
 
-from ._lists import check_ints, check_least
+from ._lists import check_least
+from ._method import Family, Method, Needs, Options
 
 LANES = 16  # rows of whole lanes are read fastest
 
@@ -185,7 +186,7 @@ def fasa_attention(
 class FasaAttention:
     """What tokred.patch calls for every layer; prompts are attended to in full."""
 
-    def __init__(self, options: Fasa) -> None:
+    def __init__(self, options: FasaOptions) -> None:
         self.options = options
         self._greatest = [int(dims.max()) if dims.numel() else -1 for dims in options.dims]
 
@@ -205,7 +206,7 @@ class FasaAttention:
 
 
 @dataclass(frozen=True)
-class Fasa:
+class FasaOptions(Options):
     """Options of tokred.patch(model, "fasa", ...).
 
     dims: i32 [Hq, F] for every layer with full attention, from dominant_dims. k: keys a query head
@@ -219,7 +220,7 @@ class Fasa:
     rotation = "cached"
 
     def __post_init__(self) -> None:
-        check_ints(k=self.k)
+        super().__post_init__()
         if self.k < 1:
             raise ValueError(f"k must be at least 1, got {self.k}")
 
@@ -244,4 +245,12 @@ class Fasa:
         return FasaAttention(self)
 
 
-OPTIONS = Fasa
+METHOD = Method(
+    title="FASA: Frequency-Aware Sparse Attention",
+    arxiv="2602.03152",
+    family=Family.DECODE,
+    needs=(Needs.LANGUAGE_MODEL, Needs.CALIBRATION),
+    status="exact",
+    summary="score keys on the few rotary frequencies that agree with the whole head",
+    options=FasaOptions,
+)

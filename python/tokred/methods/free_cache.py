@@ -11,6 +11,7 @@ from torch import Tensor
 import tokred
 
 from ._lists import check_tokens
+from ._method import Family, Method, Needs
 
 
 class FreeCache:
@@ -92,3 +93,16 @@ def active_tokens(finished: Tensor) -> tuple[Tensor, Tensor]:
         finished: bool [B, N].
     """
     return tokred.compact(~finished)
+
+
+METHOD = Method(
+    title=(
+        "FlashDLM: Accelerating Diffusion Language Model Inference via Efficient KV Caching and "
+        "Guided Diffusion"
+    ),
+    arxiv="2505.21467",
+    family=Family.REUSE,
+    needs=(Needs.DIFFUSION_LANGUAGE_MODEL,),
+    status="exact",
+    summary="diffusion language models keep the keys of finished blocks",
+)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 import tokred
 
+from ._method import Family, Method, Needs
+
 
 def split_gate(
     projected: Tensor, num_kv_heads: int, group: int, head_dim: int
@@ -59,3 +61,16 @@ def gated_attention(
     """
     out, _ = tokred.biased_attention(q, k, v, causal=causal, scale=scale, mask=mask)
     return out.transpose(1, 2) * gate.sigmoid()
+
+
+METHOD = Method(
+    title=(
+        "Gated Attention for Large Language Models: Non-linearity, Sparsity, and "
+        "Attention-Sink-Free"
+    ),
+    arxiv="2505.06708",
+    family=Family.REWEIGHT,
+    needs=(Needs.LANGUAGE_MODEL, Needs.TRAINING),
+    status="exact",
+    summary="a sigmoid gate on the attention output, per head or per element",
+)

@@ -18,6 +18,8 @@ from torch import Tensor
 import tokred
 from tokred import PackedKV, PackFormat
 
+from ._method import Family, Method, Needs
+
 
 def attention_concentration(
     q: Tensor, k: Tensor, lse: Tensor | None = None, least: float = 0.005
@@ -103,3 +105,13 @@ def mixed_bits(
         sides = tokred.gather_tokens([k, v], rows)
         parts.append(tuple(tokred.kv_pack(x, *astuple(form)) for x in sides))
     return MixedBits(tuple(parts), (others, best))
+
+
+METHOD = Method(
+    title="RSQ: Learning from Important Tokens Leads to Better Quantized LLMs",
+    arxiv="2503.01820",
+    family=Family.QUANTIZE,
+    needs=(Needs.LANGUAGE_MODEL,),
+    status="approximate",
+    summary="tokens that receive more attention are packed in more bits",
+)

@@ -15,6 +15,7 @@ import tokred
 from tokred.selection import block_mask, expand_blocks
 
 from ._lists import check_least, key_lengths, range_list
+from ._method import Family, Method, Needs
 
 
 def _token_scores(q: Tensor, k: Tensor, lengths: Tensor | None) -> Tensor:
@@ -174,3 +175,13 @@ def kinetics_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention of every group to its list i32 [B, Hkv, K]: out [B, Hq, 1, Dv], lse f32."""
     return tokred.sparse_attention(q, k, v, indices[:, :, None], scale=scale)
+
+
+METHOD = Method(
+    title="Kinetics: Rethinking Test-Time Scaling Laws",
+    arxiv="2506.05333",
+    family=Family.DECODE,
+    needs=(Needs.LANGUAGE_MODEL,),
+    status="exact",
+    summary="keep the tokens or blocks of greatest mean logit in a group of query heads",
+)

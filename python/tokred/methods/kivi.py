@@ -21,6 +21,7 @@ from tokred import PackFormat
 from tokred._library import refuse_grad
 
 from ._lists import check_least, check_query, check_tokens
+from ._method import Family, Method, Needs
 
 
 class KiviCache:
@@ -136,3 +137,13 @@ class KiviCache:
             state = tokred.combine_states(*past, *state)
         self.append(k, v)
         return state[0]
+
+
+METHOD = Method(
+    title="KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache",
+    arxiv="2402.02750",
+    family=Family.QUANTIZE,
+    needs=(Needs.LANGUAGE_MODEL,),
+    status="exact",
+    summary="keys in 2 bits per channel, values in 2 bits per token, recent ones as they are",
+)

@@ -27,6 +27,7 @@ import tokred
 from tokred import PackedKV, PackFormat
 
 from ._lists import check_least
+from ._method import Family, Method, Needs
 
 
 def run_map(k: Tensor, alone: Tensor, threshold: float = 0.75) -> Tensor:
@@ -146,3 +147,15 @@ def kv_merger(
     """The merged cache of a prompt; see run_map, stays_alone and merge_runs."""
     runs = run_map(k, stays_alone(scores, num_heavy, num_recent), threshold)
     return merge_runs(k, v, scores, runs, sigma=sigma)
+
+
+METHOD = Method(
+    title=(
+        "Model Tells You Where to Merge: Adaptive KV Cache Merging for LLMs on Long-Context Tasks"
+    ),
+    arxiv="2407.08454",
+    family=Family.EVICT,
+    needs=(Needs.LANGUAGE_MODEL,),
+    status="approximate",
+    summary="runs of neighbouring keys that are alike become one, weighted around a pivot",
+)

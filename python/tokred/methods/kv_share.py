@@ -15,6 +15,7 @@ from torch import Tensor
 import tokred
 
 from ._lists import check_least
+from ._method import Family, Method, Needs
 
 
 def deviation(fresh: list[Tensor], reused: list[Tensor]) -> Tensor:
@@ -74,3 +75,13 @@ def write_back(cache: Tensor, rows: Tensor, positions: Tensor) -> None:
     """
     batch, token = (positions >= 0).nonzero(as_tuple=True)
     cache[batch, :, positions[batch, token].long()] = rows[batch, :, token]
+
+
+METHOD = Method(
+    title="KVShare: An LLM Service System with Efficient and Effective Multi-Tenant KV Cache Reuse",
+    arxiv="2503.16525",
+    family=Family.REUSE,
+    needs=(Needs.LANGUAGE_MODEL,),
+    status="approximate",
+    summary="reuse another request's cache, recompute the tokens that deviate most",
+)

@@ -13,6 +13,7 @@ from torch import Tensor
 import tokred
 
 from ._lists import check_least
+from ._method import Family, Method, Needs
 
 
 def _landmark_logits(q: Tensor, landmarks: Tensor, scale: float | None) -> Tensor:
@@ -132,3 +133,13 @@ def landmark_decode(
         weight = weight.masked_fill(number[..., None] < 0, -torch.inf)
         out, lse = tokred.combine_states(out, lse, other, weight)
     return out
+
+
+METHOD = Method(
+    title="Landmark Attention: Random-Access Infinite Context Length for Transformers",
+    arxiv="2305.16300",
+    family=Family.PREFILL,
+    needs=(Needs.LANGUAGE_MODEL, Needs.TRAINING),
+    status="exact",
+    summary="see earlier blocks through their landmark token, in a two-level softmax",
+)

@@ -17,6 +17,7 @@ from torch import Tensor
 import tokred
 
 from ._lists import check_least
+from ._method import Family, Method, Needs
 
 ORDERS = tuple("".join(order) for order in permutations("FHW"))
 
@@ -158,3 +159,16 @@ def paro_attention(
     out, _ = tokred.block_sparse_attention(q, k, v, mask, block, block, scale=scale)
     inverse = permutations.argsort(-1).to(torch.int32)[None].expand(q.shape[0], -1, -1)
     return tokred.gather_tokens([out], inverse)[0]
+
+
+METHOD = Method(
+    title=(
+        "PAROAttention: Pattern-Aware ReOrdering for Efficient Sparse and Quantized Attention in "
+        "Visual Generation Models"
+    ),
+    arxiv="2506.16054",
+    family=Family.PREFILL,
+    needs=(Needs.VIDEO_DIFFUSION, Needs.CALIBRATION),
+    status="exact",
+    summary="reorder a video's tokens so that attention becomes blocks, keep fixed ones",
+)

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 import tokred
 
+from ._method import Family, Method, Needs, Options
 from .tome import Plan
 
 # Rows of the similarity matrix that exist at a time.
@@ -135,7 +136,7 @@ RULES = {
 
 
 @dataclass(frozen=True)
-class PiToMe:
+class PitomeOptions(Options):
     """Options of tokred.patch(model, "pitome", ...).
 
     ratio is the share of tokens each layer keeps. rule names the published layer rule: "deit"
@@ -159,6 +160,7 @@ class PiToMe:
     adapters = ("timm", "transformers")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.rule not in RULES:
             raise ValueError(f"rule must be one of {', '.join(RULES)}, not {self.rule!r}")
         if not 0.5 <= self.ratio <= 1:
@@ -189,4 +191,12 @@ class PiToMe:
         ]
 
 
-OPTIONS = PiToMe
+METHOD = Method(
+    title="Accelerating Transformers with Spectrum-Preserving Token Merging",
+    arxiv="2405.16148",
+    family=Family.MERGE,
+    needs=(Needs.VISION_ENCODER,),
+    status="exact",
+    summary="merge only inside dense clusters, which an energy score finds; keep lone tokens",
+    options=PitomeOptions,
+)

@@ -17,6 +17,7 @@ from torch import Tensor
 import tokred
 
 from ._lists import check_least
+from ._method import Family, Method, Needs
 
 
 @dataclass(frozen=True)
@@ -139,3 +140,16 @@ def prompt_distill(
     else:
         (hidden,) = tokred.gather_tokens([hidden], indices)
     return Distilled(indices, hidden, positions, lengths)
+
+
+METHOD = Method(
+    title=(
+        "PromptDistill: Query-based Selective Token Retention in Intermediate Layers for Efficient "
+        "Large Language Model Inference"
+    ),
+    arxiv="2503.23274",
+    family=Family.PRUNE,
+    needs=(Needs.LANGUAGE_MODEL,),
+    status="exact",
+    summary="from one layer on keep the prompt tokens that the last one attends to most",
+)

@@ -16,6 +16,7 @@ import tokred
 from tokred.selection import ends, expand_blocks
 
 from ._lists import check_least
+from ._method import Family, Method, Needs
 
 
 def page_bounds(
@@ -74,3 +75,13 @@ def quest_attention(
     pages = tokred.topk(scores, budget, order="position", must_keep=newest)[1]
     indices = expand_blocks(pages, page_size, k.shape[2])
     return tokred.sparse_attention(q, k, v, indices, scale=scale, mask=mask)
+
+
+METHOD = Method(
+    title="Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference",
+    arxiv="2406.10774",
+    family=Family.DECODE,
+    needs=(Needs.LANGUAGE_MODEL,),
+    status="exact",
+    summary="keep the newest page of keys and those with the greatest upper bound of their logits",
+)

@@ -19,6 +19,7 @@ from tokred import PackedKV, PackFormat
 from tokred._library import refuse_grad
 
 from ._lists import check_least, check_tokens
+from ._method import Family, Method, Needs
 
 
 def head_scores(q: Tensor, k: Tensor, period: int) -> tuple[Tensor, Tensor]:
@@ -357,3 +358,13 @@ def pack_heads(
         for pool, x in zip((packed.k, packed.v), sides, strict=True):
             _write(pool, x, slots[:, kind, : x.shape[2]])
     return packed
+
+
+METHOD = Method(
+    title="RazorAttention: Efficient KV Cache Compression Through Retrieval Heads",
+    arxiv="2407.15891",
+    family=Family.EVICT,
+    needs=(Needs.LANGUAGE_MODEL, Needs.CALIBRATION),
+    status="exact",
+    summary="non-retrieval heads keep sinks, recent tokens and one weighted mean token",
+)

@@ -18,6 +18,7 @@ import tokred
 from tokred.selection import block_mask
 
 from ._lists import check_least
+from ._method import Family, Method, Needs
 
 
 @dataclass(frozen=True)
@@ -100,3 +101,13 @@ def rectified_attention(
     pooled = (probability * ~exact) @ values.mean
     share, pooled = (t.repeat_interleave(block, dim=2)[:, :, : q.shape[2]] for t in (share, pooled))
     return (share * out + pooled).to(q.dtype)
+
+
+METHOD = Method(
+    title="Rectified SpaAttn: Revisiting Attention Sparsity for Efficient Video Generation",
+    arxiv="2511.19835",
+    family=Family.PREFILL,
+    needs=(Needs.VIDEO_DIFFUSION,),
+    status="exact",
+    summary="attend to critical blocks, rescale, add what the skipped blocks pool to",
+)

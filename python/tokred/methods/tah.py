@@ -10,6 +10,8 @@ from torch import Tensor
 
 import tokred
 
+from ._method import Family, Method, Needs
+
 
 def duo_causal_attention(
     q: Tensor,
@@ -37,3 +39,13 @@ def duo_causal_attention(
     return tokred.biased_attention(
         q, k, v, scale=scale, query_position=query_place, key_position=key_place.contiguous()
     )
+
+
+METHOD = Method(
+    title="Think-at-Hard: Selective Latent Iterations to Improve Reasoning Language Models",
+    arxiv="2511.08577",
+    family=Family.REWEIGHT,
+    needs=(Needs.LANGUAGE_MODEL, Needs.TRAINING),
+    status="exact",
+    summary="a token sees earlier positions of no later iteration",
+)

@@ -17,6 +17,7 @@ from torch import Tensor
 import tokred
 
 from ._lists import check_least
+from ._method import Family, Method, Needs
 
 
 def budget_prior(block: int, mu: float, sigma: float) -> tuple[Tensor, Tensor]:
@@ -99,3 +100,13 @@ def tca_attention(
     """
     kept = core_tokens(k, budgets, block)[:, :, None]
     return tokred.sparse_attention(q, k, v, kept, scale=scale, causal=causal, block_q=q.shape[2])
+
+
+METHOD = Method(
+    title="Training-free Context-adaptive Attention for Efficient Long Context Modeling",
+    arxiv="2512.09238",
+    family=Family.PREFILL,
+    needs=(Needs.LANGUAGE_MODEL, Needs.CALIBRATION),
+    status="approximate",
+    summary="each head keeps the least redundant tokens of every block",
+)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import tokred
 
-from ._lists import check_ints
+from ._method import Family, Method, Needs, Options
 
 if TYPE_CHECKING:
     from tokred.integrations.transformers.attention import AttentionCall
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class TidalAttention:
     """What tokred.patch calls for every layer; prompts are attended to in full."""
 
-    def __init__(self, options: TidalDecode) -> None:
+    def __init__(self, options: TidalDecodeOptions) -> None:
         self.options = options
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -79,7 +79,7 @@ class TidalAttention:
 
 
 @dataclass(frozen=True)
-class TidalDecode:
+class TidalDecodeOptions(Options):
     """Options of tokred.patch(model, "tidal_decode", ...).
 
     Layers below sparse_layer_start attend to everything. Layer sparse_layer_start and layer
@@ -98,8 +98,7 @@ class TidalDecode:
     rotation = "cached"
 
     def __post_init__(self) -> None:
-        names = ("k", "sparse_layer_start", "correction_layer")
-        check_ints(**{name: getattr(self, name) for name in names})
+        super().__post_init__()
         if self.k < 1:
             raise ValueError(f"k must be at least 1, got {self.k}")
         for name in ("sparse_layer_start", "correction_layer"):
@@ -128,4 +127,12 @@ class TidalDecode:
         return TidalAttention(self)
 
 
-OPTIONS = TidalDecode
+METHOD = Method(
+    title="TidalDecode: Fast and Accurate LLM Decoding with Position Persistent Sparse Attention",
+    arxiv="2410.05076",
+    family=Family.DECODE,
+    needs=(Needs.LANGUAGE_MODEL,),
+    status="exact",
+    summary="one layer chooses each head's keys, the layers after it attend to its choice",
+    options=TidalDecodeOptions,
+)

@@ -16,6 +16,7 @@ from torch import Tensor
 import tokred
 
 from ._lists import check_least
+from ._method import Family, Method, Needs
 
 
 @dataclass(frozen=True)
@@ -172,3 +173,16 @@ def recycle(adjacency: Tensor, tokens: Tensor, logits: Tensor) -> None:
     last = {token: node for node, token in enumerate(tokens.tolist())}
     nodes = torch.tensor(list(last.values()), device=adjacency.device)
     adjacency[tokens[nodes]] = best[nodes]
+
+
+METHOD = Method(
+    title=(
+        "Turning Trash into Treasure: Accelerating Inference of Large Language Models with Token "
+        "Recycling"
+    ),
+    arxiv="2408.08696",
+    family=Family.REUSE,
+    needs=(Needs.LANGUAGE_MODEL,),
+    status="exact",
+    summary="draft a tree from an adjacency table, verify it in one forward pass",
+)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from torch import Tensor
 import tokred
 from tokred.selection import block_mask, choose, ends
 
-from ._lists import check_ints
+from ._method import Family, Method, Needs, Options
 
 if TYPE_CHECKING:
     from tokred.integrations.transformers.attention import AttentionCall
@@ -61,7 +61,7 @@ class TokenSelectAttention:
 
     reads_packed = True
 
-    def __init__(self, options: TokenSelect) -> None:
+    def __init__(self, options: TokenSelectOptions) -> None:
         self.options = options
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -142,7 +142,7 @@ class TokenSelectAttention:
 
 
 @dataclass(frozen=True)
-class TokenSelect:
+class TokenSelectOptions(Options):
     """Options of tokred.patch(model, "token_select", ...).
 
     k: tokens chosen by votes. n_init, n_local: first and last tokens, attended to in any case.
@@ -156,25 +156,20 @@ class TokenSelect:
     k: int = 2048
     n_init: int = 128
     n_local: int = 512
-    prefill: str = "dense"
+    prefill: Literal["dense", "select"] = "dense"
     chunk: int = 512
-    rotation: str = "cached"
+    rotation: Literal["cached", "compact"] = "cached"
     rotate_query: bool = True
     pool: int = 1
 
     adapters = ("causal_lm",)
 
     def __post_init__(self) -> None:
-        names = ("k", "n_init", "n_local", "chunk", "pool")
-        check_ints(**{name: getattr(self, name) for name in names})
+        super().__post_init__()
         if self.k < 0 or self.n_init < 0:
             raise ValueError(f"k and n_init must be at least 0, got {self.k} and {self.n_init}")
         if self.n_local < 1:
             raise ValueError(f"n_local must be at least 1, the token itself, got {self.n_local}")
-        if self.prefill not in ("dense", "select"):
-            raise ValueError(f"prefill must be 'dense' or 'select', got {self.prefill!r}")
-        if self.rotation not in ("cached", "compact"):
-            raise ValueError(f"rotation must be 'cached' or 'compact', got {self.rotation!r}")
         if self.pool < 1 or self.pool % 2 == 0:
             raise ValueError(f"pool must be odd and at least 1, got {self.pool}")
         if self.chunk < 1 or (self.prefill == "select" and self.chunk > self.n_local):
@@ -188,4 +183,15 @@ class TokenSelect:
         return TokenSelectAttention(self)
 
 
-OPTIONS = TokenSelect
+METHOD = Method(
+    title=(
+        "TokenSelect: Efficient Long-Context Inference and Length Extrapolation for LLMs via "
+        "Dynamic Token-Level KV Cache Selection"
+    ),
+    arxiv="2411.02886",
+    family=Family.DECODE,
+    needs=(Needs.LANGUAGE_MODEL,),
+    status="exact",
+    summary="at every step attend to the cached tokens that all heads of a layer vote for",
+    options=TokenSelectOptions,
+)

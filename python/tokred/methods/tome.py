@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 
 import tokred
 from tokred.schedule import Amount, Schedule, parse_r, resolve
+
+from ._method import Family, Method, Needs, Options
 
 # metric [B, N, C], num_prefix -> (token_map i32 [B, N], num_out), or None to leave the layer alone.
 Plan: TypeAlias = Callable[[torch.Tensor, int], tuple[torch.Tensor, int] | None]
@@ -74,14 +76,15 @@ def tome_step(
 
 
 @dataclass(frozen=True)
-class Tome:
+class TomeOptions(Options):
     """Options of tokred.patch(model, "tome", ...).
 
     r is a schedule (tokred.schedule.parse_r): an int, a share, (r, inflect) or a list per layer.
+    order: of what is left, as in tome_plan.
     """
 
     r: Schedule = 8
-    order: str = "tome"
+    order: Literal["tome", "position"] = "tome"
 
     adapters = ("timm", "transformers")
 
@@ -93,4 +96,12 @@ class Tome:
         ]
 
 
-OPTIONS = Tome
+METHOD = Method(
+    title="Token Merging: Your ViT But Faster",
+    arxiv="2210.09461",
+    family=Family.MERGE,
+    needs=(Needs.VISION_ENCODER,),
+    status="exact",
+    summary="between attention and MLP, merge the r most similar pairs of an even/odd split",
+    options=TomeOptions,
+)

@@ -14,6 +14,8 @@ import torch
 
 import tokred
 
+from ._method import Family, Method, Needs, Options
+
 
 def grid_destinations(
     height: int,
@@ -138,7 +140,7 @@ def grid_of(tokens: int, latent_size: tuple[int, int]) -> tuple[int, int, int]:
 def compute_merge(
     x: torch.Tensor,
     latent_size: tuple[int, int],
-    options: ToMeSD,
+    options: TomesdOptions,
     seed: torch.Tensor | None = None,
     finest: int = 1,
 ) -> tuple[torch.Tensor, int] | None:
@@ -166,7 +168,7 @@ def compute_merge(
 
 
 @dataclass(frozen=True)
-class ToMeSD:
+class TomesdOptions(Options):
     """Options of tokred.patch(unet, "tomesd", ...).
 
     ratio is the share of tokens to merge (at most 1 - 1 / (stride_x stride_y) can be); merge_attn,
@@ -194,6 +196,7 @@ class ToMeSD:
     adapters = ("diffusers",)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.ratio < 1:
             raise ValueError(f"ratio must be in [0, 1), not {self.ratio}")
         if min(self.stride_x, self.stride_y, self.max_downsample) < 1:
@@ -202,4 +205,12 @@ class ToMeSD:
             raise ValueError("one of merge_attn, merge_crossattn and merge_mlp must be True")
 
 
-OPTIONS = ToMeSD
+METHOD = Method(
+    title="Token Merging for Fast Stable Diffusion",
+    arxiv="2303.17604",
+    family=Family.MERGE,
+    needs=(Needs.IMAGE_DIFFUSION,),
+    status="exact",
+    summary="merge into one token per grid cell before attention, copy back after it",
+    options=TomesdOptions,
+)

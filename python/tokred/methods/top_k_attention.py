@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 import tokred
 
-from ._lists import check_ints, check_least
+from ._lists import check_least
+from ._method import Family, Method, Needs, Options
 
 if TYPE_CHECKING:
     from tokred.integrations.transformers.attention import AttentionCall
@@ -77,7 +78,7 @@ class TopKState:
 
     reads_packed = True
 
-    def __init__(self, options: TopKAttention) -> None:
+    def __init__(self, options: TopKAttentionOptions) -> None:
         self.options = options
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -99,7 +100,7 @@ class TopKState:
 
 
 @dataclass(frozen=True)
-class TopKAttention:
+class TopKAttentionOptions(Options):
     """Options of tokred.patch(model, "top_k_attention", ...).
 
     k: keys a query attends to. prefill: "select", prompts choose too; or "dense". On a PackedCache
@@ -107,20 +108,26 @@ class TopKAttention:
     """
 
     k: int = 256
-    prefill: str = "select"
+    prefill: Literal["select", "dense"] = "select"
 
     adapters = ("causal_lm",)
     rotation = "cached"
 
     def __post_init__(self) -> None:
-        check_ints(k=self.k)
+        super().__post_init__()
         if self.k < 1:
             raise ValueError(f"k must be at least 1, got {self.k}")
-        if self.prefill not in ("select", "dense"):
-            raise ValueError(f'prefill must be "select" or "dense", got {self.prefill!r}')
 
     def attention(self, layers: Sequence[int]) -> TopKState:
         return TopKState(self)
 
 
-OPTIONS = TopKAttention
+METHOD = Method(
+    title="Memory-efficient Transformers via Top-k Attention",
+    arxiv="2106.06899",
+    family=Family.DECODE,
+    needs=(Needs.LANGUAGE_MODEL,),
+    status="exact",
+    summary="every query of every head attends to the k keys of greatest logit",
+    options=TopKAttentionOptions,
+)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._method import Family, Method, Needs
+
 
 def rescale_first_token(
     out: Tensor,
@@ -50,3 +52,16 @@ def rescale_first_token(
         gamma = gamma[:, None]
     extra = ((gamma - 1) * probability)[..., None]
     return ((out.float() + extra * value[:, :, None]) / (1 + extra)).to(out.dtype)
+
+
+METHOD = Method(
+    title=(
+        "ZeroTuning: Unlocking the Initial Token's Power to Enhance Large Language Models Without "
+        "Training"
+    ),
+    arxiv="2505.11739",
+    family=Family.REWEIGHT,
+    needs=(Needs.LANGUAGE_MODEL, Needs.CALIBRATION),
+    status="exact",
+    summary="scale each head's attention to the first token, from the lse alone",
+)

@@ -90,13 +90,13 @@ def patch(
     attention weights in layers that see merged tokens; models that need every token, such as those
     that reshape them to a grid; copying or pickling a patched model.
     """
-    module = methods.get(method).load()
-    options_class = getattr(module, "OPTIONS", None)
-    if options_class is None:
+    entry = methods.get(method)
+    if entry.options is None:
         raise ValueError(
-            f"{method!r} cannot be put into a model: use the functions of {module.__name__}"
+            f"{method!r} cannot be put into a model: call the functions of tokred.methods.{method}"
+            f", which need {entry.needs_in_words}"
         )
-    names = [field.name for field in dataclasses.fields(options_class)]
+    names = [field.name for field in dataclasses.fields(entry.options)]
     unknown = sorted(set(options) - set(names))
     if unknown:
         raise TypeError(
@@ -104,7 +104,7 @@ def patch(
             "and every method has prop_attn, trace_source, weighted_pool, num_prefix"
         )
     settings = Settings(prop_attn, trace_source, weighted_pool, num_prefix)
-    return Patch(_module_of(model), options_class(**options), settings)
+    return Patch(_module_of(model), entry.options(**options), settings)
 
 
 def apply(model: Any, method: str, **options: Any) -> Patch:

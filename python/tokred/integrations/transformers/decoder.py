@@ -158,7 +158,7 @@ def stacks(model: nn.Module, method: Any, settings: Settings) -> Iterator[Stack]
         if settings != Settings():
             raise ValueError(
                 "prop_attn, trace_source, weighted_pool and num_prefix are for methods that merge "
-                f"tokens; {type(method).__name__} chooses keys"
+                "tokens; this one chooses keys"
             )
         state = method.attention(_numbers(modules))
         compact = getattr(method, "rotation", "cached") == "compact"
