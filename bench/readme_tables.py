@@ -3,9 +3,9 @@
 A table stands between <!-- table:NAME --> and <!-- /table -->; NAME is a bench (topk, score,
 decode, packed, block_sparse, match, merge, sparse_attn, models, cache, overhead, ceilings) of the
 quick run, NAME:full of the full one, headline, methods and methods:full, the methods by name and
-in full, or demo, demo_text and demo_cache: the demo's reports, which are first copied from
-demo_output where they are complete. Results of an
-unknown revision or of changed files are refused, and then nothing is written. Running it twice
+in full, those of choosing.py as choosing:NAME, or demo, demo_text and demo_cache: the demo's
+reports, which are first copied from demo_output where they are complete. Results of an unknown
+revision or of changed files are refused, and then nothing is written. Running it twice
 changes nothing; --check only says whether the pages are up to date.
 """
 
@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from . import demo_tables, methods_page
+from . import choosing, demo_tables, methods_page
 from .demo_tables import Report
 from .headline import headline
 from .machine import RESULTS
@@ -72,6 +72,9 @@ def render(name: str, results: Path = RESULTS) -> str:
         return methods_page.overview()
     if name == "methods:full":
         return methods_page.page()
+    group, _, part = name.partition(":")
+    if group == "choosing" and part in (*choosing.CASES, *choosing.REPORTS):
+        return choosing.render(part, results)
     return (demo_page if name in DEMOS else bench_page)(name, results)
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import tokred
+from cases.new_methods import methods_in
 from tokred import methods
 from tokred.__main__ import main
 from tokred.methods import METHODS, Family, Method, Needs, Options, get, names
@@ -125,19 +126,15 @@ def test_options_are_a_class_of_options() -> None:
 
 
 @pytest.fixture
-def new_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], str]]:
+def new_file(tmp_path: Path) -> Iterator[Callable[[str], str]]:
     """Writes the text of a method's file beside the others; returns the method's name."""
-    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
-    before = {*sys.modules}
 
     def write(text: str) -> str:
         (tmp_path / "new_method.py").write_text(text)
         return "new_method"
 
-    yield write
-    for name in {*sys.modules} - before:
-        if name == "tokred.methods.new_method":
-            del sys.modules[name], methods.new_method
+    with methods_in(tmp_path):
+        yield write
 
 
 NEW = '''
