@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,9 +12,45 @@ import torch
 pytest.register_assert_rewrite("cases")
 
 from cases import backends, torchvision_stub  # noqa: E402
-from cases.backends import ISAS, KERNELS, Backend, set_cpu_isa  # noqa: E402
+from cases.backends import HERE, ISAS, KERNELS, Backend, set_cpu_isa  # noqa: E402
 
 torchvision_stub.install()
+
+BACKENDS = ("backend", "kernels", "processors")  # the fixtures that are one of them
+
+
+def pytest_report_header() -> list[str]:
+    reasons = {name: backends.why_not(name) for name in KERNELS if name not in HERE}
+    left_out = [f"not {name} ({reason})" for name, reason in reasons.items()]
+    return [f"backends: {', '.join(['reference', *HERE, *left_out])}"]
+
+
+def pytest_configure() -> None:
+    if "simt" not in HERE and os.environ.get("CI"):
+        raise pytest.UsageError(backends.why_not("simt"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """No float64 on devices; the backends of a case run one after another and share its oracle."""
+    params = {item: item.callspec.params if hasattr(item, "callspec") else {} for item in items}
+
+    def backend(item: pytest.Item) -> str | None:
+        return next((params[item][name] for name in BACKENDS if name in params[item]), None)
+
+    def is_double(item: pytest.Item) -> bool:
+        case = params[item].get("case")
+        return torch.float64 in (params[item].get("dtype"), getattr(case, "dtype", None))
+
+    def case(item: pytest.Item) -> str:
+        function, _, names = item.nodeid.partition("[")
+        return f"{function}[{names.replace(backend(item) or '', '', 1)}"
+
+    unsupported = [i for i in items if backend(i) in ("simt", "cuda") and is_double(i)]
+    config.hook.pytest_deselected(items=unsupported)
+    left_out = set(unsupported)
+    first: dict[str, int] = {}
+    order = {item: first.setdefault(case(item), place) for place, item in enumerate(items)}
+    items[:] = sorted((item for item in items if item not in left_out), key=order.__getitem__)
 
 
 @pytest.fixture(scope="session")
@@ -32,15 +69,21 @@ def one_thread(default_isa: str | None) -> Iterator[None]:
         set_cpu_isa(default_isa)
 
 
-@pytest.fixture(params=("reference", *KERNELS))
+@pytest.fixture(params=("reference", *HERE))
 def backend(request: pytest.FixtureRequest, one_thread: None) -> Backend:
     """Every implementation, the plain torch one included."""
     return backends.ready(request.param)
 
 
-@pytest.fixture(params=KERNELS)
+@pytest.fixture(params=HERE)
 def kernels(request: pytest.FixtureRequest, one_thread: None) -> Backend:
     """The implementations that promise the same bits in any batch."""
+    return backends.ready(request.param)
+
+
+@pytest.fixture(params=[name for name in HERE if name != "simt"])
+def processors(request: pytest.FixtureRequest, one_thread: None) -> Backend:
+    """The kernels that run on real processors, for what takes the emulated device too long."""
     return backends.ready(request.param)
 
 

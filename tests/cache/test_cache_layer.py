@@ -13,8 +13,8 @@ from cases.cache_layers import assert_same, attended, filled, options, query, st
 from cases.cache_oracle import seen, through_codes
 from cases.compare import assert_bitwise_equal
 from cases.inputs import generator
+from cases.oracle import reference
 from cases.tiny_models import transformers
-from tokred import reference
 from tokred.cache import CacheBytes, PackedCacheLayer
 from tokred.integrations.transformers.attention import attention_forward
 from tokred.integrations.transformers.packed_states import PackedStates

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -83,13 +82,6 @@ class Backend:
         return move(self.function(op)(*args, **kwargs), "cpu")
 
 
-def _simt_loaded() -> bool:
-    if not SIMT_LIBRARY.exists():
-        return False
-    torch.ops.load_library(str(SIMT_LIBRARY))
-    return True
-
-
 def set_cpu_isa(isa: str) -> bool:
     """Whether the CPU kernels now run on that instruction set.
 
@@ -103,13 +95,34 @@ def set_cpu_isa(isa: str) -> bool:
     return isa == os.environ.get("TOKRED_CPU_ISA", best)
 
 
-def ready(name: str) -> Backend:
-    """The backend, ready to run; skips where this machine cannot run it."""
+def why_not(name: str) -> str | None:
+    """Why this machine cannot run the backend; None where it can."""
     if name == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    if name == "simt" and not _simt_loaded():
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{SIMT_LIBRARY} is not built")
+        return "no CUDA device"
+    if name == "simt" and not SIMT_LIBRARY.exists():
+        return f"{SIMT_LIBRARY} is not built"
     isa = name.removeprefix("cpu-")
-    if isa in ISAS and not set_cpu_isa(isa):
-        pytest.skip(f"the CPU kernels cannot run on {isa} here")
+    if isa in ISAS and isa not in _ISAS_HERE:
+        return "not on this CPU, or not built"
+    return None
+
+
+def _supported_isas() -> list[str]:
+    before = None if _C is None else _C.cpu_isa()
+    supported = [isa for isa in ISAS if set_cpu_isa(isa)]
+    if before is not None:
+        set_cpu_isa(before)
+    return supported
+
+
+_ISAS_HERE = _supported_isas()
+HERE = tuple(name for name in KERNELS if why_not(name) is None)
+
+
+def ready(name: str) -> Backend:
+    """The backend, loaded and switched to."""
+    if name == "simt":
+        torch.ops.load_library(str(SIMT_LIBRARY))
+    if name.startswith("cpu-") and not set_cpu_isa(name.removeprefix("cpu-")):
+        raise RuntimeError(f"{name} does not run here")
     return Backend(name)

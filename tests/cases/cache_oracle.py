@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from cases.oracle import reference
 from cases.tiny_models import transformers  # skips the tests where there are none
-from tokred import reference
 from tokred.cache import CacheOptions
 from tokred.ops.kv_pack import PackFormat
 from tokred.reference.kv_pack import packed_tokens

@@ -13,7 +13,8 @@ import tokred
 from cases.backends import Backend
 from cases.compare import assert_as_accurate, assert_bitwise_equal, assert_one_result, flat
 from cases.inputs import generator, widened
-from tokred import PackedKV, PackFormat, reference
+from cases.oracle import reference
+from tokred import PackedKV, PackFormat
 from tokred.ops.kv_pack import packed_tokens
 from tokred.reference.kv_pack import hadamard
 

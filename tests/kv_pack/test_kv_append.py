@@ -12,8 +12,9 @@ import tokred
 from cases.backends import Backend, move
 from cases.compare import assert_bitwise_equal, assert_one_result
 from cases.inputs import FLOATS, generator, label
+from cases.oracle import reference
 from cases.packed import as_records
-from tokred import PackedKV, PackFormat, reference
+from tokred import PackedKV, PackFormat
 from tokred.reference.kv_pack import hadamard, packed_tokens
 
 OPS = torch.ops.tokred

@@ -13,7 +13,8 @@ import tokred
 from cases.backends import Backend
 from cases.compare import assert_bitwise_equal, assert_one_result
 from cases.inputs import FLOATS, generator, label
-from tokred import PackedKV, reference
+from cases.oracle import reference
+from tokred import PackedKV
 from tokred.reference.kv_pack import hadamard
 
 OPS = torch.ops.tokred

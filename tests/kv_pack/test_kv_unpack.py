@@ -10,8 +10,9 @@ import torch
 from cases.backends import Backend, move
 from cases.compare import assert_bitwise_equal
 from cases.inputs import FLOATS, generator
+from cases.oracle import reference
 from cases.packed import as_records, pack, packing
-from tokred import PackFormat, reference
+from tokred import PackFormat
 
 
 def test_unpack_reads_records(kernels: Backend) -> None:

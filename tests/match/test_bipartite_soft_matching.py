@@ -13,7 +13,7 @@ import tokred
 from cases.backends import Backend
 from cases.compare import assert_bitwise_equal, assert_one_result
 from cases.inputs import FLOATS, generator, label
-from tokred import reference
+from cases.oracle import reference
 
 
 def signs(batch: int, tokens: int, channels: int = 16, seed: int = 0) -> Tensor:

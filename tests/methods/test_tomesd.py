@@ -7,7 +7,6 @@ import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import product
 from typing import Any
 
 import pytest
@@ -33,14 +32,18 @@ def tokens(height: int, width: int, channels: int = 12, batch: int = 2) -> Tenso
 
 @pytest.mark.parametrize(
     ("grid", "strides", "ratio"),
-    product(((8, 8), (7, 9), (1, 16)), ((2, 2), (1, 2), (3, 2)), (0.1, 0.5, 0.9)),
+    [
+        (grid, strides, ratio)
+        for grid in ((8, 8), (7, 9), (1, 16))
+        for strides in ((2, 2), (1, 2), (3, 2))
+        for ratio in (0.1, 0.5, 0.9)
+        if strides[0] <= grid[0]  # else the package divides by an empty set of destinations
+    ],
 )
 def test_same_as_the_package(grid: tuple[int, int], strides: tuple[int, int], ratio: float) -> None:
     """Equal after unmerging: the package's order inside the merged sequence depends on its sort."""
     oracle = pytest.importorskip("tomesd.merge")
     (height, width), (stride_y, stride_x) = grid, strides
-    if height < stride_y:
-        pytest.skip("the package divides by an empty set of destinations")
     metric = tokens(height, width)
     x = tokens(height, width, channels=5) + 1
     r = int(height * width * ratio)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases.backends import Backend
+from cases.backends import HERE, ready
 from cases.compare import assert_bitwise_equal
 from cases.inputs import generator
 from cases.op_calls import CALLS, FORMAT, Sizes, call
@@ -26,14 +26,11 @@ def _no_grad() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def library(kernels: Backend) -> Any:
+@pytest.fixture(params=["cpu", *({"simt"} & set(HERE))])
+def library(request: pytest.FixtureRequest, one_thread: None) -> Any:
     """The raw ops. One instruction set stands for all: they share their front ends."""
-    if kernels.name == "simt":
-        return torch.ops.tokred_simt
-    if kernels.name != "cpu-avx2":
-        pytest.skip("front ends are tested once")
-    return torch.ops.tokred
+    ready(request.param)
+    return {"cpu": torch.ops.tokred, "simt": torch.ops.tokred_simt}[request.param]
 
 
 def writes(arg: Any) -> bool:

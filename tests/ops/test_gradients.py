@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_map_only
 import tokred
 from cases.compare import assert_bitwise_equal, flat
 from cases.inputs import generator
-from tokred import PackFormat, reference
+from cases.oracle import reference
+from tokred import PackFormat
 
 OPS = torch.ops.tokred
 FORMAT = PackFormat(4, 16)

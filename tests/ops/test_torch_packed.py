@@ -12,8 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import tokred
 from cases.compare import assert_bitwise_equal
 from cases.inputs import generator
+from cases.oracle import reference
 from cases.torch_ops import assert_compiles_once, flops, tokens
-from tokred import PackFormat, reference
+from tokred import PackFormat
 
 OPS = torch.ops.tokred
 TOKENWISE = PackFormat(4, 8, "token")

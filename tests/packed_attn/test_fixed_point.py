@@ -9,8 +9,9 @@ from torch import Tensor
 from cases.backends import Backend
 from cases.compare import assert_bitwise_equal
 from cases.inputs import generator
+from cases.oracle import reference
 from cases.packed import fixed_point_slack, pack, packing
-from tokred import PackedKV, reference
+from tokred import PackedKV
 
 HALVES = (torch.float16, torch.bfloat16)
 

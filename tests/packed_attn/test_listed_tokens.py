@@ -10,6 +10,7 @@ import torch
 from cases.backends import Backend
 from cases.compare import assert_bitwise_equal
 from cases.inputs import FLOATS, generator, label
+from cases.oracle import reference
 from cases.packed import (
     CACHE,
     CHANNEL,
@@ -22,7 +23,6 @@ from cases.packed import (
     check,
     spoil,
 )
-from tokred import reference
 
 LISTS = ("head", "kv", "one")
 PLAIN = [

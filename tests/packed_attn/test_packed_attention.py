@@ -10,6 +10,7 @@ import torch
 from cases.backends import Backend, move
 from cases.compare import assert_bitwise_equal
 from cases.inputs import FLOATS, generator, label
+from cases.oracle import reference
 from cases.packed import (
     CACHE,
     CHANNEL,
@@ -25,7 +26,6 @@ from cases.packed import (
     packing,
     spoil,
 )
-from tokred import reference
 from tokred.reference.kv_pack import packed_tokens
 
 FORMATS = [

@@ -10,6 +10,7 @@ import torch
 from cases.backends import Backend
 from cases.compare import assert_bitwise_equal
 from cases.inputs import FLOATS, generator, label, widened
+from cases.oracle import reference
 from cases.packed import (
     CACHE,
     CHANNEL,
@@ -23,7 +24,6 @@ from cases.packed import (
     spoil,
 )
 from cases.score import REDUCTIONS, check_accuracy
-from tokred import reference
 
 SIZES = [
     Case(),

@@ -13,7 +13,7 @@ import tokred
 from cases.backends import Backend
 from cases.compare import assert_as_accurate, assert_bitwise_equal, assert_one_result
 from cases.inputs import FLOATS, generator, label
-from tokred import reference
+from cases.oracle import reference
 
 REDUCTIONS = ("sum", "mean", "max", "variance")
 EPS = torch.finfo(torch.float32).eps

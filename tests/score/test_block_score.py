@@ -12,6 +12,7 @@ from torch import Tensor
 from cases.backends import Backend
 from cases.compare import assert_bitwise_equal
 from cases.inputs import FLOATS, generator, label, widened
+from cases.oracle import reference
 from cases.packed import assert_same_on_every_cpu
 from cases.score import (
     REDUCTIONS,
@@ -20,7 +21,6 @@ from cases.score import (
     check_accuracy,
     grid,
 )
-from tokred import reference
 
 
 @dataclass(frozen=True)

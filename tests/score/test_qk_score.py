@@ -13,6 +13,7 @@ import tokred
 from cases.backends import Backend
 from cases.compare import assert_bitwise_equal
 from cases.inputs import FLOATS, generator, label, widened
+from cases.oracle import reference
 from cases.packed import assert_same_on_every_cpu
 from cases.score import (
     REDUCTIONS,
@@ -21,7 +22,6 @@ from cases.score import (
     check_accuracy,
     grid,
 )
-from tokred import reference
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from cases.attention import assert_close_to_exact, random_bias, random_mask, ran
 from cases.backends import Backend
 from cases.compare import assert_bitwise_equal, assert_one_result
 from cases.inputs import FLOATS, generator, label, widened
-from tokred import reference
+from cases.oracle import reference
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,6 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=label)
 def test_against_float64(kernels: Backend, case: Case) -> None:
-    if kernels.name in ("simt", "cuda") and case.dtype == torch.float64:
-        pytest.skip("float64 is for the CPU")
     inputs = case.inputs()
     results = kernels.run("biased_attention", *inputs)
     exact, plain = (reference.biased_attention(*x) for x in (widened(inputs), inputs))
@@ -111,8 +109,6 @@ def test_a_list_of_all_keys_gives_the_same_bits(
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
 def test_few_queries_agree_with_many(kernels: Backend, dtype: torch.dtype) -> None:
     """Eight rows and nine are worked on in different ways."""
-    if kernels.name in ("simt", "cuda") and dtype == torch.float64:
-        pytest.skip("float64 is for the CPU")
     q, k, v, *_ = Case(group=1, queries=9, head_dim=40, dtype=dtype).inputs()
     out, lse = kernels.run("biased_attention", q, k, v)
     few_out, few_lse = kernels.run("biased_attention", q[:, :, :8], k, v)

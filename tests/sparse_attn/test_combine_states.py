@@ -9,7 +9,7 @@ import tokred
 from cases.backends import Backend
 from cases.compare import assert_one_result
 from cases.inputs import FLOATS, generator
-from tokred import reference
+from cases.oracle import reference
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

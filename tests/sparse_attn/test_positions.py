@@ -10,7 +10,7 @@ import tokred
 from cases.backends import Backend, move
 from cases.compare import assert_bitwise_equal, assert_one_result
 from cases.inputs import FLOATS, generator
-from tokred import reference
+from cases.oracle import reference
 
 GREATEST, LEAST = 2**31 - 1, -(2**31)
 

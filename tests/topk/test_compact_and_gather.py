@@ -12,7 +12,7 @@ import tokred
 from cases.backends import Backend
 from cases.compare import assert_bitwise_equal
 from cases.inputs import FLOATS, generator
-from tokred import reference
+from cases.oracle import reference
 
 
 def random_mask(shape: tuple[int, ...], share: float, seed: int = 0) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from cases.backends import Backend
 from cases.compare import assert_bitwise_equal
 from cases.inputs import generator
-from tokred import reference
+from cases.oracle import reference
 
 PART = 8192  # columns of a part of a list that several blocks share
 ROOM = 8192  # keys that a block holds
