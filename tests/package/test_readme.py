@@ -1,4 +1,4 @@
-"""Every Python snippet of the README and of docs/ runs, and what these pages point at exists."""
+"""Every Python snippet of the pages runs, and what the pages point at exists."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 from tokred.compat import cache_keyword, has_flat_dinov2
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SNIPPET = re.compile(r"```python\n(.*?)```", re.DOTALL)
 LINK = re.compile(r"!?\[[^\]]*\]\((?!https?:)([^)#]+)\)")
-FOLDER = re.compile(r"`((?:csrc|python|tests|bench|docs)/[\w/.]*)`")
+FOLDER = re.compile(r"`((?:csrc|python|tests|bench|docs|examples)/[\w/.]*)`")
 
 
 def found(pattern: re.Pattern[str]) -> list:
