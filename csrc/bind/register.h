@@ -1,14 +1,21 @@
 // The implementations of all ops for one backend: what each library registers.
 #pragma once
 
+#include "kv_pack/kv_append.h"
 #include "kv_pack/kv_pack.h"
+#include "kv_pack/kv_unpack.h"
+#include "match/bipartite_soft_matching.h"
 #include "match/match.h"
 #include "merge/merge.h"
+#include "merge/unmerge.h"
 #include "packed_attn/packed_attention.h"
 #include "score/attention.h"
 #include "score/score.h"
 #include "sparse_attn/biased_attention.h"
 #include "sparse_attn/sparse_attention.h"
+#include "topk/compact.h"
+#include "topk/gather_tokens.h"
+#include "topk/inverse_transform_sample.h"
 #include "topk/topk.h"
 
 namespace tokred {

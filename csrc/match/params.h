@@ -34,7 +34,7 @@ struct MatchParams {
   int64_t band;
   float* score;    // f32 [B, a.count]
   int32_t* index;  // i32 [B, a.count], row number in b
-  void* workspace;
+  void* workspace;  // match_workspace(params) bytes
 };
 
 // Which sources leave, and where every token goes. Sources are ranked:
@@ -47,7 +47,8 @@ struct MatchParams {
 //   where num_prefix = 0, else in row order), destinations in row order.
 // Slots, order position: groups by the position of their first member.
 struct BipartiteParams {
-  MatchParams match;   // its score and index are scratch of the right size
+  MatchParams match;   // its score and index are scratch of the right size, its workspace has
+                       // bipartite_soft_matching_workspace(params) bytes
   int64_t tokens;      // N
   int64_t r;           // already clamped to the limit
   int64_t num_prefix;

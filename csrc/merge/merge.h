@@ -1,31 +1,20 @@
-// Front ends of the merge stem: checks, allocation, parameters. Compiled for every backend.
+// Front ends of merge, merge_out and merge_backward: checks, allocation, parameters.
 #pragma once
 
-#include <limits>
-
 #include "common/overlap.h"
-#include "merge/params.h"
+#include "merge/token_map.h"
 
 namespace tokred {
 
 inline MergeMode parse_merge_mode(std::string_view name) {
-  constexpr std::string_view kNames[] = {"sum", "mean", "plain_mean", "amax", "amin", "prune",
-                                         "maxnorm"};
+  constexpr std::string_view kNames[] = {"sum",  "mean",  "plain_mean", "amax",
+                                         "amin", "prune", "maxnorm"};
   for (int32_t i = 0; i < 7; ++i) {
     if (name == kNames[i]) return static_cast<MergeMode>(i);
   }
   TOKRED_CHECK(false, "mode must be one of sum, mean, plain_mean, amax, amin, prune, maxnorm, ",
                "got '", std::string(name), "'");
   return MergeMode::sum;
-}
-
-inline void check_map(const Tensor& map, const char* name, int64_t batch, int64_t tokens,
-                      const Tensor& like, const char* like_name) {
-  check_shape(map, name, {batch, tokens}, "[B, N]");
-  check_dtype(map, name, ScalarType::Int);
-  check_same_device(map, name, like, like_name);
-  TOKRED_CHECK(tokens < std::numeric_limits<int32_t>::max(), name,
-               " may cover at most 2^31 - 2 tokens, got ", tokens);
 }
 
 // The inputs of a merge, checked; outputs and scratch are still to be set.
@@ -118,8 +107,7 @@ template <class Backend>
 std::tuple<Tensor, Tensor, Tensor> merge_backward(const Tensor& grad_y, const Tensor& grad_size,
                                                   const Tensor& x, const Tensor& token_map,
                                                   const OptionalTensor& size,
-                                                  const OptionalTensor& weight,
-                                                  const Text& mode) {
+                                                  const OptionalTensor& weight, const Text& mode) {
   check_dim(grad_y, "grad_y", 3, "[B, M, C]");
   MergeBackwardParams p{};
   p.forward = merge_inputs<Backend>(x, token_map, grad_y.size(1), size, weight, mode);
@@ -144,57 +132,6 @@ std::tuple<Tensor, Tensor, Tensor> merge_backward(const Tensor& grad_y, const Te
   set_members(p.forward, members.data());
   backend.merge_backward(p);
   return {grad_x, grad_size_in, grad_weight};
-}
-
-// [B, N, C]; see UnmergeParams.
-template <class Backend>
-Tensor unmerge(const Tensor& y, const Tensor& token_map) {
-  UnmergeParams p{};
-  p.dtype = float_dtype(y, "y", Backend::kDouble);
-  check_dim(y, "y", 3, "[B, M, C]");
-  check_last_contiguous(y, "y");
-  check_dim(token_map, "token_map", 2, "[B, N]");
-  p.batch = y.size(0);
-  p.num_out = y.size(1);
-  p.channels = y.size(2);
-  p.tokens = token_map.size(1);
-  check_map(token_map, "token_map", p.batch, p.tokens, y, "y");
-  p.y = y.const_data_ptr();
-  p.y_stride_batch = y.stride(0);
-  p.y_stride_token = y.stride(1);
-  p.token_map = static_cast<const int32_t*>(token_map.const_data_ptr());
-  p.map_stride_batch = token_map.stride(0);
-  p.map_stride_token = token_map.stride(1);
-  Backend backend(y);
-  Tensor x = allocate(y, {p.batch, p.tokens, p.channels}, y.scalar_type());
-  p.x = x.mutable_data_ptr();
-  backend.will_write(p.x, p.batch * p.tokens * p.channels * static_cast<int64_t>(y.element_size()));
-  backend.unmerge(p);
-  return x;
-}
-
-// i32 [B, N]; see ComposeParams.
-template <class Backend>
-Tensor compose(const Tensor& second, const Tensor& first) {
-  ComposeParams p{};
-  check_dim(second, "second", 2, "[B, M]");
-  check_dim(first, "first", 2, "[B, N]");
-  p.batch = second.size(0);
-  p.num_out = second.size(1);
-  p.tokens = first.size(1);
-  check_map(second, "second", p.batch, p.num_out, first, "first");
-  check_map(first, "first", p.batch, p.tokens, second, "second");
-  p.second = static_cast<const int32_t*>(second.const_data_ptr());
-  p.second_stride_batch = second.stride(0);
-  p.second_stride_token = second.stride(1);
-  p.first = static_cast<const int32_t*>(first.const_data_ptr());
-  p.first_stride_batch = first.stride(0);
-  p.first_stride_token = first.stride(1);
-  Backend backend(first);
-  Tensor out = allocate(first, {p.batch, p.tokens}, ScalarType::Int);
-  p.out = static_cast<int32_t*>(out.mutable_data_ptr());
-  backend.compose(p);
-  return out;
 }
 
 }  // namespace tokred

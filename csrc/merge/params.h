@@ -11,7 +11,7 @@ enum class MergeMode : int32_t { sum, mean, plain_mean, amax, amin, prune, maxno
 // and s = size (1 where absent):
 //   sum         y = sum w x                          mean     y = sum w s x / sum w s
 //   plain_mean  y = sum w x / sum w                  amax, amin: elementwise over members, NaN wins
-//   prune       y = x of the member of greatest w (lowest i on a tie; NaN weighs least)
+//   prune       y = x of the member of maximum w (lowest i on a tie; NaN below all)
 //   maxnorm     y = m / |m| * max |x_i| with m = sum w s x
 // size_out = sum s. An empty slot, or one whose divisor is 0, has y = 0.
 // Entries of token_map outside [0, num_out) are skipped. Sums run in fp32 in ascending i.

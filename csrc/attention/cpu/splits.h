@@ -53,7 +53,7 @@ __attribute__((noinline)) static void exponentiate(int64_t rows, int64_t count, 
     const Acc* logits = weights + row * kGather;
     Vec<Acc> most = splat(result.top[row]);
     for (int64_t i = 0; i < count; i += kLanes) most = max(load(logits + i), most);
-    const Acc top = greatest_lane(most);
+    const Acc top = max_lane(most);
     // A row that has seen nothing yet: exp(-inf - 0), not exp(-inf + inf).
     base[row] = top > -kInfinity<Acc> ? top : 0;
     shrink[row] = result.top[row] - base[row];

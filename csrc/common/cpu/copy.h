@@ -19,10 +19,10 @@ TOKRED_INLINE void copy_bytes(void* to, const void* from, int64_t bytes) {
   if (bytes > 0) std::memcpy(to, from, static_cast<size_t>(bytes));
 }
 
-// Copies a row, past the caches if asked and if the target allows it; stream_fence() after the last.
+// Copies a row, past the caches if asked and if the target allows it; stream_fence() after the
+// last.
 template <class T>
-TOKRED_INLINE void copy_row(T* to, const T* from, int64_t channels,
-                            [[maybe_unused]] bool stream) {
+TOKRED_INLINE void copy_row(T* to, const T* from, int64_t channels, [[maybe_unused]] bool stream) {
   const int64_t bytes = channels * static_cast<int64_t>(sizeof(T));
 #ifdef __AVX2__
   if (stream && reinterpret_cast<uintptr_t>(to) % 32 == 0) {

@@ -13,19 +13,16 @@ TOKRED_INLINE f32x16 butterfly(f32x16 v) {
   constexpr int kWidth = f32x16::kWidth;
   if constexpr (kStep >= kWidth) {
     constexpr int kApart = kStep / kWidth;
-    return map<f32x16>([&](int i) {
-      return i & kApart ? v.r[i - kApart] - v.r[i] : v.r[i] + v.r[i + kApart];
-    });
+    return map<f32x16>(
+        [&](int i) { return i & kApart ? v.r[i - kApart] - v.r[i] : v.r[i] + v.r[i + kApart]; });
   } else {
     using Bits = Native<float>::bits;
-    Bits partner{}, sign{};
+    Bits sign{};
 #pragma GCC unroll 16
-    for (int i = 0; i < kWidth; ++i) {
-      partner[i] = i ^ kStep;
-      sign[i] = i & kStep ? INT32_MIN : 0;
-    }
+    for (int i = 0; i < kWidth; ++i) sign[i] = i & kStep ? INT32_MIN : 0;
+    const f32x16 partner = exchange_lanes<kStep>(v);
     return map<f32x16>([&](int i) {  // b - a is b + (-a) bit for bit
-      return __builtin_shuffle(v.r[i], partner) + (f32x16::N)((Bits)v.r[i] ^ sign);
+      return partner.r[i] + (f32x16::N)((Bits)v.r[i] ^ sign);
     });
   }
 }

@@ -65,6 +65,12 @@ TOKRED_INLINE Accumulator<T> squared_norm(const T* x, int64_t channels) {
   return dot_row(x, x, channels);
 }
 
+// 1 / |x| from |x|^2, with |x| clamped from below: a zero row stays zero.
+TOKRED_INLINE float inverse_norm(float squared) {
+  const float norm = __builtin_sqrtf(squared);
+  return 1.0f / (norm < kNormEps ? kNormEps : norm);
+}
+
 // A row in the accumulator type.
 template <class T>
 TOKRED_INLINE void pack_row(const T* from, int64_t dim, Accumulator<T>* to) {

@@ -139,7 +139,7 @@ TOKRED_INLINE Vec<U> select_greater(Vec<T> a, Vec<T> b, Vec<U> x, Vec<U> y) {
   static_assert(sizeof(T) == sizeof(U));
   return map<Vec<U>>([&](int i) { return a.r[i] > b.r[i] ? x.r[i] : y.r[i]; });
 }
-// The greater one; b where either is NaN.
+// The larger of a and b; b where either is NaN.
 template <class T>
 TOKRED_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {
   return select_greater(a, b, a, b);
@@ -190,41 +190,39 @@ TOKRED_INLINE T sum(Vec<T> v) {
   return lane[0];
 }
 
-// Lane i changes places with lane i ^ distance, for the distances 1, 2, 4, 8.
-struct LaneSwaps {
-  int32_t lane[4][kLanes];
-};
-constexpr LaneSwaps lane_swaps() {
-  LaneSwaps swaps{};
-  for (int level = 0; level < 4; ++level) {
-    for (int i = 0; i < kLanes; ++i) swaps.lane[level][i] = i ^ (1 << level);
+// The lanes of v, lane i exchanged with lane i ^ kDistance, for the distances 1, 2, 4, 8.
+template <int kDistance, class T>
+TOKRED_INLINE Vec<T> exchange_lanes(Vec<T> v) {
+  constexpr int kWidth = Vec<T>::kWidth;
+  if constexpr (kDistance >= kWidth) {
+    return map<Vec<T>>([&](int i) { return v.r[i ^ (kDistance / kWidth)]; });
+  } else {
+    typename Native<T>::bits partner{};
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) partner[i] = i ^ kDistance;
+    return map<Vec<T>>([&](int i) { return __builtin_shuffle(v.r[i], partner); });
   }
-  return swaps;
 }
-alignas(64) inline constexpr LaneSwaps kLaneSwaps = lane_swaps();
 
-// f(.. f(lane, lane) ..) over the sixteen lanes, in any order: f takes whole registers. Of equal
-// numbers, 0 and -0 for one, any may be the result.
+// f(.. f(lane, lane) ..) over the sixteen lanes, for an f of vectors that is associative and
+// commutative. Of equal numbers, 0 and -0 for one, any may be the result.
 template <class T, class F>
 TOKRED_INLINE T fold_lanes(Vec<T> v, const F& f) {
-  auto x = v.r[0];
-#pragma GCC unroll 4
-  for (int i = 1; i < Vec<T>::kRegisters; ++i) x = f(x, v.r[i]);
-#pragma GCC unroll 4
-  for (int level = 0; 1 << level < Vec<T>::kWidth; ++level) {
-    typename Native<T>::bits other{};
-    if constexpr (sizeof(T) == 4) {
-      std::memcpy(&other, kLaneSwaps.lane[level], sizeof other);
-    } else {
-      for (int i = 0; i < Vec<T>::kWidth; ++i) other[i] = i ^ (1 << level);
-    }
-    x = f(x, __builtin_shuffle(x, other));
-  }
-  return x[0];
+  v = f(v, exchange_lanes<8>(v));
+  v = f(v, exchange_lanes<4>(v));
+  v = f(v, exchange_lanes<2>(v));
+  return f(v, exchange_lanes<1>(v)).r[0][0];
 }
 template <class T>
-TOKRED_INLINE T greatest_lane(Vec<T> v) {
-  return fold_lanes(v, [](auto a, auto b) { return a > b ? a : b; });
+TOKRED_INLINE T max_lane(Vec<T> v) {
+  return fold_lanes(v, [](Vec<T> a, Vec<T> b) { return max(a, b); });
+}
+template <class T>
+TOKRED_INLINE T min_lane(Vec<T> v) {
+  return fold_lanes(v, [](Vec<T> a, Vec<T> b) { return min(a, b); });
+}
+TOKRED_INLINE int32_t sum_lanes(i32x16 v) {
+  return fold_lanes(v, [](i32x16 a, i32x16 b) { return a + b; });
 }
 
 }  // namespace tokred::TOKRED_ISA

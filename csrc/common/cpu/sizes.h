@@ -7,6 +7,8 @@ namespace tokred::TOKRED_ISA {
 
 inline constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline constexpr int64_t round_up(int64_t a, int64_t step) { return divide_up(a, step) * step; }
+inline constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+inline constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 inline constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline constexpr int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
 

@@ -136,8 +136,8 @@ TOKRED_INLINE void store_bytes(uint8_t* p, i32x16 v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8((__m512i)v.r[0]));
 #elif defined(__AVX2__)
   const __m256i words = _mm256_packus_epi32((__m256i)v.r[0], (__m256i)v.r[1]);
-  const __m128i mixed = _mm_packus_epi16(_mm256_castsi256_si128(words),
-                                         _mm256_extracti128_si256(words, 1));
+  const __m128i mixed =
+      _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_shuffle_epi32(mixed, 0xd8));
 #else
   int32_t lane[kLanes];

@@ -8,11 +8,11 @@ namespace tokred::TOKRED_ISA {
 
 inline constexpr int64_t kMaxGroups = 256;  // that are coded together
 
-// Groups side by side: first the range of their numbers, then what codes them.
+// Groups side by side: first the range of their numbers, then their scales and offsets.
 struct GroupTable {
   alignas(64) float low[kMaxGroups], high[kMaxGroups];
   alignas(64) float divisor[kMaxGroups];  // the scale; NaN where it is 0, so that every code is
-  alignas(64) float offset[kMaxGroups];   // that of 0. The minimum, or the code of 0
+  alignas(64) float offset[kMaxGroups];  // that of 0. The minimum, or the code of 0
   alignas(64) f16 stored_scale[kMaxGroups], stored_offset[kMaxGroups];
 };
 
@@ -41,40 +41,14 @@ TOKRED_INLINE f32x16 only_finite(f32x16 x) {
   return select_greater(splat(INFINITY), magnitude(x), x, splat(NAN));
 }
 
-// The lane that is kStep away.
-template <int kStep>
-TOKRED_INLINE f32x16 exchange(f32x16 v) {
-  constexpr int kWidth = f32x16::kWidth;
-  if constexpr (kStep >= kWidth) {
-    return map<f32x16>([&](int i) { return v.r[i ^ (kStep / kWidth)]; });
-  } else {
-    Native<float>::bits partner{};
-#pragma GCC unroll 16
-    for (int i = 0; i < kWidth; ++i) partner[i] = i ^ kStep;
-    return map<f32x16>([&](int i) { return __builtin_shuffle(v.r[i], partner); });
-  }
-}
-TOKRED_INLINE float least(f32x16 v) {
-  v = min(v, exchange<8>(v));
-  v = min(v, exchange<4>(v));
-  v = min(v, exchange<2>(v));
-  return min(v, exchange<1>(v)).r[0][0];
-}
-TOKRED_INLINE float greatest(f32x16 v) {
-  v = max(v, exchange<8>(v));
-  v = max(v, exchange<4>(v));
-  v = max(v, exchange<2>(v));
-  return max(v, exchange<1>(v)).r[0][0];
-}
-
 // Fills the table up to whole vectors; false where a range is not finite: some number is not.
 inline bool ranges_are_finite(GroupTable& table, int64_t groups) {
-  f32x16 most = splat(0.0f);
+  f32x16 bound = splat(0.0f);
   for (int64_t g = groups; g % kLanes; ++g) table.low[g] = table.high[g] = 0.0f;
   for (int64_t g = 0; g < groups; g += kLanes) {
-    most = max(max(load(table.high + g), splat(0.0f) - load(table.low + g)), most);
+    bound = max(max(load(table.high + g), splat(0.0f) - load(table.low + g)), bound);
   }
-  return greatest(most) < INFINITY;
+  return max_lane(bound) < INFINITY;
 }
 
 TOKRED_INLINE f32x16 storable(f32x16 param) {
@@ -117,7 +91,7 @@ void make_scales(GroupTable& table, int64_t groups, int32_t bits) {
 
 // To e4m3fn, halves to even; |x| <= 448 or NaN, which becomes 0.
 TOKRED_INLINE i32x16 to_e4m3(f32x16 x) {
-  constexpr int32_t kLeastNormal = 0x3c800000;  // 2^-6 in f32
+  constexpr int32_t kMinNormal = 0x3c800000;  // 2^-6 in f32
   using Bits = i32x16::N;
   return map<i32x16>([&](int i) {
     const Bits bits = (Bits)x.r[i], sign = (bits >> 24) & 0x80, size = bits & INT32_MAX;
@@ -125,7 +99,7 @@ TOKRED_INLINE i32x16 to_e4m3(f32x16 x) {
     // An ulp of 2^14 is 2^-9, the step of the numbers below 2^-6.
     const f32x16::N shift = 0x1p14f - f32x16::N{};
     const Bits small = (Bits)((f32x16::N)size + shift) - (Bits)shift;
-    return x.r[i] == x.r[i] ? sign | (size < kLeastNormal ? small : normal) : Bits{};
+    return x.r[i] == x.r[i] ? sign | (size < kMinNormal ? small : normal) : Bits{};
   });
 }
 TOKRED_INLINE f32x16 from_e4m3(i32x16 code) {
@@ -140,7 +114,7 @@ TOKRED_INLINE f32x16 from_e4m3(i32x16 code) {
   });
 }
 
-// What codes sixteen numbers: of one group, or of sixteen side by side.
+// Scale and offset of sixteen numbers: of one group, or of sixteen side by side.
 struct Scales {
   f32x16 scale, offset;
 };

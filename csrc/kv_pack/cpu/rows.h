@@ -1,20 +1,20 @@
-// Packs blocks of rows: the ranges of their groups, the scales, the codes.
+// Packs blocks of rows: min and max of every group, then scales, then codes.
 #pragma once
 
 #include "common/cpu/hadamard.h"
 #include "common/cpu/sizes.h"
 #include "kv_pack/cpu/groups.h"
-#include "kv_pack/params.h"
+#include "kv_pack/cpu/tasks.h"
 
 namespace tokred::TOKRED_ISA {
 
-// Rows where they lie, or rotated copies, and the rows of codes that they become.
+// Rows in place, or rotated copies, and the slots of the rows of codes that they become.
 template <class T>
 struct RowBlock {
   static constexpr int64_t kRows = 256;
   const T* row[kRows];
-  int64_t place[kRows];      // -1: nowhere
-  const char* ahead[kRows];  // rows that will be needed soon, of row_bytes
+  int64_t slot[kRows];      // -1: none
+  const char* next[kRows];  // a row of row_bytes of the next block, to prefetch
   int64_t row_bytes;
 };
 
@@ -24,20 +24,10 @@ constexpr int64_t rows_per_block(int64_t head_dim) {
   return rows < RowBlock<float>::kRows ? rows : RowBlock<float>::kRows;
 }
 
-// The next rows come while these are being coded.
+// The next block's rows are prefetched while this block's are coded.
 template <class T>
-TOKRED_INLINE void fetch_ahead(const RowBlock<T>& block, int64_t i) {
-  for (int64_t b = 0; b < block.row_bytes; b += 64) __builtin_prefetch(block.ahead[i] + b);
-}
-
-// One head of a packed tensor.
-struct PackedHead {
-  uint8_t* codes;
-  uint16_t* params;
-};
-TOKRED_INLINE PackedHead packed_head(const PackedRows& p, int64_t batch, int64_t head) {
-  return {p.codes + batch * p.codes_stride_batch + head * p.codes_stride_head,
-          p.params + batch * p.params_stride_batch + head * p.params_stride_head};
+TOKRED_INLINE void prefetch_next(const RowBlock<T>& block, int64_t i) {
+  for (int64_t b = 0; b < block.row_bytes; b += 64) __builtin_prefetch(block.next[i] + b);
 }
 
 // Params of `groups` neighbouring groups of a row, from group `first` of the table on.
@@ -66,8 +56,8 @@ TOKRED_INLINE void channel_ranges(const RowBlock<T>& block, int64_t rows, const 
         low = min(x, low);
         high = max(x, high);
       }
-      table.low[g] = least(low);
-      table.high[g] = greatest(high);
+      table.low[g] = min_lane(low);
+      table.high[g] = max_lane(high);
     }
   }
 }
@@ -75,7 +65,7 @@ TOKRED_INLINE void channel_ranges(const RowBlock<T>& block, int64_t rows, const 
 // Packs up to kMaxGroups groups of rows along channels.
 template <PackScheme kScheme, class T>
 void pack_channels(const RowBlock<T>& block, int64_t rows, const PackedRows& p,
-                                 const PackedHead& to) {
+                   const PackedHead& to) {
   const PackFormat& f = p.format;
   const int64_t per_row = groups_per_row(f), groups = rows * per_row;
   const f32x16 top = splat(static_cast<float>((1 << f.bits) - 1));
@@ -87,10 +77,10 @@ void pack_channels(const RowBlock<T>& block, int64_t rows, const PackedRows& p,
   make_scales<kScheme>(table, groups, f.bits);
   alignas(64) uint8_t code[kMaxHeadDim];
   for (int64_t i = 0, g = 0; i < rows; ++i) {
-    const int64_t place = block.place[i];
-    fetch_ahead(block, i);
-    if (place >= 0) {
-      store_params(table, g, per_row, has_offset(kScheme), to.params + place * p.params_stride_row);
+    const int64_t slot = block.slot[i];
+    prefetch_next(block, i);
+    if (slot >= 0) {
+      store_params(table, g, per_row, has_offset(kScheme), to.params + slot * p.params_stride_row);
     }
     for (int64_t d = 0; d < f.head_dim; ++g) {
       const Scales scales{splat(table.divisor[g]), splat(table.offset[g])};
@@ -98,8 +88,8 @@ void pack_channels(const RowBlock<T>& block, int64_t rows, const PackedRows& p,
         store_bytes(code + d, encode<kScheme>(scales, load_as(block.row[i] + d), top));
       }
     }
-    if (place >= 0) {
-      join_codes(code, f.head_dim, f.bits, to.codes + place * p.codes_stride_token);
+    if (slot >= 0) {
+      join_codes(code, f.head_dim, f.bits, to.codes + slot * p.codes_stride_token);
     }
   }
 }
@@ -123,7 +113,7 @@ TOKRED_INLINE void widen_ranges(const T* const* row, int64_t head_dim, GroupTabl
 // The codes of kRows rows whose channels are groups of their own.
 template <PackScheme kScheme, int kRows, class T>
 void code_rows(const RowBlock<T>& block, int64_t first, const GroupTable& table,
-                             const PackedRows& p, const PackedHead& to) {
+               const PackedRows& p, const PackedHead& to) {
   const PackFormat& f = p.format;
   const f32x16 top = splat(static_cast<float>((1 << f.bits) - 1));
   alignas(64) uint8_t code[kRows][kMaxHeadDim];
@@ -135,10 +125,10 @@ void code_rows(const RowBlock<T>& block, int64_t first, const GroupTable& table,
     }
   }
   for (int i = 0; i < kRows; ++i) {
-    const int64_t place = block.place[first + i];
-    fetch_ahead(block, first + i);
-    if (place < 0) continue;
-    join_codes(code[i], f.head_dim, f.bits, to.codes + place * p.codes_stride_token);
+    const int64_t slot = block.slot[first + i];
+    prefetch_next(block, first + i);
+    if (slot < 0) continue;
+    join_codes(code[i], f.head_dim, f.bits, to.codes + slot * p.codes_stride_token);
   }
 }
 
@@ -166,13 +156,12 @@ void pack_group(const RowBlock<T>& block, const EachBlock& each_block, const Pac
     clear_ranges(f.head_dim, table);
     each_block([&](int64_t rows) { widen_ranges<true>(block, rows, f.head_dim, table); });
   }
-  visit_scheme(f.scheme, [&]<PackScheme kScheme>() {
-    make_scales<kScheme>(table, f.head_dim, f.bits);
-  });
+  visit_scheme(f.scheme,
+               [&]<PackScheme kScheme>() { make_scales<kScheme>(table, f.head_dim, f.bits); });
   bool params_stored = false;
   each_block([&](int64_t rows) {
-    if (!params_stored && block.place[0] >= 0) {
-      const int64_t row = block.place[0] / f.group_size;
+    if (!params_stored && block.slot[0] >= 0) {
+      const int64_t row = block.slot[0] / f.group_size;
       store_params(table, 0, f.head_dim, has_offset(f.scheme),
                    to.params + row * p.params_stride_row);
     }
@@ -186,25 +175,24 @@ void pack_group(const RowBlock<T>& block, const EachBlock& each_block, const Pac
 }
 
 // Packs the tokens [first, last), along tokens whole groups. load_row(t, i) points to the row of
-// token t, the i-th of a block, place(t) is its row of codes or -1, ahead(t) where it will be read.
-template <class T, class LoadRow, class Place, class Ahead>
-void pack_tokens(const LoadRow& load_row, const Place& place, const Ahead& ahead,
-                 int64_t row_bytes, int64_t first, int64_t last, const PackedRows& p,
-                 const PackedHead& to) {
+// token t, the i-th of a block, slot(t) is its row of codes or -1, next(t) the address to prefetch.
+template <class T, class LoadRow, class Slot, class Next>
+void pack_tokens(const LoadRow& load_row, const Slot& slot, const Next& next, int64_t row_bytes,
+                 int64_t first, int64_t last, const PackedRows& p, const PackedHead& to) {
   const PackFormat& f = p.format;
   RowBlock<T> block;
   block.row_bytes = row_bytes;
   const auto load_rows = [&](int64_t token, int64_t rows, int64_t step) {
     for (int64_t i = 0; i < rows; ++i) {
       block.row[i] = load_row(token + i, i);
-      block.place[i] = place(token + i);
-      block.ahead[i] = reinterpret_cast<const char*>(ahead(smaller(token + i + step, last - 1)));
+      block.slot[i] = slot(token + i);
+      block.next[i] = reinterpret_cast<const char*>(next(min(token + i + step, last - 1)));
     }
   };
   if (f.axis == GroupAxis::channel) {
     constexpr int64_t kStep = kMaxGroups / (kMaxHeadDim / kPackMultiple);
     for (int64_t t = first; t < last; t += kStep) {
-      const int64_t rows = smaller(kStep, last - t);
+      const int64_t rows = min(kStep, last - t);
       load_rows(t, rows, kStep);
       visit_scheme(f.scheme,
                    [&]<PackScheme kScheme>() { pack_channels<kScheme>(block, rows, p, to); });
@@ -216,8 +204,8 @@ void pack_tokens(const LoadRow& load_row, const Place& place, const Ahead& ahead
     int64_t loaded = -1;
     const auto each_block = [&](const auto& use) {
       for (int64_t t = start; t < start + f.group_size; t += step) {
-        const int64_t rows = smaller(step, start + f.group_size - t);
-        if (loaded != t) load_rows(t, rows, smaller(step, f.group_size));
+        const int64_t rows = min(step, start + f.group_size - t);
+        if (loaded != t) load_rows(t, rows, min(step, f.group_size));
         loaded = t;
         use(rows);
       }
@@ -233,14 +221,15 @@ struct SourceRow {
   bool rotate;
 };
 
-// The same with source(t), a SourceRow. Rows of a rotated format are copied, the others lie still.
-template <class T, class Source, class Place>
-void pack_tokens(const Source& source, const Place& place, int64_t first, int64_t last,
+// The same with source(t), a SourceRow. Rows of a rotated format are copied, the others stay in
+// place.
+template <class T, class Source, class Slot>
+void pack_tokens(const Source& source, const Slot& slot, int64_t first, int64_t last,
                  const PackedRows& p, const PackedHead& to) {
   const int64_t head_dim = p.format.head_dim, bytes = head_dim * static_cast<int64_t>(sizeof(T));
   const auto in_place = [&](int64_t t, int64_t = 0) { return source(t).data; };
   if (!p.format.rotated) {
-    return pack_tokens<T>(in_place, place, in_place, bytes, first, last, p, to);
+    return pack_tokens<T>(in_place, slot, in_place, bytes, first, last, p, to);
   }
   alignas(64) float copies[kBlockFloats];
   const auto load_row = [&](int64_t t, int64_t i) {
@@ -250,7 +239,7 @@ void pack_tokens(const Source& source, const Place& place, int64_t first, int64_
     if (row.rotate) rotate_row(copy, head_dim);
     return static_cast<const float*>(copy);
   };
-  pack_tokens<float>(load_row, place, in_place, bytes, first, last, p, to);
+  pack_tokens<float>(load_row, slot, in_place, bytes, first, last, p, to);
 }
 
 }  // namespace tokred::TOKRED_ISA

@@ -1,14 +1,14 @@
-// Row arg-max of a similarity that never exists in memory. Sixteen source rows are the lanes of a
-// vector; destination rows pass by as broadcasts, so a row's best score and index stay in their
-// lane, sums run over the channels in order, and results do not depend on blocking or threads.
+// match: the row arg-max of a similarity matrix that is never stored, by register tiles of A B^T.
+// Sixteen source rows are the lanes of a vector and destination rows are broadcast, so a row's best
+// score and index stay in their lane, sums run over the channels in order, and results do not
+// depend on blocking or threads.
 //
 // [64, 577, 64] in halves: 0.68 GFLOP over 9.5 MB, so the floor is the fp32 FMA rate: 3.4 ms at
 // 200 GFLOP/s. Converting and packing touch each element once per block of rows (< 5 %).
 #include "common/cpu/parallel.h"
 #include "common/cpu/row.h"
-#include "common/cpu/sizes.h"
-#include "match/cpu/token_map.h"
-#include "match/params.h"
+#include "common/cpu/workspace.h"
+#include "match/cpu/token_set.h"
 
 namespace tokred::TOKRED_ISA {
 namespace {
@@ -21,70 +21,73 @@ constexpr int kTokens = 6, kPanels = 1;
 #else
 constexpr int kTokens = 2, kPanels = 1;
 #endif
-constexpr int kChunk = 48;                       // destinations converted at a time
-constexpr int kRowStep = kPanels * kLanes;       // source rows of a tile
+constexpr int kChunk = 48;  // destinations converted at a time
+constexpr int kRowStep = kPanels * kLanes;  // source rows of a tile
 static_assert(kChunk % kTokens == 0);
 
 // Of every usable destination row, in row order: s = dot * scale + offset, then times weight.
 struct Columns {
-  int32_t* row;     // [Nb] row number in b
-  float* scale;     // [Nb]
-  float* offset;    // [Nb]
-  float* weight;    // [Nb]
-  int32_t* count;   // [1]
+  int32_t* row;  // [Nb] row number in b
+  float* scale;  // [Nb]
+  float* offset;  // [Nb]
+  float* weight;  // [Nb]
+  int32_t* count;  // [1]
 };
 
 // One worker's memory.
 struct Scratch {
-  float* panels;    // [block / 16][C][16] source rows, transposed
-  float* converted; // [kChunk][C] destinations as fp32
-  float* best;      // [block]
-  int32_t* index;   // [block]
-  float* offset;    // [block] row term of l2
-  float* weight;    // [block]
-  void* plan;
+  float* panels;  // [block / 16][C][16] source rows, transposed
+  float* converted;  // [kChunk][C] destinations as fp32
+  float* best;  // [block]
+  int32_t* index;  // [block]
+  float* offset;  // [block] row term of l2
+  float* weight;  // [block]
 };
 
 int64_t block_rows(const MatchParams& p, const Parallel& parallel) {
-  // The packed rows should stay in half of a 512 KiB L2; smaller where tasks would be too few.
+  // The packed rows should stay in half of a 512 KiB L2 (C = 256: 256 rows of 1 KiB); fewer where
+  // there would be less than four tasks a thread.
   const int64_t fit = (int64_t{1} << 16) / (p.channels > 0 ? p.channels : 1);
   int64_t rows = fit < 96 ? 96 : fit > 384 ? 384 : fit;
   while (rows > 96 && p.batch * ((p.a.count + rows - 1) / rows) < 4 * parallel.threads) rows /= 2;
   return round_up(rows, kRowStep);
 }
 
-int64_t columns_bytes(const MatchParams& p) { return aligned(16 * p.b.count + 4); }
+Columns allocate_columns(Workspace& memory, const MatchParams& p) {
+  Columns columns;
+  columns.row = memory.allocate<int32_t>(p.b.count);
+  columns.scale = memory.allocate<float>(p.b.count);
+  columns.offset = memory.allocate<float>(p.b.count);
+  columns.weight = memory.allocate<float>(p.b.count);
+  columns.count = memory.allocate<int32_t>(1);
+  return columns;
+}
+Scratch allocate_scratch(Workspace& memory, const MatchParams& p, int64_t block) {
+  Scratch s;
+  s.panels = memory.allocate<float>(block * p.channels);
+  s.converted = memory.allocate<float>(kChunk * p.channels);
+  s.best = memory.allocate<float>(block);
+  s.index = memory.allocate<int32_t>(block);
+  s.offset = memory.allocate<float>(block);
+  s.weight = memory.allocate<float>(block);
+  return s;
+}
+int64_t columns_bytes(const MatchParams& p) {
+  return workspace_bytes([&](Workspace& memory) { allocate_columns(memory, p); });
+}
 int64_t scratch_bytes(const MatchParams& p, int64_t block) {
-  return aligned(4 * block * p.channels) + aligned(4 * kChunk * p.channels) +
-         4 * aligned(4 * block) + aligned(plan_scratch_bytes(p.a.count, p.a.tokens));
+  return workspace_bytes([&](Workspace& memory) { allocate_scratch(memory, p, block); });
 }
 
-char* workspace_start(const MatchParams& p) {
-  return aligned(p.workspace);
-}
+// The columns of every batch item, then the scratch of every worker.
 Columns columns_of(const MatchParams& p, int64_t item) {
-  char* memory = workspace_start(p) + item * columns_bytes(p);
-  auto* words = reinterpret_cast<float*>(memory);
-  const int64_t n = p.b.count;
-  return {reinterpret_cast<int32_t*>(words), words + n, words + 2 * n, words + 3 * n,
-          reinterpret_cast<int32_t*>(words + 4 * n)};
+  Workspace memory(static_cast<char*>(p.workspace) + item * columns_bytes(p));
+  return allocate_columns(memory, p);
 }
 Scratch scratch_of(const MatchParams& p, int64_t block, int64_t worker) {
-  char* memory = workspace_start(p) + p.batch * columns_bytes(p) + worker * scratch_bytes(p, block);
-  Scratch s;
-  const auto take = [&](int64_t bytes) {
-    char* start = memory;
-    memory += aligned(bytes);
-    return reinterpret_cast<float*>(start);
-  };
-  s.panels = take(4 * block * p.channels);
-  s.converted = take(4 * kChunk * p.channels);
-  s.best = take(4 * block);
-  s.index = reinterpret_cast<int32_t*>(take(4 * block));
-  s.offset = take(4 * block);
-  s.weight = take(4 * block);
-  s.plan = take(plan_scratch_bytes(p.a.count, p.a.tokens));
-  return s;
+  Workspace memory(static_cast<char*>(p.workspace) + p.batch * columns_bytes(p) +
+                   worker * scratch_bytes(p, block));
+  return allocate_scratch(memory, p, block);
 }
 
 template <class T>
@@ -95,11 +98,6 @@ TOKRED_INLINE float row_weight(const TokenSet& set, int64_t item, int64_t positi
   return set.weight
              ? set.weight[item * set.weight_stride_batch + position * set.weight_stride_token]
              : 1.0f;
-}
-
-TOKRED_INLINE float inverse_norm(float squared) {
-  const float norm = __builtin_sqrtf(squared);
-  return 1.0f / (norm < kNormEps ? kNormEps : norm);
 }
 
 // Lists the usable destinations of one item with what turns their dot product into a score.
@@ -128,7 +126,7 @@ void prepare_columns(const MatchParams& p, int64_t item) {
   *columns.count = count;
 }
 
-// Packs the source rows [row0, row0 + 16) as the lanes of [C][16], scaled; rows that take no part
+// Packs the source rows [row0, row0 + 16) as the lanes of [C][16], scaled; rows that point nowhere
 // become zeros.
 template <class T>
 void pack_panel(const MatchParams& p, int64_t item, int64_t row0, int64_t i0, const Scratch& s) {
@@ -287,8 +285,7 @@ void match_block(const MatchParams& p, int64_t item, int64_t row0, int64_t block
 
 template <class T>
 void match_all(const MatchParams& p, const Parallel& parallel) {
-  parallel_tasks(parallel, p.batch,
-                 [&](int64_t item, int64_t) { prepare_columns<T>(p, item); });
+  parallel_tasks(parallel, p.batch, [&](int64_t item, int64_t) { prepare_columns<T>(p, item); });
   const int64_t block = block_rows(p, parallel);
   const int64_t blocks = (p.a.count + block - 1) / block;
   parallel_tasks(parallel, p.batch * blocks, [&](int64_t task, int64_t worker) {
@@ -299,26 +296,11 @@ void match_all(const MatchParams& p, const Parallel& parallel) {
 }  // namespace
 
 int64_t match_workspace(const MatchParams& p, const Parallel& parallel) {
-  return kAlign + p.batch * columns_bytes(p) +
-         parallel.threads * scratch_bytes(p, block_rows(p, parallel));
+  return p.batch * columns_bytes(p) + parallel.threads * scratch_bytes(p, block_rows(p, parallel));
 }
 
 void match(const MatchParams& p, const Parallel& parallel) {
-  switch (p.dtype) {
-    case DType::f32: match_all<float>(p, parallel); break;
-    case DType::f16: match_all<f16>(p, parallel); break;
-    case DType::bf16: match_all<bf16>(p, parallel); break;
-    case DType::f64: break;  // refused by the front end
-  }
-}
-
-void bipartite_soft_matching(const BipartiteParams& p, const Parallel& parallel) {
-  const MatchParams& m = p.match;
-  if (m.a.count > 0) match(m, parallel);
-  const int64_t block = block_rows(m, parallel);
-  parallel_tasks(parallel, m.batch, [&](int64_t item, int64_t worker) {
-    plan_item(p, item, plan_scratch(scratch_of(m, block, worker).plan, m.a.count, p.tokens));
-  });
+  visit_f32(p.dtype, [&]<class T>() { match_all<T>(p, parallel); });
 }
 
 }  // namespace tokred::TOKRED_ISA

@@ -65,15 +65,17 @@ void plan_small(const BipartiteParams& p, Stream stream) {
 
 }  // namespace
 
-int64_t match_workspace(const MatchParams& p) {
-  if (is_small_item(p.a.tokens, p.a.count)) return 0;
-  return p.batch * plan_scratch_bytes(p.a.tokens, p.a.count);
-}
+int64_t match_workspace(const MatchParams&) { return 0; }
 
 void match(const MatchParams& p, Stream stream) {
   MatchParams bounded = p;
   if (bounded.band > kNobody) bounded.band = kNobody;  // no limit either way, but sums fit
   visit_dtype(p.dtype, [&]<class T>() { match_rows<T>(bounded, stream); });
+}
+
+int64_t bipartite_soft_matching_workspace(const BipartiteParams& p) {
+  if (is_small_item(p.tokens, p.match.a.count)) return 0;
+  return p.match.batch * plan_scratch_bytes(p.tokens, p.match.a.count);
 }
 
 void bipartite_soft_matching(const BipartiteParams& p, Stream stream) {

@@ -1,13 +1,12 @@
-// Gradients of merge. A token belongs to one slot, so the slot's owner writes all its gradients.
-#include "common/cpu/parallel.h"
-#include "common/cpu/row.h"
+// merge_backward: gradients of merge. Owner computes: a token belongs to one slot, so the task of
+// the slot writes all its gradients.
+#include "common/cpu/copy.h"
 #include "merge/cpu/slots.h"
-#include "merge/params.h"
 
 namespace tokred::TOKRED_ISA {
 namespace {
 
-// What the members of one slot receive.
+// The gradients of one slot's members.
 template <class T>
 struct Gradients {
   using A = Accumulator<T>;
@@ -20,8 +19,8 @@ struct Gradients {
     grad_y = static_cast<const T*>(p.grad_y) + item * p.grad_y_stride_batch +
              slot * p.grad_y_stride_token;
     const TokenTable& table = p.grad_size_out;
-    grad_size_out = static_cast<const A*>(
-        table.data)[item * table.stride_batch + slot * table.stride_token];
+    grad_size_out =
+        static_cast<const A*>(table.data)[item * table.stride_batch + slot * table.stride_token];
   }
   T* x(int64_t token) const {
     return static_cast<T*>(p.grad_x) + (item * p.forward.tokens + token) * p.forward.channels;
@@ -96,8 +95,8 @@ TOKRED_INLINE Vec<Accumulator<T>> sum_of_members(const Slot<T>& slot, int64_t c,
   auto total = splat(Accumulator<T>(0));
   for (int64_t m = 0; m < slot.count; ++m) {
     const int64_t token = slot.members[m];
-    total = fma(splat(slot.coefficient(token, true)), load_row(slot.x(token) + c, channels - c),
-                total);
+    total =
+        fma(splat(slot.coefficient(token, true)), load_row(slot.x(token) + c, channels - c), total);
   }
   return total;
 }

@@ -1,4 +1,4 @@
-// The members of every slot of a token map, and what one slot knows about them.
+// Slots of a token map: a counting sort lists the members of each, and a Slot reads them.
 #pragma once
 
 #include "common/cpu/parallel.h"
@@ -48,7 +48,7 @@ struct Slot {
     for (int64_t m = 0; m < count; ++m) sum += size(members[m]);
     return sum;
   }
-  // The member of greatest weight, the first of equals; NaN weighs least.
+  // The member of maximum weight, the first of equals; NaN only where all are.
   int64_t heaviest() const {
     int64_t best = members[0];
     for (int64_t m = 1; m < count; ++m) {
@@ -59,7 +59,7 @@ struct Slot {
     }
     return best;
   }
-  // The member of greatest norm, the first of equals, and its squared norm.
+  // The member of maximum norm, the first of equals, and its squared norm. NaN counts as longest.
   int64_t longest(int64_t channels, A& squared) const {
     int64_t best = members[0];
     squared = squared_norm(x(best), channels);

@@ -37,7 +37,7 @@ TOKRED_INLINE FixedStep fixed_step(const float* x, int64_t count) {
       return greater_lanes((i32x16::N)number.r[i] & INT32_MAX, most.r[i]);
     });
   }
-  int32_t exponent = greatest_lane(most) >> 23;
+  int32_t exponent = max_lane(most) >> 23;
   if (exponent == 255) return {NAN, 0.0f};
   if (exponent < 15) exponent = 15;  // less has no inverse
   return {power_of_two(exponent - 14), power_of_two(254 + 14 - exponent)};

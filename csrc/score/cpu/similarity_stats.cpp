@@ -51,10 +51,6 @@ int64_t panel_bytes(const SimilarityStatsParams& p, int64_t panels) {
 TOKRED_INLINE bool normalises(Metric metric) {
   return metric == Metric::cosine || metric == Metric::half_cosine;
 }
-TOKRED_INLINE float inverse_norm(float squared) {
-  const float norm = __builtin_sqrtf(squared);
-  return 1.0f / (norm < kNormEps ? kNormEps : norm);
-}
 TOKRED_INLINE bool masked(const bool* mask, int64_t stride_batch, int64_t stride_token,
                           int64_t item, int64_t t) {
   return mask && !mask[item * stride_batch + t * stride_token];

@@ -1,32 +1,30 @@
-// Adaptive token sampling: a sort of every row, its cumulative sums as integers, and for every
-// sample a binary search.
+// inverse_transform_sample: adaptive token sampling by inverse transform sampling. A radix sort of
+// every row, its cumulative sums as integers, and a binary search for every sample.
+#include "common/cpu/copy.h"
 #include "common/cpu/parallel.h"
-#include "common/cpu/row.h"
-#include "topk/cpu/sort.h"
-#include "topk/params.h"
+#include "common/cpu/sort.h"
+#include "topk/cpu/rows.h"
 
 namespace tokred::TOKRED_ISA {
 namespace {
 
 struct Scratch {
-  uint64_t* words;  // [columns] score bits, position
-  uint64_t* spare;  // [columns]
+  uint64_t* keys;   // [columns] score bits, position
+  uint64_t* spare;  // [columns] of the sort, then cumulative sums
   double* curve;    // [columns] normalised sums
   uint8_t* picked;  // [columns]
 };
 
-Scratch take_scratch(Slices& memory, const InverseTransformParams& p) {
+Scratch allocate_scratch(Workspace& memory, const InverseTransformParams& p) {
   Scratch s;
-  s.words = memory.take<uint64_t>(p.columns);
-  s.spare = memory.take<uint64_t>(p.columns);
-  s.curve = memory.take<double>(p.columns);
-  s.picked = memory.take<uint8_t>(p.columns);
+  s.keys = memory.allocate<uint64_t>(p.columns);
+  s.spare = memory.allocate<uint64_t>(p.columns);
+  s.curve = memory.allocate<double>(p.columns);
+  s.picked = memory.allocate<uint8_t>(p.columns);
   return s;
 }
 int64_t scratch_bytes(const InverseTransformParams& p) {
-  Slices memory(nullptr);
-  take_scratch(memory, p);
-  return memory.bytes();
+  return workspace_bytes([&](Workspace& memory) { allocate_scratch(memory, p); });
 }
 
 // Lists the unmasked entries of a row by ascending score; returns how many.
@@ -41,14 +39,14 @@ int64_t sort_row(const InverseTransformParams& p, int64_t r, Scratch& s) {
     const float score = x > 0 ? (x < __FLT_MAX__ ? x : __FLT_MAX__) : 0.0f;
     uint32_t bits;  // ascending with the score, which is not negative
     std::memcpy(&bits, &score, 4);
-    s.words[count++] = static_cast<uint64_t>(bits) << 32 | static_cast<uint32_t>(i);
+    s.keys[count++] = static_cast<uint64_t>(bits) << 32 | static_cast<uint32_t>(i);
   }
-  if (count > 0) radix_sort(s.words, s.spare, count, 32, 32);
+  if (count > 0) radix_sort(s.keys, s.spare, count, 32, 32);
   return count;
 }
 
-TOKRED_INLINE double score_of(uint64_t word) {
-  const auto bits = static_cast<uint32_t>(word >> 32);
+TOKRED_INLINE double score_of(uint64_t key) {
+  const auto bits = static_cast<uint32_t>(key >> 32);
   float score;
   std::memcpy(&score, &bits, 4);
   return score;
@@ -57,12 +55,12 @@ TOKRED_INLINE double score_of(uint64_t word) {
 // Fills the curve; returns the position on it of the first sample.
 double make_curve(const Scratch& s, int64_t count) {
   constexpr double kOne = static_cast<double>(int64_t{1} << kProbabilityBits);
-  const double greatest = score_of(s.words[count - 1]);
-  const double divisor = greatest > 0 ? greatest : 1.0;
+  const double max_score = score_of(s.keys[count - 1]);
+  const double divisor = max_score > 0 ? max_score : 1.0;
   uint64_t total = 0;
   for (int64_t j = 0; j < count; ++j) {
-    // The least entry is where the curve starts.
-    if (j > 0) total += static_cast<uint64_t>(score_of(s.words[j]) / divisor * kOne);
+    // The entry of the minimum is where the curve starts.
+    if (j > 0) total += static_cast<uint64_t>(score_of(s.keys[j]) / divisor * kOne);
     s.spare[j] = total;
   }
   const double span = total > 0 ? static_cast<double>(total) : 1.0;
@@ -74,7 +72,7 @@ double make_curve(const Scratch& s, int64_t count) {
   return start;
 }
 
-// The first of [0, end) for which `is` holds; from there on it must hold everywhere.
+// Binary search: the first of [0, end) for which `is` holds; from there on it must hold everywhere.
 template <class Is>
 TOKRED_INLINE int64_t first_where(int64_t end, const Is& is) {
   int64_t begin = 0;
@@ -89,14 +87,14 @@ TOKRED_INLINE int64_t first_where(int64_t end, const Is& is) {
   return begin;
 }
 
-// The first entry of the curve whose distance from `where` is the least one.
+// The first entry of the curve at the minimum distance from `where`.
 int64_t nearest(const double* curve, int64_t count, double where) {
   const int64_t above = first_where(count, [&](int64_t j) { return curve[j] >= where; });
   if (above == 0) return 0;
-  double least = where - curve[above - 1];
-  if (above < count && curve[above] - where < least) return above;
+  double distance = where - curve[above - 1];
+  if (above < count && curve[above] - where < distance) return above;
   // Distances fall up to here, and may be equal where they are rounded.
-  return first_where(above - 1, [&](int64_t j) { return where - curve[j] <= least; });
+  return first_where(above - 1, [&](int64_t j) { return where - curve[j] <= distance; });
 }
 
 template <class T>
@@ -113,7 +111,7 @@ void sample_row(const InverseTransformParams& p, int64_t r, Scratch& s) {
       s.picked[nearest(s.curve, count, where)] = 1;
     }
     for (int64_t j = 0; j < count; ++j) {
-      if (s.picked[j]) indices[written++] = static_cast<int32_t>(s.words[j]);
+      if (s.picked[j]) indices[written++] = static_cast<int32_t>(s.keys[j]);
     }
   }
   p.counts[r] = static_cast<int32_t>(written);
@@ -131,8 +129,8 @@ void inverse_transform_sample(const InverseTransformParams& p, const Parallel& p
   const int64_t step = rows_per_task(8 * (p.columns + p.num_samples));
   visit_f32(p.dtype, [&]<class T>() {
     parallel_tasks(parallel, divide_up(p.rows, step), [&](int64_t task, int64_t worker) {
-      Slices memory(static_cast<char*>(p.workspace) + worker * scratch_bytes(p));
-      Scratch s = take_scratch(memory, p);
+      Workspace memory(static_cast<char*>(p.workspace) + worker * scratch_bytes(p));
+      Scratch s = allocate_scratch(memory, p);
       const int64_t last = (task + 1) * step < p.rows ? (task + 1) * step : p.rows;
       for (int64_t r = task * step; r < last; ++r) sample_row<T>(p, r, s);
     });

@@ -1,4 +1,4 @@
-// Choosing lanes: comparisons as bit masks, and packing the lanes of a mask together.
+// Lanes chosen by comparisons: bit masks, and stream compaction of the lanes of a mask.
 #pragma once
 
 #include "common/cpu/simd.h"
@@ -70,13 +70,6 @@ TOKRED_INLINE uint32_t lowest_bits(uint32_t mask, int64_t count) {
   return mask ^ rest;
 }
 
-TOKRED_INLINE int64_t lane_total(i32x16 v) {
-  return fold_lanes(v, [](auto a, auto b) { return a + b; });
-}
-TOKRED_INLINE float least_lane(f32x16 v) {
-  return fold_lanes(v, [](auto a, auto b) { return a < b ? a : b; });
-}
-
 // total + 1 in the lanes where a > b.
 template <class T>
 TOKRED_INLINE i32x16 count_greater(i32x16 total, Vec<T> a, Vec<T> b) {
@@ -129,7 +122,7 @@ TOKRED_INLINE void pack_lanes(T* to, Vec<T> v, uint32_t mask) {
 }
 
 // Appends the lanes of v above the limit, and their positions: lane i is at first + i. Overwrites
-// sixteen places behind the last one.
+// sixteen elements behind the last one.
 TOKRED_INLINE void append_greater(f32x16 v, f32x16 limit, int32_t first, float* value,
                                   int32_t* index, int64_t& count) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
@@ -150,7 +143,7 @@ TOKRED_INLINE void append_greater(f32x16 v, f32x16 limit, int32_t first, float* 
 #endif
 }
 
-// Appends the lanes of v above `low` but not above `high`. Overwrites sixteen places behind.
+// Appends the lanes of v above `low` but not above `high`. Overwrites sixteen elements behind.
 TOKRED_INLINE void pack_between(f32x16 v, f32x16 low, f32x16 high, float* value, int64_t& count) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
 #pragma GCC unroll 2

@@ -1,8 +1,8 @@
-// Addresses in the row views of the topk stem, and slices of its workspace.
+// Rows of the views that the topk ops read: addresses, numbers beside rows, rows of a task.
 #pragma once
 
-#include "common/cpu/sizes.h"
 #include "common/cpu/storage.h"
+#include "common/cpu/workspace.h"
 #include "topk/params.h"
 
 namespace tokred::TOKRED_ISA {
@@ -23,28 +23,10 @@ TOKRED_INLINE int64_t row_number(const RowView& view, int64_t r, int64_t limit) 
   return number < 0 ? 0 : number < limit ? number : limit;
 }
 
-// Rows that one task takes, so that tasks are not short.
+// Rows of one task: about 32768 elements, so that tasks are not short. 114 rows of 289 columns.
 TOKRED_INLINE int64_t rows_per_task(int64_t columns) {
   constexpr int64_t kElements = 32768;
   return columns < kElements ? kElements / (columns + 1) + 1 : 1;
 }
-
-// Hands out pieces of memory, each aligned to a cache line.
-class Slices {
- public:
-  explicit Slices(void* memory)
-      : next_(reinterpret_cast<int64_t>(aligned(memory))), start_(next_) {}
-  template <class T>
-  T* take(int64_t count) {
-    T* piece = reinterpret_cast<T*>(next_);
-    next_ += aligned(count * static_cast<int64_t>(sizeof(T)));
-    return piece;
-  }
-  // Bytes that all pieces need, wherever the memory starts.
-  int64_t bytes() const { return next_ - start_ + kAlign; }
-
- private:
-  int64_t next_, start_;
-};
 
 }  // namespace tokred::TOKRED_ISA

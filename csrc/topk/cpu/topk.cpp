@@ -1,7 +1,7 @@
-// Exact top-k of rows. A long row is read once where a guess by sample holds: entries above it are
-// packed sixteen at a time, then the few that are left are cut to k or sorted. A short row is cut
-// near the threshold of the row before, or packed above it, or searched in the cache. Long rows are
-// split among threads where rows are few.
+// topk, exact, by threshold search. A long row is read once where a threshold guessed from a sample
+// holds: the entries above it are packed sixteen at a time, then the few of them are cut to k or
+// sorted. A short row is searched near the threshold of the row before, or in the cache. Long rows
+// are split into chunks among threads where rows are few.
 //
 // [8, 131072] in fp32: 4.2 MB, 0.1 ms at 40 GB/s; packing is 20 operations a vector of sixteen,
 // which keeps two cores busy for about as long, and sorting 2048 entries takes half of it again.
@@ -9,98 +9,96 @@
 // resemble each other three times.
 #include "common/cpu/parallel.h"
 #include "common/cpu/row.h"
-#include "topk/cpu/near.h"
+#include "topk/cpu/threshold_predictor.h"
 #include "topk/params.h"
 
 namespace tokred::TOKRED_ISA {
 namespace {
 
 // The sizes of a call.
-struct Plan {
-  int64_t units;       // segments of rows
-  int64_t width;       // columns of the widest segment
-  int64_t most;        // entries chosen at most
-  int64_t found;       // capacity for candidates
-  int64_t forced;      // capacity for forced entries
-  bool sorts;          // entries are needed in order of their scores
-  bool packs;          // candidates are packed into a buffer first, without those to keep
-  int64_t chunk_room;  // capacity of a chunk's candidates where rows are split, else 0
-  int64_t chunks;
+struct Sizes {
+  int64_t segments;  // of all rows
+  int64_t width;  // columns of the widest segment
+  int64_t max_chosen;
+  int64_t max_found;  // capacity for candidates
+  int64_t max_forced;  // capacity for forced entries
+  bool sorts;  // entries are needed in order of their scores
+  bool packs;  // candidates are packed into a buffer first, without those to keep
+  int64_t chunks;  // of a segment
+  int64_t chunk_found;  // capacity for a chunk's candidates where rows are chunked, else 0
 };
 
-constexpr int64_t kChunk = 16384;
+constexpr int64_t kChunk = 16384;  // columns
 
-Plan plan_of(const TopkParams& p, const Parallel& parallel) {
-  Plan plan{};
-  plan.units = p.rows * p.segments;
-  plan.width = p.block_size > 0 && p.block_size < p.columns ? p.block_size : p.columns;
-  plan.most = p.k < plan.width ? p.k : plan.width;
-  plan.found = found_capacity(plan.most, plan.width);
-  const int64_t ends = p.num_sinks < plan.width - p.num_locals ? p.num_sinks + p.num_locals
-                                                               : plan.width;
-  plan.forced = p.must_keep.data ? plan.width : ends;
-  plan.sorts = p.order == RowOrder::score || p.has_top_p;
-  plan.packs = p.must_keep.data;
-  plan.chunks = divide_up(plan.width, kChunk);
-  const bool splits = !plan.packs && plan.chunks > 1 && plan.units < parallel.threads;
-  if (splits) plan.chunk_room = plan.found < kChunk ? plan.found : kChunk;
-  return plan;
+Sizes sizes_of(const TopkParams& p, const Parallel& parallel) {
+  Sizes sizes{};
+  sizes.segments = p.rows * p.segments;
+  sizes.width = p.block_size > 0 && p.block_size < p.columns ? p.block_size : p.columns;
+  sizes.max_chosen = p.k < sizes.width ? p.k : sizes.width;
+  sizes.max_found = found_capacity(sizes.max_chosen, sizes.width);
+  const int64_t ends =
+      p.num_sinks < sizes.width - p.num_locals ? p.num_sinks + p.num_locals : sizes.width;
+  sizes.max_forced = p.must_keep.data ? sizes.width : ends;
+  sizes.sorts = p.order == RowOrder::score || p.has_top_p;
+  sizes.packs = p.must_keep.data;
+  sizes.chunks = divide_up(sizes.width, kChunk);
+  const bool splits = !sizes.packs && sizes.chunks > 1 && sizes.segments < parallel.threads;
+  if (splits) sizes.chunk_found = sizes.max_found < kChunk ? sizes.max_found : kChunk;
+  return sizes;
 }
 
 // One worker's memory.
 struct Scratch {
-  float* packed;    // [width] scores of candidates as fp32, NaN elsewhere
-  float* sample;    // [kSample]
-  uint64_t* words;  // [2][plan.found]
+  float* packed;  // [width] scores of candidates as fp32, NaN elsewhere
+  float* sample;  // [kSample]
+  uint64_t* keys;  // [2][max_found] of a sort
   Entries forced, found;
-  // What served the row before: thresholds to find candidates in a short row, and to keep the best.
-  float find_hint, keep_hint;
-  Neighbourhood near;
+  float find_hint,
+      keep_hint;  // thresholds of the row before: of its search, and of its best
+  ThresholdPredictor predictor;
 };
 
-Entries take_entries(Slices& memory, int64_t capacity) {
-  auto* value = memory.take<float>(capacity + kLanes);
-  return {value, memory.take<int32_t>(capacity + kLanes), 0, -kInfinity};
+Entries allocate_entries(Workspace& memory, int64_t capacity) {
+  auto* value = memory.allocate<float>(capacity + kLanes);
+  return {value, memory.allocate<int32_t>(capacity + kLanes), 0, -kInfinity};
 }
-Scratch take_scratch(Slices& memory, const Plan& plan) {
+Scratch allocate_scratch(Workspace& memory, const Sizes& sizes) {
   Scratch s{};
   s.find_hint = s.keep_hint = kInfinity;
-  if (plan.packs) s.packed = memory.take<float>(plan.width + kLanes);
-  if (plan.width > kShortRow) s.sample = memory.take<float>(kSample);
-  if (plan.sorts) s.words = memory.take<uint64_t>(2 * plan.found);
-  s.forced = take_entries(memory, plan.forced);
-  s.found = take_entries(memory, plan.found);
+  if (sizes.packs) s.packed = memory.allocate<float>(sizes.width + kLanes);
+  if (sizes.width > kShortRow) s.sample = memory.allocate<float>(kSample);
+  if (sizes.sorts) s.keys = memory.allocate<uint64_t>(2 * sizes.max_found);
+  s.forced = allocate_entries(memory, sizes.max_forced);
+  s.found = allocate_entries(memory, sizes.max_found);
   return s;
 }
-int64_t scratch_bytes(const Plan& plan) {
-  Slices memory(nullptr);
-  take_scratch(memory, plan);
-  return memory.bytes();
+int64_t scratch_bytes(const Sizes& sizes) {
+  return workspace_bytes([&](Workspace& memory) { allocate_scratch(memory, sizes); });
 }
-Scratch scratch_of(const TopkParams& p, const Plan& plan, int64_t worker) {
-  Slices memory(static_cast<char*>(p.workspace) + worker * scratch_bytes(plan));
-  return take_scratch(memory, plan);
+Scratch scratch_of(const TopkParams& p, const Sizes& sizes, int64_t worker) {
+  Workspace memory(static_cast<char*>(p.workspace) + worker * scratch_bytes(sizes));
+  return allocate_scratch(memory, sizes);
 }
 
 // One segment of a row. Its entries are forced up to `first` and from `last` on.
-struct Unit {
+struct Segment {
   int64_t row, begin, first, last, end;
   int64_t wanted;
 };
 
-Unit unit_of(const TopkParams& p, const Plan& plan, int64_t number) {
+Segment segment_of(const TopkParams& p, const Sizes& sizes, int64_t number) {
   const auto between = [](int64_t low, int64_t x, int64_t high) {
     return x < low ? low : x > high ? high : x;
   };
-  Unit unit;
-  unit.row = p.segments > 1 ? number / p.segments : number;
-  const int64_t length = row_number(p.lengths, unit.row, p.columns);
-  unit.begin = between(0, (number - unit.row * p.segments) * plan.width, length);
-  unit.end = between(unit.begin, unit.begin + plan.width, length);
-  unit.first = between(unit.begin, p.num_sinks, unit.end);
-  unit.last = between(unit.first, length - p.num_locals, unit.end);
-  unit.wanted = row_number(p.row_k, unit.row, plan.most);
-  return unit;
+  Segment segment;
+  segment.row = p.segments > 1 ? number / p.segments : number;
+  const int64_t length = row_number(p.lengths, segment.row, p.columns);
+  segment.begin = between(0, (number - segment.row * p.segments) * sizes.width, length);
+  segment.end = between(segment.begin, segment.begin + sizes.width, length);
+  segment.first = between(segment.begin, p.num_sinks, segment.end);
+  segment.last = between(segment.first, length - p.num_locals, segment.end);
+  segment.wanted = row_number(p.row_k, segment.row, sizes.max_chosen);
+  return segment;
 }
 
 float floor_of(const TopkParams& p) { return p.has_threshold ? p.threshold : -kInfinity; }
@@ -131,20 +129,20 @@ void pack_candidates(const T* x, const uint8_t* keep, int64_t begin, int64_t end
     const uint32_t mask = nonzero_mask(kept);
     if (!mask) continue;
     pack_lanes(forced.value + forced.count, ranked(load(to)), mask);
-    pack_lanes(forced.index + forced.count,
-               load(kLaneNumbers) + splat(static_cast<int32_t>(i)), mask);
+    pack_lanes(forced.index + forced.count, load(kLaneNumbers) + splat(static_cast<int32_t>(i)),
+               mask);
     forced.count += bit_count(mask);
     for (uint32_t rest = mask; rest; rest &= rest - 1) to[__builtin_ctz(rest)] = kNaN;
   }
 }
 
-// Tries a guess, for short rows the threshold of the row before, then searches.
+// Tries a prediction or a guess, for short rows the threshold of the row before, then searches.
 template <class T>
 void find(const Candidates<T>& c, int64_t capacity, Scratch& s) {
   if (c.wanted <= 0) return;
   const bool is_short = c.n <= kShortRow;
-  const bool tries = is_short && !s.words && s.near.known();
-  if (tries && find_near(c, capacity, s.near, s.found)) return;
+  const bool predicts = is_short && !s.keys && s.predictor.ready();
+  if (predicts && find_predicted(c, capacity, s.predictor, s.found)) return;
   const float guess = is_short ? s.find_hint : guess_threshold(c, s.sample);
   if (guess >= c.floor && find_above(c, guess, capacity, s.found)) return;
   find_by_search(c, capacity, s.found);
@@ -153,14 +151,15 @@ void find(const Candidates<T>& c, int64_t capacity, Scratch& s) {
 
 // How many of the sorted entries it takes to exceed top_p, at least min_k.
 int64_t count_to_top_p(const TopkParams& p, const float* value, int64_t count) {
-  constexpr double kGreatest = 1 << 20;
+  constexpr double kMaxProbability = 1 << 20;
   constexpr double kOne = static_cast<double>(int64_t{1} << kProbabilityBits);
-  const double share = p.top_p < kGreatest ? p.top_p : kGreatest;
+  const double share = p.top_p < kMaxProbability ? p.top_p : kMaxProbability;
   const int64_t limit = share < 0 ? -1 : static_cast<int64_t>(share * kOne);
   int64_t total = 0, within = 0;
   for (; within < count; ++within) {
     const double probability = value[within] > 0 ? value[within] : 0.0;
-    total += static_cast<int64_t>((probability < kGreatest ? probability : kGreatest) * kOne);
+    total += static_cast<int64_t>((probability < kMaxProbability ? probability : kMaxProbability) *
+                                  kOne);
     if (total > limit) break;
   }
   const int64_t chosen = within + 1 > p.min_k ? within + 1 : p.min_k;
@@ -183,124 +182,128 @@ void merge_by_position(const Entries& a, const Entries& b, float* value, int32_t
   }
 }
 
-// Orders what was chosen into the unit's row of the outputs.
+// Orders what was chosen into the segment's row of the outputs.
 void write(const TopkParams& p, int64_t number, int64_t wanted, Scratch& s) {
   float* value = p.values + number * p.k;
   int32_t* index = p.indices + number * p.k;
   keep_best_forced(s.forced, wanted);
   const int64_t rest = wanted - s.forced.count;
   int64_t count = s.forced.count + (s.found.count < rest ? s.found.count : rest);
-  if (const int64_t excess = s.found.count - rest; excess > (s.words ? rest / 8 : 0)) {
+  if (const int64_t excess = s.found.count - rest; excess > (s.keys ? rest / 8 : 0)) {
     keep_best(s.found, rest, s.keep_hint);
-    s.near.learn(s.keep_hint, s.found.below, excess);
+    s.predictor.learn(s.keep_hint, s.found.below, excess);
   }
-  if (!s.words) {
+  if (!s.keys) {
     merge_by_position(s.forced, s.found, value, index);
   } else if (count > 0) {
     const int64_t forced = s.forced.count;
-    sort_by_score(s.forced, forced, s.words, value, index);
-    sort_by_score(s.found, count - forced, s.words, value + forced, index + forced);
+    sort_by_score(s.forced, forced, s.keys, value, index);
+    sort_by_score(s.found, count - forced, s.keys, value + forced, index + forced);
     if (p.has_top_p) count = count_to_top_p(p, value, count);
-    if (p.order == RowOrder::position) sort_by_position(value, index, count, s.words);
+    if (p.order == RowOrder::position) sort_by_position(value, index, count, s.keys);
   }
   for (int64_t i = count; i < p.k; ++i) value[i] = -kInfinity;
   for (int64_t i = count; i < p.k; ++i) index[i] = -1;
   p.counts[number] = static_cast<int32_t>(count);
 }
 
-// x: the row of the unit.
+// x: the row of the segment.
 template <class T>
-void choose(const TopkParams& p, const Plan& plan, int64_t number, const T* x, Scratch& s) {
-  const Unit unit = unit_of(p, plan, number);
+void choose(const TopkParams& p, const Sizes& sizes, int64_t number, const T* x, Scratch& s) {
+  const Segment segment = segment_of(p, sizes, number);
   s.forced.count = s.found.count = 0;
-  if (unit.wanted == 0) return write(p, number, 0, s);
-  append_all(x, unit.begin, unit.first, s.forced);
-  if (plan.packs) {
-    pack_candidates(x, row_start<uint8_t>(p.must_keep, unit.row), unit.first, unit.last, s.packed,
-                    s.forced);
+  if (segment.wanted == 0) return write(p, number, 0, s);
+  append_all(x, segment.begin, segment.first, s.forced);
+  if (sizes.packs) {
+    pack_candidates(x, row_start<uint8_t>(p.must_keep, segment.row), segment.first, segment.last,
+                    s.packed, s.forced);
   }
-  append_all(x, unit.last, unit.end, s.forced);
-  const int64_t count = unit.last - unit.first, wanted = unit.wanted - s.forced.count;
-  if (plan.packs) {
-    find(Candidates<float>{s.packed, count, unit.first, floor_of(p), wanted}, plan.found, s);
+  append_all(x, segment.last, segment.end, s.forced);
+  const int64_t count = segment.last - segment.first, wanted = segment.wanted - s.forced.count;
+  if (sizes.packs) {
+    find(Candidates<float>{s.packed, count, segment.first, floor_of(p), wanted}, sizes.max_found,
+         s);
   } else {
-    find(Candidates<T>{x + unit.first, count, unit.first, floor_of(p), wanted}, plan.found, s);
+    find(Candidates<T>{x + segment.first, count, segment.first, floor_of(p), wanted},
+         sizes.max_found, s);
   }
-  write(p, number, unit.wanted, s);
+  write(p, number, segment.wanted, s);
 }
 
 // Where long rows are fewer than the threads: what each chunk of each row holds.
-struct Split {
-  float* guess;    // [units]
-  int64_t* count;  // [units * chunks], -1 where there were too many
-  float* value;    // [units * chunks][room]
-  int32_t* index;  // [units * chunks][room]
+struct ChunkedRows {
+  float* guess;  // [segments]
+  int64_t* count;  // [segments * chunks], -1 where there were too many
+  float* value;  // [segments * chunks][chunk_found + kLanes]
+  int32_t* index;  // [segments * chunks][chunk_found + kLanes]
 };
 
-Split take_split(Slices& memory, const Plan& plan) {
-  const int64_t chunks = plan.units * plan.chunks, room = plan.chunk_room + kLanes;
-  Split split;
-  split.guess = memory.take<float>(plan.units);
-  split.count = memory.take<int64_t>(chunks);
-  split.value = memory.take<float>(chunks * room);
-  split.index = memory.take<int32_t>(chunks * room);
-  return split;
+ChunkedRows allocate_chunks(Workspace& memory, const Sizes& sizes) {
+  const int64_t chunks = sizes.segments * sizes.chunks, room = sizes.chunk_found + kLanes;
+  ChunkedRows chunked;
+  chunked.guess = memory.allocate<float>(sizes.segments);
+  chunked.count = memory.allocate<int64_t>(chunks);
+  chunked.value = memory.allocate<float>(chunks * room);
+  chunked.index = memory.allocate<int32_t>(chunks * room);
+  return chunked;
 }
 
-// Joins the chunks of a unit; false where one is missing or they are too many.
-bool join(const Plan& plan, const Split& split, int64_t number, Entries& found) {
-  const int64_t room = plan.chunk_room + kLanes;
-  for (int64_t i = number * plan.chunks; i < (number + 1) * plan.chunks; ++i) {
-    const int64_t count = split.count[i];
-    if (count < 0 || found.count + count > plan.found) return false;
-    copy_bytes(found.value + found.count, split.value + i * room, 4 * count);
-    copy_bytes(found.index + found.count, split.index + i * room, 4 * count);
+// Joins the chunks of a segment; false where one is missing or they are too many.
+bool join(const Sizes& sizes, const ChunkedRows& chunked, int64_t number, Entries& found) {
+  const int64_t room = sizes.chunk_found + kLanes;
+  for (int64_t i = number * sizes.chunks; i < (number + 1) * sizes.chunks; ++i) {
+    const int64_t count = chunked.count[i];
+    if (count < 0 || found.count + count > sizes.max_found) return false;
+    copy_bytes(found.value + found.count, chunked.value + i * room, 4 * count);
+    copy_bytes(found.index + found.count, chunked.index + i * room, 4 * count);
     found.count += count;
   }
   return true;
 }
 
 template <class T>
-void choose_split(const TopkParams& p, const Plan& plan, const Parallel& parallel) {
-  Slices memory(static_cast<char*>(p.workspace) + parallel.threads * scratch_bytes(plan));
-  const Split split = take_split(memory, plan);
+void choose_split(const TopkParams& p, const Sizes& sizes, const Parallel& parallel) {
+  Workspace memory(static_cast<char*>(p.workspace) + parallel.threads * scratch_bytes(sizes));
+  const ChunkedRows chunked = allocate_chunks(memory, sizes);
   const auto candidates = [&](int64_t number) {
-    const Unit unit = unit_of(p, plan, number);
-    const int64_t forced = unit.first - unit.begin + unit.end - unit.last;
-    return Candidates<T>{row_start<T>(p.scores, unit.row) + unit.first, unit.last - unit.first,
-                         unit.first, floor_of(p), unit.wanted - forced};
+    const Segment segment = segment_of(p, sizes, number);
+    const int64_t forced = segment.first - segment.begin + segment.end - segment.last;
+    return Candidates<T>{row_start<T>(p.scores, segment.row) + segment.first,
+                         segment.last - segment.first, segment.first, floor_of(p),
+                         segment.wanted - forced};
   };
-  parallel_tasks(parallel, plan.units, [&](int64_t number, int64_t worker) {
-    split.guess[number] = guess_threshold(candidates(number), scratch_of(p, plan, worker).sample);
+  parallel_tasks(parallel, sizes.segments, [&](int64_t number, int64_t worker) {
+    chunked.guess[number] =
+        guess_threshold(candidates(number), scratch_of(p, sizes, worker).sample);
   });
-  parallel_tasks(parallel, plan.units * plan.chunks, [&](int64_t task, int64_t) {
-    const Candidates<T> c = candidates(task / plan.chunks);
-    const int64_t start = task % plan.chunks * kChunk, rest = c.n - start, room = plan.chunk_room;
-    Entries entries{split.value + task * (room + kLanes), split.index + task * (room + kLanes), 0,
-                    -kInfinity};
+  parallel_tasks(parallel, sizes.segments * sizes.chunks, [&](int64_t task, int64_t) {
+    const Candidates<T> c = candidates(task / sizes.chunks);
+    const int64_t start = task % sizes.chunks * kChunk, rest = c.n - start;
+    const int64_t capacity = sizes.chunk_found, room = capacity + kLanes;
+    Entries entries{chunked.value + task * room, chunked.index + task * room, 0, -kInfinity};
+    const Threshold guess{chunked.guess[task / sizes.chunks], 0};
     const bool fits = rest <= 0 || append(c.x + start, rest < kChunk ? rest : kChunk,
-                                          c.first + start,
-                                          Cut{split.guess[task / plan.chunks], 0}, room, entries);
-    split.count[task] = fits ? entries.count : -1;
+                                          c.first + start, guess, capacity, entries);
+    chunked.count[task] = fits ? entries.count : -1;
   });
-  parallel_tasks(parallel, plan.units, [&](int64_t number, int64_t worker) {
-    const Unit unit = unit_of(p, plan, number);
+  parallel_tasks(parallel, sizes.segments, [&](int64_t number, int64_t worker) {
+    const Segment segment = segment_of(p, sizes, number);
     const Candidates<T> c = candidates(number);
-    Scratch s = scratch_of(p, plan, worker);
-    const T* x = row_start<T>(p.scores, unit.row);
-    append_all(x, unit.begin, unit.first, s.forced);
-    append_all(x, unit.last, unit.end, s.forced);
-    s.found.below = split.guess[number];
-    const bool complete = c.wanted > 0 && join(plan, split, number, s.found);
+    Scratch s = scratch_of(p, sizes, worker);
+    const T* x = row_start<T>(p.scores, segment.row);
+    append_all(x, segment.begin, segment.first, s.forced);
+    append_all(x, segment.last, segment.end, s.forced);
+    s.found.below = chunked.guess[number];
+    const bool complete = c.wanted > 0 && join(sizes, chunked, number, s.found);
     const bool enough = s.found.count >= c.wanted || s.found.below == c.floor;
-    if (c.wanted > 0 && !(complete && enough)) find_by_search(c, plan.found, s.found);
-    write(p, number, unit.wanted, s);
+    if (c.wanted > 0 && !(complete && enough)) find_by_search(c, sizes.max_found, s.found);
+    write(p, number, segment.wanted, s);
   });
 }
 
-// A short row is searched while the next one comes.
+// Prefetches the next short row while this one is searched.
 template <class T>
-void bring_closer(const T* row, int64_t columns) {
+void prefetch_row(const T* row, int64_t columns) {
   for (int64_t i = 0; i < columns; i += 64 / static_cast<int64_t>(sizeof(T))) {
     __builtin_prefetch(row + i);
   }
@@ -308,20 +311,20 @@ void bring_closer(const T* row, int64_t columns) {
 
 template <class T>
 void choose_all(const TopkParams& p, const Parallel& parallel) {
-  const Plan plan = plan_of(p, parallel);
-  if (plan.chunk_room > 0) return choose_split<T>(p, plan, parallel);
-  const int64_t step = rows_per_task(plan.width);
+  const Sizes sizes = sizes_of(p, parallel);
+  if (sizes.chunk_found > 0) return choose_split<T>(p, sizes, parallel);
+  const int64_t step = rows_per_task(sizes.width);
   const auto row_of = [&](int64_t number) {
     return row_start<T>(p.scores, p.segments > 1 ? number / p.segments : number);
   };
-  parallel_tasks(parallel, divide_up(plan.units, step), [&](int64_t task, int64_t worker) {
-    Scratch s = scratch_of(p, plan, worker);
-    const int64_t last = (task + 1) * step < plan.units ? (task + 1) * step : plan.units;
+  parallel_tasks(parallel, divide_up(sizes.segments, step), [&](int64_t task, int64_t worker) {
+    Scratch s = scratch_of(p, sizes, worker);
+    const int64_t last = (task + 1) * step < sizes.segments ? (task + 1) * step : sizes.segments;
     const T* row = row_of(task * step);
     for (int64_t number = task * step; number < last; ++number) {
       const T* next = number + 1 < last ? row_of(number + 1) : row;
-      if (p.columns <= kShortRow && next != row) bring_closer(next, p.columns);
-      choose<T>(p, plan, number, row, s);
+      if (p.columns <= kShortRow && next != row) prefetch_row(next, p.columns);
+      choose<T>(p, sizes, number, row, s);
       row = next;
     }
   });
@@ -330,10 +333,10 @@ void choose_all(const TopkParams& p, const Parallel& parallel) {
 }  // namespace
 
 int64_t topk_workspace(const TopkParams& p, const Parallel& parallel) {
-  const Plan plan = plan_of(p, parallel);
-  Slices memory(nullptr);
-  if (plan.chunk_room > 0) take_split(memory, plan);
-  return parallel.threads * scratch_bytes(plan) + memory.bytes();
+  const Sizes sizes = sizes_of(p, parallel);
+  return parallel.threads * scratch_bytes(sizes) + workspace_bytes([&](Workspace& memory) {
+           if (sizes.chunk_found > 0) allocate_chunks(memory, sizes);
+         });
 }
 
 void topk(const TopkParams& p, const Parallel& parallel) {
