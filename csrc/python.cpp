@@ -120,7 +120,7 @@ py::dict plans_of_topk(int64_t lists, int64_t columns, int64_t k, bool has_top_p
       break;
     case TopkPath::sorted:
       plans["sort"] = describe(plan_sort_chunks(lists, columns));
-      plans["merge"] = describe(plan_merge_runs(lists, columns, kSortChunkKeys, shape.most()));
+      plans["merge"] = describe(plan_merge_runs(lists, columns, kSortChunkKeys, shape.max_chosen()));
       plans["write"] = describe(plan_sorted(lists));
       break;
   }

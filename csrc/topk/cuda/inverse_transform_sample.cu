@@ -17,8 +17,8 @@ void inverse_transform_sample(const InverseTransformParams& p, Stream stream) {
   static_assert(sizeof(SampleShared) == plan_sample(1).shared_bytes);
   visit_dtype(p.dtype, [&]<class T>() {
     uint64_t* spare;
-    uint64_t* sorted = sort_lists(SampleSource<T>{p}, p.rows, p.columns, p.columns, p.workspace,
-                                  &spare, stream);
+    uint64_t* sorted = sort_segments(SampleSource<T>{p}, p.rows, p.columns, p.columns, p.workspace,
+                                     &spare, stream);
     launch(sample_kernel, plan_sample(p.rows), stream, p, sorted, spare);
   });
 }

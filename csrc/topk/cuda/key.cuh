@@ -1,36 +1,33 @@
-// Entries of a row as integers that ascend in the order in which they are chosen.
+// Sort keys of topk: entries of a row as integers that ascend in the order in which they are
+// chosen.
 #pragma once
 
 #include "common/cuda/chunk.cuh"
-#include "common/cuda/warp.cuh"
+#include "common/cuda/sort_key.cuh"
 #include "topk/params.h"
 
 namespace tokred::cuda::selecting {
 
-// A key: 0 where forced else 1, the falling score (32 bits), the position (31 bits). No two entries
-// of a row have the same.
+// A key: 0 where forced else 1, the descending key of the score (32 bits), the position (31 bits).
+// No two entries of a row have the same.
 inline constexpr int kPositionBits = 31;
 inline constexpr uint64_t kPositionMask = (uint64_t{1} << kPositionBits) - 1;
 inline constexpr uint64_t kCandidateBit = uint64_t{1} << 63;
 inline constexpr uint64_t kNoKey = ~uint64_t{0};  // of entries that are neither
-inline constexpr uint64_t kLastKey = kNoKey - 1;  // no key is greater
+inline constexpr uint64_t kLastKey = kNoKey - 1;  // the largest key
 
-// Descends with the score; NaN is -inf, and -0 is 0.
-__device__ __forceinline__ uint32_t falling(float score) {
-  const uint32_t bits = __float_as_uint(score > -INFINITY ? score + 0.0f : -INFINITY);
-  return bits & 0x80000000u ? bits : ~(bits | 0x80000000u);
-}
-__device__ __forceinline__ float score_of(uint32_t falling) {
-  return __uint_as_float(falling & 0x80000000u ? falling : ~falling & 0x7fffffffu);
+// The descending key of a score as it is ranked: NaN as -inf, and -0 as 0.
+__device__ __forceinline__ uint32_t score_key(float score) {
+  return descending_key(score > -INFINITY ? score + 0.0f : -INFINITY);
 }
 __device__ __forceinline__ float score_of_key(uint64_t key) {
-  return score_of(static_cast<uint32_t>(key >> kPositionBits));
+  return from_descending_key(static_cast<uint32_t>(key >> kPositionBits));
 }
 __device__ __forceinline__ int32_t position_of(uint64_t key) {
   return static_cast<int32_t>(key & kPositionMask);
 }
-__device__ __forceinline__ uint64_t candidate_key(uint32_t falling, int64_t j) {
-  return kCandidateBit | uint64_t{falling} << kPositionBits | static_cast<uint64_t>(j);
+__device__ __forceinline__ uint64_t candidate_key(uint32_t score_key, int64_t j) {
+  return kCandidateBit | uint64_t{score_key} << kPositionBits | static_cast<uint64_t>(j);
 }
 
 // Number i of the elements that 16 bytes hold.
@@ -43,7 +40,7 @@ __device__ __forceinline__ float element(const Chunk& chunk, int i) {
   }
 }
 
-// Keys turned so that they ascend by position, and back.
+// Keys rotated by bits so that they ascend by position, and back.
 __device__ __forceinline__ uint64_t by_position(uint64_t key) {
   return key << (64 - kPositionBits) | key >> kPositionBits;
 }
@@ -73,26 +70,26 @@ __device__ __forceinline__ const T* row_start(const RowView& view, int64_t row) 
   if (!view.data) return nullptr;
   return static_cast<const T*>(view.data) + row_offset(view, row);
 }
-// What an i32 [R] holds for the row, within [0, most]; `most` where there is none.
-__device__ __forceinline__ int64_t row_number(const RowView& view, int64_t row, int64_t most) {
+// The number of an i32 [R] for the row, within [0, limit]; the limit where there is none.
+__device__ __forceinline__ int64_t row_number(const RowView& view, int64_t row, int64_t limit) {
   const int32_t* number = row_start<int32_t>(view, row);
-  return number ? min(max(int64_t{*number}, int64_t{0}), most) : most;
+  return number ? min(max(int64_t{*number}, int64_t{0}), limit) : limit;
 }
 
-// What is chosen from on its own: the entries [begin, end) of a row that lie before its length.
+// A segment of a row: its entries [begin, end), all before the row's length.
 template <class T>
-struct List {
+struct Segment {
   const T* scores;
-  const bool* must_keep;       // or null
+  const bool* must_keep;  // or null
   int begin, end;
   int sinks_end, locals_begin;
-  float floor;                 // a candidate's score is above
-  int wanted;                  // entries to choose, at most end - begin
+  float floor;  // a candidate's score is above
+  int wanted;   // entries to choose, at most end - begin
 
-  __device__ List(const TopkParams& p, int64_t list) {
-    const int64_t row = p.segments == 1 ? list : list / p.segments;
+  __device__ Segment(const TopkParams& p, int64_t segment) {
+    const int64_t row = p.segments == 1 ? segment : segment / p.segments;
     const int64_t length = row_number(p.lengths, row, p.columns);
-    const int64_t first = min((list - row * p.segments) * p.block_size, length);
+    const int64_t first = min((segment - row * p.segments) * p.block_size, length);
     begin = static_cast<int>(first);
     end = static_cast<int>(p.segments == 1 ? length : min(first + p.block_size, length));
     scores = row_start<T>(p.scores, row);
@@ -107,7 +104,7 @@ struct List {
   }
   __device__ __forceinline__ uint64_t key(int64_t j) const {
     const float score = to_float(scores[j]);
-    const uint64_t key = candidate_key(falling(score), j);
+    const uint64_t key = candidate_key(score_key(score), j);
     if (forced(j)) return key & ~kCandidateBit;
     return score > floor ? key : kNoKey;
   }

@@ -1,5 +1,5 @@
-// Finding the key of a rank by histograms. Keys may come in any order and from anywhere; only
-// counts of them are used, so atomics leave no trace of their order.
+// Radix select: finds the key of a rank by histograms of eleven bits. Keys may come in any order
+// and from anywhere; only counts of them are used, so the order of atomics never shows.
 #pragma once
 
 #include "common/cuda/block.cuh"
@@ -17,11 +17,11 @@ struct NarrowShared {
   int histogram[kTopkBins];
   BlockScratch<int> partial;
   BlockScratch<uint64_t> partial_keys;
-  int bin, upto;     // the bin that has the rank, and how many keys there are up to its end
-  int count;         // of keys pushed
+  int bin, upto;  // the bin that has the rank, and how many keys there are up to its end
+  int count;      // of keys pushed
 };
 
-// The greatest key of the block, in every thread.
+// The maximum of the block's keys, in every thread.
 template <int kThreads>
 __device__ __forceinline__ uint64_t block_max(uint64_t x, BlockScratch<uint64_t>& scratch) {
   x = warp_max(x);
@@ -35,8 +35,7 @@ __device__ __forceinline__ uint64_t block_max(uint64_t x, BlockScratch<uint64_t>
 // add(..) of x over the threads before this one, 0 before the first; `add` is associative.
 template <int kThreads, class Add>
 __device__ __forceinline__ uint64_t block_exclusive_scan(uint64_t x,
-                                                         BlockScratch<uint64_t>& scratch,
-                                                         Add add) {
+                                                         BlockScratch<uint64_t>& scratch, Add add) {
   const auto scan = [&](uint64_t y) {
 #pragma unroll
     for (int step = 1; step < kWarp; step *= 2) {

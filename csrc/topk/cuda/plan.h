@@ -1,19 +1,19 @@
-// Tiles and launch plans of the topk stem.
+// Tiles and launch plans of the topk ops.
 #pragma once
 
 #include "common/cuda/plan.h"
 
 namespace tokred::cuda {
 
-inline constexpr int kTopkBins = 2048;             // of a histogram, one digit of 11 bits
-inline constexpr int64_t kTopkBlocks = 1 << 30;    // blocks loop over the lists that are left
+inline constexpr int kTopkBins = 2048;  // of a histogram, one digit of 11 bits
+inline constexpr int64_t kTopkBlocks = 1 << 30;  // blocks loop over the segments that are left
 
-// A warp has a short list in registers; a block has eight warps.
+// A warp has a short segment in registers; a block has eight warps.
 inline constexpr int kTopkWarps = 8;
 inline constexpr int kTopkWarpChosen = 256;
 inline constexpr int64_t kTopkWarpColumns = 33 * 32;
 
-// A block that selects from a list: `keys` that may be chosen, of which it sorts up to `chosen`.
+// A block that selects from a segment: `keys` that may be chosen, of which it sorts up to `chosen`.
 struct TopkTiles {
   int threads, keys, chosen;
 
@@ -23,18 +23,18 @@ struct TopkTiles {
   }
   friend constexpr bool operator==(const TopkTiles&, const TopkTiles&) = default;
 };
-inline constexpr TopkTiles kSmallTopk{256, 2048, 512};   // 28 KB
-inline constexpr TopkTiles kWideTopk{512, 8192, 4096};   // 104 KB: two an SM
+inline constexpr TopkTiles kSmallTopk{256, 2048, 512};  // 28 KB
+inline constexpr TopkTiles kWideTopk{512, 8192, 4096};  // 104 KB: two an SM
 inline constexpr int64_t kSmallTopkColumns = 1 << 16;
 
-// Lists split among blocks: at least so many columns a block, so many keys that it may hand on, and
-// blocks in all; on lists too few to fill a device.
+// Segments split among blocks, where they are too few to fill a device: at least so many columns a
+// block, so many keys that it may hand on, and blocks in all.
 inline constexpr int64_t kSplitColumns = 8192;
 inline constexpr int64_t kSplitKeys = 4096;
 inline constexpr int64_t kSplitBlocks = 264;
-inline constexpr int64_t kMaxSplitLists = 128;
+inline constexpr int64_t kMaxSplitSegments = 128;
 
-// Lists sorted whole: chunks sorted by a block each, then merged, so many keys a block.
+// Segments sorted whole: chunks sorted by a block each, then merged, so many keys a block.
 inline constexpr int kSortThreads = 512;
 inline constexpr int kSortItems = 8;
 inline constexpr int64_t kSortChunkKeys = int64_t{kSortThreads} * kSortItems;
@@ -45,74 +45,79 @@ inline constexpr int kSortedThreads = 512;
 
 // What the plans depend on. The path never changes a result.
 struct TopkShape {
-  int64_t lists, columns, k;  // segments of rows, columns of a segment, entries chosen of it
+  int64_t segments, columns,
+      k;  // of all rows, of a segment, entries chosen of it
   bool has_top_p;
 
-  constexpr int64_t most() const { return k < columns ? k : columns; }
+  constexpr int64_t max_chosen() const { return k < columns ? k : columns; }
 };
 
 enum class TopkPath { warp, small, wide, split, sorted };
 
 constexpr TopkPath topk_path(const TopkShape& s) {
-  if (s.columns <= kTopkWarpColumns && s.most() <= kTopkWarpChosen && !s.has_top_p) {
+  if (s.columns <= kTopkWarpColumns && s.max_chosen() <= kTopkWarpChosen && !s.has_top_p) {
     return TopkPath::warp;
   }
-  if (s.most() > kWideTopk.chosen) return TopkPath::sorted;
-  if (s.lists <= kMaxSplitLists && s.columns >= 2 * kSplitColumns) return TopkPath::split;
-  return s.most() <= kSmallTopk.chosen && s.columns <= kSmallTopkColumns ? TopkPath::small
-                                                                         : TopkPath::wide;
+  if (s.max_chosen() > kWideTopk.chosen) return TopkPath::sorted;
+  if (s.segments <= kMaxSplitSegments && s.columns >= 2 * kSplitColumns) return TopkPath::split;
+  return s.max_chosen() <= kSmallTopk.chosen && s.columns <= kSmallTopkColumns ? TopkPath::small
+                                                                               : TopkPath::wide;
 }
 
 constexpr int64_t at_most(int64_t n, int64_t limit) { return n < limit ? n : limit; }
 
 // Example: [18432, 289]: 2304 blocks of eight warps.
-constexpr LaunchPlan plan_topk_warps(int64_t lists) {
-  return {{at_most(divide_up(lists, kTopkWarps), kTopkBlocks), 1, 1}, 32 * kTopkWarps,
+constexpr LaunchPlan plan_topk_warps(int64_t segments) {
+  return {{at_most(divide_up(segments, kTopkWarps), kTopkBlocks), 1, 1},
+          32 * kTopkWarps,
           8 * kTopkWarps * kTopkWarpChosen};
 }
 // Example: [256, 131072], k = 2048: 256 blocks of 512 threads, two an SM, all at once.
-constexpr LaunchPlan plan_topk_blocks(int64_t lists, const TopkTiles& tiles) {
-  return {{at_most(lists, kTopkBlocks), 1, 1}, tiles.threads, tiles.shared_bytes()};
+constexpr LaunchPlan plan_topk_blocks(int64_t segments, const TopkTiles& tiles) {
+  return {{at_most(segments, kTopkBlocks), 1, 1}, tiles.threads, tiles.shared_bytes()};
 }
 
 // Example: [8, 131072]: 16 parts of 8192 columns, 128 blocks. [1, 1048576]: 128 blocks as well.
 constexpr int64_t topk_parts(const TopkShape& s) {
-  const int64_t wanted = at_most(divide_up(kSplitBlocks, s.lists), kWideTopk.threads);
+  const int64_t wanted = at_most(divide_up(kSplitBlocks, s.segments), kWideTopk.threads);
   return at_most(wanted, s.columns / kSplitColumns);
 }
 constexpr int64_t topk_part_columns(const TopkShape& s) {
   return divide_up(s.columns, topk_parts(s));
 }
 constexpr LaunchPlan plan_topk_parts(const TopkShape& s) {
-  return {{s.lists * topk_parts(s), 1, 1}, kWideTopk.threads, kWideTopk.shared_bytes()};
+  return {{s.segments * topk_parts(s), 1, 1}, kWideTopk.threads, kWideTopk.shared_bytes()};
 }
 
 // Example: [4, 131072], k = 16384: 4 * 32 blocks sort 4096 keys each; then five times 4 * 64 or
 // fewer merge, as runs of more than k are cut.
-constexpr LaunchPlan plan_sort_chunks(int64_t lists, int64_t columns) {
-  return {{at_most(lists * divide_up(columns, kSortChunkKeys), kTopkBlocks), 1, 1}, kSortThreads,
+constexpr LaunchPlan plan_sort_chunks(int64_t segments, int64_t columns) {
+  return {{at_most(segments * divide_up(columns, kSortChunkKeys), kTopkBlocks), 1, 1},
+          kSortThreads,
           16 * kSortChunkKeys};
 }
-// Blocks for a pair of runs of `run` keys, of which the first `most` together are wanted.
-constexpr int64_t merge_sort_tiles(int64_t run, int64_t most) {
-  return divide_up(at_most(2 * run, most), kMergeSortKeys);
+// Blocks for a pair of runs of `run` keys, of which the first `wanted` are kept.
+constexpr int64_t merge_sort_tiles(int64_t run, int64_t wanted) {
+  return divide_up(at_most(2 * run, wanted), kMergeSortKeys);
 }
-constexpr LaunchPlan plan_merge_runs(int64_t lists, int64_t columns, int64_t run, int64_t most) {
+constexpr LaunchPlan plan_merge_runs(int64_t segments, int64_t columns, int64_t run,
+                                     int64_t wanted) {
   const int64_t pairs = divide_up(columns, 2 * run);
-  return {{at_most(lists * pairs * merge_sort_tiles(run, most), kTopkBlocks), 1, 1},
-          kMergeSortThreads, 0};
+  return {{at_most(segments * pairs * merge_sort_tiles(run, wanted), kTopkBlocks), 1, 1},
+          kMergeSortThreads,
+          0};
 }
-constexpr LaunchPlan plan_sorted(int64_t lists) {
-  return {{at_most(lists, kTopkBlocks), 1, 1}, kSortedThreads, (8 + 4) * 32};
+constexpr LaunchPlan plan_sorted(int64_t segments) {
+  return {{at_most(segments, kTopkBlocks), 1, 1}, kSortedThreads, (8 + 4) * 32};
 }
 
 // Scratch in bytes. Split: the keys handed on, how many, and the guess they were found with.
 // [8, 131072]: 4 MB. Sorted: all keys, twice.
 constexpr int64_t topk_split_bytes(const TopkShape& s) {
-  const int64_t parts = s.lists * topk_parts(s);
-  return 8 * (parts * kSplitKeys + s.lists) + round_up(4 * parts, 16);
+  const int64_t parts = s.segments * topk_parts(s);
+  return 8 * (parts * kSplitKeys + s.segments) + round_up(4 * parts, 16);
 }
-constexpr int64_t sort_bytes(int64_t lists, int64_t columns) { return 16 * lists * columns; }
+constexpr int64_t sort_bytes(int64_t segments, int64_t columns) { return 16 * segments * columns; }
 
 // compact: a block packs a part of a row. It counts what lies before, so parts are as long as
 // there are blocks for the device. Example: [1, 1048576]: 32 blocks of 32768 columns.
@@ -127,8 +132,8 @@ constexpr int64_t compact_parts(int64_t rows, int64_t columns) {
   return parts;
 }
 constexpr LaunchPlan plan_compact(int64_t rows, int64_t columns) {
-  return {{at_most(rows * compact_parts(rows, columns), kTopkBlocks), 1, 1}, kCompactThreads,
-          4 * 32};
+  return {
+      {at_most(rows * compact_parts(rows, columns), kTopkBlocks), 1, 1}, kCompactThreads, 4 * 32};
 }
 
 // gather_tokens: lanes enough for a row, 2 to 32, share its copy; grid row i has item i. Example:

@@ -1,4 +1,4 @@
-// Searching and enumerating, for the kernels of the topk stem.
+// Binary search, and stream compaction by a block.
 #pragma once
 
 #include "common/cuda/block.cuh"
@@ -20,8 +20,8 @@ __device__ __forceinline__ int64_t first_where(int64_t end, Is is) {
   return begin;
 }
 
-// Calls f(place, j) for the entries of [begin, end) that have the predicate, in order; returns how
-// many there are. By the whole block.
+// Calls f(rank, j) for the entries j of [begin, end) with the predicate, `rank` of which come
+// before; returns their number. By the whole block.
 template <int kThreads, class Predicate, class F>
 __device__ __forceinline__ int64_t enumerate(int64_t begin, int64_t end, BlockScratch<int>& scratch,
                                              Predicate predicate, F f) {
@@ -30,8 +30,8 @@ __device__ __forceinline__ int64_t enumerate(int64_t begin, int64_t end, BlockSc
     const int64_t j = first + threadIdx.x;
     const bool has = j < end && predicate(j);
     int total;
-    const int place = block_exclusive_sum<kThreads>(has, scratch, total);
-    if (has) f(before + place, j);
+    const int rank = block_exclusive_sum<kThreads>(has, scratch, total);
+    if (has) f(before + rank, j);
     before += total;
   }
   return before;

@@ -1,7 +1,7 @@
-// A block selects from a list. From a sample it guesses a key that somewhat more entries than
-// wanted do not exceed, and reads the list once to collect those; where the guess was wrong,
-// histograms of the whole list find a better one. Whatever was collected is then cut to the entries
-// wanted, and sorted.
+// topk by one block a segment. From a sample the block guesses a key that somewhat more entries
+// than wanted do not exceed, and reads the segment once to collect those; where the guess was
+// wrong, radix select over the whole segment finds a better one. The entries collected are then
+// reduced to the k wanted by radix select, and sorted by a bitonic network.
 #pragma once
 
 #include "topk/cuda/narrow.cuh"
@@ -22,7 +22,7 @@ struct WideSelect {
 
 template <class C>
 struct SelectShared {
-  uint64_t key[C::kKeys];       // collected; a sample before, exchange of the sort afterwards
+  uint64_t key[C::kKeys];  // collected; a sample before, exchange of the sort afterwards
   uint64_t chosen[C::kChosen];
   NarrowShared<C::kThreads> narrow;
 };
@@ -40,35 +40,36 @@ __device__ __forceinline__ int pushed(const NarrowShared<kThreads>& s) {
 
 inline constexpr int kSampleRun = 8;  // neighbours of a sample
 
-// Two samples of the same list are the same. Four standard deviations above the expected rank make
-// it likely that the guess suffices, three quarters of the room that it is not too much.
+// Two samples of the same segment are the same. Four standard deviations above the expected rank
+// make it likely that the guess suffices, three quarters of the capacity that it is not too much:
+// of 131072 entries, k = 2048, the 4096 sampled expect rank 64, and the guess has rank 64 + 32 + 4
+// + 1.
 template <class C, class T>
-__device__ uint64_t guess_key(const List<T>& list, SelectShared<C>& s) {
-  const int n = list.end - list.begin;
+__device__ uint64_t guess_key(const Segment<T>& segment, SelectShared<C>& s) {
+  const int n = segment.end - segment.begin;
   if (n <= C::kKeys) return kLastKey;
   const int samples = n <= 32 * C::kKeys ? C::kKeys / 2 : C::kKeys;
   const int step = n / (samples / kSampleRun);
   each_entry<C::kThreads>(0, samples, [&](int64_t i) {
-    s.key[i] = list.key(list.begin + i / kSampleRun * step + i % kSampleRun);
+    s.key[i] = segment.key(segment.begin + i / kSampleRun * step + i % kSampleRun);
   });
   const float share = static_cast<float>(samples) / static_cast<float>(n);
-  const float expected = static_cast<float>(list.wanted) * share;
-  const float most = max(expected, 0.75f * C::kKeys * share);
-  const int rank = 1 + static_cast<int>(min(expected + 4.0f * sqrtf(expected) + 4.0f, most));
+  const float expected = static_cast<float>(segment.wanted) * share;
+  const float limit = max(expected, 0.75f * C::kKeys * share);
+  const int rank = 1 + static_cast<int>(min(expected + 4.0f * sqrtf(expected) + 4.0f, limit));
   const uint64_t high = narrow<C::kThreads>(
-      {0, kLastKey}, rank, rank + rank / 4, s.narrow, [&](auto f) {
-        each_entry<C::kThreads>(0, samples, [&](int64_t i) { f(s.key[i]); });
-      });
+      {0, kLastKey}, rank, rank + rank / 4, s.narrow,
+      [&](auto f) { each_entry<C::kThreads>(0, samples, [&](int64_t i) { f(s.key[i]); }); });
   return high == kLastKey ? high : high | kPositionMask;
 }
 
-// f(j) for every entry of [begin, end) that is forced or has a score of at least `least`, and
+// f(j) for every entry of [begin, end) that is forced or has a score of at least `min_score`, and
 // perhaps for others. Reads 16 bytes a thread at a time, four times in a row.
 template <int kThreads, class T, class F>
-__device__ __forceinline__ void each_strong(const List<T>& list, int64_t begin, int64_t end,
-                                            float least, F f) {
+__device__ __forceinline__ void each_strong(const Segment<T>& segment, int64_t begin, int64_t end,
+                                            float min_score, F f) {
   constexpr int kWidth = 16 / sizeof(T), kUnroll = 4;
-  const auto address = reinterpret_cast<uintptr_t>(list.scores + begin);
+  const auto address = reinterpret_cast<uintptr_t>(segment.scores + begin);
   const int64_t first = min(end, begin + static_cast<int64_t>(-address % 16 / sizeof(T)));
   const int64_t last = first + (end - first) / kWidth * kWidth;
   each_entry<kThreads>(begin, first, f);
@@ -79,7 +80,7 @@ __device__ __forceinline__ void each_strong(const List<T>& list, int64_t begin, 
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int64_t at = j + u * kThreads * kWidth;
-      if (at < last) chunk[u] = load_chunk(list.scores + at);
+      if (at < last) chunk[u] = load_chunk(segment.scores + at);
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
@@ -88,99 +89,100 @@ __device__ __forceinline__ void each_strong(const List<T>& list, int64_t begin, 
       unsigned strong = 0;
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) {
-        strong |= static_cast<unsigned>(element<T>(chunk[u], i) >= least) << i;
+        strong |= static_cast<unsigned>(element<T>(chunk[u], i) >= min_score) << i;
       }
-      if (list.must_keep || at < list.sinks_end || at + kWidth > list.locals_begin) {
-        for (int i = 0; i < kWidth; ++i) strong |= static_cast<unsigned>(list.forced(at + i)) << i;
+      if (segment.must_keep || at < segment.sinks_end || at + kWidth > segment.locals_begin) {
+        for (int i = 0; i < kWidth; ++i)
+          strong |= static_cast<unsigned>(segment.forced(at + i)) << i;
       }
       for (; strong; strong &= strong - 1) f(at + __ffs(strong) - 1);
     }
   }
 }
 
-// Pushes the keys of [begin, end) up to `high`, in any order; returns how many there are, of which
-// those beyond the room are lost.
+// Pushes the keys of [begin, end) up to `high`, in any order; returns their number, of which those
+// beyond C::kKeys are lost.
 template <class C, class T>
-__device__ int collect(const List<T>& list, int64_t begin, int64_t end, uint64_t high,
+__device__ int collect(const Segment<T>& segment, int64_t begin, int64_t end, uint64_t high,
                        SelectShared<C>& s) {
   if (threadIdx.x == 0) s.narrow.count = 0;
   __syncthreads();
-  const uint32_t fallen = min(static_cast<uint32_t>(high >> kPositionBits), falling(-INFINITY));
-  const float least = high < kCandidateBit ? INFINITY : score_of(fallen);
-  each_strong<C::kThreads>(list, begin, end, least, [&](int64_t j) {
-    const uint64_t key = list.key(j);
+  const uint32_t last = min(static_cast<uint32_t>(high >> kPositionBits), score_key(-INFINITY));
+  const float min_score = high < kCandidateBit ? INFINITY : from_descending_key(last);
+  each_strong<C::kThreads>(segment, begin, end, min_score, [&](int64_t j) {
+    const uint64_t key = segment.key(j);
     if (key > high) return;
-    const int place = atomicAdd(&s.narrow.count, 1);
-    if (place < C::kKeys) s.key[place] = key;
+    const int slot = atomicAdd(&s.narrow.count, 1);
+    if (slot < C::kKeys) s.key[slot] = key;
   });
   return pushed(s.narrow);
 }
 
-// Whether a guess at which `count` keys were found will do.
+// Whether a guess with `count` keys up to it suffices.
 template <class C, class T>
-__device__ __forceinline__ bool suffices(const List<T>& list, int64_t count, uint64_t guess) {
-  return count <= C::kKeys && (count >= list.wanted || guess == kLastKey);
+__device__ __forceinline__ bool suffices(const Segment<T>& segment, int64_t count, uint64_t guess) {
+  return count <= C::kKeys && (count >= segment.wanted || guess == kLastKey);
 }
 
-// Collects all that may be chosen after a guess that was wrong; first it looks among the scores
-// that equal the guessed one, of which there may be very many.
+// Collects the keys after a guess that was wrong; the first histogram is of the scores equal to the
+// guessed one, of which there may be very many.
 template <class C, class T>
-__device__ int collect_exactly(const List<T>& list, uint64_t guess, SelectShared<C>& s) {
+__device__ int collect_exactly(const Segment<T>& segment, uint64_t guess, SelectShared<C>& s) {
   KeyRange range{0, kLastKey};
   if (guess != kLastKey) {
     range.low = guess & ~kPositionMask;
-    range.high = range.low | static_cast<uint64_t>(list.end - 1);
+    range.high = range.low | static_cast<uint64_t>(segment.end - 1);
   }
-  const uint64_t high = narrow<C::kThreads>(
-      range, list.wanted, C::kKeys, s.narrow, [&](auto f) {
-        each_entry<C::kThreads>(list.begin, list.end, [&](int64_t j) { f(list.key(j)); });
-      });
-  return collect(list, list.begin, list.end, high, s);
+  const uint64_t high = narrow<C::kThreads>(range, segment.wanted, C::kKeys, s.narrow, [&](auto f) {
+    each_entry<C::kThreads>(segment.begin, segment.end, [&](int64_t j) { f(segment.key(j)); });
+  });
+  return collect(segment, segment.begin, segment.end, high, s);
 }
 
 // Choosing ---------------------------------------------------------------------------------------
 
-// The most of the n keys that are wanted go to `chosen`; returns how many.
+// The first `wanted` of the n keys go to `chosen`, rotated where they are to be sorted by position;
+// returns their number.
 template <class C>
-__device__ int choose(int n, int wanted, bool turn, SelectShared<C>& s) {
+__device__ int choose(int n, int wanted, bool rotated, SelectShared<C>& s) {
   constexpr int kThreads = C::kThreads;
   const auto each = [&](auto f) {
     for (int i = static_cast<int>(threadIdx.x); i < n; i += kThreads) f(s.key[i]);
   };
   uint64_t high = kLastKey;
   if (n > wanted) {
-    uint64_t least = kNoKey, greatest = 0;
+    uint64_t min_key = kNoKey, max_key = 0;
     each([&](uint64_t key) {
-      least = min(least, key);
-      greatest = max(greatest, key);
+      min_key = min(min_key, key);
+      max_key = max(max_key, key);
     });
-    const KeyRange range{~block_max<kThreads>(~least, s.narrow.partial_keys),
-                         block_max<kThreads>(greatest, s.narrow.partial_keys)};
+    const KeyRange range{~block_max<kThreads>(~min_key, s.narrow.partial_keys),
+                         block_max<kThreads>(max_key, s.narrow.partial_keys)};
     high = narrow<kThreads>(range, wanted, wanted, s.narrow, each);
   }
   if (threadIdx.x == 0) s.narrow.count = 0;
   __syncthreads();
   each([&](uint64_t key) {
     if (key > high) return;
-    s.chosen[atomicAdd(&s.narrow.count, 1)] = turn ? by_position(key) : key;
+    s.chosen[atomicAdd(&s.narrow.count, 1)] = rotated ? by_position(key) : key;
   });
   return pushed(s.narrow);
 }
 
-// How many of n sorted keys it takes to exceed top_p, at least min_k. Once a sum exceeds the limit
-// it may stay where it is, which keeps it within 64 bits.
+// The number of sorted keys, of n, that it takes to exceed top_p, at least min_k. Sums saturate
+// just above the limit, which keeps them within 64 bits.
 template <int kThreads>
 __device__ int64_t count_to_top_p(const TopkParams& p, const uint64_t* sorted, int64_t n,
                                   BlockScratch<uint64_t>& scratch, BlockScratch<int>& partial) {
-  constexpr float kGreatest = 1 << 20;
+  constexpr float kMaxProbability = 1 << 20;
   constexpr float kOne = static_cast<float>(int64_t{1} << kProbabilityBits);
   if (p.top_p < 0) return min(n, max(p.min_k, int64_t{1}));
-  const double share = min(p.top_p, double{kGreatest});
+  const double share = min(p.top_p, double{kMaxProbability});
   const uint64_t limit = static_cast<uint64_t>(share * kOne);
   const auto add = [&](uint64_t x, uint64_t y) { return min(x + y, limit + 1); };
   const auto share_of = [&](int64_t i) {
     const float score = max(score_of_key(sorted[i]), 0.0f);
-    return static_cast<uint64_t>(min(score, kGreatest) * kOne);
+    return static_cast<uint64_t>(min(score, kMaxProbability) * kOne);
   };
   const int64_t own = (n + kThreads - 1) / kThreads;
   const int64_t begin = min(n, threadIdx.x * own), end = min(n, begin + own);
@@ -196,9 +198,9 @@ __device__ int64_t count_to_top_p(const TopkParams& p, const uint64_t* sorted, i
   return min(n, max(p.min_k, int64_t{all} + 1));
 }
 
-// Orders the best `wanted` of the n keys collected, and writes the list's row of the outputs.
+// Orders the best `wanted` of the n keys collected, and writes the segment's row of the outputs.
 template <class C>
-__device__ void finish(const TopkParams& p, int64_t list, int n, int wanted,
+__device__ void finish(const TopkParams& p, int64_t segment, int n, int wanted,
                        SelectShared<C>& s) {
   constexpr int kThreads = C::kThreads, kItems = C::kChosen / kThreads;
   const bool position = p.order == RowOrder::position;
@@ -207,8 +209,8 @@ __device__ void finish(const TopkParams& p, int64_t list, int n, int wanted,
     choose(n, count, position && !p.has_top_p, s);
     sort_shared<kThreads, kItems>(s.chosen, count, s.key);
     if (p.has_top_p) {
-      count = static_cast<int>(count_to_top_p<kThreads>(p, s.chosen, count, s.narrow.partial_keys,
-                                                        s.narrow.partial));
+      count = static_cast<int>(
+          count_to_top_p<kThreads>(p, s.chosen, count, s.narrow.partial_keys, s.narrow.partial));
       if (position) {
         for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
           s.chosen[i] = by_position(s.chosen[i]);
@@ -220,9 +222,9 @@ __device__ void finish(const TopkParams& p, int64_t list, int n, int wanted,
   }
   for (int64_t e = threadIdx.x; e < p.k; e += kThreads) {
     const uint64_t key = e < count ? s.chosen[e] : kNoKey;
-    write_slot(p, list * p.k + e, e < count, position ? by_rank(key) : key);
+    write_slot(p, segment * p.k + e, e < count, position ? by_rank(key) : key);
   }
-  if (threadIdx.x == 0) p.counts[list] = count;
+  if (threadIdx.x == 0) p.counts[segment] = count;
   __syncthreads();
 }
 

@@ -1,9 +1,9 @@
-// topk: which path a list takes. Bytes: every path but `sorted` reads a list once (`split` and the
-// blocks a sample of it twice), and a list on which the sample misleads twice or three times more.
-// Floors on an H200 at 4.3 TB/s: [256, 131072] in fp32 134 MB, 31 us, one launch; [8, 131072]
-// 4.2 MB, 1 us, two launches, so latency decides; [18432, 289], k = 64: 30 MB, 7 us, one launch,
-// where the instructions of the warps decide. `sorted` reads and writes all keys, 8 bytes each, in
-// 1 + log2(columns / 4096) passes.
+// topk: the choice of a kernel by the size of segments. Bytes: every path but `sorted` reads a
+// segment once (`split` and the blocks a sample of it twice), and two or three times more where the
+// sample misleads. Floors on an H200 at 4.3 TB/s: [256, 131072] in fp32 134 MB, 31 us, one launch;
+// [8, 131072] 4.2 MB, 1 us, two launches, so latency decides; [18432, 289], k = 64: 30 MB, 7 us,
+// one launch, where the instructions of the warps decide. `sorted` reads and writes all keys, 8
+// bytes each, in 1 + log2(columns / 4096) passes.
 #include "common/cuda/launch.h"
 #include "topk/cuda/sort_launch.h"
 #include "topk/cuda/topk.cuh"
@@ -22,7 +22,7 @@ TopkShape shape_of(const TopkParams& p) {
 template <class T>
 void select_in_warps(const TopkParams& p, const TopkShape& shape, Stream stream) {
   static_assert(sizeof(WarpSelectShared) == plan_topk_warps(1).shared_bytes);
-  const LaunchPlan plan = plan_topk_warps(shape.lists);
+  const LaunchPlan plan = plan_topk_warps(shape.segments);
   // Sizes of images of 224, 256, 336 and 384 pixels, with a class token, fit closely.
   const int64_t items = divide_up(shape.columns, kWarp);
   if (items <= 1) return launch(warp_kernel<T, 1>, plan, stream, p);
@@ -36,29 +36,29 @@ void select_in_warps(const TopkParams& p, const TopkShape& shape, Stream stream)
 template <class C, class T>
 void select_in_blocks(const TopkParams& p, const TopkShape& shape, Stream stream) {
   static_assert(sizeof(SelectShared<C>) == C::kTiles.shared_bytes());
-  launch(block_kernel<C, T>, plan_topk_blocks(shape.lists, C::kTiles), stream, p);
+  launch(block_kernel<C, T>, plan_topk_blocks(shape.segments, C::kTiles), stream, p);
 }
 
 template <class T>
 void select_split(const TopkParams& p, const TopkShape& shape, Stream stream) {
   Parts parts;
-  parts.lists = shape.lists;
+  parts.segments = shape.segments;
   parts.parts = topk_parts(shape);
   parts.columns = topk_part_columns(shape);
   parts.key = static_cast<uint64_t*>(p.workspace);
-  parts.guess = parts.key + parts.lists * parts.parts * kSplitKeys;
-  parts.count = reinterpret_cast<int*>(parts.guess + parts.lists);
+  parts.guess = parts.key + parts.segments * parts.parts * kSplitKeys;
+  parts.count = reinterpret_cast<int*>(parts.guess + parts.segments);
   launch(collect_parts_kernel<T>, plan_topk_parts(shape), stream, p, parts);
-  launch(finish_parts_kernel<T>, plan_topk_blocks(shape.lists, kWideTopk), stream, p, parts);
+  launch(finish_parts_kernel<T>, plan_topk_blocks(shape.segments, kWideTopk), stream, p, parts);
 }
 
 template <class T>
 void select_sorted(const TopkParams& p, const TopkShape& shape, Stream stream) {
   static_assert(sizeof(SortedShared) == plan_sorted(1).shared_bytes);
   uint64_t* spare;
-  const uint64_t* sorted = sort_lists(TopkSource<T>{p}, shape.lists, shape.columns, shape.most(),
-                                      p.workspace, &spare, stream);
-  launch(write_sorted_kernel<T>, plan_sorted(shape.lists), stream, p, sorted, shape.columns);
+  const uint64_t* sorted = sort_segments(TopkSource<T>{p}, shape.segments, shape.columns,
+                                         shape.max_chosen(), p.workspace, &spare, stream);
+  launch(write_sorted_kernel<T>, plan_sorted(shape.segments), stream, p, sorted, shape.columns);
 }
 
 }  // namespace
@@ -67,7 +67,7 @@ int64_t topk_workspace(const TopkParams& p) {
   const TopkShape shape = shape_of(p);
   switch (topk_path(shape)) {
     case TopkPath::split: return topk_split_bytes(shape);
-    case TopkPath::sorted: return sort_bytes(shape.lists, shape.columns);
+    case TopkPath::sorted: return sort_bytes(shape.segments, shape.columns);
     default: return 0;
   }
 }

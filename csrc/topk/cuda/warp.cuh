@@ -1,5 +1,5 @@
-// A warp selects from a short list that it keeps in registers: bit by bit it finds the score below
-// which nothing is chosen.
+// topk of short segments by a warp each, in registers: radix select bit by bit, then a bitonic
+// sort.
 #pragma once
 
 #include "topk/cuda/sort.cuh"
@@ -12,33 +12,34 @@ struct WarpSelectShared {
 
 // Lane l has the entries l, 32 + l, ..
 template <class T, int kItems>
-struct WarpList {
-  const List<T>& list;
-  uint32_t rising[kItems];  // the greater the earlier; 0 where the entry cannot be chosen
-  uint64_t forced = 0;      // bit i: entry i of this lane
+struct WarpSegment {
+  const Segment<T>& segment;
+  uint32_t rank_key[kItems];  // descends in the order of choice; 0 where the entry is no candidate
+  uint64_t forced = 0;  // bit i: entry i of this lane
 
-  __device__ explicit WarpList(const List<T>& list) : list(list) {
-    const T* own = list.scores + list.begin + lane_id();
-    const int left = list.end - list.begin - lane_id();
+  __device__ explicit WarpSegment(const Segment<T>& segment) : segment(segment) {
+    const T* own = segment.scores + segment.begin + lane_id();
+    const int left = segment.end - segment.begin - lane_id();
     float score[kItems];
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       score[i] = i * kWarp < left ? to_float(own[i * kWarp]) : -INFINITY;
     }
-    if (list.must_keep || list.begin < list.sinks_end || list.end > list.locals_begin) {
+    if (segment.must_keep || segment.begin < segment.sinks_end ||
+        segment.end > segment.locals_begin) {
       for (int i = 0; i < kItems; ++i) {
         const bool is_there = i * kWarp < left;
-        if (is_there && list.forced(position(i))) forced |= uint64_t{1} << i;
+        if (is_there && segment.forced(position(i))) forced |= uint64_t{1} << i;
       }
     }
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      const bool ranked = (forced >> i & 1) || score[i] > list.floor;
-      rising[i] = ranked ? ~falling(score[i]) : 0;
+      const bool ranked = (forced >> i & 1) || score[i] > segment.floor;
+      rank_key[i] = ranked ? ~score_key(score[i]) : 0;
     }
   }
   __device__ __forceinline__ int64_t position(int i) const {
-    return list.begin + i * kWarp + lane_id();
+    return segment.begin + i * kWarp + lane_id();
   }
 
   template <class F>
@@ -49,67 +50,69 @@ struct WarpList {
     return static_cast<int>(__reduce_add_sync(kAllLanes, n));
   }
 
-  // Forced entries rank first: where there are enough of them the others are out of the question,
-  // else all of them are chosen, whatever their scores.
+  // Forced entries rank first: where there are enough of them no other is a candidate, else all of
+  // them are chosen, whatever their scores.
   __device__ void rank_forced(int wanted) {
     if (!__any_sync(kAllLanes, forced != 0)) return;
     const bool enough = count([&](int i) { return forced >> i & 1; }) >= wanted;
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       const bool is_forced = forced >> i & 1;
-      if (enough && !is_forced) rising[i] = 0;
-      if (!enough && is_forced) rising[i] = ~0u;
+      if (enough && !is_forced) rank_key[i] = 0;
+      if (!enough && is_forced) rank_key[i] = ~0u;
     }
   }
 
-  // The greatest value that at least `wanted` entries reach, or one that exactly as many reach.
+  // The maximum value that at least `wanted` entries reach, or one that exactly as many reach.
   __device__ uint32_t threshold(int wanted) const {
-    uint32_t greatest = 0, least = ~0u;
+    uint32_t high = 0, low = ~0u;
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      greatest = max(greatest, rising[i]);
-      least = min(least, rising[i] - 1);
+      high = max(high, rank_key[i]);
+      low = min(low, rank_key[i] - 1);
     }
-    greatest = __reduce_max_sync(kAllLanes, greatest);
-    least = __reduce_min_sync(kAllLanes, least) + 1;
-    if (greatest == least) return greatest;
-    const int bits = 32 - __clz(greatest ^ least);
-    uint32_t value = bits == 32 ? 0 : greatest >> bits << bits;
+    high = __reduce_max_sync(kAllLanes, high);
+    low = __reduce_min_sync(kAllLanes, low) + 1;
+    if (high == low) return high;
+    const int bits = 32 - __clz(high ^ low);
+    uint32_t value = bits == 32 ? 0 : high >> bits << bits;
     for (int bit = bits - 1; bit >= 0; --bit) {
       const uint32_t next = value | 1u << bit;
-      const int n = count([&](int i) { return rising[i] >= next; });
+      const int n = count([&](int i) { return rank_key[i] >= next; });
       if (n >= wanted) value = next;
       if (n == wanted) break;
     }
     return value;
   }
 
-  // Lists the keys of the chosen entries by position; returns how many there are.
+  // Lists the keys of the chosen entries by position; returns their number.
   __device__ __forceinline__ int choose(uint64_t* keys) {
-    rank_forced(list.wanted);
-    const int there = count([&](int i) { return rising[i] > 0; });
-    const int wanted = min(list.wanted, there);
+    rank_forced(segment.wanted);
+    const int there = count([&](int i) { return rank_key[i] > 0; });
+    const int wanted = min(segment.wanted, there);
     if (wanted == 0) return 0;
-    const uint32_t least = wanted == there ? 1 : threshold(wanted);
-    int ties = wanted - count([&](int i) { return rising[i] > least; });
-    int place = 0;
+    const uint32_t limit = wanted == there ? 1 : threshold(wanted);
+    int ties = wanted - count([&](int i) { return rank_key[i] > limit; });
+    int chosen_before = 0;
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      const unsigned tied = __ballot_sync(kAllLanes, rising[i] == least);
-      const bool chosen = rising[i] > least || (rising[i] == least && lanes_before(tied) < ties);
+      const unsigned tied = __ballot_sync(kAllLanes, rank_key[i] == limit);
+      const bool chosen =
+          rank_key[i] > limit || (rank_key[i] == limit && lanes_before(tied) < ties);
       ties -= __popc(tied);
       const unsigned all = __ballot_sync(kAllLanes, chosen);
-      if (chosen) keys[place + lanes_before(all)] = candidate_key(~rising[i], position(i));
-      place += __popc(all);
+      if (chosen)
+        keys[chosen_before + lanes_before(all)] = candidate_key(~rank_key[i], position(i));
+      chosen_before += __popc(all);
     }
     __syncwarp();
-    if (__any_sync(kAllLanes, forced != 0)) restore(keys, place);
-    return place;
+    if (__any_sync(kAllLanes, forced != 0)) restore(keys, chosen_before);
+    return chosen_before;
   }
 
-  // Keys as they are, after a ranking of forced entries.
+  // Rewrites the keys with the true scores, which a ranking of forced entries overrides.
   __device__ void restore(uint64_t* keys, int count) const {
-    for (int e = lane_id(); e < count; e += kWarp) keys[e] = list.key(position_of(keys[e]));
+    for (int e = lane_id(); e < count; e += kWarp) keys[e] = segment.key(position_of(keys[e]));
     __syncwarp();
   }
 };
@@ -134,14 +137,14 @@ __device__ void sort_warp(uint64_t* keys, int n) {
 }
 
 template <class T, int kItems>
-__global__ void __launch_bounds__(kTopkWarps * kWarp, kItems <= 10 ? 4 : 2)
+__global__ void __launch_bounds__(kTopkWarps* kWarp, kItems <= 10 ? 4 : 2)
     warp_kernel(const __grid_constant__ TopkParams p) {
   uint64_t* chosen = shared_memory<WarpSelectShared>().chosen[warp_id()];
-  const int64_t lists = p.rows * p.segments;
-  for (int64_t l = int64_t{blockIdx.x} * kTopkWarps + warp_id(); l < lists;
+  const int64_t segments = p.rows * p.segments;
+  for (int64_t l = int64_t{blockIdx.x} * kTopkWarps + warp_id(); l < segments;
        l += int64_t{gridDim.x} * kTopkWarps) {
-    const List<T> list(p, l);
-    WarpList<T, kItems> entries(list);
+    const Segment<T> segment(p, l);
+    WarpSegment<T, kItems> entries(segment);
     const int count = entries.choose(chosen);
     if (p.order == RowOrder::score) sort_warp<kTopkWarpChosen / kWarp>(chosen, count);
     for (int64_t e = lane_id(); e < p.k; e += kWarp) {
