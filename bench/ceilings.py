@@ -22,7 +22,9 @@ from .machine import DTYPES, Run, available_bytes
 ROW_BYTES = (64, 128, 256, 512, 1024)
 ARRAYS_PER_CACHE = 8
 ROUNDS = 15  # each way of prefetching three times
-OPERATION_STEPS = 4_000_000
+# A round of 0.2 ms fits into a time slice; of 8 ms, a busy machine never gives one undisturbed.
+OPERATION_STEPS = 100_000
+OPERATION_ROUNDS = 500
 GEMM_SAMPLE_S = 0.05
 OPERATIONS = {"fma_float32": "multiply_add", "dot_int16": "dot_int16", "dot_int8": "dot_int8"}
 
@@ -54,7 +56,7 @@ def row_of(run: Run, name: str, candidate: str, work: int, seconds: Sequence[flo
 
 def kernel_rows(run: Run, size: int, rounds: int = ROUNDS, steps: int = OPERATION_STEPS
                 ) -> Iterator[Row]:
-    """Those of tokred._C. size: of the arrays, in bytes."""
+    """Those of tokred._C. size: of the arrays, in bytes; rounds: of reads, copies and gathers."""
     from tokred import _C
 
     isa = _C.cpu_isa()
@@ -79,7 +81,7 @@ def kernel_rows(run: Run, size: int, rounds: int = ROUNDS, steps: int = OPERATIO
             yield row(f"gather_{row_bytes}_{order}", run.threads, measured)
     for name, what in OPERATIONS.items():
         for threads in several:
-            measured = _C.ceiling_operations(isa, what, steps, threads, rounds)
+            measured = _C.ceiling_operations(isa, what, steps, threads, OPERATION_ROUNDS)
             if measured[0]:
                 yield row(name, threads, measured)
 

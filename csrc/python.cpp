@@ -19,6 +19,7 @@
 
 extern "C" const char* tokred_cpu_isa();
 extern "C" const char* tokred_best_cpu_isa();
+extern "C" bool tokred_cpu_vnni();
 extern "C" bool tokred_set_cpu_isa(const char* name);
 
 namespace py = pybind11;
@@ -213,6 +214,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   m.def("cpu_isa", &tokred_cpu_isa, "The instruction set that the CPU kernels run on.");
   m.def("best_cpu_isa", &tokred_best_cpu_isa, "The best one of this machine.");
+  m.def("cpu_vnni", &tokred_cpu_vnni, "Whether the AVX-512 kernels use VNNI on this machine.");
   m.def("set_cpu_isa", [](const std::string& name) { return tokred_set_cpu_isa(name.c_str()); },
         "name"_a, "generic, avx2 or avx512; False where the machine lacks it.");
   m.def(

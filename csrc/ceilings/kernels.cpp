@@ -1,5 +1,5 @@
-// The loops of the ceilings, compiled once per instruction set: nothing but the loads, stores and
-// multiplications whose rate is asked for.
+// The loops of the ceilings, compiled once per instruction set: streams, gathers, and independent
+// chains of multiply-adds, with nothing else inside.
 #include "ceilings/kernels.h"
 
 #include "common/cpu/simd.h"
@@ -7,6 +7,8 @@
 #ifdef __SSE2__
 #include <emmintrin.h>
 #endif
+
+extern "C" bool tokred_cpu_vnni();
 
 namespace tokred::TOKRED_ISA {
 namespace {
@@ -18,7 +20,8 @@ using Float = f32x16::N;
 using Int = i32x16::N;
 
 constexpr int kLineFloats = kLine / sizeof(float);
-// Enough for two units of four or five cycles; four more registers hold the operands.
+// Independent chains: two FMA units of four or five cycles need ten, and the other registers hold the
+// operands.
 constexpr int kChains = kRegisterBytes == 64 ? 24 : 12;
 
 TOKRED_INLINE const float* floats(const char* p) { return reinterpret_cast<const float*>(p); }
@@ -115,7 +118,8 @@ void gather(const char* table, const int32_t* rows, int64_t count, int64_t row_b
   }
 }
 
-// The compiler must take the register as read and changed: it folds no steps, and moves none.
+// An optimization barrier: the register counts as read and changed, so that no step is folded away or
+// moved.
 template <class T>
 TOKRED_INLINE void keep([[maybe_unused]] T& x) {
 #if defined(__SSE2__)
@@ -164,7 +168,7 @@ int64_t dot_int16(int64_t steps, Sink* sink) {
   keep(a);
   keep(b);
 #if defined(__AVX512F__)
-  if (__builtin_cpu_supports("avx512vnni")) {
+  if (tokred_cpu_vnni()) {
     repeat<Int>(steps, sink, [&](Int x) {
       // Every assembler knows it; the compiler would want the whole file to be for such machines.
       asm("vpdpwssd %2, %1, %0" : "+v"(x) : "v"(a), "v"(b));
@@ -193,7 +197,7 @@ int64_t dot_int16(int64_t steps, Sink* sink) {
 // Quads of eight-bit products: only where one instruction does them.
 int64_t dot_int8([[maybe_unused]] int64_t steps, [[maybe_unused]] Sink* sink) {
 #if defined(__AVX512F__)
-  if (__builtin_cpu_supports("avx512vnni")) {
+  if (tokred_cpu_vnni()) {
     Int a = Int{} + 0x01010101, b = Int{} + 0x01010102;
     keep(a);
     keep(b);

@@ -8,7 +8,7 @@ namespace tokred::ceilings {
 inline constexpr int64_t kLine = 64;        // bytes of a cache line; all sizes are multiples of it
 inline constexpr int64_t kReadBlock = 4096; // bytes that a stream is read in
 
-// What a loop computes is stored here, so that no compiler leaves it out.
+// Takes the result of a loop, so that no compiler leaves the loop out.
 struct alignas(kLine) Sink {
   float number;
   int32_t count;

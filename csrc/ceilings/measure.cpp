@@ -120,7 +120,7 @@ std::vector<double> time_rounds(int64_t threads, int64_t rounds, const Prepare& 
 }
 
 template <class T, size_t kCount>
-T in_turn(const T (&choices)[kCount], int64_t round) {
+T alternate(const T (&choices)[kCount], int64_t round) {
   return choices[round % kCount];
 }
 
@@ -141,8 +141,8 @@ Rounds measure_read(const std::string& isa, int64_t bytes, int64_t threads, int6
   };
   const auto work = [&](int64_t thread, int64_t round) {
     const Part part(bytes, kPart, thread, threads);
-    kernels.read(data.at(part.begin), part.size(), in_turn(kStreams, round),
-                 in_turn(kAhead, round), &sinks[thread]);
+    kernels.read(data.at(part.begin), part.size(), alternate(kStreams, round),
+                 alternate(kAhead, round), &sinks[thread]);
   };
   return {bytes, time_rounds(threads, rounds, prepare, work)};
 }
@@ -164,7 +164,7 @@ Rounds measure_copy(const std::string& isa, int64_t bytes, int64_t threads, int6
   const auto work = [&](int64_t thread, int64_t round) {
     const Part part(bytes, kPart, thread, threads);
     kernels.copy(source.at(part.begin), target.at(part.begin), part.size(), non_temporal,
-                 in_turn(kAhead, round));
+                 alternate(kAhead, round));
   };
   return {2 * bytes, time_rounds(threads, rounds, prepare, work)};
 }
@@ -199,7 +199,7 @@ Rounds measure_gather(const std::string& isa, int64_t table_bytes, int64_t row_b
     const int64_t moved = round * 3 % kRowsApart;
     const Part part(picked, 1, thread, threads);
     kernels.gather(table.at(moved * row_bytes), rows.data() + part.begin, part.size(), row_bytes,
-                   in_turn(kRowsAhead, round), &sinks[thread]);
+                   alternate(kRowsAhead, round), &sinks[thread]);
   };
   return {picked * row_bytes, time_rounds(threads, rounds, prepare, work)};
 }

@@ -8,8 +8,8 @@
 
 namespace tokred::ceilings {
 
-// What one round did, in bytes (a copy's are read and written) or operations, and the seconds of
-// each. Rounds take turns in how far ahead they prefetch and in how many streams they read.
+// The work of one round, in bytes (a copy's are read and written) or operations, and the seconds of
+// each. Rounds alternate between distances of the prefetch and between numbers of streams.
 struct Rounds {
   int64_t work;
   std::vector<double> seconds;

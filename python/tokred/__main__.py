@@ -32,7 +32,8 @@ def info(options: argparse.Namespace) -> int:
     except ImportError:
         lines["tokred._C"] = "not built for this Python (introspection only, no op needs it)"
     else:
-        lines["cpu"] = f"instruction set {_C.cpu_isa()}"
+        vnni = " with VNNI" if _C.cpu_isa() == "avx512" and _C.cpu_vnni() else ""
+        lines["cpu"] = f"instruction set {_C.cpu_isa()}{vnni}"
         lines["build"] = str(_C.build_info())
     if torch.cuda.is_available():
         lines["cuda"] = ", ".join(

@@ -1,3 +1,4 @@
+// The choice of an instruction set, once for the process.
 #include "common/cpu/dispatch.h"
 
 #include <atomic>
@@ -58,6 +59,15 @@ bool set_isa(const char* name) {
   return true;
 }
 
+bool has_vnni() {
+#ifdef __x86_64__
+  static const bool vnni = __builtin_cpu_supports("avx512vnni");
+  return vnni;
+#else
+  return false;
+#endif
+}
+
 }  // namespace tokred
 
 // The seam that tokred._C uses.
@@ -66,6 +76,9 @@ extern "C" __attribute__((visibility("default"))) const char* tokred_cpu_isa() {
 }
 extern "C" __attribute__((visibility("default"))) const char* tokred_best_cpu_isa() {
   return tokred::kIsaNames[static_cast<int>(tokred::best_isa())];
+}
+extern "C" __attribute__((visibility("default"))) bool tokred_cpu_vnni() {
+  return tokred::has_vnni();
 }
 extern "C" __attribute__((visibility("default"))) bool tokred_set_cpu_isa(const char* name) {
   return tokred::set_isa(name);

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "attention/cpu/rows.h"
+#include "common/cpu/dispatch.h"
 #include "kv_pack/cpu/codes.h"
 
 #ifdef __SSE2__
@@ -93,8 +94,7 @@ TOKRED_INLINE Register<int32_t> add_products(Register<int32_t> a, Register<int32
 template <class F>
 TOKRED_INLINE void visit_vnni(const F& f) {
 #ifdef __AVX512F__
-  static const bool vnni = __builtin_cpu_supports("avx512vnni");
-  if (vnni) return f.template operator()<true>();
+  if (has_vnni()) return f.template operator()<true>();
 #endif
   f.template operator()<false>();
 }
