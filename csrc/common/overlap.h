@@ -1,4 +1,4 @@
-// Whether tensors share memory: what an op writes may overlap neither itself nor what it reads.
+// Whether tensors share memory: an output of an op may overlap neither itself nor another tensor.
 #pragma once
 
 #include <initializer_list>
@@ -13,7 +13,7 @@ class Memory {
  public:
   explicit Memory(const Tensor& t) : first_(reinterpret_cast<uintptr_t>(t.const_data_ptr())) {
     const auto element = static_cast<int64_t>(t.element_size());
-    TOKRED_CHECK(t.dim() <= kMostDims, "tensors may have at most 8 dimensions, got shape ",
+    TOKRED_CHECK(t.dim() <= kMaxDims, "tensors may have at most 8 dimensions, got shape ",
                  shape_string(t));
     empty_ = t.numel() == 0;
     for (int64_t i = 0; i < t.dim(); ++i) {
@@ -54,13 +54,13 @@ class Memory {
   }
 
  private:
-  static constexpr int kMostDims = 8;
+  static constexpr int kMaxDims = 8;
   struct Dim {
     int64_t stride, size;  // the stride in bytes; sizes above 1
   };
 
   uintptr_t end() const { return first_ + static_cast<uintptr_t>(extent_[count_]); }
-  // What the strides from dimension i on are multiples of.
+  // The common divisor of the strides from dimension i on.
   int64_t step(int i) const {
     int64_t common = 0;
     for (; i < count_; ++i) common = std::gcd(common, dims_[i].stride);
@@ -70,19 +70,20 @@ class Memory {
   uintptr_t first_;
   bool empty_;
   int count_ = 0;
-  Dim dims_[kMostDims];            // by stride
-  int64_t extent_[kMostDims + 1];  // bytes from the first to the last of the first i dimensions
+  Dim dims_[kMaxDims];            // by stride
+  int64_t extent_[kMaxDims + 1];  // bytes from the first to the last of the first i dimensions
 };
 
 // A tensor by the name of its argument; null where an optional one is absent.
 struct Named {
   Named(const char* argument, const Tensor& t) : name(argument), tensor(&t) {}
-  Named(const char* argument, const OptionalTensor& t) : name(argument), tensor(t ? &*t : nullptr) {}
+  Named(const char* argument, const OptionalTensor& t)
+      : name(argument), tensor(t ? &*t : nullptr) {}
   const char* name;
   const Tensor* tensor;
 };
 
-// What is written must share memory neither with itself nor with anything else.
+// Refuses outputs that share memory with themselves or with another argument.
 inline void check_overlaps(std::initializer_list<Named> written,
                            std::initializer_list<Named> read) {
   for (const Named* out = written.begin(); out != written.end(); ++out) {

@@ -1,8 +1,8 @@
-// The bytes of packed keys and values, defined once for the CPU, for CUDA and for whoever reads a
-// cache file.
+// The bytes of packed keys and values, defined once for the CPU, for CUDA and for readers of cache
+// files.
 //
 // A packed tensor [B, H, N, D] is two tensors. `codes` u8 [B, H, N, code_bytes(D, bits)]: a row of
-// codes for every token. `params` f16: what turns codes back into numbers, a row for every token
+// codes for every token. `params` f16: scales and offsets, a row for every token
 // (axis channel: the groups are group_size neighbouring channels of one token) or for every
 // group_size tokens (axis token: the groups are group_size tokens of one channel). A row of params
 // has the scales of its groups, then, where the scheme has one, their offsets. Rows of several
@@ -26,7 +26,7 @@ enum class GroupAxis : int32_t { channel, token };
 // All in f32, halves to even; scale and offset are stored in f16 and saturate at +-65504. Only
 // finite numbers count for min and max (without any both are 0). Where scale is 0 all codes are
 // those of 0, or of min (asymmetric: 0). NaN packs as 0, as min in asymmetric; +-inf as the
-// greatest and the least code.
+// largest and the smallest code.
 enum class PackScheme : int32_t { asymmetric, zero_point, symmetric, fp8 };
 
 inline constexpr float kFp8Max = 448.0f;
@@ -39,7 +39,7 @@ struct PackFormat {
   int32_t bits;        // 1, 2, 3, 4 or 8
   GroupAxis axis;
   PackScheme scheme;
-  bool rotated;        // rows are rotated (common/hadamard.h) before they are packed, the window too
+  bool rotated;  // rows are rotated (common/hadamard.h) before they are packed, the window too
 };
 
 constexpr bool has_offset(PackScheme scheme) {
@@ -60,11 +60,11 @@ constexpr int64_t params_per_row(const PackFormat& f) {
 // in the lowest bits of its bytes, one a byte, the next ones above them. So D = 128 in 4 bits is
 // four runs; channels 0 .. 15 are the low halves of the first run, 16 .. 31 its high halves. The
 // sixteen channels 16 i .. 16 i + 15 never straddle two runs.
-struct CodePlace {
+struct CodePosition {
   int64_t byte;
   int32_t shift;
 };
-constexpr CodePlace code_place(int64_t channel, int64_t head_dim, int64_t bits) {
+constexpr CodePosition code_position(int64_t channel, int64_t head_dim, int64_t bits) {
   const int64_t bytes = code_bytes(head_dim, bits);
   int64_t first = 0, run = 16;
   for (;; first += run, channel -= run * 8 / bits) {
@@ -77,10 +77,10 @@ constexpr CodePlace code_place(int64_t channel, int64_t head_dim, int64_t bits) 
 constexpr int64_t high_bit_row(int64_t head_dim) { return code_bytes(head_dim, 2); }
 
 static_assert(code_bytes(128, 4) == 64 && code_bytes(64, 3) == 24 && code_bytes(16, 1) == 2);
-static_assert(code_place(17, 128, 4).byte == 1 && code_place(17, 128, 4).shift == 4);
-static_assert(code_place(127, 128, 2).byte == 31 && code_place(127, 128, 2).shift == 6);
-static_assert(code_place(9, 64, 1).byte == 1 && code_place(9, 64, 1).shift == 1);
-static_assert(code_place(79, 80, 4).byte == 39 && code_place(72, 80, 4).shift == 4);
+static_assert(code_position(17, 128, 4).byte == 1 && code_position(17, 128, 4).shift == 4);
+static_assert(code_position(127, 128, 2).byte == 31 && code_position(127, 128, 2).shift == 6);
+static_assert(code_position(9, 64, 1).byte == 1 && code_position(9, 64, 1).shift == 1);
+static_assert(code_position(79, 80, 4).byte == 39 && code_position(72, 80, 4).shift == 4);
 
 // Of a cache that holds `tokens` tokens, the first packed_tokens() are packed and the others lie in
 // the window, token t in row t % window. Along tokens the window empties a whole window at a time,

@@ -1,4 +1,5 @@
-// Packed tensors as front ends take them: the format, rows of codes and params, slots, windows.
+// Packed tensors among the arguments of front ends: format, rows of codes and params, slots,
+// windows.
 #pragma once
 
 #include "attention/inputs.h"

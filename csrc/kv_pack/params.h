@@ -1,4 +1,4 @@
-// What the packing kernels are given.
+// Parameters of the kv_pack kernels.
 #pragma once
 
 #include "attention/params.h"
@@ -18,46 +18,46 @@ struct PackedRows {
 };
 
 // Token t of item b lies in row t of PackedRows, or in row slots[b][t] where slots are given;
-// tokens whose slot is outside [0, S) have no place: they are neither written nor read. Along
+// tokens whose slot is outside [0, S) are neither written nor read. Along
 // tokens a group of tokens takes the params row slots[b][first of the group] / group_size, so a
 // page of a pool is a multiple of group_size slots in order.
 struct SlotTable {
-  const int32_t* data = nullptr;       // i32 [B, capacity], the last dimension contiguous, or null
+  const int32_t* data = nullptr;  // i32 [B, capacity], the last dimension contiguous, or null
   int64_t stride_batch = 0;
-  int64_t capacity = 0;                // tokens an item may have: S without slots
+  int64_t capacity = 0;  // tokens an item may have: S without slots
 };
 
 // All rows of x, N = rows.
 struct KvPackParams {
-  HeadTensor x;                        // [B, H, N, D]
+  HeadTensor x;  // [B, H, N, D]
   PackedRows packed;
   int64_t batch, heads;
-  DType dtype;                         // of x: f32, f16, bf16
+  DType dtype;  // of x: f32, f16, bf16
 };
 
 struct KvUnpackParams {
   PackedRows packed;
-  HeadTensor out;                      // [B, H, N, D], written; tokens of a head without gaps
+  HeadTensor out;  // [B, H, N, D], written; tokens of a head without gaps
   int64_t batch, heads;
-  DType dtype;                         // of out
+  DType dtype;  // of out
 };
 
 // Appends L tokens to a cache that holds T = lengths[b] (or length) tokens of item b; see
 // packed_tokens(). First the tokens from packed_tokens(T) to packed_tokens(T + L) - 1 are packed,
 // those below T from the window, the others from x; then the other new tokens are written to the
-// window, rotated where the format is: what is packed from the window was rounded to its dtype.
+// window, rotated where the format is: tokens packed from the window were rounded to its dtype.
 // Without a window every new token is packed.
 // Where packed_tokens(T + L) is more than the capacity, or T is negative, nothing of the item is
 // written.
 struct KvAppendParams {
-  HeadTensor x;                        // [B, H, L, D]
+  HeadTensor x;  // [B, H, L, D]
   PackedRows packed;
-  HeadTensor window;                   // [B, H, W, D] in the dtype of x, written; or null
-  int64_t window_rows;                 // W; a multiple of group_size along tokens, 0 without
+  HeadTensor window;  // [B, H, W, D] in the dtype of x, written; or null
+  int64_t window_rows;  // W; a multiple of group_size along tokens, 0 without
   SlotTable slots;
-  const int32_t* lengths;              // i32 [B] or null
+  const int32_t* lengths;  // i32 [B] or null
   int64_t lengths_stride, length;
-  int64_t batch, heads, tokens;        // L
+  int64_t batch, heads, tokens;  // L
   DType dtype;
 };
 

@@ -1,4 +1,4 @@
-// What the matching kernels are given. Every pointer carries its shape.
+// Parameters of the match kernels. Every pointer carries its shape.
 #pragma once
 
 #include "common/types.h"

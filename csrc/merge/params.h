@@ -1,4 +1,4 @@
-// What the merging kernels are given. Acc is float, or double where the dtype is f64.
+// Parameters of the merge kernels. Acc is float, or double where the dtype is f64.
 #pragma once
 
 #include "common/types.h"

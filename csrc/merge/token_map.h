@@ -1,4 +1,4 @@
-// What the front ends of the merge ops check of a token map.
+// Checks of a token map, for the front ends of the merge ops.
 #pragma once
 
 #include <limits>

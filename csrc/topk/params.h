@@ -1,4 +1,4 @@
-// What the selection kernels are given. Every pointer carries its shape; R is the number of rows.
+// Parameters of the topk kernels. Every pointer carries its shape; R is the number of rows.
 #pragma once
 
 #include "common/types.h"
@@ -90,17 +90,17 @@ struct GatherParams {
 // normalised to c' (all 0 where they are equal). Sample i of n lies at y0 + i (1 - y0) / (n - 1),
 // y0 the smallest positive c' (n = 1: at y0; without one: at 0), and picks the first entry whose c'
 // is nearest. Repeated picks count once. indices: the picks by ascending score, -1 behind them.
-// Sums are of integers: floor(score / greatest unmasked score * 2^kProbabilityBits), a score being
-// at most the greatest finite float (all 0 where the greatest is 0). All else is in double, in the
+// Sums are of integers: floor(score / maximum unmasked score * 2^kProbabilityBits), a score being
+// at most the largest finite float (all 0 where the maximum is 0). All else is in double, in the
 // order written, without contraction; distances too, and those that round to the same are equal.
 struct InverseTransformParams {
-  RowView scores;              // dtype [d0, d1, d2, N]
-  RowView mask;                // bool [d0, d1, d2, N] or null
+  RowView scores;  // dtype [d0, d1, d2, N]
+  RowView mask;  // bool [d0, d1, d2, N] or null
   int64_t rows, columns, num_samples;
   DType dtype;
-  int32_t* indices;            // i32 [R, num_samples]
-  int32_t* counts;             // i32 [R]
-  void* workspace;             // inverse_transform_sample_workspace(params) bytes
+  int32_t* indices;  // i32 [R, num_samples]
+  int32_t* counts;  // i32 [R]
+  void* workspace;  // inverse_transform_sample_workspace(params) bytes
 };
 
 }  // namespace tokred

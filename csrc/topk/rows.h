@@ -1,4 +1,4 @@
-// Tensors of rows, as the front ends of the topk ops take and give them.
+// Views of rows, for the front ends of the topk ops: their inputs, numbers beside them, outputs.
 #pragma once
 
 #include <limits>

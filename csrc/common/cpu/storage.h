@@ -1,5 +1,5 @@
-// What tensors store, float, f16, bf16 or double, to and from sixteen lanes of the type it is
-// accumulated in.
+// Storage types of tensors (float, f16, bf16, double) to and from sixteen lanes of the type that
+// they are accumulated in.
 #pragma once
 
 #include "common/cpu/simd.h"
@@ -127,8 +127,7 @@ TOKRED_INLINE f32x16 load_as(const f16* p) {
   return {(f32x16::N)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 #elif defined(__F16C__)
   return map<f32x16>([&](int i) {
-    return (f32x16::N)_mm256_cvtph_ps(
-        _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8 * i)));
+    return (f32x16::N)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8 * i)));
   });
 #else
   float lane[kLanes];
@@ -163,8 +162,7 @@ TOKRED_INLINE void store_as(bf16* p, f32x16 v) {
 }
 TOKRED_INLINE void store_as(f16* p, f32x16 v) {
 #if defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_cvtps_ph((__m512)v.r[0], kNearestEven));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v.r[0], kNearestEven));
 #elif defined(__F16C__)
 #pragma GCC unroll 2
   for (int i = 0; i < f32x16::kRegisters; ++i) {
@@ -200,7 +198,7 @@ TOKRED_INLINE void visit_dtype(DType dtype, F f) {
     case DType::f64: f.template operator()<double>(); break;
   }
 }
-// The same for what accumulates in f32: f64 is refused by the front end of such an op.
+// The same for ops that accumulate in f32, whose front ends refuse f64.
 template <class F>
 TOKRED_INLINE void visit_f32(DType dtype, F f) {
   visit_dtype(dtype, [&]<class T>() {

@@ -1,5 +1,5 @@
-// Rows of codes as kv_pack/layout.h lays them out, to and from one byte a channel, and those bytes
-// to and from sixteen lanes.
+// Bit packing: rows of codes (kv_pack/layout.h) to and from one byte a channel, and bytes to and
+// from sixteen lanes.
 #pragma once
 
 #include "attention/params.h"
@@ -30,7 +30,7 @@ TOKRED_INLINE Run all_bytes(uint8_t byte) {
 // One run from the bits of its channels' bytes that `mask` names, after a shift to the right.
 // A code never leaves its byte, so whole words shift.
 template <int kBits, class Run>
-TOKRED_INLINE void join_run(const uint8_t* code, int down, uint8_t* row) {
+TOKRED_INLINE void pack_run(const uint8_t* code, int down, uint8_t* row) {
   const Run mask = all_bytes<Run>((1 << kBits) - 1);
   Run run{};
 #pragma GCC unroll 8
@@ -41,7 +41,7 @@ TOKRED_INLINE void join_run(const uint8_t* code, int down, uint8_t* row) {
   std::memcpy(row, &run, sizeof run);
 }
 template <int kBits, class Run>
-TOKRED_INLINE void split_run(const uint8_t* row, uint8_t* code) {
+TOKRED_INLINE void unpack_run(const uint8_t* row, uint8_t* code) {
   const Run mask = all_bytes<Run>((1 << kBits) - 1), run = load_run<Run>(row);
 #pragma GCC unroll 8
   for (int plane = 0; plane < 8 / kBits; ++plane) {
@@ -65,49 +65,49 @@ TOKRED_INLINE void for_runs(int64_t head_dim, F f) {
   if (bytes & 2) next.template operator()<uint16_t>();
 }
 
-// A row of kBits from the bits of every code above `down`.
+// A row of kBits from the bits of every code from bit `down` on.
 template <int kBits>
-TOKRED_INLINE void join_plain(const uint8_t* code, int down, int64_t head_dim, uint8_t* row) {
+TOKRED_INLINE void pack_plain(const uint8_t* code, int down, int64_t head_dim, uint8_t* row) {
   for_runs<kBits>(head_dim, [&]<class Run>(int64_t channel, int64_t byte) {
-    join_run<kBits, Run>(code + channel, down, row + byte);
+    pack_run<kBits, Run>(code + channel, down, row + byte);
   });
 }
 template <int kBits>
-TOKRED_INLINE void split_plain(const uint8_t* row, int64_t head_dim, uint8_t* code) {
+TOKRED_INLINE void unpack_plain(const uint8_t* row, int64_t head_dim, uint8_t* code) {
   for_runs<kBits>(head_dim, [&]<class Run>(int64_t channel, int64_t byte) {
-    split_run<kBits, Run>(row + byte, code + channel);
+    unpack_run<kBits, Run>(row + byte, code + channel);
   });
 }
 
 // A row of codes, from one byte for every channel.
-inline void join_codes(const uint8_t* code, int64_t head_dim, int32_t bits, uint8_t* row) {
+inline void bit_pack(const uint8_t* code, int64_t head_dim, int32_t bits, uint8_t* row) {
   switch (bits) {
-    case 1: return join_plain<1>(code, 0, head_dim, row);
-    case 2: return join_plain<2>(code, 0, head_dim, row);
+    case 1: return pack_plain<1>(code, 0, head_dim, row);
+    case 2: return pack_plain<2>(code, 0, head_dim, row);
     case 3:
-      join_plain<2>(code, 0, head_dim, row);
-      return join_plain<1>(code, 2, head_dim, row + high_bit_row(head_dim));
-    case 4: return join_plain<4>(code, 0, head_dim, row);
+      pack_plain<2>(code, 0, head_dim, row);
+      return pack_plain<1>(code, 2, head_dim, row + high_bit_row(head_dim));
+    case 4: return pack_plain<4>(code, 0, head_dim, row);
     default: std::memcpy(row, code, static_cast<size_t>(head_dim));
   }
 }
 
 // One byte for every channel, from a row of codes.
-TOKRED_INLINE void split_codes(const uint8_t* row, int64_t head_dim, int32_t bits, uint8_t* code) {
+TOKRED_INLINE void bit_unpack(const uint8_t* row, int64_t head_dim, int32_t bits, uint8_t* code) {
   switch (bits) {
-    case 1: return split_plain<1>(row, head_dim, code);
-    case 2: return split_plain<2>(row, head_dim, code);
+    case 1: return unpack_plain<1>(row, head_dim, code);
+    case 2: return unpack_plain<2>(row, head_dim, code);
     case 3: {
       alignas(16) uint8_t high[kMaxHeadDim];
-      split_plain<2>(row, head_dim, code);
-      split_plain<1>(row + high_bit_row(head_dim), head_dim, high);
+      unpack_plain<2>(row, head_dim, code);
+      unpack_plain<1>(row + high_bit_row(head_dim), head_dim, high);
       for (int64_t d = 0; d < head_dim; d += 16) {
         const Run16 both = load_run<Run16>(code + d) | load_run<Run16>(high + d) << 2;
         std::memcpy(code + d, &both, sizeof both);
       }
       return;
     }
-    case 4: return split_plain<4>(row, head_dim, code);
+    case 4: return unpack_plain<4>(row, head_dim, code);
     default: std::memcpy(code, row, static_cast<size_t>(head_dim));
   }
 }

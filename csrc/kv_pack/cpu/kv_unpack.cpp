@@ -51,7 +51,7 @@ TOKRED_INLINE void unpack_rows(const uint8_t* codes, int64_t stride, int64_t row
   alignas(64) float number[kMaxHeadDim];
   alignas(64) uint8_t code[kMaxHeadDim];
   for (int64_t i = 0; i < rows; ++i, codes += stride, out += f.head_dim) {
-    split_codes(codes, f.head_dim, f.bits, code);
+    bit_unpack(codes, f.head_dim, f.bits, code);
     if (!f.rotated) {
       decode_row<kScheme>(code, params, f, out);
       continue;

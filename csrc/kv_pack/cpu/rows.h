@@ -89,7 +89,7 @@ void pack_channels(const RowBlock<T>& block, int64_t rows, const PackedRows& p,
       }
     }
     if (slot >= 0) {
-      join_codes(code, f.head_dim, f.bits, to.codes + slot * p.codes_stride_token);
+      bit_pack(code, f.head_dim, f.bits, to.codes + slot * p.codes_stride_token);
     }
   }
 }
@@ -128,7 +128,7 @@ void code_rows(const RowBlock<T>& block, int64_t first, const GroupTable& table,
     const int64_t slot = block.slot[first + i];
     prefetch_next(block, first + i);
     if (slot < 0) continue;
-    join_codes(code[i], f.head_dim, f.bits, to.codes + slot * p.codes_stride_token);
+    bit_pack(code[i], f.head_dim, f.bits, to.codes + slot * p.codes_stride_token);
   }
 }
 

@@ -100,7 +100,7 @@ TOKRED_INLINE float row_weight(const TokenSet& set, int64_t item, int64_t positi
              : 1.0f;
 }
 
-// Lists the usable destinations of one item with what turns their dot product into a score.
+// Lists the usable destinations of one item, with the terms that make scores of dot products.
 template <class T>
 void prepare_columns(const MatchParams& p, int64_t item) {
   const Columns columns = columns_of(p, item);

@@ -89,7 +89,7 @@ TOKRED_INLINE void list_members(const MergeParams& p, const Parallel& parallel) 
     for (int64_t i = 0; i < p.tokens; ++i) {
       if (const int64_t slot = slot_of(i); slot >= 0) ++indptr[slot];
     }
-    // Ends of the slots; filling from the back turns them into starts.
+    // Ends of the slots; filling from the back makes starts of them.
     for (int64_t o = 1; o <= p.num_out; ++o) indptr[o] += indptr[o - 1];
     for (int64_t i = p.tokens - 1; i >= 0; --i) {
       if (const int64_t slot = slot_of(i); slot >= 0) {

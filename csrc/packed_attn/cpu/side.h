@@ -161,7 +161,7 @@ inline void unpack_token(const SideView& side, const Place& place, float* out) {
     return;
   }
   alignas(64) uint8_t codes[kMaxHeadDim];
-  split_codes(place.row, f.head_dim, f.bits, codes);
+  bit_unpack(place.row, f.head_dim, f.bits, codes);
   const bool fp8 = f.scheme == PackScheme::fp8, alone = f.axis == GroupAxis::channel;
   const uint16_t* offsets = place.params + (has_offset(f.scheme) ? groups_per_row(f) : 0);
   f32x16 scale = splat(0.0f), offset = scale;

@@ -149,7 +149,7 @@ void find(const Candidates<T>& c, int64_t capacity, Scratch& s) {
   if (is_short) s.find_hint = s.found.below;
 }
 
-// How many of the sorted entries it takes to exceed top_p, at least min_k.
+// The number of sorted entries whose probabilities exceed top_p, at least min_k.
 int64_t count_to_top_p(const TopkParams& p, const float* value, int64_t count) {
   constexpr double kMaxProbability = 1 << 20;
   constexpr double kOne = static_cast<double>(int64_t{1} << kProbabilityBits);
@@ -182,7 +182,7 @@ void merge_by_position(const Entries& a, const Entries& b, float* value, int32_t
   }
 }
 
-// Orders what was chosen into the segment's row of the outputs.
+// Writes the chosen entries, in order, to the segment's row of the outputs.
 void write(const TopkParams& p, int64_t number, int64_t wanted, Scratch& s) {
   float* value = p.values + number * p.k;
   int32_t* index = p.indices + number * p.k;
@@ -230,7 +230,7 @@ void choose(const TopkParams& p, const Sizes& sizes, int64_t number, const T* x,
   write(p, number, segment.wanted, s);
 }
 
-// Where long rows are fewer than the threads: what each chunk of each row holds.
+// The candidates of every chunk, where long rows are fewer than the threads.
 struct ChunkedRows {
   float* guess;  // [segments]
   int64_t* count;  // [segments * chunks], -1 where there were too many

@@ -77,7 +77,7 @@ __device__ __forceinline__ void find_bin(NarrowShared<kThreads>& s, int before, 
 
 // A key that at least `rank` and at most `limit` of the keys do not exceed; kLastKey where there
 // are fewer than `rank`. each(f) calls f(key) for every key, by the whole block; where the key
-// sought lies outside `range`, which is only a guess, it takes passes more.
+// sought lies outside `range`, which is only a guess, more passes follow.
 template <int kThreads, class Each>
 __device__ uint64_t narrow(KeyRange range, int64_t rank, int64_t limit, NarrowShared<kThreads>& s,
                            Each each) {

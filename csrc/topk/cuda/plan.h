@@ -43,7 +43,7 @@ inline constexpr int kMergeSortItems = 8;
 inline constexpr int64_t kMergeSortKeys = int64_t{kMergeSortThreads} * kMergeSortItems;
 inline constexpr int kSortedThreads = 512;
 
-// What the plans depend on. The path never changes a result.
+// Sizes that the plans depend on. The path never changes a result.
 struct TopkShape {
   int64_t segments, columns,
       k;  // of all rows, of a segment, entries chosen of it
@@ -119,7 +119,7 @@ constexpr int64_t topk_split_bytes(const TopkShape& s) {
 }
 constexpr int64_t sort_bytes(int64_t segments, int64_t columns) { return 16 * segments * columns; }
 
-// compact: a block packs a part of a row. It counts what lies before, so parts are as long as
+// compact: a block packs a part of a row after counting the parts before, so parts are as long as
 // there are blocks for the device. Example: [1, 1048576]: 32 blocks of 32768 columns.
 inline constexpr int kCompactThreads = 512;
 inline constexpr int kCompactWidth = 16;  // neighbours of a thread

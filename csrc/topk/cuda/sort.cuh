@@ -56,7 +56,7 @@ __device__ __forceinline__ void sort_keys(uint64_t (&key)[kItems], int thread,
   }
 }
 
-// Sorts the first n of up to kThreads * kItems keys in shared memory; what follows them becomes
+// Sorts the first n of up to kThreads * kItems keys in shared memory; the rest become
 // kNoKey. After a barrier; `exchange` may begin where the keys do.
 template <int kThreads, int kItems>
 __device__ void sort_shared(uint64_t* keys, int n, uint64_t* exchange) {
