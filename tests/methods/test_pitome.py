@@ -122,23 +122,24 @@ def test_amounts_are_rounded_down_as_computed() -> None:
     ],
 )
 def test_published_layer_rules(rule: str, margin: float, variants: list[str]) -> None:
-    plans = PitomeOptions(rule=rule).plans(5)
-    assert [plan.keywords["variant"] for plan in plans] == variants
-    margins = [plan.keywords["margin"] for plan in plans]
+    rules = [PitomeOptions(rule=rule).layer_rule(layer, 5) for layer in range(5)]
+    assert [variant for _, variant in rules] == variants
+    margins = [margin for margin, _ in rules]
     assert margins == pytest.approx([margin * (5 - layer) / 5 for layer in range(5)])
 
 
 def test_options() -> None:
-    first, *_, last = PitomeOptions(ratio=0.9, margin=0.8, bsm_layers=1).plans(4)
-    assert first.keywords == {"ratio": 0.9, "margin": 0.8, "variant": "bsm"}
-    assert last.keywords["variant"] == "pitome"
-    assert last.keywords["margin"] == pytest.approx(0.2)
-    assert PitomeOptions().plans(12)[11].keywords["margin"] == pytest.approx(0.75 / 12)
-    blip2 = PitomeOptions(margin=0.75, margin_drop=0.4).plans(4)
-    assert blip2[3].keywords["margin"] == pytest.approx(0.45)
-    last_two = PitomeOptions(rule="mae", bsm_layers=1).plans(3)
-    assert [plan.keywords["variant"] for plan in last_two] == ["pitome", "pitome", "bsm"]
-    assert PitomeOptions(ratio=1).plans(2) == [None, None]
+    changed = PitomeOptions(ratio=0.9, margin=0.8, bsm_layers=1)
+    assert changed.layer_rule(0, 4) == (0.8, "bsm")
+    assert changed.layer_rule(3, 4) == (pytest.approx(0.2), "pitome")
+    assert PitomeOptions().layer_rule(11, 12)[0] == pytest.approx(0.75 / 12)
+    assert PitomeOptions(margin=0.75, margin_drop=0.4).layer_rule(3, 4)[0] == pytest.approx(0.45)
+    last = PitomeOptions(rule="mae", bsm_layers=1)
+    assert [last.layer_rule(layer, 3)[1] for layer in range(3)] == ["pitome", "pitome", "bsm"]
+    assert list(PitomeOptions(ratio=1).layers(2)) == [] and list(PitomeOptions().layers(2)) == [
+        0,
+        1,
+    ]
     for options in ({"rule": "vit"}, {"ratio": 0.4}, {"bsm_layers": -1}):
         with pytest.raises(ValueError, match=next(iter(options))):
             PitomeOptions(**options)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 if TYPE_CHECKING:
-    from tokred.patching import Overrides, Settings
+    from tokred.patching import Settings
 
 # The module of each adapter, and the models that it finds layers in.
 _ADAPTERS = {
@@ -26,55 +25,27 @@ _ADAPTERS = {
 }
 
 
-def attach(
-    model: nn.Module,
-    method: Any,
-    settings: Settings,
-    overrides: Overrides,
-    check_only: bool = False,
-) -> list[Any]:
-    """Installs the method into every stack of layers that its adapters find in the model.
+def find(model: nn.Module, method: Any, settings: Settings) -> list[Any]:
+    """The stacks of layers in the model that the method can be put into, by its `adapters`.
 
-    Returns:
-        One state per stack (none with check_only, which installs nothing).
+    Each has install(method, settings, overrides), which does so and returns the stack's state.
 
     Raises:
-        ValueError: no adapter finds a layer; the message says why, as far as it is known.
+        ValueError: there are none, or one that cannot be served; the message says why, as far as it
+            is known.
     """
-    states = []
-    found = False
+    stacks: list[Any] = []
     reasons = []
     for name in method.adapters:
         adapter = importlib.import_module(f"{__name__}.{_ADAPTERS[name][0]}")
-        for stack in adapter.stacks(model, method, settings):
-            found = True
-            if not check_only:
-                states.append(stack.install(method, settings, overrides))
+        stacks += adapter.stacks(model, method, settings)
         if hasattr(adapter, "why_not"):
             reasons.append(adapter.why_not(model))
-    if not found:
+    if not stacks:
         supported = "; ".join(_ADAPTERS[name][1] for name in method.adapters)
         why = "".join(f" ({reason})" for reason in reasons if reason)
         raise ValueError(
             f"{type(model).__name__} has no layer that this method can be put into"
             f"{why}; supported are: {supported}"
         )
-    return states
-
-
-def layer_lists(model: nn.Module, is_layer: Any) -> Iterator[tuple[str, list[nn.Module]]]:
-    """(name, layers) of every Sequential or ModuleList of which all children are such layers."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Sequential | nn.ModuleList) and len(module):
-            layers = list(module)
-            if all(is_layer(layer) for layer in layers):
-                yield name, layers
-
-
-def ancestors(model: nn.Module, name: str) -> Iterator[nn.Module]:
-    """The modules around `name`, from the innermost out, `model` last."""
-    parts = name.split(".")
-    for length in range(len(parts) - 1, 0, -1):
-        yield model.get_submodule(".".join(parts[:length]))
-    if name:
-        yield model
+    return stacks

@@ -5,22 +5,23 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn, Protocol, TypeAlias
 
 import torch
 from torch import nn
 
 import tokred
-from tokred.methods.tomesd import TomesdOptions, block_seed, compute_merge, grid_of
-from tokred.patching import Overrides, Settings
+from tokred.grid import grid_of
+from tokred.patching import LatentCall, Overrides, Settings, TokenReducer
 from tokred.patching.recomputation import (
     PerThread,
     StorageTable,
     backward_task,
     refuse_late_backward,
 )
+from tokred.patching.reduction_call import as_token_map
 from tokred.patching.token_state import refuse_copy
 
 # The models of diffusers whose tokens are those of a latent [B, C, H, W] in rows. Others add a time
@@ -39,19 +40,31 @@ _IMAGE_MODELS = {
 BlockPlan: TypeAlias = tuple[torch.Tensor, int] | None
 
 
+class BlockReducer(TokenReducer, Protocol):
+    """A TokenReducer for blocks, whose `plan` gets a LatentCall.
+
+    merge_attn, merge_crossattn, merge_mlp: the parts of a block that run on fewer tokens.
+    """
+
+    merge_attn: bool
+    merge_crossattn: bool
+    merge_mlp: bool
+
+
 @dataclass(frozen=True)
 class Latent:
     """The state of a forward pass before one of its blocks; never changed, only replaced.
 
     size is the height and width of the latent, finest the downsampling of the finest block so far.
     merged has the name of every block that has run, its tokens, and how many its parts ran on.
-    grad: the pass began with gradients. checkpointed: a block ran without, as in a reentrant
-    checkpoint.
+    carried is what the method's blocks have left for later ones, see ReductionCall. grad: the pass
+    began with gradients. checkpointed: a block ran without, as in a reentrant checkpoint.
     """
 
     size: tuple[int, int]
     finest: int | None = None
     merged: tuple[tuple[str, int, int], ...] = ()
+    carried: dict[str, torch.Tensor] = field(default_factory=dict)
     grad: bool = False
     checkpointed: bool = False
 
@@ -73,9 +86,11 @@ class LatentState:
     storage of its tokens.
     """
 
-    def __init__(self, options: TomesdOptions) -> None:
-        self.options = options
-        self.seed = torch.initial_seed() if options.seed is None else options.seed
+    def __init__(self, method: BlockReducer, num_blocks: int) -> None:
+        self.method = method
+        self.num_blocks = num_blocks
+        self.blocks = frozenset(method.layers(num_blocks))
+        self.seed = torch.initial_seed()
         self.threads = PerThread(_ThreadState)
         self.passes: StorageTable[Latent] = StorageTable()
         self.latest: Latent | None = None
@@ -111,14 +126,14 @@ class LatentState:
         if backward_task() != -1:
             return
         self.thread.latest = self.latest = done
-        if torch.compiler.is_compiling() or self.warned or self.options.ratio == 0:
+        if torch.compiler.is_compiling() or self.warned or not self.blocks:
             return
         if all(tokens == merged for _, tokens, merged in done.merged):
             self.warned = True
             counts = sorted({tokens for _, tokens, _ in done.merged}, reverse=True)
             warnings.warn(
                 f"tomesd merged nothing: with a latent of {done.size[0]} x {done.size[1]} the "
-                f"blocks have {counts} tokens, of which {self.options} leaves every one",
+                f"blocks have {counts} tokens, of which {self.method} leaves every one",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -141,16 +156,27 @@ class LatentState:
         downsample = grid_of(x.shape[1], now.size)[0]
         finest = downsample if now.finest is None else min(downsample, now.finest)
         self.passes.add(x, index, replace(now, finest=finest))
-        # Tokens that come straight from an image are channel-first; the ops want rows.
-        metric = x.detach().contiguous()
-        metric = metric.float() if metric.dtype == torch.float64 else metric
-        seed = block_seed(metric, self.seed, index) if self.options.use_rand else None
-        plan = compute_merge(metric, now.size, self.options, seed, finest)
+        plan, carried = None, now.carried
+        if index in self.blocks:
+            call = LatentCall(
+                x,
+                index,
+                self.num_blocks,
+                carried=dict(carried),
+                latent_size=now.size,
+                finest=finest,
+                seed=self.seed,
+            )
+            reduction = self.method.plan(call)
+            carried = call.carried
+            plan = None if reduction is None else as_token_map(reduction, x.shape[1])
         record = (name, x.shape[1], x.shape[1] if plan is None else plan[1])
         if self.thread.current is not None:
             merged = (*now.merged, record)
             rerun = now.checkpointed or (now.grad and not torch.is_grad_enabled())
-            self.thread.current = replace(now, finest=finest, merged=merged, checkpointed=rerun)
+            self.thread.current = replace(
+                now, finest=finest, merged=merged, carried=carried, checkpointed=rerun
+            )
         return plan
 
     def plan_of(self, block: nn.Module) -> BlockPlan:
@@ -180,10 +206,10 @@ class Stack:
     blocks: dict[str, nn.Module]
 
     def install(
-        self, method: TomesdOptions, settings: Settings, overrides: Overrides
+        self, method: BlockReducer, settings: Settings, overrides: Overrides
     ) -> LatentState:
         """Puts the method into the blocks; returns their state."""
-        state = LatentState(method)
+        state = LatentState(method, len(self.blocks))
         _, latent, *_ = *inspect.signature(type(self.model).forward).parameters, ""
         overrides.replace(self.model, "forward", _model_forward, state, latent, self.model)
         for index, (name, block) in enumerate(self.blocks.items()):
@@ -194,7 +220,7 @@ class Stack:
         return state
 
 
-def _parts(block: nn.Module, method: TomesdOptions) -> list[nn.Module]:
+def _parts(block: nn.Module, method: BlockReducer) -> list[nn.Module]:
     """What runs on merged tokens; attn2 is None in blocks without cross-attention."""
     parts = (
         (block.attn1, method.merge_attn),
@@ -204,7 +230,7 @@ def _parts(block: nn.Module, method: TomesdOptions) -> list[nn.Module]:
     return [part for part, merges in parts if merges and part is not None]
 
 
-def stacks(model: nn.Module, method: Any, settings: Settings) -> Iterator[Stack]:
+def stacks(model: nn.Module, method: BlockReducer, settings: Settings) -> Iterator[Stack]:
     """Every model with blocks in it: the outermost ones of diffusers, or else `model` itself.
 
     Raises:

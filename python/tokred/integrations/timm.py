@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 import tokred
-from tokred.patching import Overrides, Settings, TokenState
+from tokred.patching import Overrides, Settings, TokenReducer, TokenState
 
-from . import ancestors, layer_lists
+from .walk import ancestors, layer_lists
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,18 @@ class Stack:
     vit: nn.Module | None
     around: list[nn.Module]
 
-    def install(self, method: Any, settings: Settings, overrides: Overrides) -> TokenState:
+    def install(self, method: TokenReducer, settings: Settings, overrides: Overrides) -> TokenState:
         """Puts the method into the layers; returns their state."""
-        state = TokenState(method.plans(len(self.blocks)), self.num_prefix, settings)
+        state = TokenState(method, len(self.blocks), self.num_prefix, settings)
         for layer, block in enumerate(self.blocks):
             overrides.replace(block, "forward", _block_forward, state, layer, block)
             overrides.replace(block.attn, "forward", _attention_forward, state, block.attn)
-            if state.plans[layer] is not None:
-                overrides.hook(block.attn.k_norm, partial(_keep_metric, state))
-        if any(state.plans):
+            if state.reduces(layer):
+                values = partial(_values, block.attn.num_heads)
+                overrides.hook(block.attn.q_norm, partial(_keep, state, "q", _as_they_are))
+                overrides.hook(block.attn.k_norm, partial(_keep, state, "k", _as_they_are))
+                overrides.hook(block.attn.qkv, partial(_keep, state, "v", values))
+        if state.layers:
             for module in self.around:
                 if hasattr(module, "forward_intermediates"):
                     overrides.replace(module, "forward_intermediates", _refuse_intermediates)
@@ -46,7 +49,7 @@ class Stack:
         return state
 
 
-def stacks(model: nn.Module, method: Any, settings: Settings) -> Iterator[Stack]:
+def stacks(model: nn.Module, method: TokenReducer, settings: Settings) -> Iterator[Stack]:
     """The stacks of Blocks in the model.
 
     Raises:
@@ -70,7 +73,7 @@ def stacks(model: nn.Module, method: Any, settings: Settings) -> Iterator[Stack]
                     "only timm.layers.Attention is supported"
                 )
         around = list(ancestors(model, name))
-        if any(method.plans(len(blocks))):
+        if method.layers(len(blocks)):
             _refuse_grids(around)
         vit = next((m for m in around if hasattr(m, "num_prefix_tokens")), None)
         _check_vit(vit, settings)
@@ -121,8 +124,23 @@ def _check_vit(vit: nn.Module | None, settings: Settings) -> None:
         raise ValueError('weighted_pool needs a timm model with global_pool="avg"')
 
 
-def _keep_metric(state: TokenState, module: nn.Module, args: Any, keys: torch.Tensor) -> None:
-    state.keep_metric(keys.detach().mean(1))
+def _keep(
+    state: TokenState,
+    name: str,
+    in_heads: Callable[[torch.Tensor], torch.Tensor],
+    module: nn.Module,
+    args: Any,
+    output: torch.Tensor,
+) -> None:
+    state.keep_projection(name, output, in_heads)
+
+
+def _as_they_are(heads: torch.Tensor) -> torch.Tensor:
+    return heads
+
+
+def _values(num_heads: int, qkv: torch.Tensor) -> torch.Tensor:
+    return qkv.unflatten(-1, (3, num_heads, -1))[:, :, 2].transpose(1, 2)
 
 
 def _block_forward(
@@ -135,12 +153,12 @@ def _block_forward(
     is_causal: bool = False,
 ) -> torch.Tensor:
     state.enter(x, layer)
-    if state.plans[layer] is None:
+    if not state.reduces(layer):
         x = original(x, **_given(attn_mask, is_causal))
     else:
         _refuse_masks(attn_mask, is_causal)
         x = x + block.drop_path1(block.ls1(block.attn(block.norm1(x))))
-        x = state.reduce(x, layer)
+        x = state.reduce(x, layer, block.attn.scale)
         x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
     state.leave(x, layer)
     return x
@@ -169,7 +187,8 @@ def _attention_forward(
     q, k = attn.q_norm(q), attn.k_norm(k)
     # Under autocast the norms return float32.
     q, k = q.to(v.dtype), k.to(v.dtype)
-    out, _ = tokred.biased_attention(q, k, v, key_bias=bias, scale=attn.scale)
+    out, lse = tokred.biased_attention(q, k, v, key_bias=bias, scale=attn.scale)
+    state.keep_lse(lse)
     out = attn.norm(out.transpose(1, 2).reshape(batch, tokens, attn.attn_dim))
     if getattr(attn, "gate", None) is not None:
         out = out * attn.gate(x).sigmoid()

@@ -23,7 +23,7 @@ from ._method import Family, Method, Needs, Options
 LANES = 16  # rows of whole lanes are read fastest
 
 if TYPE_CHECKING:
-    from tokred.integrations.transformers.attention import AttentionCall
+    from tokred.patching import AttentionCall
 
 
 def chunk_dims(chunks: Tensor, head_dim: int, interleaved: bool = False) -> Tensor:

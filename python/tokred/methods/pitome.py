@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
@@ -18,7 +18,9 @@ from torch.nn import functional
 import tokred
 
 from ._method import Family, Method, Needs, Options
-from .tome import Plan
+
+if TYPE_CHECKING:
+    from tokred.patching import ReductionCall
 
 # Rows of the similarity matrix that exist at a time.
 TILE_ROWS = 256
@@ -171,24 +173,24 @@ class PitomeOptions(Options):
         if self.bsm_layers is not None and self.bsm_layers < 0:
             raise ValueError(f"bsm_layers must be at least 0, not {self.bsm_layers}")
 
-    def plans(self, num_layers: int) -> list[Plan | None]:
-        """One plan per layer, None where the layer merges nothing."""
-        if self.ratio == 1:
-            return [None] * num_layers
+    def layers(self, num_layers: int) -> range:
+        """All layers, unless they keep all tokens."""
+        return range(num_layers if self.ratio < 1 else 0)
+
+    def plan(self, call: ReductionCall) -> tuple[torch.Tensor, int] | None:
+        """pitome_plan of the mean keys, by the layer's rule."""
+        margin, variant = self.layer_rule(call.layer, call.num_layers)
+        return pitome_plan(call.mean_keys, call.num_prefix, self.ratio, margin, variant)
+
+    def layer_rule(self, layer: int, num_layers: int) -> tuple[float, str]:
+        """(margin, variant) of a layer."""
         rule = RULES[self.rule]
         margin = rule.margin if self.margin is None else self.margin
         drop = margin if self.margin_drop is None else self.margin_drop
         count = rule.bsm_layers(num_layers) if self.bsm_layers is None else self.bsm_layers
         first = max(num_layers - count, 0) if rule.bsm == "last" else 0
-        return [
-            partial(
-                pitome_plan,
-                ratio=self.ratio,
-                margin=margin - drop * layer / num_layers,
-                variant="bsm" if first <= layer < first + count else "pitome",
-            )
-            for layer in range(num_layers)
-        ]
+        variant = "bsm" if first <= layer < first + count else "pitome"
+        return margin - drop * layer / num_layers, variant
 
 
 METHOD = Method(

@@ -18,7 +18,7 @@ import tokred
 from ._method import Family, Method, Needs, Options
 
 if TYPE_CHECKING:
-    from tokred.integrations.transformers.attention import AttentionCall
+    from tokred.patching import AttentionCall
 
 
 class TidalAttention:

@@ -30,7 +30,7 @@ from tokred.selection import block_mask, choose, ends
 from ._method import Family, Method, Needs, Options
 
 if TYPE_CHECKING:
-    from tokred.integrations.transformers.attention import AttentionCall
+    from tokred.patching import AttentionCall
 
 
 def vote(

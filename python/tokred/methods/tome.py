@@ -5,10 +5,8 @@ Token Merging: Your ViT But Faster (ICLR 2023, arXiv 2210.09461).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -17,8 +15,8 @@ from tokred.schedule import Amount, Schedule, parse_r, resolve
 
 from ._method import Family, Method, Needs, Options
 
-# metric [B, N, C], num_prefix -> (token_map i32 [B, N], num_out), or None to leave the layer alone.
-Plan: TypeAlias = Callable[[torch.Tensor, int], tuple[torch.Tensor, int] | None]
+if TYPE_CHECKING:
+    from tokred.patching import ReductionCall
 
 
 def tome_plan(
@@ -88,12 +86,14 @@ class TomeOptions(Options):
 
     adapters = ("timm", "transformers")
 
-    def plans(self, num_layers: int) -> list[Plan | None]:
-        """One plan per layer, None where the layer merges nothing."""
-        return [
-            partial(tome_plan, r=amount, order=self.order) if amount else None
-            for amount in parse_r(num_layers, self.r)
-        ]
+    def layers(self, num_layers: int) -> list[int]:
+        """The layers whose amount is not 0."""
+        return [layer for layer, amount in enumerate(parse_r(num_layers, self.r)) if amount]
+
+    def plan(self, call: ReductionCall) -> tuple[torch.Tensor, int] | None:
+        """tome_plan of the mean keys, by the layer's amount."""
+        amount = parse_r(call.num_layers, self.r)[call.layer]
+        return tome_plan(call.mean_keys, call.num_prefix, amount, self.order)
 
 
 METHOD = Method(

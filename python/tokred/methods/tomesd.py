@@ -6,13 +6,16 @@ cell of a grid is a destination, all others are sources.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 import tokred
+from tokred.grid import grid_of
+
+if TYPE_CHECKING:
+    from tokred.patching import LatentCall
 
 from ._method import Family, Method, Needs, Options
 
@@ -114,29 +117,6 @@ def random2d_plan(
     return token_map, tokens - r
 
 
-def grid_of(tokens: int, latent_size: tuple[int, int]) -> tuple[int, int, int]:
-    """(downsampling, height, width) of a block with that many tokens.
-
-    The downsampling is ceil(sqrt(H W // tokens)), and the grid is the latent's size divided by it,
-    rounded up, as convolutions with padding do, or down, as patches without it do.
-
-    Raises:
-        ValueError: neither has that many tokens.
-    """
-    height, width = latent_size
-    downsample = math.ceil(math.sqrt(height * width // tokens))
-    up = math.ceil(height / downsample), math.ceil(width / downsample)
-    down = height // downsample, width // downsample
-    for rows, columns in (up, down):
-        if rows * columns == tokens:
-            return downsample, rows, columns
-    raise ValueError(
-        f"a block has {tokens} tokens, which are no grid of a latent of {height} x {width}: "
-        f"divided by {downsample} that has {up[0]} x {up[1]} or {down[0]} x {down[1]}. Models that "
-        "add other tokens to those of the image, or lay them out otherwise, are not supported"
-    )
-
-
 def compute_merge(
     x: torch.Tensor,
     latent_size: tuple[int, int],
@@ -203,6 +183,19 @@ class TomesdOptions(Options):
             raise ValueError("stride_x, stride_y and max_downsample must be at least 1")
         if not (self.merge_attn or self.merge_crossattn or self.merge_mlp):
             raise ValueError("one of merge_attn, merge_crossattn and merge_mlp must be True")
+
+    def layers(self, num_layers: int) -> range:
+        """All blocks, unless the ratio is 0."""
+        return range(num_layers if self.ratio else 0)
+
+    def plan(self, call: LatentCall) -> tuple[torch.Tensor, int] | None:
+        """compute_merge of the block's tokens."""
+        # Tokens that come straight from an image are channel-first; the ops want rows.
+        x = call.x.contiguous()
+        x = x.float() if x.dtype == torch.float64 else x
+        seed = call.seed if self.seed is None else self.seed
+        drawn = block_seed(x, seed, call.layer) if self.use_rand else None
+        return compute_merge(x, call.latent_size, self, drawn, call.finest)
 
 
 METHOD = Method(

@@ -20,7 +20,7 @@ from ._lists import check_least
 from ._method import Family, Method, Needs, Options
 
 if TYPE_CHECKING:
-    from tokred.integrations.transformers.attention import AttentionCall
+    from tokred.patching import AttentionCall
 
 
 def top_k_attention(

@@ -1,8 +1,26 @@
-"""Putting a method into an existing model: patch, its overrides, and the state of tokens."""
+"""Putting a method into an existing model: patch, its overrides, the state of tokens, and what
+methods and patches say to each other."""
 
+from .attention_call import AttentionCall
 from .handle import Patch, apply, patch
 from .overrides import Overrides
+from .protocols import KeySelector, TokenReducer
+from .reduction_call import LatentCall, LayerAttention, Reduction, ReductionCall
 from .settings import Settings
 from .token_state import TokenState
 
-__all__ = ["Overrides", "Patch", "Settings", "TokenState", "apply", "patch"]
+__all__ = [
+    "AttentionCall",
+    "KeySelector",
+    "LatentCall",
+    "LayerAttention",
+    "Overrides",
+    "Patch",
+    "Reduction",
+    "ReductionCall",
+    "Settings",
+    "TokenReducer",
+    "TokenState",
+    "apply",
+    "patch",
+]

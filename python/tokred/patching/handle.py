@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tokred import integrations, methods
+from tokred import methods
 
 from .overrides import Overrides
 from .settings import Settings
@@ -154,7 +154,7 @@ class Patch:
         self._lock = threading.RLock()
         self._overrides = Overrides()
         self.states: list[Any] = []
-        integrations.attach(model, method, settings, self._overrides, check_only=True)
+        self._stacks()  # refuses a model that it does not fit
         self._unused = True
 
     def __enter__(self) -> Patch:
@@ -162,9 +162,10 @@ class Patch:
             self._unused = False
             if self._depth == 0:
                 try:
-                    self.states = integrations.attach(
-                        self.model, self.method, self.settings, self._overrides
-                    )
+                    self.states = [
+                        stack.install(self.method, self.settings, self._overrides)
+                        for stack in self._stacks()
+                    ]
                 except BaseException as failure:
                     self._overrides.undo(failure)
                     raise
@@ -223,6 +224,12 @@ class Patch:
         if not hasattr(state, "merged"):
             raise RuntimeError("only tomesd merges inside blocks: counts shows what others merged")
         return state.merged
+
+    def _stacks(self) -> list[Any]:
+        # Integrations import patching, which knows none of them until a model is patched.
+        from tokred import integrations
+
+        return integrations.find(self.model, self.method, self.settings)
 
     def _state(self) -> Any:
         if len(self.states) != 1:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import torch
 
 import tokred
 
+from .protocols import TokenReducer
 from .recomputation import PerThread, StorageTable, backward_task
+from .reduction_call import LayerAttention, Reduction, ReductionCall, as_token_map
 from .settings import Settings
 
 
@@ -20,7 +23,7 @@ class Pass:
     layer is the next to run, and counts the tokens before the first layer and after each merge.
     ones [B, N0] are the sizes before any merge; size f32 [B, N] and token_map i32 [B, N0] are None
     as long as nothing has merged. task is the id of the backward pass that recomputes the layers,
-    -1 for none.
+    -1 for none. carried is what the method's layers have left for later ones, see ReductionCall.
     """
 
     layer: int
@@ -29,19 +32,23 @@ class Pass:
     ones: torch.Tensor
     size: torch.Tensor | None = None
     token_map: torch.Tensor | None = None
+    carried: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass
 class _ThreadState:
-    """The pass that runs in a thread, its latest complete one, and the running layer's metric."""
+    """The pass that runs in a thread, its latest complete one, and the running layer's attention.
+
+    attention is None outside of layers that reduce their tokens.
+    """
 
     current: Pass | None = None
     latest: Pass | None = None
-    metric: torch.Tensor | None = None
+    attention: LayerAttention | None = None
 
 
 class TokenState:
-    """One stack of layers: what each of them merges, and its forward passes.
+    """One stack of layers: the method that reduces their tokens, and its forward passes.
 
     Every thread has a pass of its own, which the first layer starts. A layer that runs again in
     the backward pass (torch.utils.checkpoint) finds the pass it belongs to by the storage of its
@@ -51,8 +58,12 @@ class TokenState:
     run none, the one completed last by any thread.
     """
 
-    def __init__(self, plans: list, num_prefix: int, settings: Settings) -> None:
-        self.plans = plans
+    def __init__(
+        self, method: TokenReducer, num_layers: int, num_prefix: int, settings: Settings
+    ) -> None:
+        self.method = method
+        self.num_layers = num_layers
+        self.layers = frozenset(method.layers(num_layers))
         self.num_prefix = num_prefix
         self.prop_attn = settings.prop_attn
         self.trace_source = settings.trace_source
@@ -102,6 +113,10 @@ class TokenState:
             raise RuntimeError("no forward pass has run inside the patch yet")
         return shown
 
+    def reduces(self, layer: int) -> bool:
+        """Whether the layer may give up tokens."""
+        return layer in self.layers
+
     def enter(self, x: torch.Tensor, layer: int) -> None:
         """Before a layer runs on x [B, N, C]: makes the pass it belongs to the thread's own.
 
@@ -109,6 +124,7 @@ class TokenState:
             RuntimeError: the layer runs out of order, so that the tokens' sizes are not known.
         """
         task = backward_task()
+        self._thread.attention = LayerAttention() if layer in self.layers else None
         if layer == 0:
             self._passes.purge()
             # One element, so that a pass which merges nothing costs nothing.
@@ -133,12 +149,20 @@ class TokenState:
         done = replace(self._thread.current, layer=layer + 1)
         self._thread.current = done
         self._passes.add(x, layer + 1, done)
-        if layer + 1 == len(self.plans) and backward_task() == -1:
+        if layer + 1 == self.num_layers and backward_task() == -1:
             self._thread.latest = self._latest = done
 
-    def keep_metric(self, metric: torch.Tensor) -> None:
-        """What the running layer will measure similarity on, [B, N, D]."""
-        self._thread.metric = metric.float() if metric.dtype == torch.float64 else metric
+    def keep_projection(
+        self, name: str, output: torch.Tensor, in_heads: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
+        """Keeps what the running layer's attention projected, see LayerAttention."""
+        if self._thread.attention is not None:
+            self._thread.attention.projections[name] = output, in_heads
+
+    def keep_lse(self, lse: torch.Tensor) -> None:
+        """Keeps the lse f32 [B, H, N] of the running layer's proportional attention."""
+        if self._thread.attention is not None:
+            self._thread.attention.lse = lse
 
     def key_bias(self) -> torch.Tensor | None:
         """log(size) f32 [B, 1, N] of the running layer, or None where attention needs no bias.
@@ -147,7 +171,7 @@ class TokenState:
             RuntimeError: the attention is run again without its layer.
         """
         now, task = self._thread.current, backward_task()
-        if not self.prop_attn or not any(self.plans) or (now is None and task == -1):
+        if not self.prop_attn or not self.layers or (now is None and task == -1):
             return None
         if now is None or now.task != task:
             raise RuntimeError(
@@ -165,25 +189,26 @@ class TokenState:
             RuntimeError: x does not come from the calling thread's pass.
         """
         now = self._thread.current
-        if now is None or now.layer != len(self.plans) or now.task != backward_task():
+        if now is None or now.layer != self.num_layers or now.task != backward_task():
             raise RuntimeError(
                 "pooling was run apart from the layers, so the sizes of its tokens are not known: "
                 "checkpoint whole layers or the whole model"
             )
         return now.size
 
-    def reduce(self, x: torch.Tensor, layer: int) -> torch.Tensor:
-        """Merges x [B, N, C] as the layer's plan says, by the metric its attention left here."""
-        metric, self._thread.metric = self._thread.metric, None
-        if metric is None:
-            raise RuntimeError(
-                "a layer ran without its patched attention: call backward() inside the patch that "
-                "the forward pass ran in, where checkpoints recompute its layers"
-            )
-        plan = self.plans[layer](metric, self.num_prefix)
-        if plan is None:
+    def reduce(self, x: torch.Tensor, layer: int, scale: float) -> torch.Tensor:
+        """Reduces x [B, N, C] as the method plans it.
+
+        Args:
+            scale: of the logits of the layer's attention.
+
+        Raises:
+            RuntimeError: the layer ran without its patched attention.
+        """
+        reduction = self._plan(x, layer, scale)
+        if reduction is None:
             return x
-        token_map, num_out = plan
+        token_map, num_out = as_token_map(reduction, x.shape[1])
         now = self._thread.current
         # SigLIP's tokens come channel-first out of the patch convolution; the op wants rows.
         x, size = tokred.merge(x.contiguous(), token_map, num_out, now.size)
@@ -195,6 +220,30 @@ class TokenState:
             now, counts=(*now.counts, num_out), size=size, token_map=source
         )
         return x
+
+    def _plan(self, x: torch.Tensor, layer: int, scale: float) -> Reduction:
+        """What the method does with the tokens; keeps what it leaves for later layers."""
+        attention, self._thread.attention = self._thread.attention, None
+        if attention is None or not attention.projections:
+            raise RuntimeError(
+                "a layer ran without its patched attention: call backward() inside the patch that "
+                "the forward pass ran in, where checkpoints recompute its layers"
+            )
+        now = self._thread.current
+        call = ReductionCall(
+            x,
+            layer,
+            self.num_layers,
+            self.num_prefix,
+            now.size,
+            attention,
+            scale,
+            dict(now.carried),
+        )
+        reduction = self.method.plan(call)
+        if call.carried:
+            self._thread.current = replace(now, carried=call.carried)
+        return reduction
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         refuse_copy()

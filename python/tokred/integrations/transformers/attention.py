@@ -25,12 +25,11 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-from .call import AttentionCall, AttentionMethod
+from tokred.patching import AttentionCall
+
 from .packed_states import ADVICE, PackedStates
 
 __all__ = [
-    "AttentionCall",
-    "AttentionMethod",
     "attention_forward",
     "attention_mask",
     "register",

@@ -1,16 +1,10 @@
 """transformers' language models: methods that choose which cached keys a layer attends to.
 
 The model runs on tokred's attention (attention.py) inside the patch, and every full-attention layer
-hands its attention to the method. A method is a dataclass of options with
-
-    adapters = ("causal_lm",)
-    rotation = "cached" or "compact"
-    def attention(self, layers: Sequence[int]) -> AttentionMethod
-
-where `layers` are the model's own numbers of those layers; `attend` is called once a layer and
-forward pass, in their order, and by several threads if the model is. Methods count full-attention
-layers alone, from 0. Layers that see only a part of the keys, by a window, in chunks or by lists of
-their own, are left alone.
+hands its attention to the method, a KeySelector. `attend` is called once a layer and forward pass,
+in their order, and by several threads if the model is. Methods count full-attention layers alone,
+from 0. Layers that see only a part of the keys, by a window, in chunks or by lists of their own,
+are left alone.
 
 With rotation "compact" the queries and keys come without rotation, and are cached so: a cache made
 inside the patch then fits only models inside it.
@@ -27,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokred.patching import Overrides, Settings
+from tokred.patching import AttentionCall, KeySelector, Overrides, Settings
 from tokred.patching.recomputation import refuse_late_backward
 
 from . import attention
@@ -41,7 +35,7 @@ __all__ = ["Rotary", "Stack", "stacks"]
 class Bound:
     """The method in one model, with the model's rotary embedding where it compacts positions."""
 
-    method: attention.AttentionMethod
+    method: KeySelector
     rotary: Rotary | None
 
     def forward_pass(self) -> Pass:
@@ -107,8 +101,8 @@ class LayerMethod:
                 "token_select or top_k_attention"
             )
 
-    def attend(self, call: attention.AttentionCall) -> tuple[Tensor, Tensor]:
-        """See AttentionMethod; the call as the attention function has it."""
+    def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        """See KeySelector; the call as the attention function has it."""
         self.called = True
         bound = self.bound
         running = bound.forward_pass()
@@ -130,7 +124,7 @@ class Stack:
 
     modules: list[nn.Module]
     decoder: nn.Module
-    state: attention.AttentionMethod
+    state: KeySelector
     rotary: Rotary | None
 
     def install(self, method: Any, settings: Settings, overrides: Overrides) -> Any:

@@ -9,9 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from tokred.patching import Overrides
-
-from .call import AttentionCall
+from tokred.patching import AttentionCall, Overrides
 
 ADVICE = "use rotation='cached'"
 

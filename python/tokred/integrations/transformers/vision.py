@@ -12,8 +12,8 @@ from torch import nn
 
 import tokred
 from tokred import compat
-from tokred.integrations import ancestors, layer_lists
-from tokred.patching import Overrides, Settings, TokenState
+from tokred.integrations.walk import ancestors, layer_lists
+from tokred.patching import Overrides, Settings, TokenReducer, TokenState
 
 Step = Callable[[torch.Tensor], torch.Tensor]
 
@@ -100,9 +100,9 @@ class Stack:
     num_prefix: int
     pooling_head: nn.Module | None
 
-    def install(self, method: Any, settings: Settings, overrides: Overrides) -> TokenState:
+    def install(self, method: TokenReducer, settings: Settings, overrides: Overrides) -> TokenState:
         """Puts the method into the layers; returns their state."""
-        state = TokenState(method.plans(len(self.layers)), self.num_prefix, settings)
+        state = TokenState(method, len(self.layers), self.num_prefix, settings)
         family = self.family
         for index, layer in enumerate(self.layers):
             attn = getattr(layer, family.attention)
@@ -111,15 +111,18 @@ class Stack:
                 layer, "forward", _layer_forward, state, family, index, in_forward, layer
             )
             overrides.replace(attn, "forward", _attention_forward, state, family, attn)
-            if state.plans[index] is not None:
-                overrides.hook(attn.k_proj, partial(_keep_metric, state, attn.head_dim))
+            if state.reduces(index):
+                in_heads = partial(_heads, attn.head_dim)
+                for name in ("q", "k", "v"):
+                    projection = getattr(attn, f"{name}_proj")
+                    overrides.hook(projection, partial(_keep, state, name, in_heads))
         if self.pooling_head is not None and settings.prop_attn:
             head = self.pooling_head
             overrides.replace(head, "forward", _pooling_head_forward, state, head)
         return state
 
 
-def stacks(model: nn.Module, method: Any, settings: Settings) -> Iterator[Stack]:
+def stacks(model: nn.Module, method: TokenReducer, settings: Settings) -> Iterator[Stack]:
     """The vision encoders in the model.
 
     Raises:
@@ -127,7 +130,7 @@ def stacks(model: nn.Module, method: Any, settings: Settings) -> Iterator[Stack]
     """
     for name, layers in layer_lists(model, lambda layer: _family(layer) is not None):
         around = list(ancestors(model, name))
-        if any(method.plans(len(layers))):
+        if method.layers(len(layers)):
             _refuse_grids(around)
         if settings.weighted_pool:
             raise ValueError("weighted_pool is for timm models; these pool inside their forward")
@@ -157,10 +160,20 @@ def _refuse_grids(around: list[nn.Module]) -> None:
             )
 
 
-def _keep_metric(
-    state: TokenState, head_dim: int, module: nn.Module, args: Any, keys: torch.Tensor
+def _keep(
+    state: TokenState,
+    name: str,
+    in_heads: Callable[[torch.Tensor], torch.Tensor],
+    module: nn.Module,
+    args: Any,
+    output: torch.Tensor,
 ) -> None:
-    state.keep_metric(keys.detach().unflatten(-1, (-1, head_dim)).mean(2))
+    state.keep_projection(name, output, in_heads)
+
+
+def _heads(head_dim: int, projected: torch.Tensor) -> torch.Tensor:
+    """[B, N, H D] -> [B, H, N, D]."""
+    return projected.unflatten(-1, (-1, head_dim)).transpose(1, 2)
 
 
 def _layer_forward(
@@ -196,16 +209,17 @@ def _run_layer(
     **kwargs: Any,
 ) -> torch.Tensor:
     state.enter(x, index)
-    merges = state.plans[index] is not None
-    if merges:
+    reduces = state.reduces(index)
+    if reduces:
         _refuse_masks(attention_mask, kwargs)
-    if merges or checkpointed:
+    if reduces or checkpointed:
         attention = getattr(layer, family.attention)
+        scale = getattr(attention, family.scale)
         x = family.forward(
             layer,
             x,
             lambda x: attention(x, attention_mask=attention_mask, **kwargs)[0],
-            lambda x: state.reduce(x, index) if merges else x,
+            lambda x: state.reduce(x, index, scale) if reduces else x,
         )
     else:
         x = original(x, attention_mask, **kwargs)
@@ -227,12 +241,12 @@ def _attention_forward(
         return original(hidden_states, attention_mask=attention_mask, **kwargs)
     _refuse_masks(attention_mask, kwargs)
     _refuse_weights(attn, family, kwargs)
-    split = (-1, attn.head_dim)
-    q = attn.q_proj(hidden_states).unflatten(-1, split).transpose(1, 2)
-    k = attn.k_proj(hidden_states).unflatten(-1, split).transpose(1, 2)
-    v = attn.v_proj(hidden_states).unflatten(-1, split).transpose(1, 2)
+    q = _heads(attn.head_dim, attn.q_proj(hidden_states))
+    k = _heads(attn.head_dim, attn.k_proj(hidden_states))
+    v = _heads(attn.head_dim, attn.v_proj(hidden_states))
     scale = getattr(attn, family.scale)
-    out, _ = tokred.biased_attention(q, k, v, key_bias=bias, scale=scale)
+    out, lse = tokred.biased_attention(q, k, v, key_bias=bias, scale=scale)
+    state.keep_lse(lse)
     return getattr(attn, family.output)(out.transpose(1, 2).flatten(2)), None
 
 

@@ -10,7 +10,24 @@ from torch import Tensor
 
 import tokred
 
-from .packed_states import PackedStates
+
+class PackedKeys(Protocol):
+    """Keys and values of a PackedCache, in the place of k."""
+
+    length: int
+
+    def score(self, q: Tensor, reduce: str, scale: float | None, mask: Tensor | None) -> Tensor:
+        """See AttentionCall.score."""
+
+    def attend(
+        self, q: Tensor, scale: float | None, causal: bool, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """See AttentionCall.dense."""
+
+    def attend_to(
+        self, q: Tensor, indices: Tensor, scale: float | None, causal: bool, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """See AttentionCall.attend_to."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +35,7 @@ class AttentionCall:
     """One layer's attention in one forward pass, as a method is given it.
 
     q: [B, Hq, L, D]. k: [B, Hkv, N, D] and v: [B, Hkv, N, Dv], the whole cache and the new tokens.
-        Of a PackedCache that is not empty, k is its PackedStates, and v None: `dense`, `score` and
+        Of a PackedCache that is not empty, k is its packed keys, and v None: `dense`, `score` and
         `attend_to` read it, what needs tensors raises an error that says so.
     mask: bool [B | 1, 1, L | 1, N], True is visible, or None.
     causal: query i sees the keys j <= i + N - L, in addition to the mask.
@@ -33,7 +50,7 @@ class AttentionCall:
     """
 
     q: Tensor
-    k: Tensor | PackedStates
+    k: Tensor | PackedKeys
     v: Tensor | None
     mask: Tensor | None
     causal: bool
@@ -57,7 +74,7 @@ class AttentionCall:
     @property
     def is_packed(self) -> bool:
         """Whether the keys are those of a PackedCache."""
-        return isinstance(self.k, PackedStates)
+        return not isinstance(self.k, Tensor)
 
     def score(self, reduce: str = "none", mask: Tensor | None = None) -> Tensor:
         """The logits of the keys, as `qk_score` reduces them: f32 [B, Hq | Hkv | 1, N].
@@ -159,13 +176,3 @@ class AttentionCall:
         query = key[keys - queries :]
         columns = torch.stack([query, self.window - 1 - query], -1), torch.stack([key, -key], -1)
         return columns[0][None], columns[1][None]
-
-
-class AttentionMethod(Protocol):
-    """What a method gives to a decoder's patch: one object for all layers of a model.
-
-    Where it works on PackedStates, a class attribute `reads_packed` is True.
-    """
-
-    def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
-        """(out [B, Hq, L, Dv], lse f32 [B, Hq, L]) of one layer; call.dense() where it is dense."""
