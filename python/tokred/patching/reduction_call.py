@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TypeAlias
 
 import torch
@@ -42,9 +41,10 @@ class ReductionCall:
     layer: of num_layers, from 0. num_prefix: the first tokens, which must stay.
     size: f32 [B, N], how many original tokens each stands for; None as long as nothing has merged.
     scale: of the attention's logits.
-    carried: what the method's earlier layers in the same forward pass have left here, such as their
-        attention, and where it leaves what later ones need. A method keeps nothing else from call
-        to call: its object is shared by threads, and a layer may run again in the backward pass.
+    carried: what the method's earlier layers in the same forward pass have left here by name, such
+        as their tokens or attention, and where it leaves what later ones need. A method keeps
+        nothing else from call to call: its object is shared by threads, and a layer may run again
+        in the backward pass.
     """
 
     tokens: Tensor
@@ -52,9 +52,10 @@ class ReductionCall:
     num_layers: int
     num_prefix: int = 0
     size: Tensor | None = None
-    attention: LayerAttention = field(default_factory=LayerAttention)
+    attention: LayerAttention | None = None
     scale: float | None = None
     carried: dict[str, Tensor] = field(default_factory=dict)
+    _mean_keys: Tensor | None = field(default=None, init=False, repr=False)
 
     @property
     def x(self) -> Tensor:
@@ -76,14 +77,15 @@ class ReductionCall:
         """[B, H, N, D]: the values."""
         return self._heads("v")
 
-    @cached_property
+    @property
     def mean_keys(self) -> Tensor:
         """[B, N, D]: the keys averaged over the heads, on which ToMe measures similarity.
 
-        float32 of a model in float64, which the matching ops do not take.
+        float32 of a model in float64.
         """
-        mean = self.k.mean(1)
-        return mean.float() if mean.dtype == torch.float64 else mean
+        if self._mean_keys is None:  # torch.compile cannot trace a functools.cached_property
+            self._mean_keys = _single(self.k.mean(1))
+        return self._mean_keys
 
     def attention_rows(self, rows: Sequence[int] | slice | Tensor) -> Tensor:
         """The attention weights of chosen queries: f32 [B, H, R, N], each row's sum 1.
@@ -93,10 +95,11 @@ class ReductionCall:
 
         O(B H R N D) time, O(B H R N) memory.
         """
-        weights = tokred.attention_rows(self.q[:, :, rows], self.k, scale=self.scale)
+        q, k = _single(self.q[:, :, rows]), _single(self.k)
+        weights = tokred.attention_rows(q, k, scale=self.scale)
         if self.attention.lse is None:
             return weights
-        weights = weights * self.size[:, None, None]
+        weights = weights * _single(self.size)[:, None, None]
         return weights / weights.sum(-1, keepdim=True)
 
     def class_attention(self) -> Tensor:
@@ -122,13 +125,13 @@ class ReductionCall:
         """
         if reduce not in ("sum", "mean", "max"):
             raise ValueError(f'reduce must be "sum", "mean" or "max", got {reduce!r}')
-        lse = self.attention.lse
-        lse = None if lse is None else lse.detach()
-        columns = tokred.attention_columns(self.q, self.k, lse, reduce, scale=self.scale)
-        return columns if lse is None else columns * self.size[:, None]
+        q, k, lse = _single(self.q), _single(self.k), self.attention.lse
+        lse = None if lse is None else _single(lse.detach())
+        columns = tokred.attention_columns(q, k, lse, reduce, scale=self.scale)
+        return columns if lse is None else columns * _single(self.size)[:, None]
 
     def _heads(self, name: str) -> Tensor:
-        if name not in self.attention.projections:
+        if self.attention is None or name not in self.attention.projections:
             raise ValueError(f"these layers do not offer {name}: only their tokens are known here")
         output, in_heads = self.attention.projections[name]
         return in_heads(output.detach())
@@ -156,3 +159,8 @@ def as_token_map(reduction: tuple[Tensor, int] | Tensor, tokens: int) -> tuple[T
     slots = torch.arange(num_out, dtype=torch.int32, device=reduction.device).expand(batch, -1)
     dropped = torch.full((batch, tokens), -1, dtype=torch.int32, device=reduction.device)
     return dropped.scatter(1, reduction.long(), slots), num_out
+
+
+def _single(x: Tensor) -> Tensor:
+    """x in float32 where it is float64, which no op that scores or matches takes."""
+    return x.float() if x.dtype == torch.float64 else x
