@@ -14,10 +14,10 @@ import torch
 import tokred
 from tokred.grid import grid_of
 
+from ._method import Family, Method, Needs, Options
+
 if TYPE_CHECKING:
     from tokred.patching import LatentCall
-
-from ._method import Family, Method, Needs, Options
 
 
 def grid_destinations(
