@@ -1,10 +1,11 @@
-// Checks and views of the tensors of an attention: queries, keys, and who attends to whom.
+// Checks and views of the tensors of an attention: queries, keys, who attends to whom, results; and
+// of scores of keys, the reduction of heads.
 #pragma once
 
 #include <cmath>
 #include <limits>
 
-#include "attention/params.h"
+#include "attention/score_params.h"
 #include "tensor.h"
 
 namespace tokred {
@@ -113,8 +114,11 @@ inline void set_positions(AttentionParams& p, const OptionalTensor& query,
                " columns of query_position, got ", key->size(2));
   p.positions = {static_cast<const int32_t*>(query->const_data_ptr()),
                  static_cast<const int32_t*>(key->const_data_ptr()),
-                 broadcast_stride(*query, 0), query->stride(1),
-                 broadcast_stride(*key, 0), key->stride(1), query->size(2)};
+                 broadcast_stride(*query, 0),
+                 query->stride(1),
+                 broadcast_stride(*key, 0),
+                 key->stride(1),
+                 query->size(2)};
 }
 
 // q and k of an attention, checked; v, outputs and what hides keys are still to be set.
@@ -161,6 +165,61 @@ AttentionParams attention_inputs(const Tensor& q, const Tensor& k, const Tensor&
   set_key_bias(p, key_bias, q);
   set_attention_mask(p, mask, q);
   return p;
+}
+
+// out [B, Hq, L, Dv] and lse [B, Hq, L], allocated and set.
+inline std::tuple<Tensor, Tensor> allocate_attention_outputs(AttentionParams& p, const Tensor& q) {
+  Tensor out = allocate(q, {p.batch, p.heads_q, p.queries, p.value_dim}, q.scalar_type());
+  Tensor lse = allocate(q, {p.batch, p.heads_q, p.queries}, accumulator_type(q));
+  p.out = out.mutable_data_ptr();
+  p.out_stride_batch = out.stride(0);
+  p.out_stride_head = out.stride(1);
+  p.out_stride_token = out.stride(2);
+  p.lse = lse.mutable_data_ptr();
+  return {out, lse};
+}
+
+// indices [B, Hq | Hkv | 1, ceil(L / block_q), K]; see KeyLists.
+inline KeyLists key_lists(const AttentionParams& p, const Tensor& indices, int64_t block_q,
+                          const Tensor& q) {
+  TOKRED_CHECK(block_q >= 1, "block_q must be at least 1, got ", block_q);
+  check_dim(indices, "indices", 4, "[B, Hq | Hkv | 1, ceil(L / block_q), K]");
+  check_dtype(indices, "indices", ScalarType::Int);
+  check_same_device(indices, "indices", q, "q");
+  check_last_contiguous(indices, "indices");
+  check_token_count(indices, "indices", 3);
+  const int64_t heads = indices.size(1);
+  const int64_t lists = p.queries / block_q + (p.queries % block_q != 0);
+  TOKRED_CHECK(indices.size(0) == p.batch && indices.size(2) == lists &&
+                   (heads == p.heads_q || heads == p.heads_kv || heads == 1),
+               "indices must be [B, Hq | Hkv | 1, ceil(L / block_q), K] with B = ", p.batch,
+               ", Hq = ", p.heads_q, ", Hkv = ", p.heads_kv, " and ", lists,
+               " lists of block_q = ", block_q, " queries, got shape ", shape_string(indices));
+  return {static_cast<const int32_t*>(indices.const_data_ptr()),
+          indices.stride(0),
+          broadcast_stride(indices, 1),
+          indices.stride(2),
+          heads,
+          indices.size(3),
+          std::min(block_q, std::max<int64_t>(p.queries, 1))};
+}
+
+inline HeadReduction parse_reduction(std::string_view name) {
+  return parse_choice<HeadReduction>(name, "reduce",
+                                     {{"none", HeadReduction::none},
+                                      {"group_mean", HeadReduction::group_mean},
+                                      {"group_max", HeadReduction::group_max},
+                                      {"head_mean", HeadReduction::head_mean},
+                                      {"softmax_vote", HeadReduction::softmax_vote}});
+}
+
+inline int64_t reduced_heads(HeadReduction reduction, int64_t heads_q, int64_t heads_kv) {
+  switch (reduction) {
+    case HeadReduction::none: return heads_q;
+    case HeadReduction::group_mean:
+    case HeadReduction::group_max: return heads_kv;
+    default: return 1;
+  }
 }
 
 }  // namespace tokred

@@ -1,4 +1,4 @@
-// What every kernel over queries and keys is given: who attends to whom, and with which logit.
+// Params of kernels over queries and keys: who attends to whom, and with which logit.
 // Acc is float, or double where the dtype is f64.
 #pragma once
 
@@ -7,12 +7,6 @@
 namespace tokred {
 
 inline constexpr int64_t kMaxHeadDim = 256;
-
-// A [B, H, L, D] tensor whose last dimension is contiguous; strides in elements.
-struct HeadTensor {
-  const void* data = nullptr;
-  int64_t stride_batch = 0, stride_head = 0, stride_token = 0;
-};
 
 // Up to two integers a query and a key: query i sees key j only where
 // key[b][j][c] <= query[b][i][c] for every column c. One column is a position, two are (position,
@@ -54,6 +48,34 @@ struct AttentionParams {
   bool causal;
   double scale;
   void* workspace;                     // biased_attention_workspace(params) bytes
+
+  constexpr HeadTensor out_view() const {
+    return {out, out_stride_batch, out_stride_head, out_stride_token};
+  }
+};
+
+// Lists of keys. Queries i / block_q = r of a head attend to the keys indices[b][h'][r][0 .. K - 1]
+// alone, in that order; h' = h * heads / Hq. Entries outside [0, N) are skipped, a key
+// listed twice counts twice. What AttentionParams hides stays hidden.
+struct KeyLists {
+  const int32_t* indices;              // i32 [B, Hq | Hkv | 1, ceil(L / block_q), K]
+  int64_t stride_batch, stride_head, stride_list;  // the last dimension contiguous
+  int64_t heads, length, block_q;      // Hq | Hkv | 1, K
+};
+
+// A listed key is rotated to the position s of its entry in the list before it meets the query:
+// with cos, sin [s][d], d < D / 2, k'[d] = k[d] cos - k[d + D/2] sin,
+// k'[d + D/2] = k[d + D/2] cos + k[d] sin, in f32. Null: keys are not rotated.
+struct Rotation {
+  const float* cos = nullptr;          // f32 [K.., D / 2], the last dimension contiguous
+  const float* sin = nullptr;          // f32 [K.., D / 2]
+  int64_t cos_stride = 0, sin_stride = 0;
+};
+
+struct SparseAttentionParams {
+  AttentionParams attention;           // workspace: sparse_attention_workspace(params) bytes
+  KeyLists lists;
+  Rotation rotation;
 };
 
 }  // namespace tokred

@@ -7,30 +7,10 @@ namespace tokred {
 
 enum class Order : int32_t { tome, position };
 
-// One side of a matching: `count` rows of a [B, N, C] tensor whose channels are contiguous.
-// Row t stands at position rows[t], or first + step * t where rows is null.
-struct TokenSet {
-  const void* data;                         // [B, N, C]
-  int64_t stride_batch, stride_token;       // in elements
-  int64_t tokens;                           // N; positions outside [0, N) are skipped
-  int64_t count;                            // rows in the set
-  const int32_t* rows;                      // i32 [B | 1, count] or null
-  int64_t rows_stride_batch;                // 0 where shared by the batch
-  int64_t first, step;
-  const bool* mask;                         // bool [B, N] by position or null; false = skipped
-  int64_t mask_stride_batch, mask_stride_token;
-  const float* weight;                      // f32 [B, N] by position or null
-  int64_t weight_stride_batch, weight_stride_token;
-};
-
 // score[b][i] = max_j s(i, j) and index[b][i] = the smallest such j, over the j with mask, with
 // |i - j| <= band (band < 0: no limit) and with s > -inf; NaN never wins. (-inf, -1) where no j is
 // left or a_i itself is skipped. s(i, j) = weight_a[i] * weight_b[j] * metric(a_i, b_j).
-struct MatchParams {
-  TokenSet a, b;
-  int64_t batch, channels;
-  DType dtype;
-  Metric metric;
+struct MatchParams : TokenPairs {
   int64_t band;
   float* score;    // f32 [B, a.count]
   int32_t* index;  // i32 [B, a.count], row number in b

@@ -1,9 +1,8 @@
-// What the kernels over packed keys and values are given.
+// Params of the kernels over packed keys and values.
 #pragma once
 
+#include "attention/score_params.h"
 #include "kv_pack/params.h"
-#include "score/params.h"
-#include "sparse_attn/params.h"
 
 namespace tokred {
 
@@ -32,7 +31,7 @@ struct PackedAttentionParams {
 
 // Scores as QkScoreParams has them, without dims; lengths are those of the items.
 struct PackedScoreParams {
-  QkScoreParams score;                 // k: the window [B, Hkv, W, D] or null; keys: T; slots null
+  QkScoreParams score;  // k: the window [B, Hkv, W, D] or null; keys: T; slots null
   PackedSide k;
   SlotTable slots;
 };

@@ -1,4 +1,5 @@
-// What the attention kernels are given. Acc is float, or double where the dtype is f64.
+// Params of the attention ops beyond those of attention/params.h: gradients, merged results. Acc is
+// float, or double where the dtype is f64.
 #pragma once
 
 #include "attention/params.h"
@@ -9,56 +10,32 @@ namespace tokred {
 // ds = p (dp - delta); grad_q = scale ds k, grad_k = scale ds^T q, grad_v = p^T grad_out,
 // grad_bias = column sums of ds over the queries and the heads of the group.
 struct AttentionBackwardParams {
-  AttentionParams forward;             // out and lse hold the forward result
-  HeadTensor grad_out;                 // [B, Hq, L, Dv]
-  const void* grad_lse;                // Acc [B, Hq, L] contiguous
-  void* grad_q;                        // [B, Hq, L, D] contiguous
-  void* grad_k;                        // [B, Hkv, N, D] contiguous
-  void* grad_v;                        // [B, Hkv, N, Dv] contiguous
-  void* grad_bias;                     // Acc [B, Hkv, N] contiguous or null
-  void* delta;                         // scratch Acc [B, Hq, L]
-};
-
-// Lists of keys. Queries i / block_q = r of a head attend to the keys indices[b][h'][r][0 .. K - 1]
-// alone, in that order; h' = h * heads / Hq. Entries outside [0, N) are skipped, a key
-// listed twice counts twice. What AttentionParams hides stays hidden.
-struct KeyLists {
-  const int32_t* indices;              // i32 [B, Hq | Hkv | 1, ceil(L / block_q), K]
-  int64_t stride_batch, stride_head, stride_list;  // the last dimension contiguous
-  int64_t heads, length, block_q;      // Hq | Hkv | 1, K
-};
-
-// A listed key is rotated to the position s of its entry in the list before it meets the query:
-// with cos, sin [s][d], d < D / 2, k'[d] = k[d] cos - k[d + D/2] sin,
-// k'[d + D/2] = k[d + D/2] cos + k[d] sin, in f32. Null: keys are taken as they are.
-struct Rotation {
-  const float* cos = nullptr;          // f32 [K.., D / 2], the last dimension contiguous
-  const float* sin = nullptr;          // f32 [K.., D / 2]
-  int64_t cos_stride = 0, sin_stride = 0;
-};
-
-struct SparseAttentionParams {
-  AttentionParams attention;           // workspace: sparse_attention_workspace(params) bytes
-  KeyLists lists;
-  Rotation rotation;
+  AttentionParams forward;  // out and lse hold the forward result
+  HeadTensor grad_out;  // [B, Hq, L, Dv]
+  const void* grad_lse;  // Acc [B, Hq, L] contiguous
+  void* grad_q;  // [B, Hq, L, D] contiguous
+  void* grad_k;  // [B, Hkv, N, D] contiguous
+  void* grad_v;  // [B, Hkv, N, Dv] contiguous
+  void* grad_bias;  // Acc [B, Hkv, N] contiguous or null
+  void* delta;  // scratch Acc [B, Hq, L]
 };
 
 // As AttentionBackwardParams, for the pairs that the lists name. No rotation.
 struct SparseAttentionBackwardParams {
-  AttentionBackwardParams backward;    // grad_bias Acc [B, Hkv, N]
+  AttentionBackwardParams backward;  // grad_bias Acc [B, Hkv, N]
   KeyLists lists;
-  void* workspace;                     // sparse_attention_backward_workspace(params) bytes
+  void* workspace;  // sparse_attention_backward_workspace(params) bytes
 };
 
 // The softmax over the union of two disjoint sets of keys: with m = max(lse_a, lse_b),
 // w = exp(lse - m): out = (w_a out_a + w_b out_b) / (w_a + w_b), lse = m + log(w_a + w_b); out 0
 // and lse -inf where both are -inf. Weight 0 means the out is not looked at.
 struct CombineParams {
-  HeadTensor out_a, out_b;             // [B, H, L, D]
-  const void* lse_a;                   // Acc [B, H, L] contiguous
-  const void* lse_b;                   // Acc [B, H, L] contiguous
-  void* out;                           // [B, H, L, D] contiguous
-  void* lse;                           // Acc [B, H, L]
+  HeadTensor out_a, out_b;  // [B, H, L, D]
+  const void* lse_a;  // Acc [B, H, L] contiguous
+  const void* lse_b;  // Acc [B, H, L] contiguous
+  void* out;  // [B, H, L, D] contiguous
+  void* lse;  // Acc [B, H, L]
   int64_t batch, heads, queries, dim;
   DType dtype;
 };

@@ -77,8 +77,8 @@ inline void cp_async_commit() { simt::copy_commit(); }
 template <int N>
 void cp_async_wait() { simt::copy_wait(N); }
 
-inline int64_t opaque(int64_t x) { return x; }
-inline uint32_t opaque(uint32_t x) { return x; }
+inline int64_t optimization_barrier(int64_t x) { return x; }
+inline uint32_t optimization_barrier(uint32_t x) { return x; }
 template <class T>
 uint32_t subtract_pairs(T, uint32_t a, uint32_t b) {
   const auto half = [](uint32_t pair, int i) { return to_float(T{uint16_t(pair >> 16 * i)}); };

@@ -11,28 +11,33 @@ namespace tokred::TOKRED_ISA {
 inline constexpr int64_t kMaxRows = 32;
 inline constexpr int64_t kGather = 64;
 
-// A task: some rows of one list. Row i is row first_row + i of the heads list_head * heads ..,
-// counted as Visibility counts them.
+// Some rows of one list, the work of a task. Row i is row first_row + i of the heads list_head *
+// heads .., counted as Visibility counts them.
 struct ListRows {
   int64_t batch, list_head, heads, kv_head, first_row, rows;
   const int32_t* indices;  // null: entry i is key i
   int64_t first_key, end_key;  // others are skipped
 };
 
+// Up to kMaxDecodeRows rows of a kv head are worked on row by row, more in panels. A function of
+// the sizes of one sequence, so that a batch does not change the result.
+inline bool is_decode(const AttentionParams& p) {
+  constexpr int64_t kMaxDecodeRows = 8;
+  return p.queries * (p.heads_q / p.heads_kv) <= kMaxDecodeRows && !p.blocks.mask.data;
+}
+
 // How all rows are cut into tasks. Without indices there is one list for all, of every key.
 struct ListPlan {
   int64_t heads;        // query heads of a kv head that share a list
-  int64_t list_heads;   // those times this are all query heads
-  int64_t block_rows;   // rows of a list, the last one's but for
+  int64_t list_heads;   // heads * list_heads are all query heads
+  int64_t block_rows;   // rows of a list; the last one may have fewer
   int64_t lists, chunks, chunk_rows, tasks;
 
   ListPlan(const AttentionParams& p, const KeyLists& lists_of)
       : heads(lists_of.heads == p.heads_q ? 1 : p.heads_q / p.heads_kv),
-        list_heads(p.heads_q / heads),
-        block_rows(greater(smaller(lists_of.block_q, p.queries), 1) * heads),
+        list_heads(p.heads_q / heads), block_rows(max(min(lists_of.block_q, p.queries), 1) * heads),
         lists(divide_up(p.queries * heads, block_rows)), chunks(divide_up(block_rows, kMaxRows)),
-        chunk_rows(smaller(block_rows, kMaxRows)),
-        tasks(p.batch * list_heads * lists * chunks) {}
+        chunk_rows(min(block_rows, kMaxRows)), tasks(p.batch * list_heads * lists * chunks) {}
 
   // Tasks in the order of batch, head, list; `rows` may be 0.
   ListRows operator()(const AttentionParams& p, const KeyLists& of, int64_t task) const {
@@ -43,8 +48,8 @@ struct ListPlan {
     at.heads = heads;
     at.kv_head = at.list_head * p.heads_kv / list_heads;
     at.first_row = list * block_rows + task % chunks * chunk_rows;
-    const int64_t end = smaller((list + 1) * block_rows, p.queries * heads);
-    at.rows = greater(smaller(chunk_rows, end - at.first_row), 0);
+    const int64_t end = min((list + 1) * block_rows, p.queries * heads);
+    at.rows = max(min(chunk_rows, end - at.first_row), 0);
     at.indices = !of.indices ? nullptr
                              : of.indices + at.batch * of.stride_batch +
                                    at.list_head * of.heads / list_heads * of.stride_head +
@@ -56,9 +61,9 @@ struct ListPlan {
 };
 
 // Which of a task's rows see a key, as bits.
-class RowSight {
+class RowVisibility {
  public:
-  RowSight(const AttentionParams& p, const ListRows& at)
+  RowVisibility(const AttentionParams& p, const ListRows& at)
       : see_(p, at.batch, at.list_head, at.heads), first_(at.first_row), rows_(at.rows),
         all_(static_cast<uint32_t>((uint64_t{1} << at.rows) - 1)) {
     const bool one_query = first_ / at.heads == (first_ + rows_ - 1) / at.heads;
@@ -101,27 +106,29 @@ class RowSight {
   bool one_mask_;
 };
 
-// Up to kGather entries of a list that some row sees and that weigh something.
+// Up to kGather entries of a list that some row sees and whose bias is not -inf.
 template <class Acc>
-struct Chosen {
+struct KeyBatch {
   int64_t count = 0;
   bool plain, seen_by_all;  // without biases and hidden pairs
   uint32_t seen[kGather];
   int32_t key[kGather], entry[kGather];
   alignas(64) Acc bias[kGather];
 
-  // Takes entries of [first, end) from the first on that find(key, place) finds as well; returns
-  // where to go on.
+  // Collects entries of [first, end), the first ones that find(key, number in the batch) finds as
+  // well; returns where to go on.
   template <class Find>
-  int64_t choose(const AttentionParams& p, const ListRows& at, const RowSight& sight,
+  int64_t choose(const AttentionParams& p, const ListRows& at, const RowVisibility& visibility,
                  int64_t first, int64_t end, const Find& find) {
     count = 0;
-    plain = !p.key_bias && sight.hides_nothing();
+    plain = !p.key_bias && visibility.hides_nothing();
     seen_by_all = true;
     if (p.keys == 0) return end;
     const int32_t* indices = at.indices;
-    first = indices ? take(p, at, sight, first, end, [=](int64_t i) { return indices[i]; }, find)
-                    : take(p, at, sight, first, end, [](int64_t i) { return i; }, find);
+    first = indices
+                ? collect(
+                      p, at, visibility, first, end, [=](int64_t i) { return indices[i]; }, find)
+                : collect(p, at, visibility, first, end, [](int64_t i) { return i; }, find);
     for (int64_t i = count; count > 0 && i < whole_lanes(count); ++i) bias[i] = 0;
     return first;
   }
@@ -142,47 +149,47 @@ struct Chosen {
 
  private:
   template <class KeyOf, class Find>
-  int64_t take(const AttentionParams& p, const ListRows& at, const RowSight& sight, int64_t first,
-               int64_t end, const KeyOf& key_of, const Find& find) {
+  int64_t collect(const AttentionParams& p, const ListRows& at, const RowVisibility& visibility,
+                  int64_t first, int64_t end, const KeyOf& key_of, const Find& find) {
     const int64_t first_key = at.first_key, end_key = at.end_key;
-    int64_t taken = 0;
-    for (; first < end && taken < kGather; ++first) {
+    int64_t found = 0;
+    for (; first < end && found < kGather; ++first) {
       const int64_t number = key_of(first);
       if (number < first_key || number >= end_key) continue;
       if (!plain) {
-        seen[taken] = sight(number);
-        bias[taken] = key_bias<Acc>(p, at.batch, at.kv_head, number);
-        if (seen[taken] == 0 || bias[taken] == -kInfinity<Acc>) continue;
+        seen[found] = visibility(number);
+        bias[found] = key_bias<Acc>(p, at.batch, at.kv_head, number);
+        if (seen[found] == 0 || bias[found] == -kInfinity<Acc>) continue;
       }
-      if (!find(number, taken)) continue;
-      if (!plain) seen_by_all = seen_by_all && seen[taken] == sight.all();
-      key[taken] = static_cast<int32_t>(number);
-      entry[taken] = static_cast<int32_t>(first);
-      ++taken;
+      if (!find(number, found)) continue;
+      if (!plain) seen_by_all = seen_by_all && seen[found] == visibility.all();
+      key[found] = static_cast<int32_t>(number);
+      entry[found] = static_cast<int32_t>(first);
+      ++found;
     }
-    count = taken;
+    count = found;
     return first;
   }
 };
 
 // The same with the rows of keys and values.
 template <class T>
-struct Gathered : Chosen<Accumulator<T>> {
-  using Chosen<Accumulator<T>>::count;
+struct GatheredKeys : KeyBatch<Accumulator<T>> {
+  using KeyBatch<Accumulator<T>>::count;
   const T* k[kGather];  // valid up to whole_lanes(count)
   const T* v[kGather];
 
-  int64_t choose(const AttentionParams& p, const ListRows& at, const RowSight& sight,
+  int64_t choose(const AttentionParams& p, const ListRows& at, const RowVisibility& visibility,
                  int64_t first, int64_t end) {
     const T* keys = key_row<T>(p.k, at.batch, at.kv_head, 0);
     const T* values = key_row<T>(p.v, at.batch, at.kv_head, 0);
     const int64_t key_stride = p.k.stride_token, value_stride = p.v.stride_token;
-    first = Chosen<Accumulator<T>>::choose(p, at, sight, first, end,
-                                           [&](int64_t number, int64_t i) {
-      k[i] = keys + number * key_stride;
-      v[i] = values + number * value_stride;
-      return true;
-    });
+    first = KeyBatch<Accumulator<T>>::choose(p, at, visibility, first, end,
+                                             [&](int64_t number, int64_t i) {
+                                               k[i] = keys + number * key_stride;
+                                               v[i] = values + number * value_stride;
+                                               return true;
+                                             });
     for (int64_t i = count; count > 0 && i < whole_lanes(count); ++i) {
       k[i] = k[count - 1];
       v[i] = v[count - 1];
@@ -190,9 +197,9 @@ struct Gathered : Chosen<Accumulator<T>> {
     return first;
   }
 
-  // Scattered rows lie in pages of their own. A prefetch waits for its page, and everything behind
-  // it with it; one after the other without anything between them, they are looked up side by side.
-  void find_pages() const {
+  // Scattered rows lie in pages of their own, and a prefetch waits until its page is translated.
+  // Back to back, prefetches are translated at the same time.
+  void prefetch_pages() const {
     for (int64_t i = 0; i < count; ++i) {
       __builtin_prefetch(k[i]);
       __builtin_prefetch(v[i]);

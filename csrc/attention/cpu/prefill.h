@@ -6,7 +6,6 @@
 
 #include "attention/cpu/tile.h"
 #include "common/cpu/parallel.h"
-#include "sparse_attn/params.h"
 
 namespace tokred::TOKRED_ISA {
 
@@ -21,11 +20,11 @@ struct PlainRows {
   void pack(KeyBlock<T>& block, const AttentionParams& p, int64_t batch, int64_t kv_head) const {
     block.pack(p, batch, kv_head);
   }
-  void turn_query(const void*, int64_t) const {}
-  void turn_out(const void*, int64_t) const {}
+  void rotate_query(const void*, int64_t) const {}
+  void rotate_out(const void*, int64_t) const {}
 };
 
-// Source fills blocks of keys, as PlainRows does; where its keys are turned it turns the panels
+// Source fills blocks of keys, as PlainRows does; where its keys are rotated it rotates the panels
 // [dim][16] of queries as well, and those of the result back.
 template <class T, class Source>
 struct Forward {
@@ -38,7 +37,7 @@ struct Forward {
   const int64_t batch, head, kv_head, first_row, end_row, panels;
   alignas(64) Acc query[kPanelNumbers];   // [panel][head_dim][16], scaled
   alignas(64) Acc out[kPanelNumbers];     // [panel][value_dim][16]
-  alignas(64) Acc top[kMaxPanels * kLanes];    // greatest logit so far
+  alignas(64) Acc top[kMaxPanels * kLanes];    // largest logit so far
   alignas(64) Acc total[kMaxPanels * kLanes];  // sum of exp(logit - top)
   alignas(64) Acc shrink[kMaxPanels * kLanes];
   alignas(64) Acc logits[kTilePanels<Acc> * kLogits];
@@ -56,43 +55,41 @@ struct Forward {
       Acc* to = query + panel * p.head_dim * kLanes;
       pack_panel<T>([&](int lane) { return at + lane < end_row ? rows[at + lane] : nullptr; },
                     p.head_dim, static_cast<Acc>(p.scale), to);
-      source.turn_query(to, p.head_dim);
+      source.rotate_query(to, p.head_dim);
     }
   }
 
   int64_t panel_row(int64_t panel) const { return first_row + panel * kLanes; }
-  int64_t last_row(int64_t panel) const {
-    return smaller(panel_row(panel) + kLanes, end_row) - 1;
-  }
+  int64_t last_row(int64_t panel) const { return min(panel_row(panel) + kLanes, end_row) - 1; }
 
-  // A hidden key has weight 0, but 0 times an infinite value is NaN: what comes out as NaN is done
-  // again with care for that.
+  // A hidden key has weight 0, but 0 times an infinite value is NaN: a result with NaN is computed
+  // again, without the products of weights of 0.
   void run() {
     attend<false>();
     if (any_nan(out, panels * p.value_dim * kLanes)) attend<true>();
     for (int64_t panel = 0; panel < panels; ++panel) finish(panel);
   }
 
-  template <bool kCareful>
+  template <bool kSkipZeros>
   void attend() {
     for (int64_t i = 0; i < panels * p.value_dim * kLanes; ++i) out[i] = 0;
     for (int64_t i = 0; i < panels * kLanes; ++i) top[i] = -kInfinity<Acc>, total[i] = 0;
-    const int64_t end = smaller(see.limit(end_row - 1) + 1, p.keys);
+    const int64_t end = min(see.limit(end_row - 1) + 1, p.keys);
     for (int64_t key = 0; key < end;) {
       key = source.choose(block, p, see, batch, kv_head, key, end);
-      if (block.count > 0) attend_block<kCareful>();
+      if (block.count > 0) attend_block<kSkipZeros>();
     }
   }
 
-  template <bool kCareful>
+  template <bool kSkipZeros>
   void attend_block() {
-    Shown shown[kMaxPanels];
-    const bool any = show_panels(panels, shown, [&](int64_t panel) {
-      return see.shown(panel_row(panel), last_row(panel), block.first, block.last);
+    Coverage coverage[kMaxPanels];
+    const bool any = cover_panels(panels, coverage, [&](int64_t panel) {
+      return see.coverage(panel_row(panel), last_row(panel), block.first, block.last);
     });
     if (!any) return;
     source.pack(block, p, batch, kv_head);
-    visit_panels<Acc>(panels, shown, [&](int64_t panel, int64_t count) {
+    visit_panels<Acc>(panels, coverage, [&](int64_t panel, int64_t count) {
       multiply<Layout::row_step>(
           block.k, p.head_dim, block.count, query + panel * p.head_dim * kLanes,
           p.head_dim * kLanes, count, p.head_dim, [&](int64_t key, int i, Vec<Acc> sum) {
@@ -100,16 +97,16 @@ struct Forward {
           });
       for (int64_t i = 0; i < count; ++i) {
         Acc* tile_logits = logits + i * kLogits;
-        if (shown[panel + i] == Shown::some) {
+        if (coverage[panel + i] == Coverage::some) {
           hide_keys<T>(see, block, panel_row(panel + i), tile_logits);
         }
         exponentiate(tile_logits, (panel + i) * kLanes);
       }
-      add_values<kCareful>(panel, count);
+      add_values<kSkipZeros>(panel, count);
     });
   }
 
-  // Turns a panel's logits into weights exp(logit - top), after moving top. Not inlined, for the
+  // Logits of a panel to weights exp(logit - top), after moving top. Not inlined, for the
   // sake of its registers.
   __attribute__((noinline)) void exponentiate(Acc* weights, int64_t lanes) {
     const int64_t count = block.count;
@@ -133,15 +130,15 @@ struct Forward {
     store(total + lanes, fma(load(total + lanes), factor, sum));
   }
 
-  template <bool kCareful>
+  template <bool kSkipZeros>
   void add_values(int64_t panel, int64_t count) {
     const auto add = [&](int64_t d, int64_t i, Vec<Acc> sum) {
       Acc* at = out + ((panel + i) * p.value_dim + d) * kLanes;
       store(at, fma(load(at), load(shrink + (panel + i) * kLanes), sum));
     };
-    if constexpr (kCareful) {
-      multiply_parts<Layout::step_row>(block.v, p.value_dim, p.value_dim, logits, kLogits, count,
-                                       block.count, add);
+    if constexpr (kSkipZeros) {
+      multiply_nonzero<Layout::step_row>(block.v, p.value_dim, p.value_dim, logits, kLogits, count,
+                                         block.count, add);
     } else {
       multiply<Layout::step_row>(block.v, p.value_dim, p.value_dim, logits, kLogits, count,
                                  block.count, add);
@@ -157,20 +154,18 @@ struct Forward {
       Acc* at = numerator + d * kLanes;
       store(at, select_greater(sum, zero, load(at) / sum, nothing));
     }
-    source.turn_out(numerator, p.value_dim);
+    source.rotate_out(numerator, p.value_dim);
     const int64_t count = last_row(panel) - panel_row(panel) + 1;
-    const HeadTensor out_tensor{p.out, p.out_stride_batch, p.out_stride_head, p.out_stride_token};
-    const auto out_rows = query_rows<T>(out_tensor, batch, head, see.group);
-    const auto lse_rows = query_rows<Acc>(contiguous(p.lse, p.heads_q, p.queries, 1), batch,
-                                          head, see.group);
+    const auto out_rows = query_rows<T>(p.out_view(), batch, head, see.group);
+    const auto lse_rows =
+        query_rows<Acc>(contiguous(p.lse, p.heads_q, p.queries, 1), batch, head, see.group);
     const int64_t row = panel_row(panel);
     unpack_panel<T>(numerator, count, p.value_dim, Acc{1},
                     [&](int64_t lane) { return out_rows[row + lane]; });
     for (int64_t lane = 0; lane < count; ++lane) {
       const Acc lane_total = total[panel * kLanes + lane];
-      *lse_rows[row + lane] = lane_total == 0
-                                  ? -kInfinity<Acc>
-                                  : top[panel * kLanes + lane] + std::log(lane_total);
+      *lse_rows[row + lane] =
+          lane_total == 0 ? -kInfinity<Acc> : top[panel * kLanes + lane] + std::log(lane_total);
     }
   }
 };

@@ -1,6 +1,6 @@
 // Products of a few rows with many gathered ones. Lanes are channels, so a gathered row is read
 // once for all the rows that meet it, where it lies; the sum over the lanes is the tree of sum(),
-// taken for sixteen rows at a time. No result depends on how many rows share a call.
+// for sixteen rows at a time. No result depends on how many rows share a call.
 #pragma once
 
 #include "common/cpu/row.h"
@@ -35,9 +35,7 @@ TOKRED_INLINE f32x16 widen_channels(__m256i raw) {
 TOKRED_INLINE f32x16 load_channels(const bf16* p) {
   return widen_channels(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
-TOKRED_INLINE f32x16 load_half_channels(const bf16* p) {
-  return widen_channels(load_half_bits(p));
-}
+TOKRED_INLINE f32x16 load_half_channels(const bf16* p) { return widen_channels(load_half_bits(p)); }
 #else
 TOKRED_INLINE f32x16 load_channels(const bf16* p) {
   float lane[kLanes];
@@ -88,14 +86,14 @@ TOKRED_INLINE void pack_channels(const T* from, int64_t dim, Accumulator<T> scal
   }
 }
 
-// Rows that will be needed soon, brought closer a few at a time: in a burst they would wait for
-// each other, and everything for them.
+// Rows that will be needed soon, prefetched a few at a time: in a burst they would wait for each
+// other, and everything for them.
 template <class T>
-struct Ahead {
+struct Prefetcher {
   const T* const* rows;
   int64_t left, dim;
 
-  void take(int64_t count) {
+  void prefetch(int64_t count) {
     for (; count > 0 && left > 0; --count, --left, ++rows) {
 #pragma GCC unroll 4
       for (int64_t c = 0; c < dim; c += 64 / static_cast<int64_t>(sizeof(T))) {
@@ -152,15 +150,17 @@ template <class Acc, int kRows>
 inline constexpr int kBeside =
     kRows * Vec<Acc>::kRegisters < 8 ? 8 / (kRows * Vec<Acc>::kRegisters) : 1;
 template <int kRows>
-inline constexpr int kPowerOfTwo = kRows > 4 ? 8 : kRows > 2 ? 4 : kRows;
+inline constexpr int kPowerOfTwo = kRows > 4   ? 8
+                                   : kRows > 2 ? 4
+                                               : kRows;
 
-// f.template operator()<rows>() for 1 <= rows <= kMost.
-template <int kMost, class F>
+// f.template operator()<rows>() for 1 <= rows <= kMax.
+template <int kMax, class F>
 TOKRED_INLINE void visit_rows(int64_t rows, const F& f) {
-  if constexpr (kMost > 1) {
-    if (rows < kMost) return visit_rows<kMost - 1>(rows, f);
+  if constexpr (kMax > 1) {
+    if (rows < kMax) return visit_rows<kMax - 1>(rows, f);
   }
-  f.template operator()<kMost>();
+  f.template operator()<kMax>();
 }
 
 // The sums of the lanes of sixteen Vecs [16][16], each by the tree of sum(), four or eight at once.
@@ -195,18 +195,18 @@ TOKRED_INLINE Vec<Acc> sum_each(const Acc* vecs) {
       if constexpr (kEight) {
         constexpr Index kLow = {0, 1, 8, 9, 4, 5, 12, 13}, kHigh = {2, 3, 10, 11, 6, 7, 14, 15};
         constexpr Index kEven = {0, 2, 8, 10, 4, 6, 12, 14}, kOdd = {1, 3, 9, 11, 5, 7, 13, 15};
-        two[0] = __builtin_shuffle(four[0], four[1], kLow) +
-                 __builtin_shuffle(four[0], four[1], kHigh);
-        two[1] = __builtin_shuffle(four[2], four[3], kLow) +
-                 __builtin_shuffle(four[2], four[3], kHigh);
+        two[0] =
+            __builtin_shuffle(four[0], four[1], kLow) + __builtin_shuffle(four[0], four[1], kHigh);
+        two[1] =
+            __builtin_shuffle(four[2], four[3], kLow) + __builtin_shuffle(four[2], four[3], kHigh);
         one = __builtin_shuffle(two[0], two[1], kEven) + __builtin_shuffle(two[0], two[1], kOdd);
       } else {
         constexpr Index kLow = {0, 1, 4, 5}, kHigh = {2, 3, 6, 7};
         constexpr Index kEven = {0, 2, 4, 6}, kOdd = {1, 3, 5, 7};
-        two[0] = __builtin_shuffle(four[0], four[1], kLow) +
-                 __builtin_shuffle(four[0], four[1], kHigh);
-        two[1] = __builtin_shuffle(four[2], four[3], kLow) +
-                 __builtin_shuffle(four[2], four[3], kHigh);
+        two[0] =
+            __builtin_shuffle(four[0], four[1], kLow) + __builtin_shuffle(four[0], four[1], kHigh);
+        two[1] =
+            __builtin_shuffle(four[2], four[3], kLow) + __builtin_shuffle(four[2], four[3], kHigh);
         one = __builtin_shuffle(two[0], two[1], kEven) + __builtin_shuffle(two[0], two[1], kOdd);
       }
       std::memcpy(total + first, &one, sizeof one);
@@ -261,8 +261,8 @@ TOKRED_INLINE void dot_tile(const Accumulator<T>* x, int64_t x_stride, const T* 
 template <class T>
 __attribute__((noinline)) static void dot_rows(const Accumulator<T>* x, int64_t x_stride,
                                                int64_t rows, const T* const* y, int64_t count,
-                                               int64_t dim, Accumulator<T>* out,
-                                               int64_t out_stride, Ahead<T> ahead = {}) {
+                                               int64_t dim, Accumulator<T>* out, int64_t out_stride,
+                                               Prefetcher<T> prefetcher = {}) {
   using Acc = Accumulator<T>;
   alignas(64) Acc partial[kFewRows<Acc> * kLanes * kLanes];
   for (int64_t key = 0; key < count; key += kLanes) {
@@ -270,7 +270,7 @@ __attribute__((noinline)) static void dot_rows(const Accumulator<T>* x, int64_t 
       visit_rows<kFewRows<Acc>>(rows - row, [&]<int kRows>() {
         constexpr int kKeys = 8 / kPowerOfTwo<kRows>;
         for (int i = 0; i < kLanes; i += kKeys) {
-          ahead.take(row == 0 ? kKeys : 0);
+          prefetcher.prefetch(row == 0 ? kKeys : 0);
           dot_tile<kRows, kKeys>(x + row * x_stride, x_stride, y + key + i, dim,
                                  partial + i * kLanes);
         }
@@ -284,10 +284,9 @@ __attribute__((noinline)) static void dot_rows(const Accumulator<T>* x, int64_t 
 
 // out_row = out_row * factor_row + the sum, in order, of weights[row][i] y_i, for kVecs Vecs.
 template <int kRows, int kVecs, class T, class Load>
-TOKRED_INLINE void add_tile(const Accumulator<T>* weights, int64_t weight_stride,
-                            const T* const* y, int64_t count, int64_t c,
-                            const Accumulator<T>* factor, Accumulator<T>* out, int64_t out_stride,
-                            const Load& channels) {
+TOKRED_INLINE void add_tile(const Accumulator<T>* weights, int64_t weight_stride, const T* const* y,
+                            int64_t count, int64_t c, const Accumulator<T>* factor,
+                            Accumulator<T>* out, int64_t out_stride, const Load& channels) {
   using Acc = Accumulator<T>;
   Vec<Acc> sum[kRows][kVecs];
 #pragma GCC unroll 4
@@ -317,12 +316,12 @@ TOKRED_INLINE void add_tile(const Accumulator<T>* weights, int64_t weight_stride
   }
 }
 
-// The same of one row of weights, for the gathered rows of which it has a part: with a weight of
-// exactly 0 not even infinities and NaN count. Equal bits where all are finite.
+// The same for one row of weights, but weights of exactly 0 are skipped, so that 0 times an
+// infinity or NaN adds nothing. Equal bits where all are finite.
 template <class T>
-__attribute__((noinline)) static void add_parts(const Accumulator<T>* weights, const T* const* y,
-                                                int64_t count, int64_t dim,
-                                                Accumulator<T> factor, Accumulator<T>* out) {
+__attribute__((noinline)) static void add_nonzero(const Accumulator<T>* weights, const T* const* y,
+                                                  int64_t count, int64_t dim, Accumulator<T> factor,
+                                                  Accumulator<T>* out) {
   for (int64_t c = 0; c < dim; c += kLanes) {
     auto sum = load(out + c) * splat(factor);
     for (int64_t i = 0; i < count; ++i) {
@@ -335,11 +334,11 @@ __attribute__((noinline)) static void add_parts(const Accumulator<T>* weights, c
 // The same for all rows and channels; out rows have whole_lanes(dim) numbers. Sixteen gathered rows
 // at a time: their pages stay in the first-level TLB, and they in the first-level cache.
 template <class T>
-__attribute__((noinline)) static void add_rows(const Accumulator<T>* weights,
-                                               int64_t weight_stride, int64_t rows,
-                                               const T* const* y, int64_t count, int64_t dim,
-                                               const Accumulator<T>* factor, Accumulator<T>* out,
-                                               int64_t out_stride, Ahead<T> ahead = {}) {
+__attribute__((noinline)) static void add_rows(const Accumulator<T>* weights, int64_t weight_stride,
+                                               int64_t rows, const T* const* y, int64_t count,
+                                               int64_t dim, const Accumulator<T>* factor,
+                                               Accumulator<T>* out, int64_t out_stride,
+                                               Prefetcher<T> prefetcher = {}) {
   using Acc = Accumulator<T>;
   constexpr Acc kOne[4] = {1, 1, 1, 1};
   const auto whole = [](const T* p) { return load_channels(p); };
@@ -350,13 +349,13 @@ __attribute__((noinline)) static void add_rows(const Accumulator<T>* weights,
         constexpr int kVecs = kBeside<Acc, kPowerOfTwo<kRows>>;
         const auto tile = [&]<int kCount>(int64_t c, const auto& channels) {
           add_tile<kRows, kCount>(weights + row * weight_stride + first, weight_stride, y + first,
-                                  here, c, first == 0 ? factor + row : kOne,
-                                  out + row * out_stride, out_stride, channels);
+                                  here, c, first == 0 ? factor + row : kOne, out + row * out_stride,
+                                  out_stride, channels);
         };
         const int64_t share = row == 0 ? (kLanes * kVecs * kLanes + dim - 1) / dim : 0;
         int64_t c = 0;
         for (; c + kVecs * kLanes <= dim; c += kVecs * kLanes) {
-          ahead.take(share);
+          prefetcher.prefetch(share);
           tile.template operator()<kVecs>(c, whole);
         }
         for (; c + kLanes <= dim; c += kLanes) tile.template operator()<1>(c, whole);
@@ -366,7 +365,7 @@ __attribute__((noinline)) static void add_rows(const Accumulator<T>* weights,
       });
     }
   }
-  ahead.take(ahead.left);
+  prefetcher.prefetch(prefetcher.left);
 }
 
 }  // namespace tokred::TOKRED_ISA

@@ -1,5 +1,6 @@
-// A list is cut into splits of kSplit entries, as in Flash-Decoding, whose partial results are
-// merged in order; splits are tasks where there are few lists.
+// Attention of few query rows by splits of their keys (Flash-Decoding): a list is cut into splits
+// of kKeySplit entries, whose partial results are merged in order; splits are tasks where there are
+// few lists.
 #pragma once
 
 #include "attention/cpu/gather.h"
@@ -7,7 +8,7 @@
 
 namespace tokred::TOKRED_ISA {
 
-inline constexpr int64_t kSplit = 1024;  // entries; part of the result's definition
+inline constexpr int64_t kKeySplit = 1024;  // entries; part of the result's definition
 
 // The partial result of some rows: out is a sum over keys of exp(logit - top) v.
 template <class Acc>
@@ -30,21 +31,21 @@ struct Partial {
   // Adds keys that follow.
   void merge(const Partial& other) {
     for (int64_t row = 0; row < rows; ++row) {
-      const Acc greatest = other.top[row] > top[row] ? other.top[row] : top[row];
-      const Acc base = greatest > -kInfinity<Acc> ? greatest : 0;
+      const Acc joint = other.top[row] > top[row] ? other.top[row] : top[row];
+      const Acc base = joint > -kInfinity<Acc> ? joint : 0;
       const Vec<Acc> here = exp(splat(top[row] - base)), there = exp(splat(other.top[row] - base));
       for (int64_t c = row * stride; c < (row + 1) * stride; c += kLanes) {
         store(out + c, fma(load(out + c), here, load(other.out + c) * there));
       }
       const Vec<Acc> sum = fma(splat(total[row]), here, splat(other.total[row]) * there);
       store_row(total + row, sum, 1);
-      top[row] = greatest;
+      top[row] = joint;
     }
   }
 };
 
-// Turns logits [rows][kGather] into weights exp(logit - top), after moving top; shrink[row] is what
-// the sums so far are to be multiplied by.
+// Logits [rows][kGather] to weights exp(logit - top), after moving top; the sums so far are to be
+// multiplied by shrink[row].
 template <class Acc>
 __attribute__((noinline)) static void exponentiate(int64_t rows, int64_t count, Acc* weights,
                                                    Acc* shrink, const Partial<Acc>& result) {
@@ -75,7 +76,7 @@ __attribute__((noinline)) static void exponentiate(int64_t rows, int64_t count, 
 }
 
 inline int64_t splits_of(const KeyLists& lists) {
-  return greater(divide_up(lists.length, kSplit), 1);
+  return max(divide_up(lists.length, kKeySplit), 1);
 }
 // Few lists are cut into tasks by their splits; of many, each is a task. The result is the same.
 inline bool splits_are_tasks(const ListPlan& plan, const KeyLists& lists, int64_t threads) {

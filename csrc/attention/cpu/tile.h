@@ -1,14 +1,13 @@
-// What the attention kernels share. Sixteen rows of one operand are the sixteen lanes of a "panel"
-// [dim][16]; rows of the other operand stream past it as blocks [row][dim], broadcast one number at
-// a time. So maxima, sums and exponentials are lane-wise, and no result depends on the register
-// width.
+// Panels and blocks of the attention kernels. Sixteen rows of one operand are the sixteen lanes of
+// a "panel" [dim][16]; rows of the other operand stream past it as blocks [row][dim], broadcast one
+// number at a time. So maxima, sums and exponentials are lane-wise, and no result depends on the
+// register width.
 #pragma once
 
 #include "attention/cpu/visibility.h"
 #include "common/cpu/register_tile.h"
 #include "common/cpu/row.h"
 #include "common/cpu/vexp.h"
-#include "sparse_attn/params.h"
 
 namespace tokred::TOKRED_ISA {
 
@@ -70,7 +69,7 @@ struct Tasks {
   int64_t count, strip, panels, in_strip, in_head;
 
   Tasks(const AttentionParams& p, int64_t rows, int64_t strip_rows, int64_t threads)
-      : count(rows), strip(greater(strip_rows, 1)), panels(panels_per_task(p, rows, threads)) {
+      : count(rows), strip(max(strip_rows, 1)), panels(panels_per_task(p, rows, threads)) {
     const int64_t strip_panels = divide_up(strip, kLanes);
     in_strip = divide_up(strip_panels, panels);
     if (strip < count) panels = divide_up(strip_panels, in_strip);
@@ -81,8 +80,8 @@ struct Tasks {
   }
   // May be less than the first, in the last strip.
   int64_t end(int64_t task) const {
-    const int64_t strip_end = smaller((task / in_strip + 1) * strip, count);
-    return smaller(first(task) + panels * kLanes, strip_end);
+    const int64_t strip_end = min((task / in_strip + 1) * strip, count);
+    return min(first(task) + panels * kLanes, strip_end);
   }
 };
 
@@ -153,10 +152,13 @@ struct KeyBlock {
   int64_t choose(const AttentionParams& p, const Visibility& see, int64_t batch, int64_t kv_head,
                  int64_t key, int64_t end, const Hidden& hidden) {
     const bool by_key = see.by_key(), by_bias = p.key_bias;
-    key = choose_visible(see.key_blocks, key, end, [&](int64_t i) {
-      return (by_key && !see.mask[i * see.stride_key]) ||
-             (by_bias && key_bias<Acc>(p, batch, kv_head, i) == -kInfinity<Acc>) || hidden(i);
-    }, index, count);
+    key = choose_visible(
+        see.key_blocks, key, end,
+        [&](int64_t i) {
+          return (by_key && !see.mask[i * see.stride_key]) ||
+                 (by_bias && key_bias<Acc>(p, batch, kv_head, i) == -kInfinity<Acc>) || hidden(i);
+        },
+        index, count);
     if (count > 0) first = index[0], last = index[count - 1];
     return key;
   }
@@ -185,13 +187,14 @@ TOKRED_INLINE void hide_rows(const Visibility& see, int64_t first_row, int64_t c
   hide_listed_rows(see, rows, count, first_key, logits);
 }
 
-// What show(panel) says of each panel; whether any is visible at all.
-template <class Show>
-TOKRED_INLINE bool show_panels(int64_t panels, Shown (&shown)[kMaxPanels], const Show& show) {
+// coverage_of(panel) for each panel; whether any is visible at all.
+template <class CoverageOf>
+TOKRED_INLINE bool cover_panels(int64_t panels, Coverage (&coverage)[kMaxPanels],
+                                const CoverageOf& coverage_of) {
   bool any = false;
   for (int64_t panel = 0; panel < panels; ++panel) {
-    shown[panel] = show(panel);
-    any = any || shown[panel] != Shown::none;
+    coverage[panel] = coverage_of(panel);
+    any = any || coverage[panel] != Coverage::none;
   }
   return any;
 }
@@ -199,13 +202,13 @@ TOKRED_INLINE bool show_panels(int64_t panels, Shown (&shown)[kMaxPanels], const
 // visit(panel, count) for the panels that are not hidden, `count` neighbours together where a tile
 // takes them.
 template <class Acc, class Visit>
-TOKRED_INLINE void visit_panels(int64_t panels, const Shown (&shown)[kMaxPanels],
+TOKRED_INLINE void visit_panels(int64_t panels, const Coverage (&coverage)[kMaxPanels],
                                 const Visit& visit) {
   for (int64_t panel = 0, count; panel < panels; panel += count) {
     count = 1;
-    if (shown[panel] == Shown::none) continue;
+    if (coverage[panel] == Coverage::none) continue;
     while (count < kTilePanels<Acc> && panel + count < panels &&
-           shown[panel + count] != Shown::none) {
+           coverage[panel + count] != Coverage::none) {
       ++count;
     }
     visit(panel, count);

@@ -19,11 +19,11 @@ inline int64_t row_group(const AttentionParams& p) {
   return by_head ? 1 : p.heads_q / p.heads_kv;
 }
 
-enum class Shown { none, some, all };
+enum class Coverage { none, some, all };
 
-inline constexpr Shown both(Shown a, Shown b) {
-  if (a == Shown::none || b == Shown::none) return Shown::none;
-  return a == Shown::all ? b : Shown::some;
+inline constexpr Coverage both(Coverage a, Coverage b) {
+  if (a == Coverage::none || b == Coverage::none) return Coverage::none;
+  return a == Coverage::all ? b : Coverage::some;
 }
 
 // One row or column of a block mask: indices i, by blocks of `size`. Null data: all visible.
@@ -37,10 +37,10 @@ struct BlockLine {
     if (!data || i >= end) return i;
     int64_t block = i / size;
     for (; i < end && !data[block * stride]; i = block * size) ++block;
-    return smaller(i, end);
+    return min(i, end);
   }
   int64_t block_end(int64_t i, int64_t end) const {
-    return data ? smaller((i / size + 1) * size, end) : end;
+    return data ? min((i / size + 1) * size, end) : end;
   }
 };
 
@@ -87,8 +87,8 @@ struct Visibility {
     }
     if (!blocks) return;
     blocks += batch * p.blocks.mask.stride[0] + first_head * p.blocks.mask.stride[1];
-    block_rows = greater(smaller(p.blocks.block_q, p.queries), 1) * group;
-    block_keys = greater(smaller(p.blocks.block_k, p.keys), 1);
+    block_rows = max(min(p.blocks.block_q, p.queries), 1) * group;
+    block_keys = max(min(p.blocks.block_k, p.keys), 1);
   }
   Visibility(const AttentionParams& p, int64_t batch, int64_t kv_head)
       : Visibility(p, batch, kv_head, p.heads_q / p.heads_kv) {}
@@ -131,70 +131,71 @@ struct Visibility {
     return positions.key + key * positions.key_stride_token;
   }
 
-  // How much of a rectangle is visible, but for keys and rows that are not packed at all.
-  Shown shown(int64_t first_row, int64_t last_row, int64_t first_key, int64_t last_key) const {
-    if (first_key > limit(last_row)) return Shown::none;
-    Shown result = last_key <= limit(first_row) ? Shown::all : Shown::some;
+  // How much of a rectangle is visible, keys and rows that are not packed left aside.
+  Coverage coverage(int64_t first_row, int64_t last_row, int64_t first_key,
+                    int64_t last_key) const {
+    if (first_key > limit(last_row)) return Coverage::none;
+    Coverage result = last_key <= limit(first_row) ? Coverage::all : Coverage::some;
     if (!masks_pairs() && !blocks_pairs() && positions.columns == 0) return result;
     // Wide only where most of it is not packed.
     if (last_key - first_key >= 4 * kBlock || last_row - first_row >= 4 * kBlock) {
-      return Shown::some;
+      return Coverage::some;
     }
     if (masks_pairs()) {
-      result = both(result, shown_by_mask(first_row, last_row, first_key, last_key));
+      result = both(result, coverage_by_mask(first_row, last_row, first_key, last_key));
     }
     if (blocks_pairs()) {
-      result = both(result, shown_by_blocks(first_row, last_row, first_key, last_key));
+      result = both(result, coverage_by_blocks(first_row, last_row, first_key, last_key));
     }
     for (int64_t column = 0; column < positions.columns; ++column) {
-      result = both(result, shown_by_position(first_row, last_row, first_key, last_key, column));
+      result = both(result, coverage_by_position(first_row, last_row, first_key, last_key, column));
     }
     return result;
   }
 
  private:
   int64_t strip(int64_t block, int64_t all) const {
-    return blocks && block >= kLanes ? smaller(block, all) : all;
+    return blocks && block >= kLanes ? min(block, all) : all;
   }
 
-  Shown shown_by_mask(int64_t first_row, int64_t last_row, int64_t first_key,
-                      int64_t last_key) const {
+  Coverage coverage_by_mask(int64_t first_row, int64_t last_row, int64_t first_key,
+                            int64_t last_key) const {
     int64_t visible = 0;
     for (int64_t row = first_row; row <= last_row; ++row) {
       visible += count(row_mask(row, first_key), stride_key, last_key - first_key + 1);
     }
     const int64_t pairs = (last_row - first_row + 1) * (last_key - first_key + 1);
-    return visible == 0 ? Shown::none : visible == pairs ? Shown::all : Shown::some;
+    return visible == 0 ? Coverage::none : visible == pairs ? Coverage::all : Coverage::some;
   }
 
-  Shown shown_by_blocks(int64_t first_row, int64_t last_row, int64_t first_key,
-                        int64_t last_key) const {
+  Coverage coverage_by_blocks(int64_t first_row, int64_t last_row, int64_t first_key,
+                              int64_t last_key) const {
     const int64_t first = first_key / block_keys, columns = last_key / block_keys - first + 1;
     int64_t visible = 0, pairs = 0;
     for (int64_t row = first_row / block_rows; row <= last_row / block_rows; ++row) {
-      visible += count(blocks + row * stride_block_row + first * stride_block_key,
-                       stride_block_key, columns);
+      visible += count(blocks + row * stride_block_row + first * stride_block_key, stride_block_key,
+                       columns);
       pairs += columns;
     }
-    return visible == 0 ? Shown::none : visible == pairs ? Shown::all : Shown::some;
+    return visible == 0 ? Coverage::none : visible == pairs ? Coverage::all : Coverage::some;
   }
 
-  Shown shown_by_position(int64_t first_row, int64_t last_row, int64_t first_key,
-                          int64_t last_key, int64_t column) const {
-    int32_t least_key = INT32_MAX, greatest_key = INT32_MIN;
+  Coverage coverage_by_position(int64_t first_row, int64_t last_row, int64_t first_key,
+                                int64_t last_key, int64_t column) const {
+    int32_t min_key = INT32_MAX, max_key = INT32_MIN;
     for (int64_t key = first_key; key <= last_key; ++key) {
       const int32_t position = key_position(key)[column];
-      least_key = position < least_key ? position : least_key;
-      greatest_key = position > greatest_key ? position : greatest_key;
+      min_key = position < min_key ? position : min_key;
+      max_key = position > max_key ? position : max_key;
     }
-    int32_t least_query = INT32_MAX, greatest_query = INT32_MIN;
+    int32_t min_query = INT32_MAX, max_query = INT32_MIN;
     for (int64_t row = first_row; row <= last_row; ++row) {
       const int32_t position = query_position(row)[column];
-      least_query = position < least_query ? position : least_query;
-      greatest_query = position > greatest_query ? position : greatest_query;
+      min_query = position < min_query ? position : min_query;
+      max_query = position > max_query ? position : max_query;
     }
-    if (least_key > greatest_query) return Shown::none;
-    return greatest_key <= least_query ? Shown::all : Shown::some;
+    if (min_key > max_query) return Coverage::none;
+    return max_key <= min_query ? Coverage::all : Coverage::some;
   }
 
   static int64_t count(const bool* first, int64_t stride, int64_t entries) {
@@ -210,8 +211,7 @@ struct Visibility {
 
 // ---- Single pairs -------------------------------------------------------------------------------
 
-// Sets the logits [item][16 lanes] to -inf where an item's number is greater (kLess: less) than a
-// lane's.
+// Sets the logits [item][16 lanes] to -inf where an item's number is above (kLess: below) a lane's.
 template <bool kLess, class Acc>
 TOKRED_INLINE void hide_by_number(const int32_t (&item)[kBlock], const int32_t (&lane)[kLanes],
                                   int64_t count, Acc* logits) {
@@ -231,15 +231,15 @@ TOKRED_INLINE void hide_by_number(const int32_t (&item)[kBlock], const int32_t (
   }
 }
 
-// The same where the table says false. It is filled before, so that no branch has to wait for what
-// none can foresee.
+// The same where the table says false. The table is filled before the selects, which then need no
+// branches: masks are unpredictable.
 template <class Acc>
 TOKRED_INLINE void hide_by_table(const int32_t* visible, int64_t count, Acc* logits) {
   constexpr Acc kHidden = static_cast<Acc>(-__builtin_inf());
   for (int64_t i = 0; i < count * kLanes; i += kLanes) {
     if constexpr (sizeof(Acc) == sizeof(int32_t)) {
-      store(logits + i, select_greater(load(visible + i), splat(int32_t{0}), load(logits + i),
-                                       splat(kHidden)));
+      store(logits + i,
+            select_greater(load(visible + i), splat(int32_t{0}), load(logits + i), splat(kHidden)));
     } else {
       for (int64_t j = i; j < i + kLanes; ++j) logits[j] = visible[j] ? logits[j] : kHidden;
     }
@@ -252,7 +252,7 @@ inline void hide_listed_keys(const Visibility& see, const int64_t* key, int64_t 
                              int64_t first_row, Acc* logits) {
   int32_t number[kBlock];
   alignas(64) int32_t lane_number[kLanes], visible[kBlock * kLanes];
-  const auto row = [&](int lane) { return smaller(first_row + lane, see.rows - 1); };
+  const auto row = [&](int lane) { return min(first_row + lane, see.rows - 1); };
   if (see.causal) {
     for (int64_t i = 0; i < count; ++i) number[i] = static_cast<int32_t>(key[i]);
     for (int j = 0; j < kLanes; ++j) lane_number[j] = static_cast<int32_t>(see.limit(row(j)));
@@ -287,7 +287,7 @@ inline void hide_listed_rows(const Visibility& see, const int64_t* row, int64_t 
                              int64_t first_key, Acc* logits) {
   int32_t number[kBlock];
   alignas(64) int32_t lane_number[kLanes], visible[kBlock * kLanes];
-  const auto key = [&](int lane) { return smaller(first_key + lane, see.keys - 1); };
+  const auto key = [&](int lane) { return min(first_key + lane, see.keys - 1); };
   if (see.causal) {
     for (int64_t i = 0; i < count; ++i) number[i] = static_cast<int32_t>(see.limit(row[i]));
     for (int j = 0; j < kLanes; ++j) lane_number[j] = static_cast<int32_t>(key(j));

@@ -1,11 +1,13 @@
-// Attention of few query rows over many keys: the keys of a row are split over blocks, each of
-// which sums its split with a running softmax; a second kernel adds the splits up. Every warp
-// streams tiles of its own, with no barrier but at the end, so that the copies never pause.
+// Attention of few query rows over many keys (Flash-Decoding): the keys of a row are split over
+// blocks, each of which sums its split with an online softmax; a second kernel adds the splits up.
+// Every warp streams tiles of its own, with no barrier but at the end, so that the copies never
+// pause.
 #pragma once
 
+#include "attention/cuda/forward.cuh"
 #include "attention/cuda/keys.cuh"
 #include "common/cuda/block.cuh"
-#include "sparse_attn/cuda/biased_attention.cuh"
+#include "common/cuda/raw_tile.cuh"
 
 namespace tokred::cuda::attention {
 
@@ -18,7 +20,7 @@ struct DecodeParams {
   __device__ float* partial_out(int64_t slot) const {
     return static_cast<float*>(sparse.attention.workspace) + slot * sparse.attention.value_dim;
   }
-  __device__ float* partial_state(int64_t items, int64_t slot) const {  // greatest logit, sum
+  __device__ float* partial_state(int64_t items, int64_t slot) const {  // largest logit, sum
     return partial_out(items * splits * item_rows) + 2 * slot;
   }
 };
@@ -26,7 +28,7 @@ struct DecodeParams {
 template <class StorageType, int kHeadDim>
 struct DecodeConfig {
   using T = StorageType;
-  using Key = T;  // what queries and keys meet as
+  using Key = T;  // the type in which queries and keys are multiplied
   static constexpr int kDim = kHeadDim;
   static constexpr int kValueDim = forward_value_dim(kDim, Operand<T>::kPlanes == 3);
   static constexpr DecodeTiles kTiles = decode_tiles(kDim, Operand<T>::kPlanes == 3);
@@ -55,7 +57,7 @@ struct DecodeShared {
     Stage stage[C::kWarps][C::kStages];
     float out[C::kWarps][C::kRows][C::kValueDim];  // of the warps, when all tiles are done
   };
-  RowSight sight[C::kRows];
+  RowVisibility visibility[C::kRows];
   float top[C::kWarps][C::kRows], sum[C::kWarps][C::kRows];
 };
 
@@ -94,8 +96,8 @@ struct DecodeBlock {
     cp_async_commit();
     const int thread = static_cast<int>(threadIdx.x);
     if (thread >= C::kRows) return;
-    shared.sight[thread] =
-        row_sight(p.attention, view, min(item.first_row + thread, view.rows - 1));
+    shared.visibility[thread] =
+        row_visibility(p.attention, view, min(item.first_row + thread, view.rows - 1));
   }
 
   // Starts this warp's copies of a tile, whose keys its first lanes bring.
@@ -146,7 +148,7 @@ __device__ __forceinline__ void keep_warp_state(const ForwardState<C>& state, Sh
   }
 }
 
-// What a row's sums of each warp count for, in the order of the warps.
+// The weight of each warp's sums of a row, in the order of the warps.
 template <class C>
 struct WarpWeights {
   float of[C::kWarps], top = -kInfinity, sum = 0.0f;
@@ -180,7 +182,7 @@ __device__ __forceinline__ void store_split(const DecodeParams& p, const ItemRow
   partial[1] = sum;
 }
 
-// What the warps have summed becomes the result of the block.
+// The sums of the warps become the result of the block.
 template <class C>
 __device__ __forceinline__ void finish_split(const ForwardState<C>& state, DecodeShared<C>& shared,
                                              const DecodeParams& p, const ItemRows& item) {
@@ -238,7 +240,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     for (int k = 0; k < C::kDim / 16; ++k) load_left(query[k], shared.query, 0, 16 * k);
   }
   const float scale = static_cast<float>(a.scale) * kLog2E;
-  const bool careful = rows_differ(a);
+  const bool per_row_mask = rows_differ(a);
   for (int tile = 0; tile < tiles; ++tile) {
     cp_async_wait<C::kStages - 2>();
     __syncwarp();  // all lanes have their copies, and are done with the tile before
@@ -251,8 +253,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       load_left(left, shared.query, 0, 16 * k);
       return left;
     });
-    list_logits(weights, stage.slots, shared.sight, a, item.list.view.batch, scale, careful,
-                [](int, int h) { return h * 8 + lane_id() / 4; });
+    list_logits(weights, stage.slots, shared.visibility, a, item.list.view.batch, scale,
+                per_row_mask, [](int, int h) { return h * 8 + lane_id() / 4; });
     to_weights(weights, state);
     accumulate(state.out, weights, stage.value);
   }

@@ -2,8 +2,9 @@
 // in order. Both come from the same code, so that listing every key changes no bit of a result.
 #pragma once
 
-#include "attention/cuda/bf16_planes.cuh"
 #include "attention/cuda/plan_decode.h"
+#include "attention/cuda/row_source.cuh"
+#include "common/cuda/raw_tile.cuh"
 
 namespace tokred::cuda::attention {
 
@@ -69,33 +70,33 @@ struct ListView {
   }
 };
 
-// What decides which of the listed keys a row sees.
-struct RowSight {
+// Limits to the listed keys that a row sees.
+struct RowVisibility {
   int64_t mask_offset;
   int last_key;
   Position position;
 };
 
-__device__ __forceinline__ RowSight row_sight(const AttentionParams& p, const HeadView& view,
-                                              uint32_t row) {
-  RowSight sight{0, view.last_key(p, row), {0, 0}};
-  if (p.mask.data && !masks_keys_only(p)) sight.mask_offset = view.mask_offset(p.mask, row);
+__device__ __forceinline__ RowVisibility row_visibility(const AttentionParams& p,
+                                                        const HeadView& view, uint32_t row) {
+  RowVisibility visibility{0, view.last_key(p, row), {0, 0}};
+  if (p.mask.data && !masks_keys_only(p)) visibility.mask_offset = view.mask_offset(p.mask, row);
   if (p.positions.columns > 0) {
-    sight.position = query_position(p.positions, view.batch, view.query(row));
+    visibility.position = query_position(p.positions, view.batch, view.query(row));
   }
-  return sight;
+  return visibility;
 }
 
 // Whether a row sees a key that exists.
 __device__ __forceinline__ bool sees(const AttentionParams& p, int64_t batch,
-                                     const RowSight& sight, int64_t key) {
-  if (key > sight.last_key) return false;
+                                     const RowVisibility& visibility, int64_t key) {
+  if (key > visibility.last_key) return false;
   if (p.positions.columns > 0 &&
-      !sees(sight.position, key_position(p.positions, batch, key))) {
+      !sees(visibility.position, key_position(p.positions, batch, key))) {
     return false;
   }
   if (!p.mask.data || masks_keys_only(p)) return true;
-  return p.mask.data[sight.mask_offset + key * p.mask.stride[3]];
+  return p.mask.data[visibility.mask_offset + key * p.mask.stride[3]];
 }
 
 // The keys of a tile in shared memory: -1 for none, with a bias of -inf.
@@ -115,8 +116,8 @@ __device__ __forceinline__ auto listed_rows(const RowSource<T>& source,
   };
 }
 
-// What one thread brings of tile after tile: its entry is read two tiles ahead, and look_up(entry),
-// what the entry leads to, one tile ahead, so that neither is waited for.
+// The entries that one thread reads of tile after tile: an entry two tiles ahead, and
+// look_up(entry) one tile ahead, so that the thread waits for neither.
 template <class Position, class LookUp>
 class ListStream {
  public:
@@ -175,12 +176,13 @@ struct KeyStream : ListStream<int64_t, KeyLookUp> {
 };
 
 // Products to logits, for kRowTiles tiles of rows and a tile of keys; row(i, h) is the row of the
-// block that half h of row tile i is. Only `careful` blocks have rows that see different keys.
+// block that half h of row tile i is. Only `per_row_mask` blocks have rows that see different keys.
 template <int kRowTiles, int kKeys, class Row>
 __device__ __forceinline__ void list_logits(float (&product)[kRowTiles][kKeys / 8][4],
-                                            const KeySlots<kKeys>& slots, const RowSight* sight,
-                                            const AttentionParams& p, int64_t batch,
-                                            float scale, bool careful, Row row) {
+                                            const KeySlots<kKeys>& slots,
+                                            const RowVisibility* visibility,
+                                            const AttentionParams& p, int64_t batch, float scale,
+                                            bool per_row_mask, Row row) {
   const int first_column = lane_id() % 4 * 2;
 #pragma unroll
   for (int i = 0; i < kRowTiles; ++i) {
@@ -194,31 +196,31 @@ __device__ __forceinline__ void list_logits(float (&product)[kRowTiles][kKeys / 
       }
     }
   }
-  if (!careful) return;
+  if (!per_row_mask) return;
 #pragma unroll
   for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const RowSight& row_sight = sight[row(i, h)];
+      const RowVisibility& row_visibility = visibility[row(i, h)];
 #pragma unroll
       for (int j = 0; j < kKeys / 8; ++j) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int key = slots.key[8 * j + first_column + e];
-          if (key < 0 || !sees(p, batch, row_sight, key)) product[i][j][2 * h + e] = -kInfinity;
+          if (key < 0 || !sees(p, batch, row_visibility, key))
+            product[i][j][2 * h + e] = -kInfinity;
         }
       }
     }
   }
 }
 
-// Fills a tile with keys turned to the positions first_position, .. of their entries. row(r) as in
+// Fills a tile with keys rotated to the positions first_position, .. of their entries. row(r) as in
 // load_tile.
 template <int kThreads, class Tile, class T, class Row>
 __device__ __forceinline__ void load_rotated(Tile& tile, const RowSource<T>& source,
                                              const Rotation& rotation, int64_t first_position,
-                                             Row row,
-                                             int thread = static_cast<int>(threadIdx.x)) {
+                                             Row row, int thread = static_cast<int>(threadIdx.x)) {
   constexpr int kChunks = Tile::kDim / 8;
   const int half = source.columns / 2;
 #pragma unroll 1

@@ -17,13 +17,6 @@ struct AttentionTiles {
   constexpr int rows() const { return 16 * row_tiles * warps; }
 };
 
-// Rows are 8 elements longer than the head, so that eight of them lie in different banks.
-constexpr int attention_pitch(int dim) { return dim + 8; }
-
-constexpr int64_t attention_tile_bytes(int dim, int rows, int planes) {
-  return int64_t{2} * planes * rows * attention_pitch(dim);
-}
-
 // Forward: the fewer registers a row of the output takes, the more rows share a key tile.
 constexpr AttentionTiles forward_tiles(int dim, bool is_float) {
   if (is_float) return {4, 1, dim <= 128 ? 32 : 16, 1, 3};
@@ -36,18 +29,37 @@ constexpr AttentionTiles backward_tiles(int dim, bool is_float) {
   return {4, 1, dim <= 64 ? 64 : 32, 2, 1};
 }
 
-// The compiled head size that covers `dim` (the greater of D and Dv), at most kMaxHeadDim = 256.
+// The compiled head size that covers `dim` (the maximum of D and Dv), at most kMaxHeadDim = 256.
 constexpr int forward_head_dim(int64_t dim, bool is_float) {
   if (dim <= 32 && !is_float) return 32;
   if (dim <= 64) return 64;
   if (dim <= 96 && !is_float) return 96;
   return dim <= 128 ? 128 : 256;
 }
-// The value columns that one block sums; a greater Dv is shared out, where registers are short.
+// The value columns that one block sums; a larger Dv is shared out, where registers are short.
 constexpr int forward_value_dim(int dim, bool is_float) {
   return is_float && dim > 128 ? 128 : dim;
 }
-constexpr int backward_head_dim(int64_t dim) { return dim <= 64 ? 64 : dim <= 128 ? 128 : 256; }
+// The compiled head size of all kernels but the dense forward ones.
+constexpr int padded_head_dim(int64_t dim) { return dim <= 64 ? 64 : dim <= 128 ? 128 : 256; }
+
+// f.template operator()<kDim>() for the compiled head size that covers `dim`.
+template <class F>
+void visit_head_dim(int64_t dim, F f) {
+  switch (padded_head_dim(dim)) {
+    case 64: return f.template operator()<64>();
+    case 128: return f.template operator()<128>();
+    default: return f.template operator()<256>();
+  }
+}
+template <bool kFloat, class F>
+void visit_forward_head_dim(int64_t dim, F f) {
+  if constexpr (!kFloat) {
+    if (forward_head_dim(dim, kFloat) == 32) return f.template operator()<32>();
+    if (forward_head_dim(dim, kFloat) == 96) return f.template operator()<96>();
+  }
+  visit_head_dim(dim, f);
+}
 
 // Forward by wgmma: warpgroups of 64 rows, and a third that fetches the keys for both.
 constexpr AttentionTiles wgmma_tiles(int dim) { return {8, 1, 128, dim <= 64 ? 4 : 2, 1}; }
@@ -59,10 +71,9 @@ inline constexpr int kWgmmaAlignment = 1024;  // of the tiles: a period of the s
 constexpr int64_t forward_shared_bytes(int dim, bool is_float) {
   const AttentionTiles t = forward_tiles(dim, is_float);
   const int value_dim = forward_value_dim(dim, is_float);
-  const int64_t stage = attention_tile_bytes(dim, t.columns, t.planes) +
-                        attention_tile_bytes(value_dim, t.columns, t.planes) + 4 * t.columns;
-  return attention_tile_bytes(dim, t.rows(), t.planes) + t.stages * stage + 12 * t.rows() +
-         t.threads();
+  const int64_t stage = tile_bytes(dim, t.columns, t.planes) +
+                        tile_bytes(value_dim, t.columns, t.planes) + 4 * t.columns;
+  return tile_bytes(dim, t.rows(), t.planes) + t.stages * stage + 12 * t.rows() + t.threads();
 }
 constexpr int64_t wgmma_shared_bytes(int dim) {
   const AttentionTiles t = wgmma_tiles(dim);
@@ -71,15 +82,13 @@ constexpr int64_t wgmma_shared_bytes(int dim) {
 }
 constexpr int64_t grad_query_shared_bytes(int dim, bool is_float) {
   const AttentionTiles t = backward_tiles(dim, is_float);
-  const int64_t stage = 2 * attention_tile_bytes(dim, t.columns, t.planes) + 4 * t.columns;
-  return 2 * attention_tile_bytes(dim, t.rows(), t.planes) + t.stages * stage + 24 * t.rows() +
-         t.threads();
+  const int64_t stage = 2 * tile_bytes(dim, t.columns, t.planes) + 4 * t.columns;
+  return 2 * tile_bytes(dim, t.rows(), t.planes) + t.stages * stage + 24 * t.rows() + t.threads();
 }
 constexpr int64_t grad_key_shared_bytes(int dim, bool is_float) {
   const AttentionTiles t = backward_tiles(dim, is_float);
-  const int64_t stage = 2 * attention_tile_bytes(dim, t.columns, t.planes) + 24 * t.columns;
-  return 2 * attention_tile_bytes(dim, t.rows(), t.planes) + t.stages * stage + 4 * t.rows() +
-         t.threads();
+  const int64_t stage = 2 * tile_bytes(dim, t.columns, t.planes) + 24 * t.columns;
+  return 2 * tile_bytes(dim, t.rows(), t.planes) + t.stages * stage + 4 * t.rows() + t.threads();
 }
 
 // What the plans depend on.
@@ -104,7 +113,8 @@ constexpr LaunchPlan plan_forward(const AttentionShape& s) {
   const AttentionTiles tiles = forward_tiles(dim, s.is_float);
   const int64_t parts = divide_up(s.value_dim, forward_value_dim(dim, s.is_float));
   return {{s.batch * s.heads_kv * parts * s.row_blocks(tiles.rows()), 1, 1},
-          tiles.threads(), forward_shared_bytes(dim, s.is_float)};
+          tiles.threads(),
+          forward_shared_bytes(dim, s.is_float)};
 }
 
 // Whether a block of the forward kernel has all value columns of its rows.
@@ -124,22 +134,25 @@ constexpr LaunchPlan plan_wgmma(const AttentionShape& s) {
   const int dim = static_cast<int>(s.head_dim);
   const AttentionTiles tiles = wgmma_tiles(dim);
   return {{s.batch * s.heads_kv * s.row_blocks(tiles.rows()), 1, 1},
-          tiles.threads() + kWgmmaProducers, wgmma_shared_bytes(dim) + kWgmmaAlignment - 16};
+          tiles.threads() + kWgmmaProducers,
+          wgmma_shared_bytes(dim) + kWgmmaAlignment - 16};
 }
 
 // A block for tiles.rows() query rows. The example above: 24 * 47 = 1128 blocks.
 constexpr LaunchPlan plan_grad_query(const AttentionShape& s) {
-  const int dim = backward_head_dim(s.dim());
+  const int dim = padded_head_dim(s.dim());
   const AttentionTiles tiles = backward_tiles(dim, s.is_float);
-  return {{s.batch * s.heads_kv * s.row_blocks(tiles.rows()), 1, 1}, tiles.threads(),
+  return {{s.batch * s.heads_kv * s.row_blocks(tiles.rows()), 1, 1},
+          tiles.threads(),
           grad_query_shared_bytes(dim, s.is_float)};
 }
 
 // A block for tiles.rows() keys. The example above with N = 1000: 24 * 16 = 384 blocks.
 constexpr LaunchPlan plan_grad_key(const AttentionShape& s) {
-  const int dim = backward_head_dim(s.dim());
+  const int dim = padded_head_dim(s.dim());
   const AttentionTiles tiles = backward_tiles(dim, s.is_float);
-  return {{s.batch * s.heads_kv * divide_up(s.keys, tiles.rows()), 1, 1}, tiles.threads(),
+  return {{s.batch * s.heads_kv * divide_up(s.keys, tiles.rows()), 1, 1},
+          tiles.threads(),
           grad_key_shared_bytes(dim, s.is_float)};
 }
 
@@ -148,7 +161,7 @@ constexpr LaunchPlan plan_delta(const AttentionShape& s) {
   return {{divide_up(s.batch * s.heads_q * s.queries, 8), 1, 1}, 256, 0};
 }
 // A warp for each key.
-constexpr LaunchPlan plan_mend_keys(const AttentionShape& s) {
+constexpr LaunchPlan plan_recompute_keys(const AttentionShape& s) {
   return {{divide_up(s.batch * s.heads_kv * s.keys, 8), 1, 1}, 256, 0};
 }
 

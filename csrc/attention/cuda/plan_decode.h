@@ -5,8 +5,8 @@
 
 namespace tokred::cuda {
 
-inline constexpr int kDecodeRows = 16;         // query rows of a block: a tile of the tensor cores
-inline constexpr int kDecodeKeys = 16;         // keys of a tile
+inline constexpr int kDecodeRows = 16;  // query rows of a block: a tile of the tensor cores
+inline constexpr int kDecodeKeys = 16;  // keys of a tile
 inline constexpr int kCombineThreads = 256;
 inline constexpr int64_t kMaxDecodeRows = 64;  // that share their keys
 inline constexpr int64_t kMaxItems = 1 << 30;  // of a launch
@@ -42,18 +42,14 @@ constexpr DecodeTiles decode_tiles(int dim, bool is_float) {
   if (is_float) return {dim <= 128 ? 4 : 2, dim <= 64 ? 3 : 2};
   return {4, dim <= 64 ? 4 : dim <= 128 ? 3 : 2};
 }
-constexpr int decode_head_dim(int64_t dim) { return dim <= 64 ? 64 : dim <= 128 ? 128 : 256; }
-
-// Rows of f32 as they are; four longer, so that columns of them lie in different banks.
-constexpr int raw_pitch(int dim) { return dim + 4; }
 
 constexpr int64_t decode_shared_bytes(int dim, bool is_float) {
   const DecodeTiles t = decode_tiles(dim, is_float);
   const int value_dim = forward_value_dim(dim, is_float);
   const int64_t stage = is_float
                             ? int64_t{4} * kDecodeKeys * (raw_pitch(dim) + raw_pitch(value_dim))
-                            : 2 * attention_tile_bytes(dim, kDecodeKeys, 1);
-  return attention_tile_bytes(dim, kDecodeRows, is_float ? 3 : 1) +
+                            : 2 * tile_bytes(dim, kDecodeKeys, 1);
+  return tile_bytes(dim, kDecodeRows, is_float ? 3 : 1) +
          t.warps * t.stages * (stage + 8 * kDecodeKeys) + (24 + 8 * t.warps) * kDecodeRows;
 }
 
@@ -81,7 +77,7 @@ constexpr int64_t decode_item_rows(const ListShape& s) {
 constexpr int64_t decode_items(const ListShape& s) {
   return s.all_lists() * divide_up(s.rows(), kDecodeRows);
 }
-// What the splits of an item leave in the workspace: sums in f32, the greatest logit and the sum of
+// What the splits of an item leave in the workspace: sums in f32, the largest logit and the sum of
 // weights of each row. One split leaves nothing.
 constexpr int64_t decode_item_bytes(const ListShape& s) {
   const int64_t splits = decode_splits(s.length);
@@ -103,16 +99,18 @@ constexpr int64_t decode_workspace_bytes(const ListShape& s) {
 // the partial results take 2 MB. With lists of 2048 keys: 8 x 16 = 128 blocks.
 constexpr LaunchPlan plan_decode(const ListShape& s, int64_t items) {
   const AttentionShape& a = s.attention;
-  const int dim = decode_head_dim(a.dim());
+  const int dim = padded_head_dim(a.dim());
   const int64_t parts = divide_up(a.value_dim, forward_value_dim(dim, a.is_float));
-  return {{items, decode_splits(s.length), parts}, decode_tiles(dim, a.is_float).threads(),
+  return {{items, decode_splits(s.length), parts},
+          decode_tiles(dim, a.is_float).threads(),
           decode_shared_bytes(dim, a.is_float)};
 }
 
 // A block for each row. The example above: 32 blocks of 8 warps that share out the splits.
 constexpr int64_t combine_shared_bytes() { return 4 * (kCombineThreads / 32) * (256 + 1); }
 constexpr LaunchPlan plan_combine(const ListShape& s, int64_t items) {
-  return {{decode_splits(s.length) == 1 ? 0 : items * decode_item_rows(s), 1, 1}, kCombineThreads,
+  return {{decode_splits(s.length) == 1 ? 0 : items * decode_item_rows(s), 1, 1},
+          kCombineThreads,
           combine_shared_bytes()};
 }
 
@@ -121,10 +119,9 @@ constexpr LaunchPlan plan_combine(const ListShape& s, int64_t items) {
 constexpr int64_t list_forward_shared_bytes(int dim, bool is_float) {
   const AttentionTiles t = forward_tiles(dim, is_float);
   const int value_dim = forward_value_dim(dim, is_float);
-  const int64_t stage = attention_tile_bytes(dim, t.columns, t.planes) +
-                        attention_tile_bytes(value_dim, t.columns, t.planes);
-  return attention_tile_bytes(dim, t.rows(), t.planes) + t.stages * stage + 24 * t.columns +
-         24 * t.rows();
+  const int64_t stage =
+      tile_bytes(dim, t.columns, t.planes) + tile_bytes(value_dim, t.columns, t.planes);
+  return tile_bytes(dim, t.rows(), t.planes) + t.stages * stage + 24 * t.columns + 24 * t.rows();
 }
 // Example: B = 1, Hq = 32, Hkv = 8, L = 4096, block_q = 64, D = 128 in bf16: 8 x 64 lists of 256
 // rows, 64 to a block: 2048 blocks.
@@ -133,24 +130,24 @@ constexpr LaunchPlan plan_list_forward(const ListShape& s) {
   const int dim = forward_head_dim(a.dim(), a.is_float);
   const AttentionTiles tiles = forward_tiles(dim, a.is_float);
   const int64_t parts = divide_up(a.value_dim, forward_value_dim(dim, a.is_float));
-  return {{s.all_lists() * parts * divide_up(s.rows(), tiles.rows()), 1, 1}, tiles.threads(),
+  return {{s.all_lists() * parts * divide_up(s.rows(), tiles.rows()), 1, 1},
+          tiles.threads(),
           list_forward_shared_bytes(dim, a.is_float)};
 }
 
 // Backward over lists. Of the rows of one list:
 constexpr int64_t list_grad_query_shared_bytes(int dim, bool is_float) {
   const AttentionTiles t = backward_tiles(dim, is_float);
-  return 2 * attention_tile_bytes(dim, t.rows(), t.planes) +
-         t.stages * 2 * attention_tile_bytes(dim, t.columns, t.planes) + 24 * t.columns +
-         40 * t.rows();
+  return 2 * tile_bytes(dim, t.rows(), t.planes) +
+         t.stages * 2 * tile_bytes(dim, t.columns, t.planes) + 24 * t.columns + 40 * t.rows();
 }
 constexpr int64_t list_grad_query_blocks(const ListShape& s) {
-  const int dim = backward_head_dim(s.attention.dim());
+  const int dim = padded_head_dim(s.attention.dim());
   return s.all_lists() * divide_up(s.rows(), backward_tiles(dim, s.attention.is_float).rows());
 }
 // `blocks` of them in one launch, at most kMaxItems.
 constexpr LaunchPlan plan_list_grad_query(const ListShape& s, int64_t blocks) {
-  const int dim = backward_head_dim(s.attention.dim());
+  const int dim = padded_head_dim(s.attention.dim());
   return {{blocks < kMaxItems ? blocks : kMaxItems, 1, 1},
           backward_tiles(dim, s.attention.is_float).threads(),
           list_grad_query_shared_bytes(dim, s.attention.is_float)};
@@ -158,14 +155,13 @@ constexpr LaunchPlan plan_list_grad_query(const ListShape& s, int64_t blocks) {
 // And of the keys, whose blocks count how often each list of a tile of rows names each of them.
 constexpr int64_t list_grad_key_shared_bytes(int dim, bool is_float) {
   const AttentionTiles t = backward_tiles(dim, is_float);
-  return 96 + 2 * attention_tile_bytes(dim, t.rows(), t.planes) +
-         2 * attention_tile_bytes(dim, t.columns, t.planes) + 40 * t.columns + 8 * t.rows() +
-         4 * t.columns * (2 * t.rows() + 4);
+  return 96 + 2 * tile_bytes(dim, t.rows(), t.planes) + 2 * tile_bytes(dim, t.columns, t.planes) +
+         40 * t.columns + 8 * t.rows() + 4 * t.columns * (2 * t.rows() + 4);
 }
 constexpr LaunchPlan plan_list_grad_key(const ListShape& s) {
   LaunchPlan plan = plan_grad_key(s.attention);
   plan.shared_bytes =
-      list_grad_key_shared_bytes(backward_head_dim(s.attention.dim()), s.attention.is_float);
+      list_grad_key_shared_bytes(padded_head_dim(s.attention.dim()), s.attention.is_float);
   return plan;
 }
 

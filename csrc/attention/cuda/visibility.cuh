@@ -13,13 +13,18 @@ namespace tokred::cuda::attention {
 
 inline constexpr float kLog2E = 1.4426950408889634f;
 inline constexpr float kLn2 = 0.6931471805599453f;
-inline constexpr float kInfinity = __builtin_huge_valf();
-inline constexpr float kNaN = __builtin_nanf("");
 
 // The shape as the plans take it.
 inline AttentionShape attention_shape(const AttentionParams& p) {
-  return {p.batch, p.heads_q, p.heads_kv, p.queries, p.keys, p.head_dim, p.value_dim,
-          p.dtype == DType::f32, p.blocks.mask.data && p.blocks.mask.stride[1] != 0};
+  return {p.batch,
+          p.heads_q,
+          p.heads_kv,
+          p.queries,
+          p.keys,
+          p.head_dim,
+          p.value_dim,
+          p.dtype == DType::f32,
+          p.blocks.mask.data && p.blocks.mask.stride[1] != 0};
 }
 
 // Whether the mask says the same to every query, so that it is a property of the key.
@@ -169,9 +174,9 @@ __device__ __forceinline__ Position key_position(const PositionTables& t, int64_
 }
 
 __device__ __forceinline__ uint32_t block_of(int64_t i, int64_t block) {
-  constexpr int64_t kGreatest = 0x7fffffff;
+  constexpr int64_t kMaxInt = 0x7fffffff;
   return static_cast<uint32_t>(i) /
-         opaque(static_cast<uint32_t>(block < kGreatest ? block : kGreatest));
+         optimization_barrier(static_cast<uint32_t>(block < kMaxInt ? block : kMaxInt));
 }
 // Where the block mask speaks of a query of a head, and of a key.
 __device__ __forceinline__ const bool* block_row(const AttentionParams& p, int64_t batch,
@@ -200,21 +205,20 @@ __device__ __forceinline__ unsigned look_at_blocks(const AttentionParams& p, con
   const int64_t last_query = view.query(static_cast<uint32_t>(last_row));
   if (p.causal && first_key > last_query + p.keys - p.queries) return 0;
   const int64_t first_query = view.query(static_cast<uint32_t>(first_row));
-  const uint32_t rows = block_of(last_query, p.blocks.block_q) -
-                        block_of(first_query, p.blocks.block_q) + 1;
-  const uint32_t columns = block_of(last_key, p.blocks.block_k) -
-                           block_of(first_key, p.blocks.block_k) + 1;
+  const uint32_t rows =
+      block_of(last_query, p.blocks.block_q) - block_of(first_query, p.blocks.block_q) + 1;
+  const uint32_t columns =
+      block_of(last_key, p.blocks.block_k) - block_of(first_key, p.blocks.block_k) + 1;
   if (rows > kMany || columns > kMany || rows * columns > kMany) return kSomeVisible | kSomeHidden;
   const int64_t head = view.query_head(static_cast<uint32_t>(first_row));
-  const bool* first = block_row(p, opaque(view.batch), head, first_query) +
+  const bool* first = block_row(p, optimization_barrier(view.batch), head, first_query) +
                       block_column(p, first_key);
   unsigned found = 0;
 #pragma unroll 1
   for (uint32_t row = 0; row < rows; ++row) {
 #pragma unroll 1
     for (uint32_t column = 0; column < columns; ++column) {
-      const bool visible =
-          first[row * p.blocks.mask.stride[2] + column * p.blocks.mask.stride[3]];
+      const bool visible = first[row * p.blocks.mask.stride[2] + column * p.blocks.mask.stride[3]];
       found |= visible ? kSomeVisible : kSomeHidden;
     }
   }

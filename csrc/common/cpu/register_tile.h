@@ -98,10 +98,10 @@ __attribute__((noinline)) static void multiply(const Acc* block, int64_t stride,
   }
 }
 
-// The same where a panel's number of exactly 0 says that a row of the block has no part in a lane,
-// whatever that row holds: 0 times an infinity or NaN is nothing here. Equal bits for finite blocks.
+// The same, but panels' numbers of exactly 0 are skipped, so that 0 times an infinity or NaN of the
+// block adds nothing. Equal bits for finite blocks.
 template <Layout kLayout, class Acc, class Emit>
-__attribute__((noinline)) static void multiply_parts(const Acc* block, int64_t stride,
+__attribute__((noinline)) static void multiply_nonzero(const Acc* block, int64_t stride,
                                                      int64_t rows, const Acc* panels,
                                                      int64_t panel_stride, int64_t count,
                                                      int64_t steps, const Emit& emit) {

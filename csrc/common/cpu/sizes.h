@@ -1,16 +1,19 @@
 // Sizes, rounded, compared and aligned to cache lines.
 #pragma once
 
+#include <concepts>
 #include <cstdint>
 
 namespace tokred::TOKRED_ISA {
 
 inline constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline constexpr int64_t round_up(int64_t a, int64_t step) { return divide_up(a, step) * step; }
-inline constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-inline constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
-inline constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline constexpr int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
+inline constexpr int64_t min(std::integral auto a, std::integral auto b) {
+  return int64_t{a} < int64_t{b} ? a : b;
+}
+inline constexpr int64_t max(std::integral auto a, std::integral auto b) {
+  return int64_t{a} > int64_t{b} ? a : b;
+}
 
 inline constexpr int64_t kAlign = 64;
 inline constexpr int64_t aligned(int64_t bytes) { return round_up(bytes, kAlign); }

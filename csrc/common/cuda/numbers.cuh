@@ -8,6 +8,9 @@
 
 namespace tokred::cuda {
 
+inline constexpr float kInfinity = __builtin_huge_valf();
+inline constexpr float kNaN = __builtin_nanf("");
+
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
 
@@ -96,5 +99,9 @@ template <class T>
 __device__ __forceinline__ uint32_t pack(T low, T high) {
   return low.bits | uint32_t{high.bits} << 16;
 }
+
+// max and min of two numbers, NaN where either is.
+__device__ __forceinline__ float max_or_nan(float x, float y) { return y > x || y != y ? y : x; }
+__device__ __forceinline__ float min_or_nan(float x, float y) { return y < x || y != y ? y : x; }
 
 }  // namespace tokred::cuda

@@ -11,7 +11,18 @@ struct LaunchPlan {
   int64_t shared_bytes;
 };
 
+inline constexpr int64_t kMaxBlocks = 1 << 30;  // of a launch; blocks loop over what is left
+
 constexpr int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 constexpr int64_t round_up(int64_t n, int64_t to) { return divide_up(n, to) * to; }
+
+// Tiles of 16-bit planes in shared memory: rows are 8 elements longer than they are wide, so that
+// eight of them lie in different banks.
+constexpr int tile_pitch(int dim) { return dim + 8; }
+constexpr int64_t tile_bytes(int dim, int rows, int planes) {
+  return int64_t{2} * planes * rows * tile_pitch(dim);
+}
+// Tiles of f32 as they are; four longer, so that columns of them lie in different banks.
+constexpr int raw_pitch(int dim) { return dim + 4; }
 
 }  // namespace tokred::cuda

@@ -73,11 +73,11 @@ __device__ __forceinline__ void cp_async_wait() {
 
 // x, of which the compiler knows nothing: what depends on it stays where it is, instead of taking
 // registers from before a loop on.
-__device__ __forceinline__ int64_t opaque(int64_t x) {
+__device__ __forceinline__ int64_t optimization_barrier(int64_t x) {
   asm volatile("" : "+l"(x));
   return x;
 }
-__device__ __forceinline__ uint32_t opaque(uint32_t x) {
+__device__ __forceinline__ uint32_t optimization_barrier(uint32_t x) {
   asm volatile("" : "+r"(x));
   return x;
 }

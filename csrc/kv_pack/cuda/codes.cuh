@@ -7,7 +7,6 @@
 
 namespace tokred::cuda::packing {
 
-inline constexpr float kInfinity = __builtin_huge_valf();
 
 // Bytes read and written a few at a time, whatever they hold.
 using Word = uint32_t __attribute__((may_alias));

@@ -3,10 +3,10 @@
 #pragma once
 
 #include "common/cuda/block.cuh"
+#include "common/cuda/row_io.cuh"
 #include "kv_pack/cuda/codes.cuh"
 #include "kv_pack/cuda/groups.cuh"
 #include "kv_pack/cuda/plan.h"
-#include "score/cuda/rows.cuh"
 
 namespace tokred::cuda::packing {
 
@@ -45,7 +45,7 @@ struct PackHead {
       : p(p), batch(index / p.heads), head(index % p.heads), tokens(p, batch),
         channel(static_cast<int>(threadIdx.x) % kLanes * 8),
         dim(static_cast<int>(p.packed.format.head_dim)),
-        aligned(scoring::is_aligned(p.x, p.dtype) && scoring::is_aligned(p.window, p.dtype)) {}
+        aligned(is_aligned(p.x, p.dtype) && is_aligned(p.window, p.dtype)) {}
 
   static __device__ int row() { return static_cast<int>(threadIdx.x) / kLanes; }
   static __device__ const T* row_of(const HeadTensor& t, int64_t batch, int64_t head,
@@ -61,7 +61,7 @@ struct PackHead {
     if (exists && held) source[0] = row_of(p.window, batch, head, token % p.window_rows);
     if (exists && !held) source[0] = row_of(p.x, batch, head, token - tokens.held);
     float rows[1][8];
-    scoring::load_rows(rows, source, channel, dim, aligned);
+    load_rows(rows, source, channel, dim, aligned);
 #pragma unroll
     for (int i = 0; i < 8; ++i) x[i] = rows[0][i];
     if (!p.packed.format.rotated) return;
@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(kPackThreads)
   const int64_t token = p.tokens - newest + (exists ? row % newest : 0);
   const T* source[1] = {exists ? head.row_of(p.x, head.batch, head.head, token) : nullptr};
   float x[1][8];
-  scoring::load_rows(x, source, head.channel, head.dim, head.aligned);
+  load_rows(x, source, head.channel, head.dim, head.aligned);
   if (p.packed.format.rotated) rotate_row(x[0], head.dim);
   const int64_t place = head.tokens.held + token;
   if (!exists || !head.tokens.valid() || place < head.tokens.last) return;
@@ -254,7 +254,7 @@ __global__ void __launch_bounds__(kPackThreads)
   if (row >= p.batch * p.heads * packed.rows) return;
   auto* to = static_cast<T*>(const_cast<void*>(p.out.data)) + batch * p.out.stride_batch +
              head * p.out.stride_head + token * dim;
-  store_eight(to, channel, dim, scoring::is_aligned(p.out, p.dtype), x);
+  store_eight(to, channel, dim, is_aligned(p.out, p.dtype), x);
 }
 
 }  // namespace tokred::cuda::packing

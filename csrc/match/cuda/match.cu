@@ -8,8 +8,7 @@ namespace {
 using namespace matching;
 
 bool has_aligned_rows(const TokenSet& set) {
-  const uint64_t bytes = 2 * static_cast<uint64_t>(set.stride_batch | set.stride_token);
-  return ((reinterpret_cast<uintptr_t>(set.data) | bytes) & 15) == 0;
+  return is_aligned(set.data, set.stride_batch | set.stride_token, 2);
 }
 
 MatchShape shape_of(const MatchParams& p) {
@@ -19,8 +18,8 @@ MatchShape shape_of(const MatchParams& p) {
 
 template <class Config>
 void launch_match(const MatchParams& p, Stream stream) {
-  static_assert(sizeof(MatchShared<Config>) ==
-                match_shared_bytes(Config::kTiles, Config::kPlanes == 3, Config::kAsync));
+  static_assert(sizeof(SimilarityShared<Config>) ==
+                similarity_shared_bytes(Config::kTiles, Config::kPlanes == 3, Config::kAsync));
   launch(match_kernel<Config>, plan_match(shape_of(p)), stream, p);
 }
 
@@ -44,7 +43,7 @@ template <class Config>
 void launch_small_items(const BipartiteParams& p, Stream stream) {
   static_assert(sizeof(SmallPlanShared) == kSmallPlanBytes);
   static_assert(sizeof(SmallItemShared<Config>) ==
-                match_shared_bytes(Config::kTiles, Config::kPlanes == 3, Config::kAsync) +
+                similarity_shared_bytes(Config::kTiles, Config::kPlanes == 3, Config::kAsync) +
                     kSmallPlanBytes);
   launch(small_item_kernel<Config>, plan_small_items(shape_of(p.match)), stream, p);
 }

@@ -1,32 +1,19 @@
 // Tiles and launch plans of the match kernels.
 #pragma once
 
-#include "common/cuda/plan.h"
+#include "common/cuda/similarity_plan.h"
 
 namespace tokred::cuda {
 
-inline constexpr int kMatchColumns = 64;         // rows of b in a tile
-inline constexpr int kMatchChannels = 64;        // channels in a tile
-inline constexpr int kMatchPitch = 72;           // 144 bytes: eight rows lie in different banks
 inline constexpr int64_t kSmallItem = 1024;      // tokens up to which one block plans a whole item
-inline constexpr int64_t kMaxBlocks = 1 << 30;   // blocks loop over what is left
 inline constexpr int kPlanThreads = 512;
 inline constexpr int64_t kSortChunk = 8192;      // keys sorted in shared memory at a time
 
-// A block of `warps` warps owns 16 * row_tiles rows of a per warp.
-struct MatchTiles {
-  int warps, row_tiles;
-
-  constexpr int threads() const { return 32 * warps; }
-  constexpr int rows() const { return 16 * row_tiles * warps; }
-  friend constexpr bool operator==(const MatchTiles&, const MatchTiles&) = default;
-};
-inline constexpr MatchTiles kNarrowTiles{4, 1};  // 64 rows
-inline constexpr MatchTiles kWideTiles{4, 2};    // 128 rows: half the reads of b
+inline constexpr SimilarityTiles kWideTiles{4, 2};    // 128 rows: half the reads of b
 
 // Where a block has a whole item, and passes over b once for so many of its rows.
-inline constexpr MatchTiles kItemTiles{8, 1};       // 128 rows
-inline constexpr MatchTiles kWideItemTiles{12, 2};  // 384 rows
+inline constexpr SimilarityTiles kItemTiles{8, 1};       // 128 rows
+inline constexpr SimilarityTiles kWideItemTiles{12, 2};  // 384 rows
 
 // What the plans depend on.
 struct MatchShape {
@@ -38,12 +25,6 @@ struct MatchShape {
   constexpr bool async() const { return aligned && !is_float; }  // rows are copied asynchronously
 };
 
-// Shared memory of a tile pair: `stages` times a's rows and b's in `planes` planes, and 16 bytes of
-// score terms a row.
-constexpr int64_t match_shared_bytes(MatchTiles tiles, bool is_float, bool async) {
-  const int64_t rows = tiles.rows() + kMatchColumns;
-  return rows * ((async ? 2 : 1) * (is_float ? 3 : 1) * 2 * kMatchPitch + 16);
-}
 // Of a small item's plan: 20 bytes a token, and a partial sum for each of up to 32 warps.
 inline constexpr int64_t kSmallPlanBytes = 20 * kSmallItem + 4 * 32;
 inline constexpr int64_t kLargePlanBytes = 8 * kSortChunk + 4 * 32;
@@ -51,29 +32,29 @@ inline constexpr int64_t kLargePlanBytes = 8 * kSortChunk + 4 * 32;
 // The wide tiles pay once they fill a large device twice: B = 64, 577 tokens (289 sources) make 192
 // wide blocks, too few, and 320 narrow ones; B = 8, 16384 tokens (8192) make 512 wide ones. The
 // choice never changes a result.
-constexpr MatchTiles match_tiles(const MatchShape& s) {
+constexpr SimilarityTiles match_tiles(const MatchShape& s) {
   const bool many = s.batch * divide_up(s.rows, kWideTiles.rows()) >= 264;
   return s.async() && !s.general && many ? kWideTiles : kNarrowTiles;
 }
 constexpr LaunchPlan plan_match(const MatchShape& s) {
-  const MatchTiles tiles = match_tiles(s);
+  const SimilarityTiles tiles = match_tiles(s);
   const int64_t blocks = s.batch * divide_up(s.rows, tiles.rows());
   return {{blocks < kMaxBlocks ? blocks : kMaxBlocks, 1, 1}, tiles.threads(),
-          match_shared_bytes(tiles, s.is_float, s.async())};
+          similarity_shared_bytes(tiles, s.is_float, s.async())};
 }
 
 // Whether similarity and plan of an item fit one block and its shared memory.
 constexpr bool is_small_item(int64_t tokens, int64_t sources) {
   return tokens <= kSmallItem && sources <= kSmallItem;
 }
-constexpr MatchTiles item_tiles(const MatchShape& s) {
+constexpr SimilarityTiles item_tiles(const MatchShape& s) {
   return s.async() && s.rows > kItemTiles.rows() ? kWideItemTiles : kItemTiles;
 }
 // Example: B = 64, 577 tokens in bf16: 64 blocks of 384 threads, each passing once over its item.
 constexpr LaunchPlan plan_small_items(const MatchShape& s) {
-  const MatchTiles tiles = item_tiles(s);
+  const SimilarityTiles tiles = item_tiles(s);
   return {{s.batch < kMaxBlocks ? s.batch : kMaxBlocks, 1, 1}, tiles.threads(),
-          match_shared_bytes(tiles, s.is_float, s.async()) + kSmallPlanBytes};
+          similarity_shared_bytes(tiles, s.is_float, s.async()) + kSmallPlanBytes};
 }
 constexpr LaunchPlan plan_large_items(int64_t batch) {
   return {{batch < kMaxBlocks ? batch : kMaxBlocks, 1, 1}, kPlanThreads, kLargePlanBytes};

@@ -101,7 +101,7 @@ struct Planner {
   PlanScratch s;
   uint64_t* sorting;
   BlockScratch<int>& partial;
-  Side a, b;
+  TokenRows a, b;
   int64_t prefix;
   int32_t* map;
   const float* score;
@@ -268,7 +268,7 @@ struct Planner {
 
 template <class Config>
 struct SmallItemShared {
-  MatchShared<Config> match;
+  SimilarityShared<Config> match;
   SmallPlanShared plan;
 };
 

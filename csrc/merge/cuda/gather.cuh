@@ -1,8 +1,8 @@
 // The maps read backwards and after one another: gathers of rows and of entries.
 #pragma once
 
+#include "common/cuda/row_io.cuh"
 #include "merge/cuda/plan.h"
-#include "merge/cuda/row.cuh"
 #include "merge/params.h"
 
 namespace tokred::cuda::merging {

@@ -1,8 +1,8 @@
 // Applying a token map: a warp owns an output row and reads its members in ascending order.
 #pragma once
 
+#include "common/cuda/row_io.cuh"
 #include "merge/cuda/members.cuh"
-#include "merge/cuda/row.cuh"
 
 namespace tokred::cuda::merging {
 

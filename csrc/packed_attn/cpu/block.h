@@ -6,11 +6,11 @@
 namespace tokred::TOKRED_ISA {
 
 // Where the tokens of a block lie.
-struct BlockPlaces {
+struct BlockAddresses {
   int64_t count = 0;
   bool packed = true;           // none lies in the window
   bool run = false;             // packed, and neighbours are equally far apart
-  Place at[kGather + kLanes];   // valid up to whole_lanes(count)
+  TokenAddress at[kGather + kLanes];   // valid up to whole_lanes(count)
 
   void finish(int64_t tokens) {
     count = tokens;
@@ -28,7 +28,7 @@ struct BlockPlaces {
   void pad() {
     for (int64_t i = count; count > 0 && i < count + kLanes; ++i) at[i] = at[count - 1];
   }
-  PlacesAhead ahead(const PackFormat& f) const {
+  TokenPrefetcher prefetcher(const PackFormat& f) const {
     return {at, count, code_bytes(f.head_dim, f.bits)};
   }
   // Whether the params of all tokens, so many numbers each, follow each other without gaps.
@@ -52,16 +52,16 @@ TOKRED_INLINE f32x16 whole_offset(const PackFormat& f, f32x16 scale, f32x16 offs
 
 // The scales and offsets of a block's tokens, along channels.
 struct BlockParams {
-  alignas(64) float scale[kMostUnits][kGather], offset[kMostUnits][kGather];
+  alignas(64) float scale[kMaxUnits][kGather], offset[kMaxUnits][kGather];
 
-  void take(const PackFormat& f, const BlockPlaces& block) {
+  void read(const PackFormat& f, const BlockAddresses& block) {
     const int64_t groups = groups_per_row(f), numbers = params_per_row(f);
-    alignas(64) float stored[2 * kMostUnits * kGather], turned[2 * kMostUnits * kGather];
+    alignas(64) float stored[2 * kMaxUnits * kGather], transposed[2 * kMaxUnits * kGather];
     const int64_t count = whole_lanes(block.count);
     collect(block, count, numbers, stored);
-    turn(stored, count, numbers, turned);
+    transpose_numbers(stored, count, numbers, transposed);
     for (int64_t g = 0; g < groups; ++g) {
-      const float *scales = turned + g * count, *offsets = turned + (groups + g) * count;
+      const float *scales = transposed + g * count, *offsets = transposed + (groups + g) * count;
       for (int64_t i = 0; i < count; i += kLanes) {
         const f32x16 of = load(scales + i);
         store(scale[g] + i, of);
@@ -74,13 +74,13 @@ struct BlockParams {
 
  private:
   // [token][number] as f32, `count` a multiple of 16.
-  static void collect(const BlockPlaces& block, int64_t count, int64_t numbers, float* to) {
+  static void collect(const BlockAddresses& block, int64_t count, int64_t numbers, float* to) {
     if (count == block.count && block.in_order(numbers)) {
       const uint16_t* from = block.at[0].params;
       for (int64_t i = 0; i < count * numbers; i += kLanes) store(to + i, load_params(from + i));
       return;
     }
-    alignas(64) uint16_t rows[2 * kMostUnits * kGather];
+    alignas(64) uint16_t rows[2 * kMaxUnits * kGather];
     switch (numbers) {
       case 1: copy<1>(block, count, rows); break;
       case 2: copy<2>(block, count, rows); break;
@@ -94,7 +94,7 @@ struct BlockParams {
     for (int64_t i = 0; i < count * numbers; i += kLanes) store(to + i, load_params(rows + i));
   }
   // [number][token] of [token][number]. Numbers are few, tokens many: so the loop is over these.
-  static void turn(const float* from, int64_t count, int64_t numbers, float* to) {
+  static void transpose_numbers(const float* from, int64_t count, int64_t numbers, float* to) {
     int64_t first = 0;
     for (; first + 4 <= numbers; first += 4) {
       for (int64_t i = 0; i < count; i += 4) {
@@ -109,7 +109,7 @@ struct BlockParams {
     }
   }
   template <int kNumbers>
-  static void copy(const BlockPlaces& block, int64_t count, uint16_t* to) {
+  static void copy(const BlockAddresses& block, int64_t count, uint16_t* to) {
     for (int64_t i = 0; i < count; ++i, to += kNumbers) {
       std::memcpy(to, block.at[i].params, 2 * kNumbers);
     }
@@ -120,7 +120,7 @@ struct BlockParams {
 struct GroupParams {
   alignas(64) float scale[kMaxHeadDim], offset[kMaxHeadDim];
 
-  void take(const PackFormat& f, const uint16_t* params) {
+  void read(const PackFormat& f, const uint16_t* params) {
     for (int64_t d = 0; d < f.head_dim; d += kLanes) {
       const f32x16 of = load_params(params + d);
       store(scale + d, of);
@@ -136,7 +136,7 @@ struct UnpackedRows {
   alignas(64) float numbers[kLanes * kMaxHeadDim];
   const float* row[kLanes];
 
-  void load(const SideView& side, const Place* at, int64_t count) {
+  void load(const SideView& side, const TokenAddress* at, int64_t count) {
     for (int64_t i = 0; i < kLanes; ++i) {
       row[i] = numbers + (i < count ? i : 0) * side.format.head_dim;
       if (i < count) unpack_token(side, at[i], numbers + i * side.format.head_dim);
@@ -144,14 +144,14 @@ struct UnpackedRows {
   }
 };
 
-// How a side is read. Groups of tokens that are not read in order are unpacked.
-TOKRED_INLINE Codes codes_read(const PackFormat& f, bool in_order) {
-  return in_order || f.axis == GroupAxis::channel ? codes_of(f) : Codes::none;
+// How a side is read; in_order: its tokens one after the other.
+TOKRED_INLINE CodePath read_path(const PackFormat& f, bool in_order) {
+  return in_order || f.axis == GroupAxis::channel ? code_path(f) : CodePath::unpacked;
 }
 
 // Whether rows of this type meet such codes in fixed point; see packed_attn/cpu/fixed.h.
-TOKRED_INLINE bool in_fixed_point(Codes codes, DType dtype) {
-  return dtype != DType::f32 && codes != Codes::none && codes != Codes::fp8;
+TOKRED_INLINE bool in_fixed_point(CodePath path, DType dtype) {
+  return dtype != DType::f32 && path != CodePath::unpacked && path != CodePath::fp8;
 }
 
 }  // namespace tokred::TOKRED_ISA

@@ -1,6 +1,6 @@
-// Weighted sums of rows of codes for a few f32 rows. Codes stay where they lie in their bytes: a
-// byte is widened once, and the bits of a channel are masked in place, so a code is known up to a
-// power of two, which the result makes good; see in_place_factors().
+// packed_attention in f32: weighted sums of rows of codes. Codes stay where they lie in their
+// bytes: a byte is widened once, and the bits of a channel are masked in place, so a code is known
+// up to a power of two, which the result makes good; see in_place_factors().
 #pragma once
 
 #include "attention/cpu/gather.h"
@@ -10,57 +10,64 @@
 
 namespace tokred::TOKRED_ISA {
 
-// The formats whose codes are multiplied as they are; others are unpacked first.
-enum class Codes { none, bits1, bits2, bits4, bits8, fp8 };
+// Formats whose codes are multiplied as they are. Unpacked first are rows
+//   of 3 bits, whose codes cross bytes,
+//   of a head_dim that is not whole units, or whose codes are not whole runs of sixteen bytes,
+//   of groups along channels that are not whole units, or along tokens fewer than a register holds,
+//   of groups along tokens that are not read in order.
+enum class CodePath { unpacked, bits1, bits2, bits4, bits8, fp8 };
 
 inline constexpr int64_t kUnit = 32;  // channels that are unpacked together: two Vecs
-inline constexpr int64_t kMostUnits = kMaxHeadDim / kUnit;
+inline constexpr int64_t kMaxUnits = kMaxHeadDim / kUnit;
 
-constexpr int bits_of(Codes codes) {
-  return codes == Codes::bits1 ? 1 : codes == Codes::bits2 ? 2 : codes == Codes::bits4 ? 4 : 8;
+constexpr int bits_of(CodePath path) {
+  return path == CodePath::bits1   ? 1
+         : path == CodePath::bits2 ? 2
+         : path == CodePath::bits4 ? 4
+                                   : 8;
 }
 
-// Rows have to be whole runs of sixteen bytes, groups whole units.
-constexpr Codes codes_of(const PackFormat& f) {
+constexpr CodePath code_path(const PackFormat& f) {
   const bool whole = f.bits != 3 && f.head_dim % kUnit == 0 && f.head_dim * f.bits % 128 == 0;
-  const bool groups = f.axis == GroupAxis::token ? f.group_size >= kLanes
-                                                 : f.group_size % kUnit == 0;
-  if (!whole || !groups) return Codes::none;
-  if (f.scheme == PackScheme::fp8) return Codes::fp8;
-  return f.bits == 1   ? Codes::bits1
-         : f.bits == 2 ? Codes::bits2
-         : f.bits == 4 ? Codes::bits4
-                       : Codes::bits8;
+  const bool groups =
+      f.axis == GroupAxis::token ? f.group_size >= kLanes : f.group_size % kUnit == 0;
+  if (!whole || !groups) return CodePath::unpacked;
+  if (f.scheme == PackScheme::fp8) return CodePath::fp8;
+  return f.bits == 1   ? CodePath::bits1
+         : f.bits == 2 ? CodePath::bits2
+         : f.bits == 4 ? CodePath::bits4
+                       : CodePath::bits8;
 }
 
-// f.template operator()<codes>() for all but none.
+// f.template operator()<path>() for all but unpacked.
 template <class F>
-TOKRED_INLINE void visit_codes(Codes codes, const F& f) {
-  switch (codes) {
-    case Codes::bits1: return f.template operator()<Codes::bits1>();
-    case Codes::bits2: return f.template operator()<Codes::bits2>();
-    case Codes::bits4: return f.template operator()<Codes::bits4>();
-    case Codes::bits8: return f.template operator()<Codes::bits8>();
-    case Codes::fp8: return f.template operator()<Codes::fp8>();
-    case Codes::none: return;
+TOKRED_INLINE void visit_code_path(CodePath path, const F& f) {
+  switch (path) {
+    case CodePath::bits1: return f.template operator()<CodePath::bits1>();
+    case CodePath::bits2: return f.template operator()<CodePath::bits2>();
+    case CodePath::bits4: return f.template operator()<CodePath::bits4>();
+    case CodePath::bits8: return f.template operator()<CodePath::bits8>();
+    case CodePath::fp8: return f.template operator()<CodePath::fp8>();
+    case CodePath::unpacked: return;
   }
 }
 
-// What an unpacked code of a channel has to be multiplied by, for all channels.
-inline void in_place_factors(Codes codes, const PackFormat& f, float* factor) {
+// The factor by which codes in place of a channel are to be multiplied, for all channels.
+inline void in_place_factors(CodePath path, const PackFormat& f, float* factor) {
   const int32_t planes = 8 / f.bits;
   for (int64_t d = 0; d < f.head_dim; d += kLanes) {
     const int32_t shift = static_cast<int32_t>(d / kLanes) % planes * f.bits;
-    store(factor + d, splat(codes == Codes::fp8 ? 256.0f : 1.0f / static_cast<float>(1 << shift)));
+    store(factor + d,
+          splat(path == CodePath::fp8 ? 256.0f : 1.0f / static_cast<float>(1 << shift)));
   }
 }
 
-// Tokens that will be needed soon, brought closer a few at a time; see Ahead.
-struct PlacesAhead {
-  const Place* at = nullptr;
+// Tokens that will be needed soon, prefetched a few at a time; see Prefetcher.
+struct TokenPrefetcher {
+  const TokenAddress* at = nullptr;
   int64_t left = 0, bytes = 0;
 
-  void take(int64_t count) {
+  void prefetch(int64_t count) {
     if (count > left) count = left;
     for (int64_t byte = 0; byte < bytes; byte += 64) {
       for (int64_t i = 0; i < count; ++i) __builtin_prefetch(at[i].row + byte);
@@ -76,7 +83,7 @@ struct PlacesAhead {
 // ---- Units --------------------------------------------------------------------------------------
 
 // Register `part` of both Vecs of a unit.
-template <Codes kCodes>
+template <CodePath kCodes>
 struct UnitCodes {
   static constexpr int kBits = bits_of(kCodes);
   static constexpr int64_t kUnitsOfRun = kBits < 8 ? 4 / kBits : 1;
@@ -92,7 +99,7 @@ struct UnitCodes {
   }
   // Of Vec i, in place.
   Register<float> operator[](int i) const {
-    if constexpr (kCodes == Codes::fp8) {
+    if constexpr (kCodes == CodePath::fp8) {
       return widen_fp8(first + i * kLanes);
     } else if constexpr (kBits == 8) {
       return __builtin_convertvector(widen(first + i * kLanes), Register<float>);
@@ -105,9 +112,9 @@ struct UnitCodes {
 // ---- Weighted sums ------------------------------------------------------------------------------
 
 // out_row += weights[row][unit's group][i] codes_i, for kUnits units and kParts registers of each.
-template <Codes kCodes, int kRows, int kUnits, int kParts>
+template <CodePath kCodes, int kRows, int kUnits, int kParts>
 TOKRED_INLINE void add_code_tile(const float* weights, int64_t row_weights, int64_t group_units,
-                                 const Place* values, int64_t count, int64_t unit, int part,
+                                 const TokenAddress* values, int64_t count, int64_t unit, int part,
                                  float* out, int64_t out_stride) {
   const auto at = [&](int row, int u, int p, int i) {
     return out + row * out_stride + (unit + u) * kUnit + i * kLanes + (part + p) * f32x16::kWidth;
@@ -159,12 +166,12 @@ TOKRED_INLINE void add_code_tile(const float* weights, int64_t row_weights, int6
 }
 
 // The same for rows <= kFewRows and all units.
-template <Codes kCodes>
+template <CodePath kCodes>
 __attribute__((noinline)) static void add_codes(const float* weights, int64_t row_weights,
                                                 int64_t rows, int64_t group_units,
-                                                const Place* values, int64_t count, int64_t units,
-                                                float* out, int64_t out_stride,
-                                                PlacesAhead& ahead) {
+                                                const TokenAddress* values, int64_t count,
+                                                int64_t units, float* out, int64_t out_stride,
+                                                TokenPrefetcher& prefetcher) {
   constexpr int kRegisters = f32x16::kRegisters;
   visit_rows<kFewRows<float>>(rows, [&]<int kRows>() {
     constexpr int kTogether = kPowerOfTwo<kRows> < 4 ? 4 / kPowerOfTwo<kRows> : 1;
@@ -174,7 +181,7 @@ __attribute__((noinline)) static void add_codes(const float* weights, int64_t ro
     const auto tiles = [&]<int kCount>() {
       for (; unit + kCount <= units; unit += kCount) {
         for (int part = 0; part < kRegisters; part += kParts) {
-          ahead.take(kLanes / 2 * kCount * kParts);
+          prefetcher.prefetch(kLanes / 2 * kCount * kParts);
           add_code_tile<kCodes, kRows, kCount, kParts>(weights, row_weights, group_units, values,
                                                        count, unit, part, out, out_stride);
         }

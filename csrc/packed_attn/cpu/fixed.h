@@ -1,8 +1,8 @@
-// Sixteen-bit fixed point, in which the numbers of f16 and bf16 queries, and their weights, meet
-// codes. Products of two pairs share an instruction and nothing is rounded until they are summed,
-// so it takes half the multiplications of f32. A step is a power of two, at most 2^-14 of the
-// greatest number that shares it: of a bf16 row the channels down to 2^-7 of the greatest one are
-// exact, of an f16 row those down to 2^-4, and all others are off by half a step.
+// packed_attention: sixteen-bit fixed point, in which f16 and bf16 queries, and weights, are
+// multiplied by codes. Products of two pairs share an instruction and nothing is rounded until they
+// are summed, so it takes half the multiplications of f32. A step is a power of two, at most 2^-14
+// of the largest number that shares it: of a bf16 row the channels down to 2^-7 of the largest one
+// are exact, of an f16 row those down to 2^-4, and all others are off by half a step.
 #pragma once
 
 #include "attention/cpu/rows.h"
@@ -27,20 +27,19 @@ TOKRED_INLINE float power_of_two(int32_t biased_exponent) {
   return x;
 }
 
-// The step of x[0, count): the greatest number takes fifteen bits. NaN unless all are finite, and
+// The step of x[0, count): the largest number takes fifteen bits. NaN unless all are finite, and
 // with it whatever they are multiplied by.
 TOKRED_INLINE FixedStep fixed_step(const float* x, int64_t count) {
   const auto greater_lanes = [](auto a, auto b) { return a > b ? a : b; };
   i32x16 most = splat(0);  // magnitudes are in the order of their bits
   for (int64_t first = 0; first < count; first += kLanes) {
     const f32x16 number = load_row(x + first, count - first);
-    most = map<i32x16>([&](int i) {
-      return greater_lanes((i32x16::N)number.r[i] & INT32_MAX, most.r[i]);
-    });
+    most = map<i32x16>(
+        [&](int i) { return greater_lanes((i32x16::N)number.r[i] & INT32_MAX, most.r[i]); });
   }
   int32_t exponent = max_lane(most) >> 23;
   if (exponent == 255) return {NAN, 0.0f};
-  if (exponent < 15) exponent = 15;  // less has no inverse
+  if (exponent < 15) exponent = 15;  // a lower one has no inverse
   return {power_of_two(exponent - 14), power_of_two(254 + 14 - exponent)};
 }
 

@@ -1,7 +1,8 @@
-// The logits that a block of packed tokens gives a few query rows, from the codes themselves where
-// their format allows it. Along channels, with x = scale_g c + offset_g for the codes c of a
-// token's group g, q . x = sum_g scale_g (q . c)_g + offset_g (sum of q over g). Along tokens scale
-// and offset are those of a channel, for all tokens of a group: q . x = (q scale) . c + q . offset.
+// packed_attention and packed_qk_score: logits of a few query rows with a block of packed keys,
+// from the codes themselves where their format allows it. Along channels, with x = scale_g c +
+// offset_g for the codes c of a token's group g, q . x = sum_g scale_g (q . c)_g + offset_g (sum of
+// q over g). Along tokens scale and offset are those of a channel, for all tokens of a group: q . x
+// = (q scale) . c + q . offset.
 #pragma once
 
 #include "packed_attn/cpu/block.h"
@@ -9,38 +10,38 @@
 
 namespace tokred::TOKRED_ISA {
 
-// Up to kMost rows of queries, scaled, and rotated where the keys are.
-template <int64_t kMost>
+// Up to kMax rows of queries, scaled, and rotated where the keys are.
+template <int64_t kMax>
 class PackedQuery {
  public:
   const SideView& side;
-  const Codes codes;
+  const CodePath path;
   const bool fixed;  // the queries meet codes in fixed point
   const int64_t rows, dim;
-  alignas(64) float natural[kMost * kMaxHeadDim];  // [rows][dim], to be filled before start()
+  alignas(64) float natural[kMax * kMaxHeadDim];  // [rows][dim], to be filled before start()
 
   PackedQuery(const SideView& keys, bool in_order, int64_t count)
-      : side(keys), codes(codes_read(keys.format, in_order)),
-        fixed(in_fixed_point(codes, keys.dtype)), rows(count), dim(keys.format.head_dim) {}
+      : side(keys), path(read_path(keys.format, in_order)), fixed(in_fixed_point(path, keys.dtype)),
+        rows(count), dim(keys.format.head_dim) {}
 
   // Logits are `scale` times the dot products.
   void start(float scale) {
     const PackFormat& f = side.format;
-    const bool alone = f.axis == GroupAxis::channel;
+    const bool by_channel = f.axis == GroupAxis::channel;
     alignas(64) float factor[kMaxHeadDim];
-    if (codes != Codes::none && !fixed) word_factors(codes, f, factor);
+    if (path != CodePath::unpacked && !fixed) word_factors(path, f, factor);
     for (int64_t row = 0; row < rows; ++row) {
       float* from = natural + row * dim;
       // Unscaled, most of it is exact.
-      if (fixed && alone) {
-        fix_row(from, f.group_size, scale, units_ + row * dim, steps_[row], rests_[row]);
+      if (fixed && by_channel) {
+        quantize_query_row(from, f.group_size, scale, units_ + row * dim, steps_[row], rests_[row]);
       }
       for (int64_t d = 0; d < dim; d += kLanes) store(from + d, load(from + d) * splat(scale));
-      if (codes == Codes::none) continue;
+      if (path == CodePath::unpacked) continue;
       for (int64_t d = 0; d < dim && !fixed; d += kLanes) {
         store(placed_ + row * dim + d, load(from + d) * load(factor + d));
       }
-      if (!alone) continue;
+      if (!by_channel) continue;
       for (int64_t g = 0; g < groups_per_row(f); ++g) {
         f32x16 total = splat(0.0f);
         for (int64_t d = 0; d < f.group_size; d += kLanes) {
@@ -51,28 +52,30 @@ class PackedQuery {
     }
   }
 
-  // logits[row][kGather] of a block's tokens; others are brought closer meanwhile.
-  void dot(const BlockPlaces& block, float* logits, PlacesAhead ahead) const {
-    if (codes == Codes::none || !block.packed) {
-      dot_unpacked(block, logits, ahead);
+  // logits[row][kGather] of a block's tokens; others are prefetched meanwhile.
+  void dot(const BlockAddresses& block, float* logits, TokenPrefetcher prefetcher) const {
+    if (path == CodePath::unpacked || !block.packed) {
+      dot_unpacked(block, logits, prefetcher);
     } else if (side.format.axis == GroupAxis::channel) {
-      dot_channel_groups(block, logits, ahead);
+      dot_channel_groups(block, logits, prefetcher);
     } else {
-      dot_token_groups(block, logits, ahead);
+      dot_token_groups(block, logits, prefetcher);
     }
-    ahead.take(ahead.left);
+    prefetcher.prefetch(prefetcher.left);
   }
 
  private:
-  alignas(64) float placed_[kMost * kMaxHeadDim];  // natural, times word_factors(); or else
-  alignas(64) int16_t units_[kMost * kMaxHeadDim];  // in fixed point; see PairRows
-  float steps_[kMost][kMostUnits], rests_[kMost][kMostUnits];
-  float sums_[kMost][kMostUnits];
+  alignas(64) float placed_[kMax * kMaxHeadDim];  // natural, times word_factors(); or else
+  alignas(64) int16_t units_[kMax * kMaxHeadDim];  // in fixed point; see Int16Queries
+  float steps_[kMax][kMaxUnits], rests_[kMax][kMaxUnits];
+  float sums_[kMax][kMaxUnits];
 
-  // A row in groups of `size`, times `scale`, for PairRows. What rounding took away meets the
-  // middle code: so errors meet codes without their mean.
-  void fix_row(const float* row, int64_t size, float scale, int16_t* units, float* steps,
-               float* rests) const {
+  // A row in groups of `size`, times `scale`, for Int16Queries. `rests` are the sums of a group's
+  // rounding errors times the middle code, so that errors are multiplied by codes less their mean.
+  // Example: of 4 bits, with the errors 0.3 and -0.1 in a group: rest (0.3 - 0.1) * 7.5 = 1.5
+  // steps.
+  void quantize_query_row(const float* row, int64_t size, float scale, int16_t* units, float* steps,
+                          float* rests) const {
     const float middle = 0.5f * static_cast<float>((1 << side.format.bits) - 1);
     for (int64_t first = 0; first < dim; first += size) {
       const FixedStep step = fixed_step(row + first, size);
@@ -88,43 +91,46 @@ class PackedQuery {
   }
 
   // dot_codes() of `count` rows.
-  void dot_fixed(const PairRows& x, int64_t count, const Place* tokens, int64_t token_count,
-                 const float* scales, int64_t groups, float* logits, PlacesAhead& ahead) const {
-    visit_codes(codes, [&]<Codes kCodes>() {
+  void dot_fixed(const Int16Queries& x, int64_t count, const TokenAddress* tokens,
+                 int64_t token_count, const float* scales, int64_t groups, float* logits,
+                 TokenPrefetcher& prefetcher) const {
+    visit_code_path(path, [&]<CodePath kCodes>() {
       visit_vnni([&]<bool kVnni>() {
-        dot_codes<kCodes, PairRows, kVnni>(x, count, tokens, token_count, scales, groups,
-                                           dim / groups / kLanes, logits, ahead);
+        dot_codes<kCodes, Int16Queries, kVnni>(x, count, tokens, token_count, scales, groups,
+                                               dim / groups / kLanes, logits, prefetcher);
       });
     });
   }
-  void dot_floats(const float* numbers, int64_t count, const Place* tokens, int64_t token_count,
-                  const float* scales, int64_t groups, float* logits, PlacesAhead& ahead) const {
-    const FloatRows x{numbers, dim};
-    visit_codes(codes, [&]<Codes kCodes>() {
+  void dot_floats(const float* numbers, int64_t count, const TokenAddress* tokens,
+                  int64_t token_count, const float* scales, int64_t groups, float* logits,
+                  TokenPrefetcher& prefetcher) const {
+    const FloatQueries x{numbers, dim};
+    visit_code_path(path, [&]<CodePath kCodes>() {
       dot_codes<kCodes>(x, count, tokens, token_count, scales, groups, dim / groups / kLanes,
-                        logits, ahead);
+                        logits, prefetcher);
     });
   }
 
-  void dot_unpacked(const BlockPlaces& block, float* logits, PlacesAhead& ahead) const {
+  void dot_unpacked(const BlockAddresses& block, float* logits, TokenPrefetcher& prefetcher) const {
     UnpackedRows keys;
     for (int64_t i = 0; i < block.count; i += kLanes) {
-      ahead.take(kLanes);
+      prefetcher.prefetch(kLanes);
       keys.load(side, block.at + i, block.count - i);
       dot_rows<float>(natural, dim, rows, keys.row, kLanes, dim, logits + i, kGather);
     }
   }
 
-  void dot_channel_groups(const BlockPlaces& block, float* logits, PlacesAhead& ahead) const {
+  void dot_channel_groups(const BlockAddresses& block, float* logits,
+                          TokenPrefetcher& prefetcher) const {
     const PackFormat& f = side.format;
     const int64_t groups = groups_per_row(f);
     BlockParams params;
-    params.take(f, block);
+    params.read(f, block);
     if (fixed) {
       dot_fixed({units_, dim, steps_[0], rests_[0]}, rows, block.at, block.count, params.scale[0],
-                groups, logits, ahead);
+                groups, logits, prefetcher);
     } else {
-      dot_floats(placed_, rows, block.at, block.count, params.scale[0], groups, logits, ahead);
+      dot_floats(placed_, rows, block.at, block.count, params.scale[0], groups, logits, prefetcher);
     }
     if (f.scheme == PackScheme::fp8) return;
     for (int64_t row = 0; row < rows; ++row, logits += kGather) {
@@ -138,17 +144,18 @@ class PackedQuery {
     }
   }
 
-  void dot_token_groups(const BlockPlaces& block, float* logits, PlacesAhead& ahead) const {
+  void dot_token_groups(const BlockAddresses& block, float* logits,
+                        TokenPrefetcher& prefetcher) const {
     const PackFormat& f = side.format;
     GroupParams params;
     alignas(64) float scaled[kFewRows<float> * kMaxHeadDim];
     alignas(64) int16_t units[kFewRows<float> * kMaxHeadDim];
-    float steps[kFewRows<float>][kMostUnits], rests[kFewRows<float>][kMostUnits];
+    float steps[kFewRows<float>][kMaxUnits], rests[kFewRows<float>][kMaxUnits];
     for (int64_t first = 0, end; first < block.count; first = end) {
       end = block.group_end(first);
-      params.take(f, block.at[first].params);
+      params.read(f, block.at[first].params);
       for (int64_t row = 0; row < rows; row += kFewRows<float>) {
-        const int64_t here = smaller(rows - row, kFewRows<float>);
+        const int64_t here = min(rows - row, kFewRows<float>);
         float base[kFewRows<float>];
         for (int64_t r = 0; r < here; ++r) {
           const float *q = natural + (row + r) * dim, *x = fixed ? q : placed_ + (row + r) * dim;
@@ -160,14 +167,16 @@ class PackedQuery {
             }
           }
           base[r] = sum(total);
-          if (fixed) fix_row(scaled + r * dim, dim, 1, units + r * dim, steps[r], rests[r]);
+          if (fixed)
+            quantize_query_row(scaled + r * dim, dim, 1, units + r * dim, steps[r], rests[r]);
         }
         float* to = logits + row * kGather + first;
-        const Place* at = block.at + first;
+        const TokenAddress* at = block.at + first;
         if (fixed) {
-          dot_fixed({units, dim, steps[0], rests[0]}, here, at, end - first, nullptr, 1, to, ahead);
+          dot_fixed({units, dim, steps[0], rests[0]}, here, at, end - first, nullptr, 1, to,
+                    prefetcher);
         } else {
-          dot_floats(scaled, here, at, end - first, nullptr, 1, to, ahead);
+          dot_floats(scaled, here, at, end - first, nullptr, 1, to, prefetcher);
         }
         for (int64_t r = 0; r < here; ++r, to += kGather) {
           for (int64_t i = 0; i < end - first; ++i) to[i] += base[r];

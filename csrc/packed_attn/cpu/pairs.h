@@ -1,6 +1,6 @@
-// Weighted sums of rows of codes in fixed point. Lanes are channels: rows are interleaved in words
-// of two bytes of one token and the same two of the next, and a mask leaves two codes of a channel,
-// which meet a pair of weights.
+// packed_attention in fixed point: weighted sums of rows of codes. Lanes are channels: rows are
+// interleaved in words of two bytes of one token and the same two of the next, and a mask leaves
+// two codes of a channel, to be multiplied by a pair of weights.
 #pragma once
 
 #include "packed_attn/cpu/codes.h"
@@ -9,11 +9,11 @@
 namespace tokred::TOKRED_ISA {
 
 inline constexpr int64_t kRunWords = 8;  // of two tokens, from a run of sixteen bytes of each
-inline constexpr int64_t kMostRuns = kMaxHeadDim / 16;
-inline constexpr int64_t kMostPairs = kGather / 2;
+inline constexpr int64_t kMaxRuns = kMaxHeadDim / 16;
+inline constexpr int64_t kMaxPairs = kGather / 2;
 
-// words[run][kMostPairs][kRunWords] for an even number of pairs.
-TOKRED_INLINE void interleave_runs(const Place* tokens, int64_t pairs, int64_t runs,
+// words[run][kMaxPairs][kRunWords] for an even number of pairs.
+TOKRED_INLINE void interleave_runs(const TokenAddress* tokens, int64_t pairs, int64_t runs,
                                    int32_t* words) {
   typedef uint16_t Run __attribute__((vector_size(16)));
   for (int64_t pair = 0; pair < pairs; ++pair) {
@@ -24,21 +24,22 @@ TOKRED_INLINE void interleave_runs(const Place* tokens, int64_t pairs, int64_t r
       std::memcpy(&b, second + run * 16, sizeof b);
       const Run low = __builtin_shuffle(a, b, Run{0, 8, 1, 9, 2, 10, 3, 11});
       const Run high = __builtin_shuffle(a, b, Run{4, 12, 5, 13, 6, 14, 7, 15});
-      int32_t* to = words + (run * kMostPairs + pair) * kRunWords;
+      int32_t* to = words + (run * kMaxPairs + pair) * kRunWords;
       std::memcpy(to, &low, sizeof low);
       std::memcpy(to + 4, &high, sizeof high);
     }
   }
 }
 
-// A block's codes, interleaved, and what weights they have for a few rows, by group of channels.
-struct FixedBlock {
-  alignas(64) int32_t words[kMostRuns * kMostPairs * kRunWords];
-  alignas(64) int16_t units[kFewRows<float>][kMostUnits][kGather];  // zeros behind the last token
-  float steps[kFewRows<float>][kMostUnits];
+// A block's codes, interleaved, and the weights of its tokens for a few rows in sixteen bits, by
+// group of channels.
+struct Int16Weights {
+  alignas(64) int32_t words[kMaxRuns * kMaxPairs * kRunWords];
+  alignas(64) int16_t units[kFewRows<float>][kMaxUnits][kGather];  // zeros behind the last token
+  float steps[kFewRows<float>][kMaxUnits];
   int64_t count, pairs;
 
-  void take(const Place* tokens, int64_t token_count, int64_t dim, int64_t bits) {
+  void interleave(const TokenAddress* tokens, int64_t token_count, int64_t dim, int64_t bits) {
     count = token_count;
     pairs = round_up(count, 4) / 2;
     interleave_runs(tokens, pairs, code_bytes(dim, bits) / 16, words);
@@ -70,14 +71,14 @@ TOKRED_INLINE Register<int32_t> load_pairs(const int16_t* weights) {
 
 // out_row += the weighted sums of kVecs Vecs of a run, whose codes begin at bit `shift` of their
 // bytes; each Vec's even channels come before its odd ones.
-template <Codes kCodes, int kRows, int kVecs, bool kVnni>
-TOKRED_INLINE void add_pair_tile(const FixedBlock& block, int64_t group, int64_t run, int shift,
+template <CodePath kCodes, int kRows, int kVecs, bool kVnni>
+TOKRED_INLINE void add_pair_tile(const Int16Weights& block, int64_t group, int64_t run, int shift,
                                  float* out, int64_t out_stride) {
   constexpr int kBits = bits_of(kCodes), kWidth = i32x16::kWidth;
   constexpr int32_t kMask = ((1 << kBits) - 1) * 0x10001;
   constexpr int kAtOnce = kWidth > kRunWords ? kWidth / kRunWords : 1;  // pairs of a register
   constexpr int kParts = kWidth < kRunWords ? kRunWords / kWidth : 1;   // registers of a pair
-  const int32_t* words = block.words + run * kMostPairs * kRunWords;
+  const int32_t* words = block.words + run * kMaxPairs * kRunWords;
   alignas(64) int32_t total[kRows][2 * kVecs][kRunWords];
 #pragma GCC unroll 2
   for (int part = 0; part < kParts; ++part) {
@@ -122,16 +123,16 @@ TOKRED_INLINE void add_pair_tile(const FixedBlock& block, int64_t group, int64_t
 
 // out_row += the weighted sums of `dim` channels, in groups of group_vecs Vecs, in the order of
 // add_pair_tile().
-template <Codes kCodes, bool kVnni>
-__attribute__((noinline)) static void add_pairs(const FixedBlock& block, int64_t rows,
+template <CodePath kCodes, bool kVnni>
+__attribute__((noinline)) static void add_pairs(const Int16Weights& block, int64_t rows,
                                                 int64_t group_vecs, int64_t dim, float* out,
-                                                int64_t out_stride, PlacesAhead& ahead) {
+                                                int64_t out_stride, TokenPrefetcher& prefetcher) {
   constexpr int kBits = bits_of(kCodes), kPlanes = 8 / kBits;
   // Where registers allow it, two Vecs share those of the words and weights.
   constexpr int kVecs = kRegisterBytes == 64 && kPlanes > 1 ? 2 : 1;
   visit_rows<kFewRows<float>>(rows, [&]<int kRows>() {
     for (int64_t vec = 0; vec < dim / kLanes; vec += kVecs) {
-      ahead.take(kVecs * kLanes / 2);
+      prefetcher.prefetch(kVecs * kLanes / 2);
       add_pair_tile<kCodes, kRows, kVecs, kVnni>(block, vec / group_vecs, vec / kPlanes,
                                                  static_cast<int>(vec % kPlanes) * kBits,
                                                  out + vec * kLanes, out_stride);

@@ -1,4 +1,4 @@
-// Where the tokens of an item lie on one side of a cache, and any of them as a row of f32.
+// One side of a cache, keys or values: where its tokens lie, and any of them as a row of f32.
 #pragma once
 
 #include "attention/cpu/visibility.h"
@@ -8,15 +8,15 @@
 
 namespace tokred::TOKRED_ISA {
 
-// A row of codes and its params, or, where params is null, a row of the window.
-struct Place {
+// Where a token lies: a row of codes and its params, or, where params is null, a row of the window.
+struct TokenAddress {
   const uint8_t* row;
   const uint16_t* params;
 };
 
 TOKRED_INLINE int64_t item_length(const int32_t* lengths, int64_t stride, int64_t item,
                                   int64_t tokens) {
-  return lengths ? greater(smaller(lengths[item * stride], tokens), 0) : tokens;
+  return lengths ? max(min(lengths[item * stride], tokens), 0) : tokens;
 }
 
 // The attention of an item, over the tokens that it holds.
@@ -48,21 +48,21 @@ class SideView {
     if (window_) window_ += (item * window.stride_batch + head * window.stride_head) * size;
   }
 
-  // False where a token has no place.
-  bool find(int64_t token, Place& place) const {
+  // False where a token lies nowhere.
+  bool find(int64_t token, TokenAddress& address) const {
     if (token >= boundary_) {
       const int64_t row = ring_ ? token % window_rows_ : token - boundary_;
       if (row >= window_rows_) return false;
-      place = {window_ + row * window_stride_, nullptr};
+      address = {window_ + row * window_stride_, nullptr};
       return true;
     }
-    return find_packed(token, place);
+    return find_packed(token, address);
   }
   // find() for up to `most` packed tokens from `token` on, equally far apart but for their params
   // along tokens; false where they have to be looked up one by one.
-  bool find_run(int64_t token, int64_t most, Place* at, int64_t& count) const {
+  bool find_run(int64_t token, int64_t most, TokenAddress* at, int64_t& count) const {
     if (slots_ || token >= boundary_) return false;
-    count = smaller(most, smaller(boundary_, packed_.rows) - token);
+    count = min(most, min(boundary_, packed_.rows) - token);
     if (count <= 0) return false;
     if (format.axis == GroupAxis::token) {
       for (int64_t i = 0; i < count; ++i) find_packed(token + i, at[i]);
@@ -79,13 +79,13 @@ class SideView {
   }
 
  private:
-  bool find_packed(int64_t token, Place& place) const {
+  bool find_packed(int64_t token, TokenAddress& address) const {
     if (token >= capacity_) return false;
     const int64_t row = slots_ ? slots_[token] : token;
     if (row < 0 || row >= packed_.rows) return false;
-    const bool alone = format.axis == GroupAxis::channel;
-    place = {codes_ + row * packed_.codes_stride_token,
-             params_ + (alone ? row : row / format.group_size) * packed_.params_stride_row};
+    const bool by_channel = format.axis == GroupAxis::channel;
+    address = {codes_ + row * packed_.codes_stride_token,
+               params_ + (by_channel ? row : row / format.group_size) * packed_.params_stride_row};
     return true;
   }
 
@@ -152,25 +152,25 @@ TOKRED_INLINE f32x16 dequantize(PackScheme scheme, int32_t bits, f32x16 code, f3
 }
 
 // A token as head_dim numbers, rotated where the format is.
-inline void unpack_token(const SideView& side, const Place& place, float* out) {
+inline void unpack_token(const SideView& side, const TokenAddress& address, float* out) {
   const PackFormat& f = side.format;
-  if (!place.params) {
+  if (!address.params) {
     visit_f32(side.dtype, [&]<class T>() {
-      pack_row(reinterpret_cast<const T*>(place.row), f.head_dim, out);
+      pack_row(reinterpret_cast<const T*>(address.row), f.head_dim, out);
     });
     return;
   }
   alignas(64) uint8_t codes[kMaxHeadDim];
-  bit_unpack(place.row, f.head_dim, f.bits, codes);
-  const bool fp8 = f.scheme == PackScheme::fp8, alone = f.axis == GroupAxis::channel;
-  const uint16_t* offsets = place.params + (has_offset(f.scheme) ? groups_per_row(f) : 0);
+  bit_unpack(address.row, f.head_dim, f.bits, codes);
+  const bool fp8 = f.scheme == PackScheme::fp8, by_channel = f.axis == GroupAxis::channel;
+  const uint16_t* offsets = address.params + (has_offset(f.scheme) ? groups_per_row(f) : 0);
   f32x16 scale = splat(0.0f), offset = scale;
   for (int64_t d = 0; d < f.head_dim; d += kLanes) {
-    if (!alone) {
-      scale = load_params(place.params + d);
+    if (!by_channel) {
+      scale = load_params(address.params + d);
       offset = load_params(offsets + d);
     } else if (d % f.group_size == 0) {
-      scale = splat(param(place.params, d / f.group_size));
+      scale = splat(param(address.params, d / f.group_size));
       offset = splat(param(offsets, d / f.group_size));
     }
     const f32x16 code = fp8 ? load_fp8(codes + d) : to_f32(load_bytes(codes + d));

@@ -1,6 +1,7 @@
-// The weighted sum of a block of packed tokens for a few query rows, from the codes themselves
-// where their format allows it. Along channels the sum of p x is that of (p scale_g) c and that of
-// p offset_g; along tokens it is scale (sum of p c) + offset (sum of p) over the tokens of a group.
+// packed_attention: weighted sums of a block of packed values for a few query rows, from the codes
+// themselves where their format allows it. Along channels the sum of p x is that of (p scale_g) c
+// and that of p offset_g; along tokens it is scale (sum of p c) + offset (sum of p) over the tokens
+// of a group.
 #pragma once
 
 #include "packed_attn/cpu/block.h"
@@ -8,21 +9,21 @@
 
 namespace tokred::TOKRED_ISA {
 
-// The weighted sums of values for up to kMost rows.
-template <int64_t kMost>
+// The weighted sums of values for up to kMax rows.
+template <int64_t kMax>
 class PackedSums {
  public:
   const SideView& side;
-  const Codes codes;
+  const CodePath path;
   const bool fixed;  // the weights meet codes in fixed point
   const int64_t rows, dim;
 
-  // `out` [rows][dim] is finished by finish(). With care, infinite values of a weight of 0 come to
-  // nothing: such a token may be hidden.
-  PackedSums(const SideView& values, bool in_order, int64_t count, float* out, bool careful)
-      : side(values), codes(codes_read(values.format, in_order)),
-        fixed(in_fixed_point(codes, values.dtype)), rows(count), dim(values.format.head_dim),
-        out_(out), careful_(careful) {
+  // `out` [rows][dim] is finished by finish(). With skip_zeros a token of weight 0, which may be
+  // hidden, adds nothing even where its values are infinite.
+  PackedSums(const SideView& values, bool in_order, int64_t count, float* out, bool skip_zeros)
+      : side(values), path(read_path(values.format, in_order)),
+        fixed(in_fixed_point(path, values.dtype)), rows(count), dim(values.format.head_dim),
+        out_(out), skip_zeros_(skip_zeros) {
     fill_zero(out_, rows * dim * 4);
     if (!by_channel()) return;
     fill_zero(sums_, rows * dim * 4);
@@ -30,26 +31,26 @@ class PackedSums {
   }
 
   // What was added so far is multiplied by shrink[row], then the tokens come with weights[row].
-  void add(const BlockPlaces& block, const float* weights, const float* shrink,
-           PlacesAhead ahead) {
+  void add(const BlockAddresses& block, const float* weights, const float* shrink,
+           TokenPrefetcher prefetcher) {
     for (int64_t row = 0; row < rows; ++row) {
       if (shrink[row] != 1) shrink_row(row, shrink[row]);
     }
-    if (codes == Codes::none || !block.packed) {
-      add_unpacked(block, weights, ahead);
+    if (path == CodePath::unpacked || !block.packed) {
+      add_unpacked(block, weights, prefetcher);
     } else if (by_channel()) {
-      add_channel_groups(block, weights, ahead);
+      add_channel_groups(block, weights, prefetcher);
     } else {
-      add_token_groups(block, weights, ahead);
+      add_token_groups(block, weights, prefetcher);
     }
-    ahead.take(ahead.left);
+    prefetcher.prefetch(prefetcher.left);
   }
 
   void finish() {
     if (!by_channel()) return;
     const PackFormat& f = side.format;
     alignas(64) float factor[kMaxHeadDim];
-    in_place_factors(codes, f, factor);
+    in_place_factors(path, f, factor);
     for (int64_t row = 0; row < rows; ++row) {
       for (int64_t d = 0; d < dim; d += kLanes) {
         float* to = out_ + row * dim + d;
@@ -67,14 +68,14 @@ class PackedSums {
 
  private:
   float* const out_;
-  const bool careful_;
+  const bool skip_zeros_;
   // Along channels: sums of codes in place, or in the order of add_pairs(); and of offsets by
   // token % 16.
-  alignas(64) float sums_[kMost * kMaxHeadDim];
-  alignas(64) float offsets_[kMost][kMostUnits][kLanes];
+  alignas(64) float sums_[kMax * kMaxHeadDim];
+  alignas(64) float offsets_[kMax][kMaxUnits][kLanes];
 
   bool by_channel() const {
-    return codes != Codes::none && side.format.axis == GroupAxis::channel;
+    return path != CodePath::unpacked && side.format.axis == GroupAxis::channel;
   }
 
   void shrink_row(int64_t row, float factor) {
@@ -87,62 +88,65 @@ class PackedSums {
     shrink(offsets_[row][0], groups_per_row(side.format) * kLanes);
   }
 
-  void add_unpacked(const BlockPlaces& block, const float* weights, PlacesAhead& ahead) {
+  void add_unpacked(const BlockAddresses& block, const float* weights,
+                    TokenPrefetcher& prefetcher) {
     constexpr float kOnes[kMaxRows] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
                                        1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
     UnpackedRows values;
     for (int64_t i = 0; i < block.count; i += kLanes) {
-      const int64_t count = smaller(block.count - i, kLanes);
-      ahead.take(kLanes);
+      const int64_t count = min(block.count - i, kLanes);
+      prefetcher.prefetch(kLanes);
       values.load(side, block.at + i, count);
-      if (!careful_) {
+      if (!skip_zeros_) {
         add_rows<float>(weights + i, kGather, rows, values.row, count, dim, kOnes, out_, dim);
         continue;
       }
       for (int64_t row = 0; row < rows; ++row) {
-        add_parts<float>(weights + row * kGather + i, values.row, count, dim, 1.0f,
-                         out_ + row * dim);
+        add_nonzero<float>(weights + row * kGather + i, values.row, count, dim, 1.0f,
+                           out_ + row * dim);
       }
     }
   }
 
-  void add_channel_groups(const BlockPlaces& block, const float* weights, PlacesAhead& ahead) {
+  void add_channel_groups(const BlockAddresses& block, const float* weights,
+                          TokenPrefetcher& prefetcher) {
     const PackFormat& f = side.format;
     BlockParams params;
-    params.take(f, block);
-    FixedBlock pairs;
-    if (fixed) pairs.take(block.at, block.count, dim, f.bits);
-    alignas(64) float scaled[kFewRows<float>][kMostUnits][kGather];
+    params.read(f, block);
+    Int16Weights pairs;
+    if (fixed) pairs.interleave(block.at, block.count, dim, f.bits);
+    alignas(64) float scaled[kFewRows<float>][kMaxUnits][kGather];
     for (int64_t row = 0; row < rows; row += kFewRows<float>) {
-      const int64_t here = smaller(rows - row, kFewRows<float>);
+      const int64_t here = min(rows - row, kFewRows<float>);
       for (int64_t r = 0; r < here; ++r) {
         scale_weights(params, weights + (row + r) * kGather, block.count, scaled[r],
                       offsets_[row + r]);
       }
       float* out = sums_ + row * dim;
       if (fixed) {
-        pairs.weigh(scaled[0][0], kMostUnits * kGather, here, groups_per_row(f));
-        add_fixed(pairs, here, f.group_size, out, ahead);
+        pairs.weigh(scaled[0][0], kMaxUnits * kGather, here, groups_per_row(f));
+        add_fixed(pairs, here, f.group_size, out, prefetcher);
       } else {
-        add_floats(scaled[0][0], kMostUnits * kGather, here, f.group_size, block.at, block.count,
-                   out, ahead);
+        add_floats(scaled[0][0], kMaxUnits * kGather, here, f.group_size, block.at, block.count,
+                   out, prefetcher);
       }
     }
   }
   // out_row += the weighted sums of codes in groups of so many channels.
-  void add_fixed(const FixedBlock& block, int64_t count, int64_t group_size, float* out,
-                 PlacesAhead& ahead) const {
-    visit_codes(codes, [&]<Codes kCodes>() {
+  void add_fixed(const Int16Weights& block, int64_t count, int64_t group_size, float* out,
+                 TokenPrefetcher& prefetcher) const {
+    visit_code_path(path, [&]<CodePath kCodes>() {
       visit_vnni([&]<bool kVnni>() {
-        add_pairs<kCodes, kVnni>(block, count, group_size / kLanes, dim, out, dim, ahead);
+        add_pairs<kCodes, kVnni>(block, count, group_size / kLanes, dim, out, dim, prefetcher);
       });
     });
   }
   void add_floats(const float* weights, int64_t row_weights, int64_t count, int64_t group_size,
-                  const Place* tokens, int64_t token_count, float* out, PlacesAhead& ahead) const {
-    visit_codes(codes, [&]<Codes kCodes>() {
+                  const TokenAddress* tokens, int64_t token_count, float* out,
+                  TokenPrefetcher& prefetcher) const {
+    visit_code_path(path, [&]<CodePath kCodes>() {
       add_codes<kCodes>(weights, row_weights, count, group_size / kUnit, tokens, token_count,
-                        dim / kUnit, out, dim, ahead);
+                        dim / kUnit, out, dim, prefetcher);
     });
   }
   // A token of weight 0 may be hidden: its params do not count, whatever they are.
@@ -164,29 +168,30 @@ class PackedSums {
     }
   }
 
-  void add_token_groups(const BlockPlaces& block, const float* weights, PlacesAhead& ahead) {
+  void add_token_groups(const BlockAddresses& block, const float* weights,
+                        TokenPrefetcher& prefetcher) {
     const PackFormat& f = side.format;
     GroupParams params;
-    FixedBlock pairs;
+    Int16Weights pairs;
     alignas(64) float factor[kMaxHeadDim], part[kFewRows<float> * kMaxHeadDim];
-    in_place_factors(codes, f, factor);
+    in_place_factors(path, f, factor);
     for (int64_t first = 0, end; first < block.count; first = end) {
       end = block.group_end(first);
-      const Place* tokens = block.at + first;
-      params.take(f, tokens->params);
-      if (fixed) pairs.take(tokens, end - first, dim, f.bits);
+      const TokenAddress* tokens = block.at + first;
+      params.read(f, tokens->params);
+      if (fixed) pairs.interleave(tokens, end - first, dim, f.bits);
       for (int64_t d = 0; d < dim && !fixed; d += kLanes) {
         store(params.scale + d, load(params.scale + d) * load(factor + d));
       }
       for (int64_t row = 0; row < rows; row += kFewRows<float>) {
-        const int64_t here = smaller(rows - row, kFewRows<float>);
+        const int64_t here = min(rows - row, kFewRows<float>);
         const float* weight = weights + row * kGather + first;
         fill_zero(part, here * dim * 4);
         if (fixed) {
           pairs.weigh(weight, kGather, here, 1);
-          add_fixed(pairs, here, dim, part, ahead);
+          add_fixed(pairs, here, dim, part, prefetcher);
         } else {
-          add_floats(weight, kGather, here, dim, tokens, end - first, part, ahead);
+          add_floats(weight, kGather, here, dim, tokens, end - first, part, prefetcher);
         }
         for (int64_t r = 0; r < here; ++r) {
           add_group(params, part + r * dim, weight + r * kGather, end - first,

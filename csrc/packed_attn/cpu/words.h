@@ -1,6 +1,7 @@
-// Dot products of a few rows with rows of codes. Lanes are tokens: the codes of sixteen tokens are
-// turned in words of four bytes, and each byte of a word gives the code of a channel. So nothing is
-// summed over lanes, scales are lanes too, and every multiplication meets a register of codes.
+// packed_attention and packed_qk_score: dot products of a few queries with rows of codes. Lanes are
+// tokens: the codes of sixteen tokens are transposed in words of four bytes, and each byte of a
+// word gives the code of a channel. So nothing is summed over lanes, scales are lanes too, and
+// every multiplication meets a register of codes.
 #pragma once
 
 #include "packed_attn/cpu/codes.h"
@@ -8,23 +9,23 @@
 
 namespace tokred::TOKRED_ISA {
 
-// What an unpacked code has to be multiplied by, for all channels.
-inline void word_factors(Codes codes, const PackFormat& f, float* factor) {
+// The factor by which codes as codes_of_byte() gives them are to be multiplied, for all channels.
+inline void word_factors(CodePath path, const PackFormat& f, float* factor) {
   alignas(64) float lane[kLanes];
   for (int i = 0; i < kLanes; ++i) {
     const int byte = i % 4;
-    const bool shifted = codes == Codes::bits8 && byte == 3;
-    lane[i] = codes == Codes::fp8 ? 256.0f
-              : shifted           ? 1.0f
-                                  : 1.0f / static_cast<float>(1 << 8 * byte);
+    const bool shifted = path == CodePath::bits8 && byte == 3;
+    lane[i] = path == CodePath::fp8 ? 256.0f
+              : shifted             ? 1.0f
+                                    : 1.0f / static_cast<float>(1 << 8 * byte);
   }
   for (int64_t d = 0; d < f.head_dim; d += kLanes) store(factor + d, load(lane));
 }
 
-inline constexpr int64_t kMostWords = kMaxHeadDim / 4;  // of a token
+inline constexpr int64_t kMaxWords = kMaxHeadDim / 4;  // of a token
 
 // Four words of every fourth token, as many as a register holds.
-TOKRED_INLINE Register<int32_t> load_words(const Place* tokens, int64_t byte) {
+TOKRED_INLINE Register<int32_t> load_words(const TokenAddress* tokens, int64_t byte) {
 #ifdef __AVX2__
   const auto words = [&](int i) {
     return _mm_loadu_si128(reinterpret_cast<const __m128i*>(tokens[4 * i].row + byte));
@@ -44,7 +45,7 @@ TOKRED_INLINE Register<int32_t> load_words(const Place* tokens, int64_t byte) {
 }
 
 // words[word][16 tokens]. Each quarter of a register's lanes is four tokens, transposed by itself.
-TOKRED_INLINE void turn_words(const Place* tokens, int64_t bytes, int32_t* words) {
+TOKRED_INLINE void transpose_words(const TokenAddress* tokens, int64_t bytes, int32_t* words) {
   using Words = Register<int32_t>;
   constexpr int kWidth = i32x16::kWidth;
   Words low{}, high{};
@@ -76,16 +77,16 @@ TOKRED_INLINE void turn_words(const Place* tokens, int64_t bytes, int32_t* words
   }
 }
 
-// The codes in byte kByte of a register of words, times what word_factors() makes good; the bits of
+// The codes in byte kByte of a register of words, but for word_factors(); the bits of
 // the channel are the byte's lowest.
-template <Codes kCodes, int kByte>
+template <CodePath kCodes, int kByte>
 TOKRED_INLINE Register<float> codes_of_byte(i32x16::N words) {
   typedef uint32_t Unsigned __attribute__((vector_size(kRegisterBytes)));
-  if constexpr (kCodes == Codes::fp8) {
+  if constexpr (kCodes == CodePath::fp8) {
     // The bits of an f32 that is 2^-120 times the number.
     const i32x16::N bits = words << (24 - 8 * kByte) >> 4 & static_cast<int32_t>(0x87f00000u);
     return (Register<float>)bits * 0x1p112f;
-  } else if constexpr (kCodes == Codes::bits8 && kByte == 3) {
+  } else if constexpr (kCodes == CodePath::bits8 && kByte == 3) {
     return __builtin_convertvector((i32x16::N)((Unsigned)words >> 24), Register<float>);
   } else {
     constexpr int32_t kMask = ((1 << bits_of(kCodes)) - 1) << 8 * kByte;
@@ -93,17 +94,17 @@ TOKRED_INLINE Register<float> codes_of_byte(i32x16::N words) {
   }
 }
 
-// A block's codes, turned.
-struct TurnedCodes {
+// A block's codes, transposed.
+struct TransposedCodes {
   const int32_t* words;  // [token / 16][words_of_token][16 tokens]
-  const float* scales;   // [groups][kGather], or null for 1
+  const float* scales;  // [groups][kGather], or null for 1
   int64_t words_of_token, groups, group_vecs;
 };
 
 // out[row][token ..] = what the groups before left there + the scale of this one * its sum. Without
 // scales there is one group.
 template <int kRows, int kParts>
-TOKRED_INLINE void add_group(const TurnedCodes& turned, int64_t group, int64_t token,
+TOKRED_INLINE void add_group(const TransposedCodes& transposed, int64_t group, int64_t token,
                              Register<float> (&sum)[kRows][kParts], float* out) {
 #pragma GCC unroll 4
   for (int row = 0; row < kRows; ++row) {
@@ -111,9 +112,9 @@ TOKRED_INLINE void add_group(const TurnedCodes& turned, int64_t group, int64_t t
     for (int part = 0; part < kParts; ++part) {
       const int64_t first = token + part * f32x16::kWidth;
       float* to = out + row * kGather + first;
-      if (turned.scales) {
+      if (transposed.scales) {
         Register<float> scale, before = {};
-        std::memcpy(&scale, turned.scales + group * kGather + first, sizeof scale);
+        std::memcpy(&scale, transposed.scales + group * kGather + first, sizeof scale);
         if (group > 0) std::memcpy(&before, to, sizeof before);
         sum[row][part] = multiply_add(sum[row][part], scale, before);
       }
@@ -123,13 +124,15 @@ TOKRED_INLINE void add_group(const TurnedCodes& turned, int64_t group, int64_t t
 }
 
 // Register `part` of `word` of the tokens from `token` on.
-TOKRED_INLINE i32x16::N turned_word(const TurnedCodes& turned, int64_t token, int part,
-                                    int64_t word) {
+TOKRED_INLINE i32x16::N transposed_word(const TransposedCodes& transposed, int64_t token, int part,
+                                        int64_t word) {
   constexpr int kWidth = f32x16::kWidth;
   const int64_t first = token + part * kWidth / kLanes * kLanes;
   i32x16::N x;
-  std::memcpy(&x, turned.words + first * turned.words_of_token + word * kLanes +
-                      part * kWidth % kLanes, sizeof x);
+  std::memcpy(
+      &x,
+      transposed.words + first * transposed.words_of_token + word * kLanes + part * kWidth % kLanes,
+      sizeof x);
   return x;
 }
 
@@ -144,27 +147,27 @@ TOKRED_INLINE f32x16 fixed_order(f32x16 x) {
 }
 
 // Rows of f32, times word_factors().
-struct FloatRows {
+struct FloatQueries {
   const float* numbers;  // [row][stride]
   int64_t stride;
 
   // out[row][token ..] for kRows rows from `first` on and 16 kVecs tokens: the sum over the groups,
   // ascending, of their scale times the sum over their channels, ascending, of x code.
-  template <Codes kCodes, int kRows, int kVecs>
-  void dot(int64_t first, const TurnedCodes& turned, int64_t token, float* out) const {
+  template <CodePath kCodes, int kRows, int kVecs>
+  void dot(int64_t first, const TransposedCodes& transposed, int64_t token, float* out) const {
     constexpr int kBits = bits_of(kCodes), kPlanes = 8 / kBits;
     constexpr int kParts = kVecs * f32x16::kRegisters;
     const float* x = numbers + first * stride;
     int64_t vec = 0;
-    for (int64_t group = 0; group < turned.groups; ++group) {
+    for (int64_t group = 0; group < transposed.groups; ++group) {
       Register<float> sum[kRows][kParts] = {};
-      for (const int64_t end = vec + turned.group_vecs; vec < end; ++vec) {
+      for (const int64_t end = vec + transposed.group_vecs; vec < end; ++vec) {
         const int shift = static_cast<int>(vec % kPlanes) * kBits;
         for (int64_t j = 0; j < 4; ++j) {
           i32x16::N word[kParts];
 #pragma GCC unroll 4
           for (int part = 0; part < kParts; ++part) {
-            word[part] = turned_word(turned, token, part, vec / kPlanes * 4 + j) >> shift;
+            word[part] = transposed_word(transposed, token, part, vec / kPlanes * 4 + j) >> shift;
           }
           const auto add = [&]<int kByte>() {
             Register<float> codes[kParts];
@@ -188,36 +191,36 @@ struct FloatRows {
           add.template operator()<3>();
         }
       }
-      add_group(turned, group, token, sum, out);
+      add_group(transposed, group, token, sum, out);
     }
   }
 };
 
 // Rows in fixed point, in the order of fixed_order().
-struct PairRows {
+struct Int16Queries {
   const int16_t* numbers;  // [row][stride]
   int64_t stride;
-  const float* steps;      // [row][kMostUnits], of a row's groups
-  const float* rests;      // the same, what is added to their sums
+  const float* steps;  // [row][kMaxUnits], of a row's groups
+  const float* rests;  // the same, what is added to their sums
 
-  // Like FloatRows::dot(); sums over a group are exact.
-  template <Codes kCodes, int kRows, int kVecs, bool kVnni>
-  void dot(int64_t first, const TurnedCodes& turned, int64_t token, float* out) const {
+  // Like FloatQueries::dot(); sums over a group are exact.
+  template <CodePath kCodes, int kRows, int kVecs, bool kVnni>
+  void dot(int64_t first, const TransposedCodes& transposed, int64_t token, float* out) const {
     // Two Vecs of a run at once, which no group cuts, share the registers of its words.
     constexpr int kBits = bits_of(kCodes), kPlanes = 8 / kBits;
     constexpr int kTogether = kPlanes > 1 ? 2 : 1, kParts = kVecs * f32x16::kRegisters;
     constexpr int32_t kMask = ((1 << kBits) - 1) * 0x10001;
     const int16_t* x = numbers + first * stride;
     int64_t vec = 0;
-    for (int64_t group = 0; group < turned.groups; ++group) {
+    for (int64_t group = 0; group < transposed.groups; ++group) {
       Register<int32_t> sum[kRows][kParts] = {};
-      for (const int64_t end = vec + turned.group_vecs; vec < end; vec += kTogether) {
+      for (const int64_t end = vec + transposed.group_vecs; vec < end; vec += kTogether) {
         const int shift = kTogether == kPlanes ? 0 : static_cast<int>(vec % kPlanes) * kBits;
         for (int64_t j = 0; j < 4; ++j) {
           i32x16::N word[kParts];
 #pragma GCC unroll 4
           for (int part = 0; part < kParts; ++part) {
-            word[part] = turned_word(turned, token, part, vec / kPlanes * 4 + j) >> shift;
+            word[part] = transposed_word(transposed, token, part, vec / kPlanes * 4 + j) >> shift;
           }
           const auto add = [&]<int kPlane, int kByte>() {
             i32x16::N codes[kParts];
@@ -246,7 +249,7 @@ struct PairRows {
       Register<float> total[kRows][kParts];
 #pragma GCC unroll 4
       for (int row = 0; row < kRows; ++row) {
-        const int64_t at = (first + row) * kMostUnits + group;
+        const int64_t at = (first + row) * kMaxUnits + group;
         const Register<float> step = steps[at] - Register<float>{};
         const Register<float> rest = rests[at] - Register<float>{};
 #pragma GCC unroll 4
@@ -255,7 +258,7 @@ struct PairRows {
           total[row][part] = multiply_add(units, step, rest);
         }
       }
-      add_group(turned, group, token, total, out);
+      add_group(transposed, group, token, total, out);
     }
   }
 };
@@ -263,27 +266,28 @@ struct PairRows {
 // out[row][i] = x_row . codes_i for i < count, over `groups` groups of so many Vecs that are scaled
 // by scales[group][kGather], or not where it is null; `tokens` are valid up to whole_lanes(count).
 // kMore: further parameters of Rows::dot().
-template <Codes kCodes, class Rows, auto... kMore>
-__attribute__((noinline)) static void dot_codes(const Rows& x, int64_t rows, const Place* tokens,
-                                                int64_t count, const float* scales,
-                                                int64_t groups, int64_t group_vecs, float* out,
-                                                PlacesAhead& ahead) {
-  alignas(64) int32_t words[kMostWords * kGather];
+template <CodePath kCodes, class Rows, auto... kMore>
+__attribute__((noinline)) static void dot_codes(const Rows& x, int64_t rows,
+                                                const TokenAddress* tokens, int64_t count,
+                                                const float* scales, int64_t groups,
+                                                int64_t group_vecs, float* out,
+                                                TokenPrefetcher& prefetcher) {
+  alignas(64) int32_t words[kMaxWords * kGather];
   alignas(64) float dots[kFewRows<float> * kGather];
   const int64_t bytes = groups * group_vecs * kLanes * bits_of(kCodes) / 8;
-  const TurnedCodes turned{words, scales, bytes / 4, groups, group_vecs};
+  const TransposedCodes transposed{words, scales, bytes / 4, groups, group_vecs};
   for (int64_t token = 0; token < count; token += kLanes) {
-    turn_words(tokens + token, bytes, words + token * turned.words_of_token);
+    transpose_words(tokens + token, bytes, words + token * transposed.words_of_token);
   }
   for (int64_t row = 0; row < rows; row += kFewRows<float>) {
     visit_rows<kFewRows<float>>(rows - row, [&]<int kRows>() {
       // The words need registers of their own.
-      constexpr int kVecs = kBeside<float, kRows == 1 ? 2 : kPowerOfTwo<kRows>>;
+      constexpr int kVecs = kBeside < float, kRows == 1 ? 2 : kPowerOfTwo < kRows >> ;
       int64_t token = 0;
       const auto tiles = [&]<int kCount>() {
         for (; token + (kCount - 1) * kLanes < count; token += kCount * kLanes) {
-          ahead.take(row == 0 ? kCount * kLanes : 0);
-          x.template dot<kCodes, kRows, kCount, kMore...>(row, turned, token, dots);
+          prefetcher.prefetch(row == 0 ? kCount * kLanes : 0);
+          x.template dot<kCodes, kRows, kCount, kMore...>(row, transposed, token, dots);
         }
       };
       tiles.template operator()<kVecs>();

@@ -1,9 +1,11 @@
-// Products with codes as they are, which 16 bits hold exactly: of a group of channels the sum is
-// multiplied by its scale, as are the weights of values. For groups along channels.
+// packed_attention with groups along channels: products with codes as they are, which 16 bits hold
+// exactly. The sum over a group of channels is multiplied by its scale, as are the weights of
+// values.
 #pragma once
 
+#include "attention/cuda/plan_decode.h"
+#include "common/cuda/mma_tile.cuh"
 #include "packed_attn/cuda/side.cuh"
-#include "packed_attn/cuda/tile.cuh"
 
 namespace tokred::cuda::attention {
 
@@ -18,7 +20,8 @@ __device__ __forceinline__ void order_codes(float (&x)[8]) {
   }
 }
 
-// Codes are taken less their middle, so that offsets are those of the middle of a group's range.
+// Codes less their middle are multiplied, so that offsets are those of the middle of a group's
+// range.
 __device__ __forceinline__ int middle_code(const PackFormat& f) {
   return f.scheme == PackScheme::fp8 ? 0 : 1 << (f.bits - 1);
 }

@@ -1,11 +1,12 @@
 // The launch that recomputes rows of packed_attention whose result is NaN.
 #pragma once
 
-#include "bind/cuda_kernels.h"
+#include "common/cuda/launch.h"
+#include "packed_attn/params.h"
 
 namespace tokred::cuda {
 
-// See sparse_attn/cuda/recompute.cuh.
-void mend_packed_rows(const PackedAttentionParams&, Stream);
+// See attention/cuda/recompute.cuh.
+void recompute_packed_rows(const PackedAttentionParams&, Stream);
 
 }  // namespace tokred::cuda

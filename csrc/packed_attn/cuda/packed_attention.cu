@@ -16,14 +16,20 @@ using namespace attention;
 template <class T, int kDim>
 void launch_packed(const PackedAttentionParams& params, Stream stream) {
   using Config = PackedConfig<T, kDim>;
-  static_assert(sizeof(PackedShared<Config>) ==
-                packed_fixed_bytes(kDim, Operand<T>::kPlanes == 3));
+  static_assert(sizeof(PackedShared<Config>) == packed_fixed_bytes(kDim, Operand<T>::kPlanes == 3));
   const AttentionParams& a = params.attention;
   const ListShape shape = list_shape(a, params.lists);
-  PackedDecodeParams p{{{a, params.lists, {}}, 0, divide_up(shape.rows(), kDecodeRows),
-                        decode_item_rows(shape), decode_split_length(shape.length),
+  PackedDecodeParams p{{{a, params.lists, {}},
+                        0,
+                        divide_up(shape.rows(), kDecodeRows),
+                        decode_item_rows(shape),
+                        decode_split_length(shape.length),
                         decode_splits(shape.length)},
-                       params.k, params.v, params.slots, params.lengths, params.lengths_stride,
+                       params.k,
+                       params.v,
+                       params.slots,
+                       params.lengths,
+                       params.lengths_stride,
                        packed_stage(params.k.packed.format, params.v.packed.format)};
   p.decode.sparse.lists.block_q = shape.block_q;
   const int64_t items = decode_items(shape), most = decode_launch_items(shape);
@@ -36,9 +42,9 @@ void launch_packed(const PackedAttentionParams& params, Stream stream) {
     launch(rotate_out_kernel, plan_rotate_out(shape.attention), stream, a);
   }
   if (!rows_differ(a)) return;
-  PackedAttentionParams mended = params;
-  mended.lists.block_q = shape.block_q;
-  mend_packed_rows(mended, stream);
+  PackedAttentionParams bounded = params;
+  bounded.lists.block_q = shape.block_q;
+  recompute_packed_rows(bounded, stream);
 }
 
 }  // namespace
@@ -49,11 +55,8 @@ int64_t packed_attention_workspace(const PackedAttentionParams& p) {
 
 void packed_attention(const PackedAttentionParams& p, Stream stream) {
   visit_dtype(p.attention.dtype, [&]<class T>() {
-    switch (decode_head_dim(attention_shape(p.attention).dim())) {
-      case 64: return launch_packed<T, 64>(p, stream);
-      case 128: return launch_packed<T, 128>(p, stream);
-      default: return launch_packed<T, 256>(p, stream);
-    }
+    visit_head_dim(attention_shape(p.attention).dim(),
+                   [&]<int kDim>() { launch_packed<T, kDim>(p, stream); });
   });
 }
 

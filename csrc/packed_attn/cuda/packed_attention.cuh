@@ -1,4 +1,4 @@
-// Attention over packed keys and values: as decode of sparse_attn, but that a warp copies packed
+// packed_attention: as attention/cuda/decode.cuh, but that a warp copies packed
 // rows, and unpacks the keys of a tile, then its values, on their way to the tensor cores.
 #pragma once
 
@@ -22,7 +22,7 @@ struct PackedShared {
   GroupScales<C::kDim> scales[C::kWarps];
   float query_sum[C::kRows][C::kDim / 16];             // of the groups of keys
   uint2 k_codes[C::kRowLanes], v_codes[C::kRowLanes];  // CodeReader::places() of a row's lanes
-  RowSight sight[C::kRows];
+  RowVisibility visibility[C::kRows];
   float top[C::kWarps][C::kRows], sum[C::kWarps][C::kRows];
 
   __device__ uint8_t* stage(const PackedStage& plan, int warp, int number) {
@@ -60,7 +60,7 @@ __device__ __forceinline__ void load_packed_queries(PackedShared<C>& shared,
                   view.query_head(row) * a.q.stride_head + view.query(row) * a.q.stride_token;
     }
     float x[1][8];
-    scoring::load_rows(x, source, channel, static_cast<int>(a.head_dim), aligned);
+    load_rows(x, source, channel, static_cast<int>(a.head_dim), aligned);
     if (p.k.packed.format.rotated) packing::rotate_row(x[0], a.head_dim);
     keep_finite<T>(x[0]);
     if (p.key_codes<T>()) order_codes(x[0]);
@@ -75,10 +75,10 @@ __device__ __forceinline__ void load_packed_queries(PackedShared<C>& shared,
   }
   if (thread >= C::kRows) return;
   const uint32_t row = min(item.first_row + static_cast<uint32_t>(thread), view.rows - 1);
-  RowSight sight = row_sight(a, view, row);
-  sight.last_key =
+  RowVisibility visibility = row_visibility(a, view, row);
+  visibility.last_key =
       static_cast<int>(a.causal ? view.query(row) + tokens - a.queries : tokens - 1);
-  shared.sight[thread] = sight;
+  shared.visibility[thread] = visibility;
 }
 
 // The products of the query rows with a tile of keys.
@@ -114,8 +114,8 @@ __device__ __forceinline__ void accumulate_values(ForwardState<C>& state,
                                                   const float (&weights)[1][C::kKeys / 8][4],
                                                   SideTiles<C, C::kValueDim> side,
                                                   PackedShared<C>& shared,
-                                                  const PackedDecodeParams& p,
-                                                  const uint8_t* stage, const int* places) {
+                                                  const PackedDecodeParams& p, const uint8_t* stage,
+                                                  const int* places) {
   auto& tile = shared.tile[warp_id()];
   if constexpr (std::is_same_v<typename C::T, bf16>) {
     if (p.value_codes<bf16>()) {
@@ -132,11 +132,10 @@ __device__ __forceinline__ void accumulate_values(ForwardState<C>& state,
   accumulate(state.out, weights, tile.value);
 }
 
-// What the warps have summed becomes the result of the block; rows of rotated values are turned
+// The sums of the warps become the result of the block; rows of rotated values are rotated
 // back, unless rotates_later().
 template <class C>
-__device__ __forceinline__ void finish_packed(const ForwardState<C>& state,
-                                              PackedShared<C>& shared,
+__device__ __forceinline__ void finish_packed(const ForwardState<C>& state, PackedShared<C>& shared,
                                               const PackedDecodeParams& p, const ItemRows& item) {
   __syncthreads();
   keep_warp_state(state, shared);
@@ -200,14 +199,14 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const int first_column = static_cast<int>(blockIdx.z) * C::kValueDim;
   // Made anew for every tile, so that they take no registers meanwhile.
   const auto k_side = [&] {
-    return SideTiles<C, C::kDim>(p.k, a.k, p.slots, opaque(list.view.batch),
-                                 opaque(list.key_head), 0, shared.k_codes, p.stage.k_codes,
-                                 p.stage.k_params);
+    return SideTiles<C, C::kDim>(p.k, a.k, p.slots, optimization_barrier(list.view.batch),
+                                 optimization_barrier(list.key_head), 0, shared.k_codes,
+                                 p.stage.k_codes, p.stage.k_params);
   };
   const auto v_side = [&] {
-    return SideTiles<C, C::kValueDim>(p.v, a.v, p.slots, opaque(list.view.batch),
-                                      opaque(list.key_head), first_column, shared.v_codes,
-                                      p.stage.v_codes, p.stage.v_params);
+    return SideTiles<C, C::kValueDim>(p.v, a.v, p.slots, optimization_barrier(list.view.batch),
+                                      optimization_barrier(list.key_head), first_column,
+                                      shared.v_codes, p.stage.v_codes, p.stage.v_params);
   };
   const int v_first = C::kKeys * (p.stage.k_codes + p.stage.k_params);
   const auto load = [&](int tile) {
@@ -239,7 +238,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   ForwardState<C> state;
   start(state);
   const float scale = static_cast<float>(a.scale) * kLog2E;
-  const bool careful = rows_differ(a);
+  const bool per_row_mask = rows_differ(a);
   for (int tile = 0; tile < tiles; ++tile) {
     cp_async_wait<C::kStages - 2>();
     __syncwarp();  // all lanes have their copies, and are done with the tile before
@@ -249,15 +248,16 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     float weights[1][C::kKeys / 8][4];
     multiply_keys(weights, k_side(), shared, p, stage, places.k);
     __syncwarp();
-    list_logits(weights, places, shared.sight, a, list.view.batch, scale, careful,
+    list_logits(weights, places, shared.visibility, a, list.view.batch, scale, per_row_mask,
                 [](int, int h) { return h * 8 + lane_id() / 4; });
     to_weights(weights, state);
     accumulate_values(state, weights, v_side(), shared, p, stage + v_first, places.v);
   }
-  finish_packed(state, shared, p, ItemRows(decode, opaque(decode.first_item + blockIdx.x)));
+  finish_packed(state, shared, p,
+                ItemRows(decode, optimization_barrier(decode.first_item + blockIdx.x)));
 }
 
-// Turns back the rows of out, a warp each.
+// Rotates the rows of out back, a warp each.
 __global__ void __launch_bounds__(kCombineThreads)
     rotate_out_kernel(const __grid_constant__ AttentionParams p) {
   const int64_t flat = int64_t{blockIdx.x} * (kCombineThreads / kWarp) + warp_id();

@@ -2,9 +2,9 @@
 // bits and groups of 32: 168 MB and 34 MB of scores for 32 query heads, 47 us at the 4.3 TB/s that
 // an H200 reaches; 268 M codes of some ten instructions each, four of them multiply-adds, are 95 us
 // of all multiprocessors.
+#include "attention/cuda/score_launch.h"
 #include "packed_attn/cuda/packed_qk_score.cuh"
 #include "packed_attn/cuda/plan.h"
-#include "score/cuda/launch.h"
 
 namespace tokred::cuda {
 namespace {
@@ -34,7 +34,7 @@ void launch_rows(const PackedScoreArgs& a, Stream stream) {
   }
 }
 
-// Queries are turned in the workspace.
+// Queries are rotated in the workspace.
 bool stores_queries(const PackedScoreParams& p) {
   return scoring::stores_queries(p.score) || p.k.packed.format.rotated;
 }

@@ -1,9 +1,9 @@
 // packed_qk_score: qk_score whose keys are unpacked on their way.
 #pragma once
 
+#include "attention/cuda/qk_score.cuh"
 #include "common/cuda/ptx.cuh"
 #include "packed_attn/cuda/side.cuh"
-#include "score/cuda/qk_score.cuh"
 
 namespace tokred::cuda::scoring {
 
@@ -55,8 +55,9 @@ struct PackedScorer : QkScorer<T, kLanes, kRows> {
 
   __device__ __forceinline__ void load_keys(float (&k)[kScoreRows][8], const PackedKeyTile& keys,
                                             int64_t head) const {
-    attention::SideRows<T> rows(packed.k, p.k, packed.slots.data != nullptr, opaque(batch), head,
-                                8 * lane, {packed.k.packed.format, codes});
+    attention::SideRows<T> rows(packed.k, p.k, packed.slots.data != nullptr,
+                                optimization_barrier(batch), head, 8 * lane,
+                                {packed.k.packed.format, codes});
 #pragma unroll
     for (int i = 0; i < kScoreRows; ++i) rows.numbers(k[i], keys.place[i]);
   }
@@ -70,7 +71,7 @@ __global__ void __launch_bounds__(kScoreThreads, 2)
       a.score, PackedScorer<T, kLanes, kRows>(a, chunk.batch, chunk.group), chunk);
 }
 
-// Rows of `dim` turned as the keys are, in place; kLanes lanes a row.
+// Rows of `dim` rotated as the keys are, in place; kLanes lanes a row.
 template <int kLanes>
 __global__ void __launch_bounds__(kScoreThreads)
     rotate_queries_kernel(float* queries, int64_t rows, int64_t dim) {

@@ -2,13 +2,13 @@
 #pragma once
 
 #include "attention/cuda/plan_decode.h"
+#include "attention/cuda/plan_scores.h"
 #include "kv_pack/params.h"
-#include "score/cuda/plan.h"
 
 namespace tokred::cuda {
 
-// What a warp copies of a tile of tokens before it unpacks them: where the parts begin, each with
-// a pitch a token, and the bytes of all. Params of groups along tokens are read in place.
+// The copies of a tile's packed rows that a warp makes before it unpacks them: the pitch of each
+// part and the bytes of all. Params of groups along tokens are read in place.
 struct PackedStage {
   int k_codes, k_params, v_codes, v_params;  // pitches
   constexpr int bytes() const { return kDecodeKeys * (k_codes + k_params + v_codes + v_params); }
@@ -32,14 +32,13 @@ constexpr int packed_warps(int dim, bool is_float) { return is_float && dim > 12
 constexpr int packed_query_planes(bool is_float) { return is_float ? 3 : 2; }
 
 constexpr int64_t packed_tile_bytes(int dim, bool is_float) {
-  return is_float ? int64_t{4} * kDecodeKeys * raw_pitch(dim)
-                  : attention_tile_bytes(dim, kDecodeKeys, 2);
+  return is_float ? int64_t{4} * kDecodeKeys * raw_pitch(dim) : tile_bytes(dim, kDecodeKeys, 2);
 }
 // Scale and offset of each group of a tile's tokens.
 constexpr int64_t packed_scales_bytes(int dim) { return int64_t{8} * kDecodeKeys * (dim / 16 + 1); }
 constexpr int64_t packed_fixed_bytes(int dim, bool is_float) {
   const int warps = packed_warps(dim, is_float);
-  return attention_tile_bytes(dim, kDecodeRows, packed_query_planes(is_float)) +
+  return tile_bytes(dim, kDecodeRows, packed_query_planes(is_float)) +
          warps * packed_tile_bytes(dim, is_float) + (24 + 8 * warps) * kDecodeRows + 2 * dim +
          warps * packed_scales_bytes(dim) + 4 * kDecodeRows * dim / 16 +
          int64_t{16} * kDecodeKeys * warps * kPackedStages;
@@ -54,22 +53,22 @@ constexpr int64_t packed_shared_bytes(int dim, bool is_float, const PackedStage&
 // multiprocessor.
 constexpr LaunchPlan plan_packed_decode(const ListShape& s, int64_t items,
                                         const PackedStage& stage) {
-  const int dim = decode_head_dim(s.attention.dim());
+  const int dim = padded_head_dim(s.attention.dim());
   const bool is_float = s.attention.is_float;
   const int64_t parts = divide_up(s.attention.value_dim, forward_value_dim(dim, is_float));
-  return {{items, decode_splits(s.length), parts}, 32 * packed_warps(dim, is_float),
+  return {{items, decode_splits(s.length), parts},
+          32 * packed_warps(dim, is_float),
           packed_shared_bytes(dim, is_float, stage)};
 }
 
-// Whether rotated values span more columns than a block has: they are turned back afterwards, a
+// Whether rotated values span more columns than a block has: they are rotated back afterwards, a
 // warp a row.
 constexpr bool rotates_later(const AttentionShape& s) {
-  return hadamard_size(s.value_dim) >
-         forward_value_dim(decode_head_dim(s.dim()), s.is_float);
+  return hadamard_size(s.value_dim) > forward_value_dim(padded_head_dim(s.dim()), s.is_float);
 }
 constexpr LaunchPlan plan_rotate_out(const AttentionShape& s) {
-  return {{divide_up(s.batch * s.heads_q * s.queries, kCombineThreads / 32), 1, 1},
-          kCombineThreads, 0};
+  return {
+      {divide_up(s.batch * s.heads_q * s.queries, kCombineThreads / 32), 1, 1}, kCombineThreads, 0};
 }
 
 // Query rows that packed_qk_score scores at once: as many as unpacking leaves registers for.

@@ -1,5 +1,5 @@
-// Launches sparse_attn/cuda/recompute.cuh for packed keys and values: a window may hide infinities and NaN,
-// and params that were never written may be anything.
+// Launches attention/cuda/recompute.cuh for packed keys and values: a window may hide infinities
+// and NaN, and params that were never written may be anything.
 #include "common/cuda/launch.h"
 #include "packed_attn/cuda/launch.h"
 #include "packed_attn/cuda/recompute.cuh"
@@ -8,10 +8,10 @@ namespace tokred::cuda {
 
 using namespace attention;
 
-void mend_packed_rows(const PackedAttentionParams& p, Stream stream) {
+void recompute_packed_rows(const PackedAttentionParams& p, Stream stream) {
   const AttentionParams& a = p.attention;
   visit_dtype(a.dtype, [&]<class T>() {
-    launch(mend_rows_kernel<T, PackedKeys<T>, PackedAttentionParams>,
+    launch(recompute_rows_kernel<T, PackedKeys<T>, PackedAttentionParams>,
            plan_delta(attention_shape(a)), stream, p, a, false);
   });
 }

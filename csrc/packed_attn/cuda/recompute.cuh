@@ -1,9 +1,9 @@
-// The tokens of a cache as one query row sees them, for the kernel of sparse_attn/cuda/recompute.cuh.
+// packed_attention: the tokens of a cache as one query row sees them, for the kernel of
+// attention/cuda/recompute.cuh.
 #pragma once
 
-#include "packed_attn/cuda/tile.cuh"
+#include "attention/cuda/recompute.cuh"
 #include "packed_attn/cuda/tokens.cuh"
-#include "sparse_attn/cuda/recompute.cuh"
 
 namespace tokred::cuda::attention {
 
@@ -21,7 +21,7 @@ struct PackedKeys {
   };
   const PackedAttentionParams& p;
   const int64_t tokens;
-  const PlainKeys<T> plain;  // what hides keys, and the list
+  const PlainKeys<T> plain;  // visibility, and the list
   const SidePlaces k_places, v_places;
   const int64_t last_key;
 
@@ -41,11 +41,11 @@ struct PackedKeys {
     return {found.key, found.bias, k, v};
   }
 
-  __device__ void turn_query(LaneRow& x) const {
+  __device__ void rotate_query(LaneRow& x) const {
     if (p.k.packed.format.rotated) packing::rotate_row(x[0], p.attention.head_dim);
     keep_finite<T>(x[0]);
   }
-  __device__ void turn_out(LaneRow& x) const {
+  __device__ void rotate_out(LaneRow& x) const {
     if (p.v.packed.format.rotated) packing::rotate_row(x[0], p.attention.value_dim);
   }
   __device__ void load_key(LaneRow& x, const Found& found, int64_t) const {
@@ -56,13 +56,14 @@ struct PackedKeys {
   }
 
  private:
-  // What it knows of a side is made anew for every token, so that it takes no registers meanwhile.
-  __device__ __forceinline__ void load(LaneRow& x, const PackedSide& side,
-                                       const HeadTensor& window, int place) const {
+  // SideRows are made anew for every token, so that they need no registers meanwhile.
+  __device__ __forceinline__ void load(LaneRow& x, const PackedSide& side, const HeadTensor& window,
+                                       int place) const {
     const PackFormat& f = side.packed.format;
-    const auto channel = static_cast<int>(opaque(static_cast<uint32_t>(8 * lane_id())));
-    SideRows<T> rows(side, window, p.slots.data != nullptr, opaque(plain.batch),
-                     opaque(plain.kv_head), channel,
+    const auto channel =
+        static_cast<int>(optimization_barrier(static_cast<uint32_t>(8 * lane_id())));
+    SideRows<T> rows(side, window, p.slots.data != nullptr, optimization_barrier(plain.batch),
+                     optimization_barrier(plain.kv_head), channel,
                      packing::CodeReader(f, channel < f.head_dim ? channel : 0));
 #pragma unroll
     for (int i = 0; i < 8; ++i) x[0][i] = 0.0f;

@@ -1,9 +1,9 @@
-// The tokens of a cache: where each of them lies, and its numbers.
+// One side of a cache, keys or values: where its tokens lie, and their numbers in registers.
 #pragma once
 
+#include "common/cuda/row_io.cuh"
 #include "kv_pack/cuda/groups.cuh"
 #include "packed_attn/params.h"
-#include "score/cuda/rows.cuh"
 
 namespace tokred::cuda::attention {
 
@@ -21,9 +21,8 @@ struct SidePlaces {
   __device__ SidePlaces(const PackedSide& side, const SlotTable& slots, const int64_t& batch,
                         int64_t tokens)
       : side(side), slots(slots), batch(batch) {
-    const int64_t count = side.ring ? packed_tokens(side.packed.format.axis, side.window_rows,
-                                                    tokens)
-                                    : capacity();
+    const int64_t count =
+        side.ring ? packed_tokens(side.packed.format.axis, side.window_rows, tokens) : capacity();
     packed = static_cast<int>(min(count, int64_t{0x7fffffff}));
   }
 
@@ -38,8 +37,8 @@ struct SidePlaces {
     }
     if (side.window_rows == 0) return kNowhere;
     if (!side.ring) return token - packed < side.window_rows ? -1 - (token - packed) : kNowhere;
-    return -1 - static_cast<int>(static_cast<uint32_t>(token) %
-                                 static_cast<uint32_t>(side.window_rows));
+    return -1 -
+           static_cast<int>(static_cast<uint32_t>(token) % static_cast<uint32_t>(side.window_rows));
   }
 };
 
@@ -82,12 +81,12 @@ struct SideRows {
   __device__ __forceinline__ void window_numbers(float (&x)[8], int place) const {
     const T* row[1] = {nullptr};
     if (exists(place)) {
-      row[0] = static_cast<const T*>(window.data) + window_start +
-               (-1 - place) * window.stride_token;
+      row[0] =
+          static_cast<const T*>(window.data) + window_start + (-1 - place) * window.stride_token;
     }
     float rows[1][8];
-    scoring::load_rows(rows, row, channel, static_cast<int>(packed.packed.format.head_dim),
-                       reinterpret_cast<uintptr_t>(row[0]) % 16 == 0);
+    load_rows(rows, row, channel, static_cast<int>(packed.packed.format.head_dim),
+              reinterpret_cast<uintptr_t>(row[0]) % 16 == 0);
 #pragma unroll
     for (int i = 0; i < 8; ++i) x[i] = rows[0][i];
   }

@@ -27,6 +27,18 @@ struct PackedDecodeParams {
   }
 };
 
+// How keys and queries meet, by the dtype of the query.
+template <class T>
+struct KeyOperandOf {
+  using type = Split<T>;
+};
+template <>
+struct KeyOperandOf<float> {
+  using type = float;
+};
+template <class T>
+using KeyOperand = typename KeyOperandOf<T>::type;
+
 template <class StorageType, int kHeadDim>
 struct PackedConfig {
   using T = StorageType;
@@ -93,8 +105,7 @@ __device__ __forceinline__ void copy_packed_rows(uint8_t* to, int pitch, const u
     }
   } else if (address % 4 == 0 && bytes % 4 == 0) {
     for (int i = lane_id() % 2 * 4; i < bytes; i += 8) {
-      *reinterpret_cast<packing::Word*>(to + i) =
-          *reinterpret_cast<const packing::Word*>(from + i);
+      *reinterpret_cast<packing::Word*>(to + i) = *reinterpret_cast<const packing::Word*>(from + i);
     }
   } else {
     for (int i = lane_id() % 2; i < bytes; i += 2) to[i] = from[i];
@@ -125,8 +136,7 @@ struct SideTiles {
                      static_cast<int>(code_bytes(f.head_dim, f.bits)), places);
     copy_packed_rows(stage + C::kKeys * code_pitch, param_pitch,
                      reinterpret_cast<const uint8_t*>(rows.packed.params()),
-                     2 * packed.params_stride_row, static_cast<int>(2 * params_per_row(f)),
-                     places);
+                     2 * packed.params_stride_row, static_cast<int>(2 * params_per_row(f)), places);
   }
 
   template <class Tile>

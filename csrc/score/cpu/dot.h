@@ -1,8 +1,9 @@
-// Dot products of up to four packed rows with keys that lie anywhere: sixteen partial sums each, as
-// in dot_row, with the sums over the lanes taken for four keys at a time.
+// qk_score, block_score, attention_rows: dot products of up to four rows with keys that lie
+// anywhere: sixteen partial sums each, as in dot_row, with sums over the lanes of four keys at a
+// time.
 #pragma once
 
-#include "score/cpu/heads.h"
+#include "attention/cpu/head_scores.h"
 
 namespace tokred::TOKRED_ISA {
 
@@ -38,10 +39,10 @@ TOKRED_INLINE Four<float> sums(const Four<float>* folded) {
 
 // The groups of sixteen dimensions that a dot product runs over.
 struct Steps {
-  static constexpr int64_t kMost = 2 * kMaxHeadDim / kLanes;
+  static constexpr int64_t kMax = 2 * kMaxHeadDim / kLanes;
   int64_t count = 0;      // whole groups
-  int64_t at[kMost];      // their first dimensions
-  int64_t rest = 0;       // the dimensions behind the last whole group, or 0 where they are unused
+  int64_t at[kMax];      // their first dimensions
+  int64_t rest = 0;  // the dimensions behind the last whole group, or 0 where they are unused
 
   // Those of `dim` dimensions that used(group) selects.
   template <class Used>

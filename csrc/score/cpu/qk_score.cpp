@@ -1,9 +1,8 @@
-// Scores of keys, and what a layer does to its tokens: both are bound by memory. A task scores a
-// chunk of keys for all query heads of a kv head, so each key is read once: bf16 [8, 131072, 128]
-// is 268 MB, 10 ms at 28 GB/s, beside about 130 instructions a key for four heads (6 ms on two
-// cores).
+// qk_score on the CPU, bound by memory: a task scores a chunk of keys for all query heads of a kv
+// head, so each key is read once. bf16 [8, 131072, 128] is 268 MB, 10 ms at 28 GB/s, beside about
+// 130 instructions a key for four heads (6 ms on two cores).
 #include "score/cpu/dot.h"
-#include "score/cpu/query.h"
+#include "score/params.h"
 
 namespace tokred::TOKRED_ISA {
 namespace {
@@ -11,13 +10,16 @@ namespace {
 Visible visible_keys(const QkScoreParams& p, int64_t item, int64_t first) {
   const int64_t size = p.keys - first < kScoreChunk ? p.keys - first : kScoreChunk;
   const int64_t length = p.lengths ? p.lengths[item * p.lengths_stride] : p.keys;
-  return Visible(size, [&](int64_t i) -> int64_t {
-    const int64_t key = first + i;
-    if (key >= length) return -1;
-    if (p.mask && !p.mask[item * p.mask_stride_batch + key * p.mask_stride_token]) return -1;
-    const int64_t slot = p.slots ? p.slots[item * p.slots_stride_batch + key] : key;
-    return slot >= 0 && slot < p.stored_keys ? slot : -1;
-  }, p.k.stride_token);
+  return Visible(
+      size,
+      [&](int64_t i) -> int64_t {
+        const int64_t key = first + i;
+        if (key >= length) return -1;
+        if (p.mask && !p.mask[item * p.mask_stride_batch + key * p.mask_stride_token]) return -1;
+        const int64_t slot = p.slots ? p.slots[item * p.slots_stride_batch + key] : key;
+        return slot >= 0 && slot < p.stored_keys ? slot : -1;
+      },
+      p.k.stride_token);
 }
 
 // The dimensions that up to four query rows look at, each row by itself and all together.
@@ -25,13 +27,13 @@ struct Subset {
   float listed[kScoreRows][kMaxHeadDim];  // 1 or 0
   bool used[kMaxHeadDim / kLanes];
 
-  Subset(const QkScoreParams& p, const QueryPlan& plan, int64_t first_row, int64_t rows) {
+  Subset(const QkScoreParams& p, const QueryRows& query_rows, int64_t first_row, int64_t rows) {
     for (bool& x : used) x = !p.dims;
     if (!p.dims) return;
     for (int64_t row = 0; row < rows; ++row) {
-      for (int64_t d = 0; d < plan.stride; ++d) listed[row][d] = 0;
-      const int64_t first = (first_row + row) * plan.heads;
-      for (int64_t head = first; head < first + plan.heads; ++head) {
+      for (int64_t d = 0; d < query_rows.stride; ++d) listed[row][d] = 0;
+      const int64_t first = (first_row + row) * query_rows.heads;
+      for (int64_t head = first; head < first + query_rows.heads; ++head) {
         each_dim(p, head, [&](int32_t d) {
           listed[row][d] = 1;
           used[d / kLanes] = true;
@@ -72,21 +74,21 @@ bool all_finite(const float* x, int64_t count) {
 template <class T>
 struct KeyScorer {
   const QkScoreParams& p;
-  const QueryPlan& plan;
+  const QueryRows& query_rows;
   const int64_t item, first;
   const Visible visible;
 
-  int64_t rows() const { return plan.rows; }
+  int64_t rows() const { return query_rows.rows; }
   float* out(int64_t head, int64_t heads) const {
     return p.out + (item * heads + head) * p.keys + first;
   }
   void score(int64_t kv_head, int64_t row, int64_t count, float* scores) const {
     const T* keys = static_cast<const T*>(p.k.data) + kv_head * p.k.stride_head +
                     (p.slots ? 0 : item * p.k.stride_batch);
-    const float* query = plan.row(p, item, kv_head, row);
-    const Subset subset(p, plan, kv_head * plan.rows + row, count);
+    const float* query = query_rows.row(p, item, kv_head, row);
+    const Subset subset(p, query_rows, kv_head * query_rows.rows + row, count);
     const Steps steps = subset.steps(p.head_dim);
-    score_rows(query, count, plan.stride, keys, visible, p.head_dim, steps, scores);
+    score_rows(query, count, query_rows.stride, keys, visible, p.head_dim, steps, scores);
     if (!p.dims) return;
     // A query of 0 does not silence an infinite key.
     for (int64_t r = 0; r < count; ++r) {
@@ -94,8 +96,8 @@ struct KeyScorer {
       if (all_finite(x, visible.count)) continue;
       for (int64_t i = 0; i < visible.count; ++i) {
         if (x[i] == x[i]) continue;
-        x[i] = score_listed(query + r * plan.stride, subset.listed[r], keys + visible.offset[i],
-                            p.head_dim, steps);
+        x[i] = score_listed(query + r * query_rows.stride, subset.listed[r],
+                            keys + visible.offset[i], p.head_dim, steps);
       }
     }
   }
@@ -103,71 +105,36 @@ struct KeyScorer {
 
 template <class T>
 void score_all(const QkScoreParams& p, const Parallel& parallel) {
-  const QueryPlan plan(p);
-  parallel_tasks(parallel, p.batch * p.heads_kv * plan.rows, [&](int64_t task, int64_t) {
-    const int64_t head = task / plan.rows;
-    pack_query<T>(p, plan, head / p.heads_kv, head % p.heads_kv, task % plan.rows);
+  Workspace workspace(p.workspace);
+  const QueryRows query_rows(p, workspace);
+  parallel_tasks(parallel, p.batch * p.heads_kv * query_rows.rows, [&](int64_t task, int64_t) {
+    const int64_t head = task / query_rows.rows;
+    pack_query<T>(p, query_rows, head / p.heads_kv, head % p.heads_kv, task % query_rows.rows);
   });
-  const Vote votes(plan.rest(p), p.batch, p.heads_q, p.keys);
+  const Vote votes(workspace, p.batch, p.heads_q, p.keys);
   const int64_t chunks = divide_up(p.keys, kScoreChunk);
   const int64_t heads = p.reduction == HeadReduction::head_mean ? 1 : p.heads_kv;
   parallel_tasks(parallel, p.batch * heads * chunks, [&](int64_t task, int64_t) {
     const int64_t chunk = task % chunks, item = task / (chunks * heads);
     const int64_t first = chunk * kScoreChunk;
-    const KeyScorer<T> scorer{p, plan, item, first, visible_keys(p, item, first)};
+    const KeyScorer<T> scorer{p, query_rows, item, first, visible_keys(p, item, first)};
     HeadReducer(scorer, p.heads_q, p.heads_kv)
         .reduce(p.reduction, task / chunks % heads, votes, item, chunk);
   });
   if (p.reduction == HeadReduction::softmax_vote) votes.count_votes(p.out, parallel);
 }
 
-template <class T>
-void compare_rows(const TransitionParams& p, int64_t item, int64_t token) {
-  const T* before = static_cast<const T*>(p.before) + item * p.before_stride_batch +
-                    token * p.before_stride_token;
-  const T* after =
-      static_cast<const T*>(p.after) + item * p.after_stride_batch + token * p.after_stride_token;
-  f32x16 product = splat(0.0f), square_before = product, square_after = product;
-  for (int64_t c = 0; c < p.channels; c += kLanes) {
-    const f32x16 x = load_row(before + c, p.channels - c);
-    const f32x16 y = load_row(after + c, p.channels - c);
-    product = fma(x, y, product);
-    square_before = fma(x, x, square_before);
-    square_after = fma(y, y, square_after);
-  }
-  const auto clamped = [](float norm) { return norm < kNormEps ? kNormEps : norm; };
-  const float length = __builtin_sqrtf(sum(square_after));
-  const float divisor = clamped(__builtin_sqrtf(sum(square_before)));
-  p.ratio[item * p.tokens + token] = length / divisor;
-  p.cosine[item * p.tokens + token] = sum(product) / divisor / clamped(length);
-}
-
 }  // namespace
 
 int64_t qk_score_workspace(const QkScoreParams& p, const Parallel&) {
-  const bool vote = p.reduction == HeadReduction::softmax_vote;
-  return QueryPlan(p).bytes(p) + (vote ? Vote::bytes(p.batch, p.heads_q, p.keys) : 0);
+  return workspace_bytes([&](Workspace& workspace) {
+    QueryRows(p, workspace);
+    if (p.reduction == HeadReduction::softmax_vote) Vote(workspace, p.batch, p.heads_q, p.keys);
+  });
 }
 
 void qk_score(const QkScoreParams& p, const Parallel& parallel) {
-  switch (p.dtype) {
-    case DType::f32: score_all<float>(p, parallel); break;
-    case DType::f16: score_all<f16>(p, parallel); break;
-    case DType::bf16: score_all<bf16>(p, parallel); break;
-    case DType::f64: break;  // refused by the front end
-  }
-}
-
-void transition_stats(const TransitionParams& p, const Parallel& parallel) {
-  constexpr int64_t kTokens = 64;
-  const int64_t blocks = divide_up(p.tokens, kTokens);
-  visit_f32(p.dtype, [&]<class T>() {
-    parallel_tasks(parallel, p.batch * blocks, [&](int64_t task, int64_t) {
-      const int64_t first = task % blocks * kTokens;
-      const int64_t end = first + kTokens < p.tokens ? first + kTokens : p.tokens;
-      for (int64_t t = first; t < end; ++t) compare_rows<T>(p, task / blocks, t);
-    });
-  });
+  visit_f32(p.dtype, [&]<class T>() { score_all<T>(p, parallel); });
 }
 
 }  // namespace tokred::TOKRED_ISA

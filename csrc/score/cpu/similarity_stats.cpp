@@ -1,13 +1,14 @@
-// Statistics of the rows of a similarity matrix that is never stored. As in match.cpp sixteen rows
+// similarity_stats on the CPU: the similarity matrix is never stored. As in match sixteen rows
 // are the lanes of a panel and the columns stream past, so every statistic stays in its lane; of
 // each block of columns a tile of similarities lies in the first-level cache while the statistics
-// are taken. Columns are scaled and converted once, into the workspace.
+// are updated. Columns are scaled and converted once, into the workspace.
 //
 // [8, 1024, 64]: 1.1 GFLOP, 5 ms at 200 GFLOP/s, and about 30 instructions of eight lanes for the
 // statistics of sixteen pairs beside 128 FMA.
 #include "attention/cpu/tile.h"
 #include "common/cpu/parallel.h"
 #include "common/cpu/row.h"
+#include "common/cpu/workspace.h"
 #include "score/cpu/similarity_tile.h"
 #include "score/params.h"
 
@@ -22,18 +23,27 @@ struct Columns {
   int32_t* index;   // [Nb]
   float* offset;    // [Nb]
   float* packed;    // [Nb][C]
+};
 
-  Columns(const SimilarityStatsParams& p, int64_t item) {
-    char* memory = aligned(p.workspace);
-    memory += item * bytes(p);
-    const int64_t table = aligned(4 * p.columns);
-    count = reinterpret_cast<int32_t*>(memory);
-    index = reinterpret_cast<int32_t*>(memory + 64);
-    offset = reinterpret_cast<float*>(memory + 64 + table);
-    packed = reinterpret_cast<float*>(memory + 64 + 2 * table);
+// The workspace: the columns of all batch entries, and for each worker the panels of a task's rows.
+struct Scratch {
+  int32_t *counts, *indices;
+  float *offsets, *packed, *panels;
+  int64_t columns, channels, panel_floats;
+
+  Scratch(const SimilarityStatsParams& p, int64_t task_panels, const Parallel& parallel,
+          Workspace& workspace)
+      : columns(round_up(p.columns, kLanes)), channels(p.channels),
+        panel_floats(round_up(task_panels * kLanes * p.channels, kLanes)) {
+    counts = workspace.allocate<int32_t>(p.batch);
+    indices = workspace.allocate<int32_t>(p.batch * columns);
+    offsets = workspace.allocate<float>(p.batch * columns);
+    packed = workspace.allocate<float>(p.batch * columns * channels);
+    panels = workspace.allocate<float>(parallel.threads * panel_floats);
   }
-  static int64_t bytes(const SimilarityStatsParams& p) {
-    return kAlign + 2 * aligned(4 * p.columns) + aligned(4 * p.columns * p.channels);
+  Columns of(int64_t item) const {
+    return {counts + item, indices + item * columns, offsets + item * columns,
+            packed + item * columns * channels};
   }
 };
 
@@ -44,9 +54,6 @@ int64_t panels_of_task(const SimilarityStatsParams& p, const Parallel& parallel)
   }
   return panels;
 }
-int64_t panel_bytes(const SimilarityStatsParams& p, int64_t panels) {
-  return aligned(4 * panels * kLanes * p.channels);
-}
 
 TOKRED_INLINE bool normalises(Metric metric) {
   return metric == Metric::cosine || metric == Metric::half_cosine;
@@ -56,8 +63,7 @@ TOKRED_INLINE bool masked(const bool* mask, int64_t stride_batch, int64_t stride
   return mask && !mask[item * stride_batch + t * stride_token];
 }
 
-void list_columns(const SimilarityStatsParams& p, int64_t item) {
-  const Columns columns(p, item);
+void list_columns(const SimilarityStatsParams& p, const Columns& columns, int64_t item) {
   int32_t count = 0;
   for (int64_t j = 0; j < p.columns; ++j) {
     columns.index[count] = static_cast<int32_t>(j);
@@ -67,12 +73,12 @@ void list_columns(const SimilarityStatsParams& p, int64_t item) {
 }
 
 template <class T>
-void pack_columns(const SimilarityStatsParams& p, int64_t item, int64_t first) {
-  const Columns columns(p, item);
-  const int64_t end = smaller(first + kPackedTogether, *columns.count);
+void pack_columns(const SimilarityStatsParams& p, const Columns& columns, int64_t item,
+                  int64_t first) {
+  const int64_t end = min(first + kPackedTogether, *columns.count);
   for (int64_t j = first; j < end; ++j) {
-    const T* row = static_cast<const T*>(p.b) + item * p.b_stride_batch +
-                   columns.index[j] * p.b_stride_token;
+    const T* row =
+        static_cast<const T*>(p.b) + item * p.b_stride_batch + columns.index[j] * p.b_stride_token;
     float* to = columns.packed + j * p.channels;
     pack_row(row, p.channels, to);
     columns.offset[j] = p.metric == Metric::half_cosine ? 0.5f : 0.0f;
@@ -94,17 +100,17 @@ struct RowTask {
   const int64_t item, first_row, panels;
   float* rows;                       // [panel][C][16]
   float offset[kMaxPanels * kLanes];
-  Shown shown[kMaxPanels];
+  Coverage coverage[kMaxPanels];
   Statistics statistics[kMaxPanels];
   alignas(64) float tiles[kTilePanels<float> * kTile];
 
-  RowTask(const SimilarityStatsParams& params, int64_t batch, int64_t first, int64_t max_panels,
-          float* memory)
-      : p(params), columns(p, batch), item(batch), first_row(first),
-        panels(smaller(max_panels, divide_up(p.rows - first, kLanes))), rows(memory) {}
+  RowTask(const SimilarityStatsParams& params, const Columns& of_item, int64_t batch, int64_t first,
+          int64_t max_panels, float* memory)
+      : p(params), columns(of_item), item(batch), first_row(first),
+        panels(min(max_panels, divide_up(p.rows - first, kLanes))), rows(memory) {}
 
   int64_t panel_row(int64_t panel) const { return first_row + panel * kLanes; }
-  int64_t last_row(int64_t panel) const { return smaller(panel_row(panel) + kLanes, p.rows) - 1; }
+  int64_t last_row(int64_t panel) const { return min(panel_row(panel) + kLanes, p.rows) - 1; }
 
   template <class T>
   void load_panel(int64_t panel) {
@@ -113,9 +119,9 @@ struct RowTask {
     float scale[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) {
       const int64_t i = panel_row(panel) + lane;
-      row[lane] = i < p.rows ? static_cast<const T*>(p.a) + item * p.a_stride_batch +
-                                   i * p.a_stride_token
-                             : nullptr;
+      row[lane] = i < p.rows
+                      ? static_cast<const T*>(p.a) + item * p.a_stride_batch + i * p.a_stride_token
+                      : nullptr;
       scale[lane] = p.metric == Metric::half_cosine ? 0.5f : p.metric == Metric::l2 ? 2.0f : 1.0f;
       offset[panel * kLanes + lane] = 0;
       if (!row[lane] || p.metric == Metric::dot) continue;
@@ -124,7 +130,7 @@ struct RowTask {
       if (normalises(p.metric)) scale[lane] *= inverse_norm(squared);
     }
     for (int64_t c = 0; c < p.channels; c += kChannels) {
-      const int64_t channels = smaller(p.channels - c, kChannels);
+      const int64_t channels = min(p.channels - c, kChannels);
       alignas(64) float chunk[kLanes * kChannels];
       for (int lane = 0; lane < kLanes; ++lane) {
         float* to = chunk + lane * channels;
@@ -137,17 +143,17 @@ struct RowTask {
   }
 
   // How many of the pairs of a panel with columns [first, last] are partners.
-  Shown show(int64_t panel, int64_t first, int64_t last) const {
+  Coverage coverage_of(int64_t panel, int64_t first, int64_t last) const {
     const int64_t row = panel_row(panel), end = last_row(panel);
-    Shown result = Shown::all;
+    Coverage result = Coverage::all;
     if (p.block_size > 0) {
       if (last / p.block_size < row / p.block_size || first / p.block_size > end / p.block_size) {
-        return Shown::none;
+        return Coverage::none;
       }
-      const int64_t lowest = smaller(first, row), highest = greater(last, end);
-      if (lowest / p.block_size != highest / p.block_size) result = Shown::some;
+      const int64_t lowest = min(first, row), highest = max(last, end);
+      if (lowest / p.block_size != highest / p.block_size) result = Coverage::some;
     }
-    if (p.exclude_self && first <= end && row <= last) result = Shown::some;
+    if (p.exclude_self && first <= end && row <= last) result = Coverage::some;
     return result;
   }
 
@@ -155,17 +161,18 @@ struct RowTask {
   void run() {
     const int64_t total = *columns.count;
     for (int64_t first = 0; first < total; first += kBlock) {
-      const int64_t count = smaller(kBlock, total - first);
+      const int64_t count = min(kBlock, total - first);
       const int32_t* index = columns.index + first;
-      const bool any = show_panels(
-          panels, shown, [&](int64_t panel) { return show(panel, index[0], index[count - 1]); });
+      const bool any = cover_panels(panels, coverage, [&](int64_t panel) {
+        return coverage_of(panel, index[0], index[count - 1]);
+      });
       if (!any) continue;
-      visit_panels<float>(panels, shown, [&](int64_t panel, int64_t together) {
+      visit_panels<float>(panels, coverage, [&](int64_t panel, int64_t together) {
         fill_tiles(panel, together, first, count);
         for (int64_t i = 0; i < together; ++i) {
           const Partners partners(p, panel_row(panel + i));
           const float* tile = tiles + i * kTile;
-          if (shown[panel + i] == Shown::all) {
+          if (coverage[panel + i] == Coverage::all) {
             add_tile<true, kEnergy>(p, tile, index, count, partners, statistics[panel + i]);
           } else {
             add_tile<false, kEnergy>(p, tile, index, count, partners, statistics[panel + i]);
@@ -203,17 +210,21 @@ struct RowTask {
 
 template <class T>
 void similarity_all(const SimilarityStatsParams& p, const Parallel& parallel) {
-  parallel_tasks(parallel, p.batch, [&](int64_t item, int64_t) { list_columns(p, item); });
+  const int64_t panels = panels_of_task(p, parallel);
+  Workspace workspace(p.workspace);
+  const Scratch scratch(p, panels, parallel, workspace);
+  parallel_tasks(parallel, p.batch,
+                 [&](int64_t item, int64_t) { list_columns(p, scratch.of(item), item); });
   const int64_t parts = divide_up(p.columns, kPackedTogether);
   parallel_tasks(parallel, p.batch * parts, [&](int64_t task, int64_t) {
-    pack_columns<T>(p, task / parts, task % parts * kPackedTogether);
+    const int64_t item = task / parts;
+    pack_columns<T>(p, scratch.of(item), item, task % parts * kPackedTogether);
   });
-  const int64_t panels = panels_of_task(p, parallel);
   const int64_t tasks = divide_up(p.rows, panels * kLanes);
-  char* scratch = reinterpret_cast<char*>(Columns(p, p.batch).count);
   parallel_tasks(parallel, p.batch * tasks, [&](int64_t task, int64_t worker) {
-    auto* memory = reinterpret_cast<float*>(scratch + worker * panel_bytes(p, panels));
-    RowTask rows(p, task / tasks, task % tasks * panels * kLanes, panels, memory);
+    const int64_t item = task / tasks;
+    RowTask rows(p, scratch.of(item), item, task % tasks * panels * kLanes, panels,
+                 scratch.panels + worker * scratch.panel_floats);
     for (int64_t panel = 0; panel < rows.panels; ++panel) rows.template load_panel<T>(panel);
     switch (p.energy_kind) {
       case Energy::none: rows.template run<Energy::none>(); break;
@@ -226,8 +237,8 @@ void similarity_all(const SimilarityStatsParams& p, const Parallel& parallel) {
 }  // namespace
 
 int64_t similarity_stats_workspace(const SimilarityStatsParams& p, const Parallel& parallel) {
-  return 64 + p.batch * Columns::bytes(p) +
-         parallel.threads * panel_bytes(p, panels_of_task(p, parallel));
+  return workspace_bytes(
+      [&](Workspace& workspace) { Scratch(p, panels_of_task(p, parallel), parallel, workspace); });
 }
 
 void similarity_stats(const SimilarityStatsParams& p, const Parallel& parallel) {

@@ -1,4 +1,4 @@
-// The statistics of sixteen rows of similarities, a row a lane, a tile of columns at a time.
+// similarity_stats: the statistics of sixteen rows, a row a lane, a tile of columns at a time.
 #pragma once
 
 #include "attention/cpu/visibility.h"

@@ -2,7 +2,8 @@
 // same keys to the end, so that every sum has one owner and a fixed order.
 #pragma once
 
-#include "score/cuda/attention_rows.cuh"
+#include "score/cuda/attention_tile.cuh"
+#include "score/cuda/moments.cuh"
 
 namespace tokred::cuda::scoring {
 
@@ -28,17 +29,17 @@ __device__ __forceinline__ ColumnQuery column_query(const AttentionColumnsParams
   if (query >= a.queries) return {0, 0.0f, 0.0f, -1};
   const float lse =
       static_cast<const float*>(a.lse)[(view.batch * a.heads_q + head) * a.queries + query];
-  const float weight =
-      p.weight ? p.weight[view.batch * p.weight_stride_batch + head * p.weight_stride_head +
-                          query * p.weight_stride_query]
-               : 1.0f;
+  const float weight = p.weight
+                           ? p.weight[view.batch * p.weight_stride_batch +
+                                      head * p.weight_stride_head + query * p.weight_stride_query]
+                           : 1.0f;
   return {view.mask_offset(head, query), lse * kLog2E, weight,
           lse == -kInfinity ? -1 : view.last_key(query)};
 }
 
 // What a lane knows of one key: its share of the queries so far.
 struct ColumnState {
-  float sum = 0.0f, greatest = -kInfinity;
+  float sum = 0.0f, max_value = -kInfinity;
   Moments moments;
 
   // value(0) .. value(kCount - 1) for this lane's queries of a tile; valid(i) says which exist.
@@ -48,7 +49,7 @@ struct ColumnState {
     if (reduction == ColumnReduction::max) {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
-        if (valid(i)) greatest = greater(greatest, value(i));
+        if (valid(i)) max_value = max_or_nan(max_value, value(i));
       }
       return;
     }
@@ -73,7 +74,7 @@ struct ColumnState {
   // Queries that were skipped because they do not see the key.
   __device__ __forceinline__ void add_zeros(int64_t count) {
     if (count == 0) return;
-    greatest = greater(greatest, 0.0f);
+    max_value = max_or_nan(max_value, 0.0f);
     moments.merge({static_cast<float>(count), 0.0f, 0.0f});
   }
 
@@ -84,13 +85,13 @@ struct ColumnState {
     const float total = warp_sum<4>(sum);
 #pragma unroll
     for (int step = 1; step < 4; step *= 2) {
-      greatest = greater(greatest, __shfl_xor_sync(kAllLanes, greatest, step));
+      max_value = max_or_nan(max_value, __shfl_xor_sync(kAllLanes, max_value, step));
     }
     if (queries == 0) return 0.0f;
     switch (reduction) {
       case ColumnReduction::sum: return total;
       case ColumnReduction::mean: return total / number;
-      case ColumnReduction::max: return greatest;
+      case ColumnReduction::max: return max_value;
       default: return queries > 1 ? moments.squares / (number - 1.0f) : 0.0f;
     }
   }
@@ -143,18 +144,18 @@ __global__ void __launch_bounds__(C::kThreads, 2)
   // Under the causal rule the first query that sees a key of this block.
   const int64_t first_query = a.causal ? max(first_key - (a.keys - a.queries), int64_t{0}) : 0;
   const int64_t first_tile = first_query / C::kColumns;
-  const T* queries = static_cast<const T*>(a.q.data) + view.batch * a.q.stride_batch +
-                     head * a.q.stride_head;
-  const bool aligned = attention::is_aligned<T>(a.q);
+  const T* queries =
+      static_cast<const T*>(a.q.data) + view.batch * a.q.stride_batch + head * a.q.stride_head;
+  const bool aligned = is_aligned<T>(a.q);
   const int thread = static_cast<int>(threadIdx.x);
 
   const auto load = [&](int64_t tile) {
     const int stage = static_cast<int>(tile % C::kStages);
     const int64_t first = tile * C::kColumns;
-    attention::load_tile<C::kThreads>(shared.query[stage], queries, static_cast<int>(a.head_dim),
-                                      aligned, [&](int r) {
-      return first + r < a.queries ? queries + (first + r) * a.q.stride_token : nullptr;
-    });
+    load_tile<C::kThreads>(
+        shared.query[stage], queries, static_cast<int>(a.head_dim), aligned, [&](int r) {
+          return first + r < a.queries ? queries + (first + r) * a.q.stride_token : nullptr;
+        });
     cp_async_commit();
     if (thread < C::kColumns) {
       shared.info[stage][thread] = column_query(p, view, head, first + thread);
@@ -165,9 +166,8 @@ __global__ void __launch_bounds__(C::kThreads, 2)
     shared.bias[r] = kLog2E * view.bias(first_key + r);
   }
   ColumnState state[C::kRowTiles][2];
-  stream<C>(first_tile, (a.queries + C::kColumns - 1) / C::kColumns, load, [&](int64_t tile) {
-    add_queries<C>(state, shared, p, view, first_key, tile);
-  });
+  stream<C>(first_tile, (a.queries + C::kColumns - 1) / C::kColumns, load,
+            [&](int64_t tile) { add_queries<C>(state, shared, p, view, first_key, tile); });
 #pragma unroll
   for (int i = 0; i < 2 * C::kRowTiles; ++i) {
     ColumnState& s = state[i / 2][i % 2];
@@ -175,8 +175,7 @@ __global__ void __launch_bounds__(C::kThreads, 2)
     const float result = s.result(p.reduction, a.queries);
     const int64_t key = first_key + owned_row<C>(i / 2, i % 2);
     if (lane_id() % 4 != 0 || key >= a.keys) continue;
-    p.columns[(view.batch * a.heads_q + head) * a.keys + key] =
-        fmaf(p.factor, result, p.offset);
+    p.columns[(view.batch * a.heads_q + head) * a.keys + key] = fmaf(p.factor, result, p.offset);
   }
 }
 

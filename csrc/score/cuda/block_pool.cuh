@@ -3,7 +3,9 @@
 #pragma once
 
 #include "common/cuda/block.cuh"
-#include "score/cuda/rows.cuh"
+#include "common/cuda/row_io.cuh"
+#include "score/cuda/plan.h"
+#include "score/params.h"
 
 namespace tokred::cuda::scoring {
 
@@ -55,8 +57,8 @@ struct Pool {
   // f(eight elements) for the visible tokens of this part, in order; returns how many there are.
   template <class F>
   __device__ __forceinline__ int each_token(F f) const {
-    const T* base = static_cast<const T*>(p.x.data) + batch * p.x.stride_batch +
-                    head * p.x.stride_head;
+    const T* base =
+        static_cast<const T*>(p.x.data) + batch * p.x.stride_batch + head * p.x.stride_head;
     int count = 0;
     for (int64_t first = range.first + part; first < range.last; first += 4 * kParts) {
       float x[4][8];
@@ -89,7 +91,7 @@ struct Pool {
       }
     }
     if constexpr (kWarps > 1) {
-      float(&partial)[kPoolWide][256] = shared.partial[which];
+      float (&partial)[kPoolWide][256] = shared.partial[which];
       if (lane_id() < kLanes) {
 #pragma unroll
         for (int c = 0; c < 8; ++c) partial[warp_id()][8 * lane + c] = x[c];
@@ -135,15 +137,15 @@ struct Pool {
       least[c] = kInfinity;
       most[c] = -kInfinity;
     }
-    const int count = combine_counts(each_token([&](const float(&x)[8]) {
+    const int count = combine_counts(each_token([&](const float (&x)[8]) {
 #pragma unroll
       for (int c = 0; c < 8; ++c) {
-        least[c] = lesser(least[c], x[c]);
-        most[c] = greater(most[c], x[c]);
+        least[c] = min_or_nan(least[c], x[c]);
+        most[c] = max_or_nan(most[c], x[c]);
       }
     }));
-    combine(least, 0, [](float x, float y) { return lesser(x, y); });
-    combine(most, 1, [](float x, float y) { return greater(x, y); });
+    combine(least, 0, [](float x, float y) { return min_or_nan(x, y); });
+    combine(most, 1, [](float x, float y) { return max_or_nan(x, y); });
     store(least, item, 0, count);
     store(most, item, 1, count);
     return count;
@@ -153,7 +155,7 @@ struct Pool {
   __device__ __forceinline__ int pool_means(int64_t item) const {
     const auto add = [](float x, float y) { return x + y; };
     float mean[8] = {};
-    const int count = combine_counts(each_token([&](const float(&x)[8]) {
+    const int count = combine_counts(each_token([&](const float (&x)[8]) {
 #pragma unroll
       for (int c = 0; c < 8; ++c) mean[c] += x[c];
     }));
@@ -165,7 +167,7 @@ struct Pool {
     store(mean, item, 0, count);
     if (p.statistic != BlockStatistic::mean_deviation) return count;
     float distance[8] = {};
-    each_token([&](const float(&x)[8]) {
+    each_token([&](const float (&x)[8]) {
 #pragma unroll
       for (int c = 0; c < 8; ++c) distance[c] += fabsf(x[c] - mean[c]);
     });
@@ -183,8 +185,8 @@ __global__ void __launch_bounds__(kScoreThreads)
   const int64_t item = int64_t{blockIdx.x} * (kPoolWide / kWarps) + warp_id() / kWarps;
   if (item >= p.batch * p.heads * p.blocks) return;
   const Pool<T, kLanes, kWarps> pool(p, shared_memory<PoolShared>(), item);
-  const int count = p.statistic == BlockStatistic::min_max ? pool.pool_bounds(item)
-                                                           : pool.pool_means(item);
+  const int count =
+      p.statistic == BlockStatistic::min_max ? pool.pool_bounds(item) : pool.pool_means(item);
   if (pool.head == 0 && pool.part == 0 && pool.lane == 0) {
     p.counts[pool.batch * p.blocks + item % p.blocks] = count;
   }

@@ -2,7 +2,9 @@
 // qk_score. Rows are the queries of all heads of a group, in turns, so that they share the blocks.
 #pragma once
 
-#include "score/cuda/softmax.cuh"
+#include "attention/cuda/head_scores.cuh"
+#include "score/cuda/plan.h"
+#include "score/params.h"
 
 namespace tokred::cuda::scoring {
 
@@ -29,7 +31,7 @@ struct BlockTile {
         if constexpr (kRule == BlockRule::dot) {
           first = fmaf(q[0][c], x, first);
         } else if constexpr (kRule == BlockRule::bounds) {
-          first += greater(q[0][c] * x, q[0][c] * block[1][i][c]);
+          first += max_or_nan(q[0][c] * x, q[0][c] * block[1][i][c]);
         } else {
           float& second = sum[(kRows + row) * kScoreRows + i];
           first = fmaf(q[1][c], x, first);
@@ -62,8 +64,7 @@ struct BlockScorer {
                        (Tile::kStatistics == 1 || dim % 8 == 0)) {}
 
   __device__ __forceinline__ bool exists(int64_t block) const {
-    return block < p.blocks &&
-           (!p.counts || p.counts[batch * p.counts_stride_batch + block] > 0);
+    return block < p.blocks && (!p.counts || p.counts[batch * p.counts_stride_batch + block] > 0);
   }
 
   __device__ __forceinline__ void load_blocks(Tile& tile, int64_t first) const {
@@ -72,10 +73,10 @@ struct BlockScorer {
       int64_t offset[kScoreRows];
 #pragma unroll
       for (int i = 0; i < kScoreRows; ++i) {
-        offset[i] = exists(first + i) ? batch * p.pooled.stride_batch +
-                                            head * p.pooled.stride_head +
-                                            (first + i) * p.pooled.stride_token + s * dim
-                                      : -1;
+        offset[i] = exists(first + i)
+                        ? batch * p.pooled.stride_batch + head * p.pooled.stride_head +
+                              (first + i) * p.pooled.stride_token + s * dim
+                        : -1;
       }
       load_rows(tile.block[s], p.pooled.data, p.pooled_dtype, offset, 8 * lane, dim,
                 pooled_aligned);
@@ -121,8 +122,8 @@ struct BlockScorer {
       if (number >= Tile::kRows * kScoreRows || row >= rows || block >= p.blocks) {
         continue;
       }
-      const int64_t flat = (batch * p.heads_q + head * group + row % group) * p.queries +
-                           row / group;
+      const int64_t flat =
+          (batch * p.heads_q + head * group + row % group) * p.queries + row / group;
       out[flat * p.blocks + block] = visible >> i & 1 ? tile.sum[j] * p.scale : -kInfinity;
     }
   }

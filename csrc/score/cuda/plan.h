@@ -2,48 +2,15 @@
 #pragma once
 
 #include "attention/cuda/plan.h"
-#include "common/cuda/plan.h"
-#include "match/cuda/plan.h"
+#include "attention/cuda/plan_scores.h"
+#include "common/cuda/similarity_plan.h"
 
 namespace tokred::cuda {
 
-inline constexpr int kScoreThreads = 256;
-inline constexpr int kScoreRows = 4;            // rows of either side in a tile of products
-inline constexpr int kSoftmaxThreads = 512;
 inline constexpr int kPoolWide = 8;             // warps that share a long block of tokens
 inline constexpr int64_t kPoolLong = 256;       // tokens from which a block is long
 inline constexpr int64_t kBlockScoreRows = 64;  // query rows that a block of threads scores
 inline constexpr int64_t kRowTileKeys = 512;    // keys that a block of attention_rows scores
-
-// The lanes that share a row of up to 256 elements, eight neighbours each.
-constexpr int score_lanes(int64_t dim) { return dim <= 64 ? 8 : dim <= 128 ? 16 : 32; }
-
-// The rows that a block of threads has in registers at once.
-constexpr int64_t score_step(int lanes) { return int64_t{kScoreThreads} / lanes * kScoreRows; }
-
-// Lanes that share a list of dimensions instead of a row.
-inline constexpr int kGatherLanes = 16;
-
-// A block of threads for a chunk of the keys of one key head (of all of them for head_mean): short
-// chunks where there are few. Example: B = 1, Hkv = 8, N = 32768, D = 128: steps of 64 keys, and
-// 8 * 128 = 1024 blocks of 256 keys; N = 4096: 8 * 64 = 512 blocks of 64.
-constexpr int64_t qk_score_chunk(int64_t heads, int64_t keys, int lanes) {
-  const int64_t step = score_step(lanes), longest = 4 * step;
-  return heads * divide_up(keys, longest) >= 528 ? longest : step;
-}
-constexpr LaunchPlan plan_qk_score(int64_t heads, int64_t keys, int lanes) {
-  return {{heads * divide_up(keys, qk_score_chunk(heads, keys, lanes)), 1, 1}, kScoreThreads, 0};
-}
-
-// A thread for each of `count` numbers.
-constexpr LaunchPlan plan_score_elements(int64_t count) {
-  return {{divide_up(count, kScoreThreads), 1, 1}, kScoreThreads, 0};
-}
-
-// A block for each row of a softmax, and one partial result a warp.
-constexpr LaunchPlan plan_softmax_rows(int64_t rows) {
-  return {{rows < kMaxBlocks ? rows : kMaxBlocks, 1, 1}, kSoftmaxThreads, 4 * 32};
-}
 
 // A warp for each row. Example: B = 64, N = 577: 64 * 577 / 8 = 4616 blocks.
 constexpr LaunchPlan plan_transition(int64_t rows) {
@@ -56,10 +23,10 @@ constexpr int pool_warps(int64_t tokens, int64_t blocks) {
 }
 // Eight warps, each or all with a pooled block. Example: B = 8, H = 8, N = 32768 in blocks of 64:
 // 8 * 8 * 512 / 8 = 4096 blocks of 256 threads; as one block (M = 1), 64 of them.
-constexpr LaunchPlan plan_block_pool(int64_t batch, int64_t heads, int64_t tokens,
-                                     int64_t blocks) {
+constexpr LaunchPlan plan_block_pool(int64_t batch, int64_t heads, int64_t tokens, int64_t blocks) {
   const int warps = pool_warps(tokens, blocks);
-  return {{divide_up(batch * heads * blocks * warps, kPoolWide), 1, 1}, kScoreThreads,
+  return {{divide_up(batch * heads * blocks * warps, kPoolWide), 1, 1},
+          kScoreThreads,
           warps == 1 ? 0 : 2 * 4 * 256 * kPoolWide + 4 * kPoolWide};
 }
 
@@ -67,7 +34,8 @@ constexpr LaunchPlan plan_block_pool(int64_t batch, int64_t heads, int64_t token
 // Example: B = 1, Hq = 32, Hkv = 8, L = M = 512, D = 128: 8 * 32 * 8 = 2048 blocks.
 constexpr LaunchPlan plan_block_score(int64_t heads, int64_t rows, int64_t blocks, int lanes) {
   return {{heads * divide_up(rows, kBlockScoreRows) * divide_up(blocks, score_step(lanes)), 1, 1},
-          kScoreThreads, 0};
+          kScoreThreads,
+          0};
 }
 
 // attention_rows and attention_columns: one side owned, the other streamed.
@@ -75,13 +43,12 @@ constexpr AttentionTiles score_tiles(int dim, bool is_float) {
   if (is_float) return {4, 1, dim <= 128 ? 32 : 16, 1, 3};
   return {4, dim <= 64 ? 2 : 1, 64, 2, 1};
 }
-constexpr int score_head_dim(int64_t dim) { return dim <= 64 ? 64 : dim <= 128 ? 128 : 256; }
 
 // The tiles, and what is known of each of their rows: 16 and 4 bytes, or 4 and 24.
 constexpr int64_t score_tiles_bytes(int dim, bool is_float, int owned, int streamed) {
   const AttentionTiles t = score_tiles(dim, is_float);
-  return attention_tile_bytes(dim, t.rows(), t.planes) + owned * t.rows() +
-         t.stages * (attention_tile_bytes(dim, t.columns, t.planes) + streamed * t.columns);
+  return tile_bytes(dim, t.rows(), t.planes) + owned * t.rows() +
+         t.stages * (tile_bytes(dim, t.columns, t.planes) + streamed * t.columns);
 }
 constexpr int64_t attention_rows_shared_bytes(int dim, bool is_float) {
   return score_tiles_bytes(dim, is_float, 16, 4);
@@ -101,27 +68,29 @@ struct ScoreShape {
 // A block for tiles.rows() query rows of a key head and a chunk of keys. Example: Hq = 32, Hkv = 8,
 // L = 32, N = 32768, D = 128 in bf16: 128 rows a key head, 8 * 2 * 64 = 1024 blocks of 128 threads.
 constexpr LaunchPlan plan_attention_rows(const ScoreShape& s) {
-  const int dim = score_head_dim(s.head_dim);
+  const int dim = padded_head_dim(s.head_dim);
   const AttentionTiles t = score_tiles(dim, s.is_float);
   const int64_t tiles = divide_up(s.rows(), t.rows()) * divide_up(s.keys, kRowTileKeys);
-  return {{s.batch * s.heads_kv * tiles, 1, 1}, t.threads(),
+  return {{s.batch * s.heads_kv * tiles, 1, 1},
+          t.threads(),
           attention_rows_shared_bytes(dim, s.is_float)};
 }
 
 // A block for tiles.rows() keys of a query head. Example: B = 8, H = 6, N = 1370, D = 64 in bf16:
 // 48 * 11 = 528 blocks.
 constexpr LaunchPlan plan_attention_columns(const ScoreShape& s) {
-  const int dim = score_head_dim(s.head_dim);
+  const int dim = padded_head_dim(s.head_dim);
   const AttentionTiles t = score_tiles(dim, s.is_float);
-  return {{s.batch * s.heads_q * divide_up(s.keys, t.rows()), 1, 1}, t.threads(),
+  return {{s.batch * s.heads_q * divide_up(s.keys, t.rows()), 1, 1},
+          t.threads(),
           attention_columns_shared_bytes(dim, s.is_float)};
 }
 
 // A block for 64 rows of a. Example: B = 8, Na = 1370: 8 * 22 = 176 blocks of 128 threads.
-constexpr LaunchPlan plan_similarity_stats(int64_t batch, int64_t rows, bool is_float,
-                                           bool async) {
-  return {{batch * divide_up(rows, kNarrowTiles.rows()), 1, 1}, kNarrowTiles.threads(),
-          match_shared_bytes(kNarrowTiles, is_float, async)};
+constexpr LaunchPlan plan_similarity_stats(int64_t batch, int64_t rows, bool is_float, bool async) {
+  return {{batch * divide_up(rows, kNarrowTiles.rows()), 1, 1},
+          kNarrowTiles.threads(),
+          similarity_shared_bytes(kNarrowTiles, is_float, async)};
 }
 
 }  // namespace tokred::cuda

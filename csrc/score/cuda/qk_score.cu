@@ -1,8 +1,9 @@
-// qk_score and transition_stats. Floor of qk_score at decode, B = 8, Hkv = 8, N = 32768, D = 128 in
+// qk_score: its floor at decode, B = 8, Hkv = 8, N = 32768, D = 128 in
 // bf16: 537 MB of keys and 34 MB of scores for 32 query heads, 0.12 ms at the 4.8 TB/s of an H200;
 // 1.1 G multiply-adds and some 60 M warp instructions in all, 0.07 ms. A vote reads and writes the
-// scores once more. transition_stats reads its two inputs once.
-#include "score/cuda/launch.h"
+// scores once more.
+#include "attention/cuda/score_launch.h"
+#include "score/cuda/qk_score.cuh"
 
 namespace tokred::cuda {
 namespace {
@@ -13,8 +14,8 @@ template <class T, int kLanes, int kRows, bool kListed>
 void launch_score(QkScoreArgs& a, Stream stream) {
   const int64_t heads = a.p.batch * (a.p.heads_kv / a.summed);
   a.chunk = qk_score_chunk(heads, a.p.keys, kLanes);
-  launch(qk_score_kernel<T, kLanes, kRows, kListed>, plan_qk_score(heads, a.p.keys, kLanes),
-         stream, a);
+  launch(qk_score_kernel<T, kLanes, kRows, kListed>, plan_qk_score(heads, a.p.keys, kLanes), stream,
+         a);
 }
 
 template <class T, int kRows>
@@ -29,28 +30,11 @@ void launch_rows(QkScoreArgs& a, Stream stream) {
 
 }  // namespace
 
-int64_t qk_score_workspace(const QkScoreParams& p) {
-  return score_workspace(p, stores_queries(p));
-}
+int64_t qk_score_workspace(const QkScoreParams& p) { return score_workspace(p, stores_queries(p)); }
 
 void qk_score(const QkScoreParams& p, Stream stream) {
   score_and_reduce(p, stores_queries(p), stream, [&]<class T>(QkScoreArgs& a) {
     return a.rows == 1 ? launch_rows<T, 1>(a, stream) : launch_rows<T, kScoreRows>(a, stream);
-  });
-}
-
-void transition_stats(const TransitionParams& p, Stream stream) {
-  const LaunchPlan plan = plan_transition(p.batch * p.tokens);
-  visit_dtype(p.dtype, [&]<class T>() {
-    const auto address =
-        reinterpret_cast<uintptr_t>(p.before) | reinterpret_cast<uintptr_t>(p.after);
-    const int64_t steps = p.before_stride_batch | p.before_stride_token | p.after_stride_batch |
-                          p.after_stride_token | p.channels;
-    if ((address | static_cast<uintptr_t>(steps) * sizeof(T)) % 16 == 0) {
-      launch(transition_kernel<T, 16 / sizeof(T)>, plan, stream, p);
-    } else {
-      launch(transition_kernel<merging::Loose<T>, 16 / sizeof(T)>, plan, stream, p);
-    }
   });
 }
 

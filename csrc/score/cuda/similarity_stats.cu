@@ -12,31 +12,41 @@ using namespace scoring;
 SimilarityArgs similarity_args(const SimilarityStatsParams& p) {
   SimilarityArgs args{};
   args.p = p;
-  MatchParams& m = args.match;
-  m.a = {p.a, p.a_stride_batch, p.a_stride_token, p.rows, p.rows, nullptr, 0, 0, 1,
-         p.mask_a, p.mask_a_stride_batch, p.mask_a_stride_token, nullptr, 0, 0};
-  m.b = {p.b, p.b_stride_batch, p.b_stride_token, p.columns, p.columns, nullptr, 0, 0, 1,
-         p.mask_b, p.mask_b_stride_batch, p.mask_b_stride_token, nullptr, 0, 0};
+  TokenPairs& m = args.pairs;
+  m.a = {p.a,      p.a_stride_batch,      p.a_stride_token,      p.rows,  p.rows, nullptr, 0, 0, 1,
+         p.mask_a, p.mask_a_stride_batch, p.mask_a_stride_token, nullptr, 0,      0};
+  m.b = {p.b,
+         p.b_stride_batch,
+         p.b_stride_token,
+         p.columns,
+         p.columns,
+         nullptr,
+         0,
+         0,
+         1,
+         p.mask_b,
+         p.mask_b_stride_batch,
+         p.mask_b_stride_token,
+         nullptr,
+         0,
+         0};
   m.batch = p.batch;
   m.channels = p.channels;
   m.dtype = p.dtype;
   m.metric = p.metric;
-  m.band = -1;
   return args;
 }
 
 bool has_aligned_rows(const SimilarityStatsParams& p) {
-  const auto address = reinterpret_cast<uintptr_t>(p.a) | reinterpret_cast<uintptr_t>(p.b);
-  const int64_t strides =
-      p.a_stride_batch | p.a_stride_token | p.b_stride_batch | p.b_stride_token;
-  return ((address | 2 * static_cast<uint64_t>(strides)) & 15) == 0;
+  return is_aligned(p.a, p.a_stride_batch | p.a_stride_token, 2) &&
+         is_aligned(p.b, p.b_stride_batch | p.b_stride_token, 2);
 }
 
 template <class T, bool kAsync>
 void launch_stats(const SimilarityStatsParams& p, Stream stream) {
-  using Config = matching::MatchConfig<T, kAsync, false, kNarrowTiles>;
-  static_assert(sizeof(matching::MatchShared<Config>) ==
-                match_shared_bytes(kNarrowTiles, Config::kPlanes == 3, kAsync));
+  using Config = SimilarityConfig<T, kAsync, kNarrowTiles>;
+  static_assert(sizeof(SimilarityShared<Config>) ==
+                similarity_shared_bytes(kNarrowTiles, Config::kPlanes == 3, kAsync));
   const LaunchPlan plan = plan_similarity_stats(p.batch, p.rows, sizeof(T) == 4, kAsync);
   launch(similarity_stats_kernel<Config>, plan, stream, similarity_args(p));
 }

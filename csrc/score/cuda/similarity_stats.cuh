@@ -1,17 +1,16 @@
-// similarity_stats: match's products of tiles, and instead of the best match of a row running
-// statistics of all its similarities, in the registers of four lanes.
+// similarity_stats: tiles of similarities, and running statistics of each row in the registers of
+// four lanes (mean and variance by Chan, Golub and LeVeque).
 #pragma once
 
-#include "match/cuda/match.cuh"
+#include "common/cuda/similarity_tile.cuh"
 #include "score/cuda/moments.cuh"
 #include "score/cuda/plan.h"
+#include "score/params.h"
 
 namespace tokred::cuda::scoring {
 
-using matching::kInfinity;
-
 struct SimilarityArgs {
-  MatchParams match;
+  TokenPairs pairs;
   SimilarityStatsParams p;
 };
 
@@ -32,9 +31,9 @@ struct SimilarityState {
     for (int step = 1; step < 4; step *= 2) {
       const float other = __shfl_xor_sync(kAllLanes, greatest, step);
       const int other_index = __shfl_xor_sync(kAllLanes, index, step);
-      // As unsigned numbers, -1 is the greatest index.
-      if (other > greatest || (other == greatest && static_cast<unsigned>(other_index) <
-                                                        static_cast<unsigned>(index))) {
+      // As unsigned numbers, -1 is the maximum.
+      if (other > greatest || (other == greatest &&
+                               static_cast<unsigned>(other_index) < static_cast<unsigned>(index))) {
         greatest = other;
         index = other_index;
       }
@@ -54,19 +53,18 @@ __device__ __forceinline__ float energy_of(float score, Energy kind, float margi
 }
 
 template <class Config>
-struct RowStatistics : matching::RowMatcher<Config> {
-  using Matcher = matching::RowMatcher<Config>;
-  using Dots = typename Matcher::Dots;
-  static constexpr int kRows = 2 * Matcher::kRowTiles;  // of a lane
-  static constexpr int kScores = kMatchColumns / 4;     // of a lane and row in a tile
+struct RowStatistics : SimilarityRows<Config> {
+  using Base = SimilarityRows<Config>;
+  using Dots = typename Base::Dots;
+  static constexpr int kRows = 2 * Base::kRowTiles;  // of a lane
+  static constexpr int kScores = kSimilarityColumns / 4;     // of a lane and row in a tile
   const SimilarityStatsParams& q;
   const float inverse_width;  // of the gaussian energy
   SimilarityState state[kRows];
 
-  __device__ RowStatistics(const SimilarityArgs& args, matching::MatchShared<Config>& shared,
+  __device__ RowStatistics(const SimilarityArgs& args, SimilarityShared<Config>& shared,
                            int64_t item, int64_t row0)
-      : Matcher(args.match, shared, item, row0), q(args.p),
-        inverse_width(1.0f / (1.0f - q.margin)) {
+      : Base(args.pairs, shared, item, row0), q(args.p), inverse_width(1.0f / (1.0f - q.margin)) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const int64_t row = row0 + this->row_of(i / 2, i % 2);
@@ -95,8 +93,8 @@ struct RowStatistics : matching::RowMatcher<Config> {
       for (int i = 0; i < kRows; ++i) {
         const int row = this->row_of(i / 2, i % 2);
         float& x = dots[i / 2][j / 2][2 * (i % 2) + j % 2];
-        x = fmaf(this->repaired(x, row, column, column0) * rows.scale[row], scale,
-                 rows.add[row]) + add;
+        x = fmaf(this->repaired(x, row, column, column0) * rows.scale[row], scale, rows.add[row]) +
+            add;
       }
     }
   }
@@ -156,7 +154,8 @@ struct RowStatistics : matching::RowMatcher<Config> {
     to_similarities(dots, column0);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      add(state[i], [&](int j) { return dots[i / 2][j / 2][2 * (i % 2) + j % 2]; },
+      add(
+          state[i], [&](int j) { return dots[i / 2][j / 2][2 * (i % 2) + j % 2]; },
           partners_of(state[i], usable, first), first);
     }
   }
@@ -188,7 +187,7 @@ struct RowStatistics : matching::RowMatcher<Config> {
     if (q.block_size > 0) {
       const int64_t last_row = min(this->row0 + Config::kRows, q.rows) - 1;
       const int64_t last_block = last_row / q.block_size * q.block_size;
-      begin = this->row0 / q.block_size * q.block_size / kMatchColumns * kMatchColumns;
+      begin = this->row0 / q.block_size * q.block_size / kSimilarityColumns * kSimilarityColumns;
       end = min(q.columns - last_block, q.block_size) + last_block;
     }
     this->sweep(begin, end, [&](Dots& dots, int64_t column0) { update(dots, column0); });
@@ -199,7 +198,7 @@ struct RowStatistics : matching::RowMatcher<Config> {
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads)
     similarity_stats_kernel(const __grid_constant__ SimilarityArgs args) {
-  auto& shared = shared_memory<matching::MatchShared<Config>>();
+  auto& shared = shared_memory<SimilarityShared<Config>>();
   const int64_t tiles = (args.p.rows + Config::kRows - 1) / Config::kRows;
   const int64_t item = blockIdx.x / tiles;
   RowStatistics<Config>(args, shared, item, blockIdx.x % tiles * Config::kRows).run();

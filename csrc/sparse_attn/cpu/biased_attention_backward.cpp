@@ -17,12 +17,9 @@ struct QueryRows {
 
   QueryRows(const AttentionBackwardParams& b, int64_t batch, int64_t head, int64_t group) {
     const AttentionParams& p = b.forward;
-    const HeadTensor o{p.out, p.out_stride_batch, p.out_stride_head, p.out_stride_token};
-    const auto table = [&](const void* data) {
-      return contiguous(data, p.heads_q, p.queries, 1);
-    };
+    const auto table = [&](const void* data) { return contiguous(data, p.heads_q, p.queries, 1); };
     q = query_rows<const T>(p.q, batch, head, group);
-    out = query_rows<const T>(o, batch, head, group);
+    out = query_rows<const T>(p.out_view(), batch, head, group);
     grad_out = query_rows<const T>(b.grad_out, batch, head, group);
     lse = query_rows<const Acc>(table(p.lse), batch, head, group);
     grad_lse = query_rows<const Acc>(table(b.grad_lse), batch, head, group);
@@ -41,17 +38,18 @@ struct QueryRows {
   }
 };
 
-// sums [panel][dim][16] += block [step][dim] . weights [panel][step][16]. A pass whose sums come
-// out as NaN is done again with care: a weight of 0 times an infinite number is nothing.
-template <bool kCareful, class Acc>
+// sums [panel][dim][16] += block [step][dim] . weights [panel][step][16]. A pass whose sums have
+// NaN is computed again without the products of weights of 0: 0 times infinity would be NaN.
+template <bool kSkipZeros, class Acc>
 void add_products(const Acc* block, int64_t dim, const Acc* weights, int64_t weights_stride,
                   int64_t panels, int64_t steps, Acc* sums) {
   const auto add = [&](int64_t d, int64_t panel, Vec<Acc> sum) {
     Acc* at = sums + (panel * dim + d) * kLanes;
     store(at, load(at) + sum);
   };
-  if constexpr (kCareful) {
-    multiply_parts<Layout::step_row>(block, dim, dim, weights, weights_stride, panels, steps, add);
+  if constexpr (kSkipZeros) {
+    multiply_nonzero<Layout::step_row>(block, dim, dim, weights, weights_stride, panels, steps,
+                                       add);
   } else {
     multiply<Layout::step_row>(block, dim, dim, weights, weights_stride, panels, steps, add);
   }
@@ -80,17 +78,15 @@ struct QueryPass {
             int64_t row, int64_t end)
       : p(b.forward), see(Visibility(p, batch_index, head, group).of_rows(row)),
         rows(b, batch_index, head, group),
-        grad_rows(query_rows<T>(contiguous(b.grad_q, p.heads_q, p.queries, p.head_dim),
-                                batch_index, head, group)),
+        grad_rows(query_rows<T>(contiguous(b.grad_q, p.heads_q, p.queries, p.head_dim), batch_index,
+                                head, group)),
         batch(batch_index), kv_head(head * group / (p.heads_q / p.heads_kv)), first_row(row),
         end_row(end), panels(divide_up(end - row, kLanes)) {
     for (int64_t panel = 0; panel < panels; ++panel) load_panel(panel);
   }
 
   int64_t panel_row(int64_t panel) const { return first_row + panel * kLanes; }
-  int64_t last_row(int64_t panel) const {
-    return smaller(panel_row(panel) + kLanes, end_row) - 1;
-  }
+  int64_t last_row(int64_t panel) const { return min(panel_row(panel) + kLanes, end_row) - 1; }
 
   void load_panel(int64_t panel) {
     const int64_t first = panel_row(panel);
@@ -123,40 +119,41 @@ struct QueryPass {
     }
   }
 
-  template <bool kCareful>
+  template <bool kSkipZeros>
   void add_keys() {
     for (int64_t i = 0; i < panels * p.head_dim * kLanes; ++i) grad_query[i] = 0;
-    const int64_t end = smaller(see.limit(end_row - 1) + 1, p.keys);
+    const int64_t end = min(see.limit(end_row - 1) + 1, p.keys);
     for (int64_t key = 0; key < end;) {
       key = block.choose(p, see, batch, kv_head, key, end);
-      if (block.count > 0) add_block<kCareful>();
+      if (block.count > 0) add_block<kSkipZeros>();
     }
   }
 
-  template <bool kCareful>
+  template <bool kSkipZeros>
   void add_block() {
-    Shown shown[kMaxPanels];
-    const bool any = show_panels(panels, shown, [&](int64_t panel) {
-      return see.shown(panel_row(panel), last_row(panel), block.first, block.last);
+    Coverage coverage[kMaxPanels];
+    const bool any = cover_panels(panels, coverage, [&](int64_t panel) {
+      return see.coverage(panel_row(panel), last_row(panel), block.first, block.last);
     });
     if (!any) return;
     block.pack(p, batch, kv_head);
-    visit_panels<Acc>(panels, shown, [&](int64_t panel, int64_t count) {
-      weigh(panel, count, shown + panel);
-      add_gradient<kCareful>(panel, count);
+    visit_panels<Acc>(panels, coverage, [&](int64_t panel, int64_t count) {
+      weigh(panel, count, coverage + panel);
+      add_gradient<kSkipZeros>(panel, count);
     });
   }
 
   // weights = p
-  void weigh(int64_t panel, int64_t count, const Shown* shown) {
+  void weigh(int64_t panel, int64_t count, const Coverage* coverage) {
     multiply<Layout::row_step>(
-        block.k, p.head_dim, block.count, query + panel * p.head_dim * kLanes,
-        p.head_dim * kLanes, count, p.head_dim, [&](int64_t key, int i, Vec<Acc> sum) {
+        block.k, p.head_dim, block.count, query + panel * p.head_dim * kLanes, p.head_dim * kLanes,
+        count, p.head_dim, [&](int64_t key, int i, Vec<Acc> sum) {
           store(weights + i * kWeights + key * kLanes, sum + splat(block.bias[key]));
         });
     for (int64_t i = 0; i < count; ++i) {
       Acc* tile_weights = weights + i * kWeights;
-      if (shown[i] == Shown::some) hide_keys<T>(see, block, panel_row(panel + i), tile_weights);
+      if (coverage[i] == Coverage::some)
+        hide_keys<T>(see, block, panel_row(panel + i), tile_weights);
       const Vec<Acc> base = load(lse + (panel + i) * kLanes);
       for (int64_t key = 0; key < block.count; ++key) {
         store(tile_weights + key * kLanes, weight_of(load(tile_weights + key * kLanes), base));
@@ -165,7 +162,7 @@ struct QueryPass {
   }
 
   // weights = ds, grad_query += ds k
-  template <bool kCareful>
+  template <bool kSkipZeros>
   void add_gradient(int64_t panel, int64_t count) {
     multiply<Layout::row_step>(
         block.v, p.value_dim, block.count, grad_out + panel * p.value_dim * kLanes,
@@ -173,8 +170,8 @@ struct QueryPass {
           Acc* at = weights + i * kWeights + key * kLanes;
           store(at, grad_of_logit(load(at), sum, load(delta + (panel + i) * kLanes)));
         });
-    add_products<kCareful>(block.k, p.head_dim, weights, kWeights, count, block.count,
-                           grad_query + panel * p.head_dim * kLanes);
+    add_products<kSkipZeros>(block.k, p.head_dim, weights, kWeights, count, block.count,
+                             grad_query + panel * p.head_dim * kLanes);
   }
 };
 
@@ -211,7 +208,7 @@ struct KeyPass {
         see(p, batch, 0, group), rows(b, batch, 0, group) {}
 
   int64_t panel_key(int64_t panel) const { return first_key + panel * kLanes; }
-  int64_t last_key(int64_t panel) const { return smaller(panel_key(panel) + kLanes, end_key) - 1; }
+  int64_t last_key(int64_t panel) const { return min(panel_key(panel) + kLanes, end_key) - 1; }
 
   void load_panel(int64_t panel) {
     const int64_t first = panel_key(panel);
@@ -244,7 +241,7 @@ struct KeyPass {
     for (int64_t panel = 0; panel < panels; ++panel) finish(panel);
   }
 
-  template <bool kCareful>
+  template <bool kSkipZeros>
   void add_rows() {
     for (int64_t i = 0; i < panels * p.head_dim * kLanes; ++i) grad_key[i] = 0;
     for (int64_t i = 0; i < panels * p.value_dim * kLanes; ++i) grad_value[i] = 0;
@@ -255,26 +252,26 @@ struct KeyPass {
       rows = QueryRows<T>(backward, batch, head, group);
       for (int64_t panel = 0; panel < panels; ++panel) load_panel(panel);
       for (int64_t row = 0; row < see.rows;) {
-        row = choose_visible(see.row_blocks, row, see.rows, [](int64_t) { return false; },
-                             block_row, block_count);
-        if (block_count > 0) add_block<kCareful>();
+        row = choose_visible(
+            see.row_blocks, row, see.rows, [](int64_t) { return false; }, block_row, block_count);
+        if (block_count > 0) add_block<kSkipZeros>();
       }
     }
   }
 
-  template <bool kCareful>
+  template <bool kSkipZeros>
   void add_block() {
-    Shown shown[kMaxPanels];
-    const bool any = show_panels(panels, shown, [&](int64_t panel) {
-      if (dead[panel]) return Shown::none;
-      return see.shown(block_row[0], block_row[block_count - 1], panel_key(panel),
-                       last_key(panel));
+    Coverage coverage[kMaxPanels];
+    const bool any = cover_panels(panels, coverage, [&](int64_t panel) {
+      if (dead[panel]) return Coverage::none;
+      return see.coverage(block_row[0], block_row[block_count - 1], panel_key(panel),
+                          last_key(panel));
     });
     if (!any) return;
     load_block();
-    visit_panels<Acc>(panels, shown, [&](int64_t panel, int64_t count) {
-      weigh(panel, count, shown + panel);
-      add_gradients<kCareful>(panel, count);
+    visit_panels<Acc>(panels, coverage, [&](int64_t panel, int64_t count) {
+      weigh(panel, count, coverage + panel);
+      add_gradients<kSkipZeros>(panel, count);
     });
   }
 
@@ -289,7 +286,7 @@ struct KeyPass {
   }
 
   // weights = p
-  void weigh(int64_t panel, int64_t count, const Shown* shown) {
+  void weigh(int64_t panel, int64_t count, const Coverage* coverage) {
     multiply<Layout::row_step>(
         q, p.head_dim, block_count, key + panel * p.head_dim * kLanes, p.head_dim * kLanes, count,
         p.head_dim, [&](int64_t row, int i, Vec<Acc> sum) {
@@ -297,7 +294,7 @@ struct KeyPass {
         });
     for (int64_t i = 0; i < count; ++i) {
       Acc* tile_weights = weights + i * kWeights;
-      if (shown[i] == Shown::some) {
+      if (coverage[i] == Coverage::some) {
         hide_listed_rows(see, block_row, block_count, panel_key(panel + i), tile_weights);
       }
       for (int64_t row = 0; row < block_count; ++row) {
@@ -308,18 +305,18 @@ struct KeyPass {
   }
 
   // grad_value += p^T grad_out, weights = ds, grad_key += ds^T q, grad_bias += the sums of ds
-  template <bool kCareful>
+  template <bool kSkipZeros>
   void add_gradients(int64_t panel, int64_t count) {
-    add_products<kCareful>(grad_out, p.value_dim, weights, kWeights, count, block_count,
-                           grad_value + panel * p.value_dim * kLanes);
-    multiply<Layout::row_step>(
-        grad_out, p.value_dim, block_count, value + panel * p.value_dim * kLanes,
-        p.value_dim * kLanes, count, p.value_dim, [&](int64_t row, int i, Vec<Acc> sum) {
-          Acc* at = weights + i * kWeights + row * kLanes;
-          store(at, grad_of_logit(load(at), sum, splat(delta[row])));
-        });
-    add_products<kCareful>(q, p.head_dim, weights, kWeights, count, block_count,
-                           grad_key + panel * p.head_dim * kLanes);
+    add_products<kSkipZeros>(grad_out, p.value_dim, weights, kWeights, count, block_count,
+                             grad_value + panel * p.value_dim * kLanes);
+    multiply<Layout::row_step>(grad_out, p.value_dim, block_count,
+                               value + panel * p.value_dim * kLanes, p.value_dim * kLanes, count,
+                               p.value_dim, [&](int64_t row, int i, Vec<Acc> sum) {
+                                 Acc* at = weights + i * kWeights + row * kLanes;
+                                 store(at, grad_of_logit(load(at), sum, splat(delta[row])));
+                               });
+    add_products<kSkipZeros>(q, p.head_dim, weights, kWeights, count, block_count,
+                             grad_key + panel * p.head_dim * kLanes);
     for (int64_t i = 0; i < count; ++i) {
       Vec<Acc> sum = splat(Acc{0});
       for (int64_t row = 0; row < block_count; ++row) {

@@ -1,8 +1,7 @@
-// What decoding adds to attention over lists: the workspace of biased_attention, and the merge of
-// attention over two sets of keys.
-#include "attention/cpu/decode.h"
-
+// combine_states on the CPU: attention over two disjoint sets of keys, merged by their lse.
 #include "attention/cpu/tile.h"
+#include "common/cpu/parallel.h"
+#include "sparse_attn/params.h"
 
 namespace tokred::TOKRED_ISA {
 namespace {
@@ -21,8 +20,8 @@ void combine_row(const CombineParams& p, int64_t row) {
   const int64_t batch = row / p.queries / p.heads;
   const Acc lse_a = static_cast<const Acc*>(p.lse_a)[row];
   const Acc lse_b = static_cast<const Acc*>(p.lse_b)[row];
-  const Acc greatest = lse_a > lse_b ? lse_a : lse_b;
-  const Acc base = greatest == -kInfinity<Acc> ? 0 : greatest;
+  const Acc top = lse_a > lse_b ? lse_a : lse_b;
+  const Acc base = top == -kInfinity<Acc> ? 0 : top;
   Acc weight_a[kLanes], weight_b[kLanes];
   store(weight_a, exp(splat(lse_a - base)));
   store(weight_b, exp(splat(lse_b - base)));
@@ -41,16 +40,12 @@ void combine_row(const CombineParams& p, int64_t row) {
 
 }  // namespace
 
-int64_t biased_attention_workspace(const AttentionParams& p, const Parallel& parallel) {
-  return is_decode(p) ? sparse_attention_workspace(over_all_keys(p), parallel) : 0;
-}
-
 void combine_states(const CombineParams& p, const Parallel& parallel) {
   constexpr int64_t kRows = 64;  // of a task
   const int64_t rows = p.batch * p.heads * p.queries;
   visit_dtype(p.dtype, [&]<class T>() {
     parallel_tasks(parallel, divide_up(rows, kRows), [&](int64_t task, int64_t) {
-      const int64_t end = smaller((task + 1) * kRows, rows);
+      const int64_t end = min((task + 1) * kRows, rows);
       for (int64_t row = task * kRows; row < end; ++row) combine_row<T>(p, row);
     });
   });

@@ -1,6 +1,5 @@
 // sparse_attention on the CPU, and the same over all keys for the decoding calls of
 // biased_attention.
-#include "attention/cpu/decode.h"
 #include "attention/cpu/splits.h"
 
 namespace tokred::TOKRED_ISA {
@@ -10,10 +9,9 @@ template <class T>
 void write_result(const AttentionParams& p, const ListRows& at,
                   const Partial<Accumulator<T>>& result) {
   using Acc = Accumulator<T>;
-  const HeadTensor out{p.out, p.out_stride_batch, p.out_stride_head, p.out_stride_token};
-  const auto out_rows = query_rows<T>(out, at.batch, at.list_head, at.heads);
-  const auto lse_rows = query_rows<Acc>(contiguous(p.lse, p.heads_q, p.queries, 1), at.batch,
-                                        at.list_head, at.heads);
+  const auto out_rows = query_rows<T>(p.out_view(), at.batch, at.list_head, at.heads);
+  const auto lse_rows =
+      query_rows<Acc>(contiguous(p.lse, p.heads_q, p.queries, 1), at.batch, at.list_head, at.heads);
   for (int64_t row = 0; row < at.rows; ++row) {
     const Acc total = result.total[row];
     T* to = out_rows[at.first_row + row];
@@ -43,17 +41,17 @@ struct ListForward {
   const AttentionParams& p;
   const Rotation& rotation;
   const ListRows at;
-  const RowSight sight;
+  const RowVisibility visibility;
   const int64_t stride;                           // of a packed query
   alignas(64) Acc query[kMaxRows * kMaxHeadDim];  // scaled
   alignas(64) Acc weights[kMaxRows * kGather];
   alignas(64) Acc shrink[kMaxRows];
-  Gathered<T> blocks[2];
+  GatheredKeys<T> blocks[2];
   alignas(64) Acc rotated[kRotated ? kGather * kMaxHeadDim : 1];
   const Key* rotated_rows[kRotated ? kGather : 1];
 
   ListForward(const SparseAttentionParams& s, const ListRows& list_rows)
-      : p(s.attention), rotation(s.rotation), at(list_rows), sight(p, at),
+      : p(s.attention), rotation(s.rotation), at(list_rows), visibility(p, at),
         stride(whole_lanes(p.head_dim)) {
     const auto rows = query_rows<const T>(p.q, at.batch, at.list_head, at.heads);
     for (int64_t row = 0; row < at.rows; ++row) {
@@ -70,56 +68,55 @@ struct ListForward {
   }
 
   // The entries [entry, end). A row that does not see a key gives it the weight 0, but 0 times an
-  // infinite value is NaN: what comes out as NaN is done again with care for that.
+  // infinite value is NaN: a result with NaN is computed again without such products.
   void run(int64_t entry, int64_t end, const Partial<Acc>& result) {
     attend<false>(entry, end, result);
     if (any_nan(result.out, at.rows * result.stride)) attend<true>(entry, end, result);
   }
 
  private:
-  template <bool kCareful>
+  template <bool kSkipZeros>
   void attend(int64_t entry, int64_t end, Partial<Acc> result) {
     result.clear();
-    Gathered<T>*block = &blocks[0], *next = &blocks[1];
-    entry = block->choose(p, at, sight, entry, end);
-    Ahead<T>{block->k, block->count, p.head_dim}.take(block->count);
-    Ahead<T>{block->v, block->count, p.value_dim}.take(block->count);
+    GatheredKeys<T>*block = &blocks[0], *next = &blocks[1];
+    entry = block->choose(p, at, visibility, entry, end);
+    Prefetcher<T>{block->k, block->count, p.head_dim}.prefetch(block->count);
+    Prefetcher<T>{block->v, block->count, p.value_dim}.prefetch(block->count);
     while (block->count > 0) {
-      entry = next->choose(p, at, sight, entry, end);
-      if (at.indices) next->find_pages();
-      attend<kCareful>(*block, *next, result);
-      Gathered<T>* done = block;
+      entry = next->choose(p, at, visibility, entry, end);
+      if (at.indices) next->prefetch_pages();
+      attend<kSkipZeros>(*block, *next, result);
+      GatheredKeys<T>* done = block;
       block = next;
       next = done;
     }
   }
 
-  template <bool kCareful>
-  void attend(const Gathered<T>& block, const Gathered<T>& next, Partial<Acc>& result) {
-    Ahead<T> keys{next.k, next.count, p.head_dim};
+  template <bool kSkipZeros>
+  void attend(const GatheredKeys<T>& block, const GatheredKeys<T>& next, Partial<Acc>& result) {
+    Prefetcher<T> keys{next.k, next.count, p.head_dim};
     if constexpr (kRotated) {
       rotate(block);
-      keys.take(next.count);
+      keys.prefetch(next.count);
       dot_rows<Key>(query, stride, at.rows, rotated_rows, block.count, p.head_dim, weights,
                     kGather);
     } else {
-      dot_rows<T>(query, stride, at.rows, block.k, block.count, p.head_dim, weights, kGather,
-                  keys);
+      dot_rows<T>(query, stride, at.rows, block.k, block.count, p.head_dim, weights, kGather, keys);
     }
     block.finish_logits(at.rows, weights);
     exponentiate(at.rows, block.count, weights, shrink, result);
-    if constexpr (kCareful) {
+    if constexpr (kSkipZeros) {
       for (int64_t row = 0; row < at.rows; ++row) {
-        add_parts<T>(weights + row * kGather, block.v, block.count, p.value_dim, shrink[row],
-                     result.out + row * result.stride);
+        add_nonzero<T>(weights + row * kGather, block.v, block.count, p.value_dim, shrink[row],
+                       result.out + row * result.stride);
       }
     } else {
       add_rows<T>(weights, kGather, at.rows, block.v, block.count, p.value_dim, shrink, result.out,
-                  result.stride, Ahead<T>{next.v, next.count, p.value_dim});
+                  result.stride, Prefetcher<T>{next.v, next.count, p.value_dim});
     }
   }
 
-  void rotate(const Gathered<T>& block) {
+  void rotate(const GatheredKeys<T>& block) {
     const int64_t half = p.head_dim / 2;
     Acc row[kMaxHeadDim];
     for (int64_t i = 0; i < whole_lanes(block.count); ++i) {
@@ -139,23 +136,21 @@ struct ListForward {
 
 template <class T, bool kRotated>
 __attribute__((noinline)) void run_split(const SparseAttentionParams& s, const ListRows& at,
-                                         int64_t split,
-                                         const Partial<Accumulator<T>>& result) {
-  const int64_t entry = split * kSplit;
-  ListForward<T, kRotated>(s, at).run(entry, smaller(entry + kSplit, s.lists.length), result);
+                                         int64_t split, const Partial<Accumulator<T>>& result) {
+  const int64_t entry = split * kKeySplit;
+  ListForward<T, kRotated>(s, at).run(entry, min(entry + kKeySplit, s.lists.length), result);
 }
 
 template <class T, bool kRotated>
 void run_lists(const SparseAttentionParams& s, const Parallel& parallel) {
   const AttentionParams& p = s.attention;
   using Acc = Accumulator<T>;
-  run_splits<Acc>(p, s.lists, parallel,
-                  [&](const ListRows& at, int64_t split, const Partial<Acc>& result) {
-                    run_split<T, kRotated>(s, at, split, result);
-                  },
-                  [&](const ListRows& at, const Partial<Acc>& result) {
-                    write_result<T>(p, at, result);
-                  });
+  run_splits<Acc>(
+      p, s.lists, parallel,
+      [&](const ListRows& at, int64_t split, const Partial<Acc>& result) {
+        run_split<T, kRotated>(s, at, split, result);
+      },
+      [&](const ListRows& at, const Partial<Acc>& result) { write_result<T>(p, at, result); });
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 // order. Both passes recompute the weights from lse.
 #include "attention/cpu/gather.h"
 #include "common/cpu/parallel.h"
+#include "sparse_attn/params.h"
 
 namespace tokred::TOKRED_ISA {
 namespace {
@@ -15,17 +16,17 @@ struct ListGradient {
   const AttentionBackwardParams& b;
   const AttentionParams& p;
   const ListRows at;
-  const RowSight sight;
+  const RowVisibility visibility;
   const int64_t key_stride, value_stride;
   alignas(64) Acc query[kMaxRows * kMaxHeadDim];  // scaled
   alignas(64) Acc grad_out[kMaxRows * kMaxHeadDim];
   Acc lse[kMaxRows], delta[kMaxRows];
   alignas(64) Acc weights[kMaxRows * kGather];
   alignas(64) Acc grad_logits[kMaxRows * kGather];
-  Gathered<T> block;
+  GatheredKeys<T> block;
 
   ListGradient(const AttentionBackwardParams& params, const ListRows& rows)
-      : b(params), p(b.forward), at(rows), sight(p, at), key_stride(whole_lanes(p.head_dim)),
+      : b(params), p(b.forward), at(rows), visibility(p, at), key_stride(whole_lanes(p.head_dim)),
         value_stride(whole_lanes(p.value_dim)) {
     for (int64_t row = 0; row < at.rows; ++row) {
       pack_channels(rows_of<const T>(p.q)[at.first_row + row], p.head_dim,
@@ -48,12 +49,11 @@ struct ListGradient {
   }
 
   void make_delta() {
-    const HeadTensor out{p.out, p.out_stride_batch, p.out_stride_head, p.out_stride_token};
     for (int64_t i = 0; i < at.rows; ++i) {
       const int64_t row = at.first_row + i;
       const bool saw_nothing = lse[i] == kInfinity<Acc>;
       delta[i] = saw_nothing ? Acc{0}
-                             : dot_row(rows_of<const T>(out)[row],
+                             : dot_row(rows_of<const T>(p.out_view())[row],
                                        rows_of<const T>(b.grad_out)[row], p.value_dim) -
                                    *numbers<const Acc>(b.grad_lse)[row];
       *numbers<Acc>(b.delta)[row] = delta[i];
@@ -69,7 +69,7 @@ struct ListGradient {
   template <class Visit>
   void visit_blocks(int64_t entries, const Visit& visit) {
     for (int64_t entry = 0; entry < entries;) {
-      entry = block.choose(p, at, sight, entry, entries);
+      entry = block.choose(p, at, visibility, entry, entries);
       if (block.count == 0) continue;
       weigh();
       visit();
@@ -105,20 +105,20 @@ void query_pass(const AttentionBackwardParams& b, const ListRows& at, int64_t en
   };
   clear();
   list.visit_blocks(entries, [&] {
-    add_rows<T>(list.grad_logits, kGather, at.rows, list.block.k, list.block.count, p.head_dim,
-                one, grad, stride);
+    add_rows<T>(list.grad_logits, kGather, at.rows, list.block.k, list.block.count, p.head_dim, one,
+                grad, stride);
   });
   if (any_nan(grad, at.rows * stride)) {
     clear();
     list.visit_blocks(entries, [&] {
       for (int64_t row = 0; row < at.rows; ++row) {
-        add_parts<T>(list.grad_logits + row * kGather, list.block.k, list.block.count, p.head_dim,
-                     Acc{1}, grad + row * stride);
+        add_nonzero<T>(list.grad_logits + row * kGather, list.block.k, list.block.count, p.head_dim,
+                       Acc{1}, grad + row * stride);
       }
     });
   }
-  const auto rows = list.template rows_of<T>(
-      contiguous(b.grad_q, p.heads_q, p.queries, p.head_dim));
+  const auto rows =
+      list.template rows_of<T>(contiguous(b.grad_q, p.heads_q, p.queries, p.head_dim));
   for (int64_t row = 0; row < at.rows; ++row) {
     for (int64_t c = 0; c < p.head_dim; c += kLanes) {
       store_channels(rows[at.first_row + row] + c,
@@ -130,23 +130,23 @@ void query_pass(const AttentionBackwardParams& b, const ListRows& at, int64_t en
 
 // How the keys of a kv head are cut into tasks. Results do not depend on it.
 struct KeyRanges {
-  int64_t count, keys;      // ranges of a kv head, keys of a range
-  int64_t numbers;          // of a key: its gradient, its value's and its bias's
+  int64_t count, keys;  // ranges of a kv head, keys of a range
+  int64_t numbers;  // of a key: its gradient, its value's and its bias's
   int64_t workers;
 
   KeyRanges(const AttentionParams& p, const Parallel& parallel)
       : numbers(whole_lanes(p.head_dim) + whole_lanes(p.value_dim) + kLanes) {
     constexpr int64_t kFewestKeys = 64;
-    const int64_t heads = greater(p.batch * p.heads_kv, 1);
+    const int64_t heads = max(p.batch * p.heads_kv, 1);
     const int64_t wanted = parallel.threads > 1 ? divide_up(4 * parallel.threads, heads) : 1;
-    keys = greater(divide_up(p.keys, wanted), kFewestKeys);
+    keys = max(divide_up(p.keys, wanted), kFewestKeys);
     count = divide_up(p.keys, keys);
-    workers = smaller(parallel.threads, heads * count);
+    workers = min(parallel.threads, heads * count);
   }
 };
 
 // Adds what the list gives to the keys of a range, whose gradients lie at `sums`.
-template <class T, bool kCareful>
+template <class T, bool kSkipZeros>
 void add_list(ListGradient<T>& list, int64_t entries, const KeyRanges& ranges,
               Accumulator<T>* sums) {
   using Acc = Accumulator<T>;
@@ -169,9 +169,9 @@ void add_list(ListGradient<T>& list, int64_t entries, const KeyRanges& ranges,
         *grad_bias += grad_logit[row];
       }
       const Acc one = 1;
-      if constexpr (kCareful) {
-        add_parts<Acc>(grad_logit, queries, rows, list.key_stride, one, grad_key);
-        add_parts<Acc>(weight, grads_out, rows, list.value_stride, one, grad_value);
+      if constexpr (kSkipZeros) {
+        add_nonzero<Acc>(grad_logit, queries, rows, list.key_stride, one, grad_key);
+        add_nonzero<Acc>(weight, grads_out, rows, list.value_stride, one, grad_value);
       } else {
         add_rows<Acc>(grad_logit, 0, 1, queries, rows, list.key_stride, &one, grad_key, 0);
         add_rows<Acc>(weight, 0, 1, grads_out, rows, list.value_stride, &one, grad_value, 0);
@@ -199,13 +199,12 @@ void write_keys(const AttentionBackwardParams& b, int64_t first, int64_t count,
   }
 }
 
-template <class T, bool kCareful>
+template <class T, bool kSkipZeros>
 void add_lists(const SparseAttentionBackwardParams& s, const ListPlan& plan, int64_t head,
-               int64_t first_key, int64_t end_key, const KeyRanges& ranges,
-               Accumulator<T>* sums) {
+               int64_t first_key, int64_t end_key, const KeyRanges& ranges, Accumulator<T>* sums) {
   const AttentionParams& p = s.backward.forward;
-  fill_zero(sums, (end_key - first_key) * ranges.numbers *
-                      static_cast<int64_t>(sizeof(Accumulator<T>)));
+  fill_zero(sums,
+            (end_key - first_key) * ranges.numbers * static_cast<int64_t>(sizeof(Accumulator<T>)));
   // The tasks of the query heads that read this kv head follow each other.
   const int64_t tasks = plan.tasks / (p.batch * p.heads_kv);
   for (int64_t task = head * tasks; task < (head + 1) * tasks; ++task) {
@@ -214,14 +213,13 @@ void add_lists(const SparseAttentionBackwardParams& s, const ListPlan& plan, int
     at.first_key = first_key;
     at.end_key = end_key;
     ListGradient<T> list(s.backward, at);
-    add_list<T, kCareful>(list, s.lists.length, ranges, sums);
+    add_list<T, kSkipZeros>(list, s.lists.length, ranges, sums);
   }
 }
 
 template <class T>
 void key_pass(const SparseAttentionBackwardParams& s, const ListPlan& plan, int64_t head,
-              int64_t first_key, int64_t end_key, const KeyRanges& ranges,
-              Accumulator<T>* sums) {
+              int64_t first_key, int64_t end_key, const KeyRanges& ranges, Accumulator<T>* sums) {
   const AttentionParams& p = s.backward.forward;
   add_lists<T, false>(s, plan, head, first_key, end_key, ranges, sums);
   if (any_nan(sums, (end_key - first_key) * ranges.numbers)) {
@@ -252,8 +250,8 @@ void sparse_attention_backward(const SparseAttentionBackwardParams& s, const Par
     const int64_t tasks = p.batch * p.heads_kv * ranges.count;
     parallel_tasks(parallel, tasks, [&](int64_t task, int64_t worker) {
       const int64_t first = task % ranges.count * ranges.keys;
-      key_pass<T>(s, plan, task / ranges.count, first, smaller(first + ranges.keys, p.keys),
-                  ranges, sums + worker * ranges.keys * ranges.numbers);
+      key_pass<T>(s, plan, task / ranges.count, first, min(first + ranges.keys, p.keys), ranges,
+                  sums + worker * ranges.keys * ranges.numbers);
     });
   });
 }

@@ -1,6 +1,7 @@
-// biased_attention forward. Operations of [B, H, L, D] x N: 4 B H L N D; at B = 8, H = 6, D = 64,
-// L = N = 1370 in bf16, 23 GFLOP: 0.06 ms at the 400 TFLOP/s that mma.sync can reach of the 790 of
-// an H200. Bytes: q and out once, k and v once a block of rows, mostly from L2.
+// biased_attention forward, and block_sparse_attention, the same kernel with a block mask.
+// Operations of [B, H, L, D] x N: 4 B H L N D; at B = 8, H = 6, D = 64, L = N = 1370 in bf16, 23
+// GFLOP: 0.06 ms at the 400 TFLOP/s that mma.sync can reach of the 790 of an H200. Bytes: q and out
+// once, k and v once a block of rows, mostly from L2.
 #include "common/cuda/launch.h"
 #include "sparse_attn/cuda/biased_attention.cuh"
 #include "sparse_attn/cuda/launch.h"
@@ -25,18 +26,8 @@ void launch_forward(const AttentionParams& p, Stream stream) {
 
 template <class T>
 void forward(const AttentionParams& p, Stream stream) {
-  constexpr bool kFloat = Operand<T>::kPlanes == 3;
-  switch (forward_head_dim(p.head_dim > p.value_dim ? p.head_dim : p.value_dim, kFloat)) {
-    case 32:
-      if constexpr (!kFloat) return launch_forward<T, 32>(p, stream);
-      break;
-    case 64: return launch_forward<T, 64>(p, stream);
-    case 96:
-      if constexpr (!kFloat) return launch_forward<T, 96>(p, stream);
-      break;
-    case 128: return launch_forward<T, 128>(p, stream);
-    default: return launch_forward<T, 256>(p, stream);
-  }
+  visit_forward_head_dim<Operand<T>::kPlanes == 3>(
+      attention_shape(p).dim(), [&]<int kDim>() { launch_forward<T, kDim>(p, stream); });
 }
 
 }  // namespace
@@ -50,7 +41,7 @@ void biased_attention(const AttentionParams& p, Stream stream) {
   } else {
     visit_dtype(p.dtype, [&]<class T>() { forward<T>(p, stream); });
   }
-  if (rows_differ(p) || p.key_bias) mend_rows(dense_lists(p), marked, stream);
+  if (rows_differ(p) || p.key_bias) recompute_rows(dense_lists(p), marked, stream);
 }
 
 }  // namespace tokred::cuda

@@ -1,9 +1,9 @@
-// Attention with a per-key bias, forward: one pass over the keys with a running softmax (the
+// biased_attention, forward: one pass over the keys with an online softmax (the
 // recurrence of arXiv 2205.14135), in units of log 2. The order of every sum is fixed by N alone.
 #pragma once
 
+#include "attention/cuda/forward.cuh"
 #include "common/cuda/block.cuh"
-#include "sparse_attn/cuda/forward.cuh"
 
 namespace tokred::cuda::attention {
 
@@ -11,7 +11,7 @@ namespace tokred::cuda::attention {
 template <class StorageType, int kHeadDim, bool kHidesPairs = false>
 struct ForwardConfig {
   using T = StorageType;
-  using Key = T;  // what queries and keys meet as
+  using Key = T;  // the type in which queries and keys are multiplied
   static constexpr int kDim = kHeadDim;
   static constexpr bool kSparse = kHidesPairs;
   static constexpr int kValueDim = forward_value_dim(kDim, Operand<T>::kPlanes == 3);
@@ -77,12 +77,11 @@ struct ForwardBlock : ForwardRows<C> {
 
 // The query fragments of this warp, where registers hold them.
 template <class C>
-using QueryFragments =
-    Left<typename C::T>[C::kRowTiles][C::kQueryInRegisters ? C::kDim / 16 : 1];
+using QueryFragments = Left<typename C::T>[C::kRowTiles][C::kQueryInRegisters ? C::kDim / 16 : 1];
 
 template <class C>
-__device__ __forceinline__ Left<typename C::T> query_fragment(const ForwardShared<C>& shared,
-                                                              int i, int k) {
+__device__ __forceinline__ Left<typename C::T> query_fragment(const ForwardShared<C>& shared, int i,
+                                                              int k) {
   Left<typename C::T> a;
   load_left(a, shared.query, (warp_id() * C::kRowTiles + i) * 16, 16 * k);
   return a;

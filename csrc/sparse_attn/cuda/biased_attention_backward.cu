@@ -38,7 +38,7 @@ void launch_backward(const AttentionBackwardParams& p, Stream stream) {
     launch_gradients<T, kDim, false>(p, shape, stream);
   }
   if (rows_differ(p.forward) || p.forward.key_bias) {
-    mend_gradients(p, dense_lists(p.forward).lists, stream);
+    recompute_gradients(p, dense_lists(p.forward).lists, stream);
   }
 }
 
@@ -48,11 +48,8 @@ void biased_attention_backward(const AttentionBackwardParams& p, Stream stream) 
   const AttentionParams& f = p.forward;
   if (f.batch == 0 || f.heads_q == 0) return;
   visit_dtype(f.dtype, [&]<class T>() {
-    switch (backward_head_dim(f.head_dim > f.value_dim ? f.head_dim : f.value_dim)) {
-      case 64: return launch_backward<T, 64>(p, stream);
-      case 128: return launch_backward<T, 128>(p, stream);
-      default: return launch_backward<T, 256>(p, stream);
-    }
+    visit_head_dim(attention_shape(f).dim(),
+                   [&]<int kDim>() { launch_backward<T, kDim>(p, stream); });
   });
 }
 

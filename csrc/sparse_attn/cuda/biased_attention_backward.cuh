@@ -1,11 +1,12 @@
 // Gradients of attention with a per-key bias. Probabilities are recomputed from lse; one kernel
-// owns rows of queries (grad_q: sparse_attn/cuda/biased_attention_backward_query.cuh), one owns keys (grad_k, grad_v,
-// grad_bias), so that every sum has one owner and a fixed order. Both need delta, which a first
-// kernel computes.
+// owns rows of queries (grad_q: biased_attention_backward_query.cuh), one owns keys (grad_k,
+// grad_v, grad_bias), so that every sum has one owner and a fixed order. Both need delta, which a
+// first kernel computes.
 #pragma once
 
-#include "attention/cuda/tile.cuh"
+#include "attention/cuda/row_source.cuh"
 #include "common/cuda/block.cuh"
+#include "sparse_attn/params.h"
 
 namespace tokred::cuda::attention {
 
@@ -179,7 +180,7 @@ __device__ __forceinline__ auto find_hidden_queries(const KeyGradShared<C>& shar
   const auto key = [&](int half) {
     return min(first_key + warp_id() * 16 + half * 8 + lane_id() / 4, p.keys - 1);
   };
-  const int64_t batch = opaque(view.batch);
+  const int64_t batch = optimization_barrier(view.batch);
   const TileRows rows = rows_of_tile<C::kSparse>(p, view, tile.number(), C::kColumns);
   const auto query = [&](int column) {
     return min(rows.view.query(static_cast<uint32_t>(rows.first + column)), p.queries - 1);
@@ -226,7 +227,7 @@ __device__ __forceinline__ void add_queries(KeyGradSums<C>& sums, const KeyGradS
         const int row = warp_id() * 16 + half * 8 + lane_id() / 4;
         float& x = weight[0][j][2 * half + e];
         x = probability<C>(x, scale, shared.bias[row], first_key + row, info, p,
-                        hidden.at(0, half, j, e));
+                           hidden.at(0, half, j, e));
         if constexpr (C::kWantsKey) {
           float& g = grad[0][j][2 * half + e];
           g = grad_logit(x, g, info.delta);
@@ -275,22 +276,21 @@ __global__ void __launch_bounds__(C::kThreads, C::kSparse ? 2 : 0)
   // Under the causal rule the first query that sees a key of this block.
   const int64_t first_query = f.causal ? max(first_key - (f.keys - f.queries), int64_t{0}) : 0;
   const bool splits = C::kSparse && splits_heads(f);
-  const TileNumber<C::kSparse> first_tile =
-      splits ? 0 : first_query * view.group / C::kColumns;
-  const TileNumber<C::kSparse> tiles =
-      splits ? row_tiles<C::kSparse>(f, C::kColumns)
-             : (int64_t{view.rows} + C::kColumns - 1) / C::kColumns;
+  const TileNumber<C::kSparse> first_tile = splits ? 0 : first_query * view.group / C::kColumns;
+  const TileNumber<C::kSparse> tiles = splits
+                                           ? row_tiles<C::kSparse>(f, C::kColumns)
+                                           : (int64_t{view.rows} + C::kColumns - 1) / C::kColumns;
   const RowSource<T> queries(f.q, view.batch, 0, 0, f.head_dim);
   const RowSource<T> grads(p.grad_out, view.batch, 0, 0, f.value_dim);
   const int thread = static_cast<int>(threadIdx.x);
 
   const auto next_tile = [&](TileNumber<C::kSparse> from, bool fresh) {
-    return shared.window.template next<C::kSparse>(f, from, tiles, fresh, [&](uint32_t tile,
-                                                                              int warp) {
-      const TileRows rows = rows_of_tile<C::kSparse>(f, view, tile, C::kColumns);
-      const int64_t last_row = rows.first + C::kColumns - 1, key = first_key + 16 * warp;
-      return look_at_blocks(f, rows.view, rows.first, last_row, key, key + 15);
-    });
+    return shared.window.template next<C::kSparse>(
+        f, from, tiles, fresh, [&](uint32_t tile, int warp) {
+          const TileRows rows = rows_of_tile<C::kSparse>(f, view, tile, C::kColumns);
+          const int64_t last_row = rows.first + C::kColumns - 1, key = first_key + 16 * warp;
+          return look_at_blocks(f, rows.view, rows.first, last_row, key, key + 15);
+        });
   };
   const auto load = [&](TileNumber<C::kSparse> tile, int stage) {
     const TileRows rows = rows_of_tile<C::kSparse>(f, view, tile, C::kColumns);

@@ -20,7 +20,7 @@ __device__ __forceinline__ auto find_hidden_keys(const QueryGradShared<C>& share
                                                  const AttentionParams& p, const HeadView& view,
                                                  int64_t first_row, VisitedTile<C::kSparse> tile) {
   HiddenPairs<1, C::kColumns> hidden;
-  const int64_t batch = opaque(view.batch);
+  const int64_t batch = optimization_barrier(view.batch);
   const auto query = [&](int half) {
     const int64_t row = first_row + warp_id() * 16 + half * 8 + lane_id() / 4;
     return min(view.query(static_cast<uint32_t>(row)), p.queries - 1);
@@ -73,7 +73,7 @@ __device__ __forceinline__ void add_keys(typename C::Sums& grad_q, const QueryGr
         const int64_t key = int64_t{tile.number()} * C::kColumns + column;
         float& x = product[0][j][2 * half + e];
         x = probability<C>(x, scale, shared.bias[stage][column], key, info, p,
-                        hidden.at(0, half, j, e));
+                           hidden.at(0, half, j, e));
         x = grad_logit(x, grad[0][j][2 * half + e], info.delta);
       }
     }
@@ -90,8 +90,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kSparse ? 2 : 0)
   const int64_t row_blocks = row_tiles<C::kSparse>(f, C::kRows);
   const HeadView key_view(f, blockIdx.x / row_blocks);
   // The last rows see the most keys under the causal rule, so they start first.
-  const TileRows mine = rows_of_tile<C::kSparse>(
-      f, key_view, row_blocks - 1 - blockIdx.x % row_blocks, C::kRows);
+  const TileRows mine =
+      rows_of_tile<C::kSparse>(f, key_view, row_blocks - 1 - blockIdx.x % row_blocks, C::kRows);
   const HeadView& view = mine.view;
   const int64_t first_row = mine.first;
   const auto last_row = static_cast<uint32_t>(min(first_row + C::kRows, int64_t{view.rows}) - 1);
@@ -103,12 +103,12 @@ __global__ void __launch_bounds__(C::kThreads, C::kSparse ? 2 : 0)
   const int thread = static_cast<int>(threadIdx.x);
 
   const auto next_tile = [&](TileNumber<C::kSparse> from, bool fresh) {
-    return shared.window.template next<C::kSparse>(f, from, tiles, fresh, [&](uint32_t tile,
-                                                                              int warp) {
-      const int64_t row = first_row + 16 * warp;
-      const int64_t key = int64_t{tile} * C::kColumns;
-      return look_at_blocks(f, view, row, row + 15, key, key + C::kColumns - 1);
-    });
+    return shared.window.template next<C::kSparse>(
+        f, from, tiles, fresh, [&](uint32_t tile, int warp) {
+          const int64_t row = first_row + 16 * warp;
+          const int64_t key = int64_t{tile} * C::kColumns;
+          return look_at_blocks(f, view, row, row + 15, key, key + C::kColumns - 1);
+        });
   };
   const auto load = [&](uint32_t tile, int stage) {
     const int64_t first_key = int64_t{tile} * C::kColumns;
@@ -135,8 +135,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kSparse ? 2 : 0)
   for (int half = 0; half < 2; ++half) {
     const int64_t row = first_row + warp_id() * 16 + half * 8 + lane_id() / 4;
     if (row >= view.rows) continue;
-    T* out = static_cast<T*>(p.grad_q) +
-             view.flat_row(f, static_cast<uint32_t>(row)) * f.head_dim;
+    T* out = static_cast<T*>(p.grad_q) + view.flat_row(f, static_cast<uint32_t>(row)) * f.head_dim;
     store_sums(out, static_cast<int>(f.head_dim), grad_q, half, scale);
   }
 }

@@ -1,8 +1,8 @@
 // biased_attention and block_sparse_attention forward on wgmma, for compute capability 9.0. Off
 // unless the environment variable TOKRED_WGMMA is 1, since it has run on the emulated device only.
-// Operations as in sparse_attn/cuda/biased_attention.cu; at B = 1, H = 32, L = N = 32768, D = 128 in bf16 with 25 % of
-// the blocks visible, 4.4 TFLOP: 7.3 ms at the 600 TFLOP/s that wgmma should reach of the 990 of an
-// H200, 11 ms at the 400 of mma.sync. With D = 64 the exponentials take as long as the products.
+// Operations as in biased_attention.cu; at B = 1, H = 32, L = N = 32768, D = 128 in bf16 with 25 %
+// of the blocks visible, 4.4 TFLOP: 7.3 ms at the 600 TFLOP/s that wgmma should reach of the 990 of
+// an H200, 11 ms at the 400 of mma.sync. With D = 64 the exponentials take as long as the products.
 #include <cstdlib>
 #include <cstring>
 
@@ -45,9 +45,8 @@ void launch_wgmma(const AttentionParams& p, Stream stream) {
 bool is_wgmma_attention(const AttentionParams& p) {
   const char* wanted = std::getenv("TOKRED_WGMMA");
   if (!wanted || std::strcmp(wanted, "1") != 0) return false;
-  const HeadTensor out{p.out, p.out_stride_batch, p.out_stride_head, p.out_stride_token};
-  const bool aligned = is_aligned<bf16>(p.q) && is_aligned<bf16>(p.k) &&
-                       is_aligned<bf16>(p.v) && is_aligned<bf16>(out);
+  const bool aligned = is_aligned<bf16>(p.q) && is_aligned<bf16>(p.k) && is_aligned<bf16>(p.v) &&
+                       is_aligned<bf16>(p.out_view());
   return takes_wgmma(attention_shape(p), aligned, compute_capability());
 }
 

@@ -64,7 +64,7 @@ class Consumer {
       multiply_keys();
       add_logits<0>(visit);
       rescale(state_, shrink_);
-      Place<C> values = next_weights();
+      RingSlot<C> values = next_weights();
       for (visit = wait_for_keys(); visit.visible(warpgroup_); visit = wait_for_keys()) {
         wait_for_values(values);
         wgmma_fence();
@@ -93,7 +93,7 @@ class Consumer {
     fence_shared_for_wgmma();
     return {shared_.visit[at_.stage]};
   }
-  __device__ __forceinline__ void wait_for_values(Place<C> place) {
+  __device__ __forceinline__ void wait_for_values(RingSlot<C> place) {
     barrier_wait(shared_.value_full[place.stage], place.parity);
     fence_shared_for_wgmma();
   }
@@ -124,7 +124,8 @@ class Consumer {
   }
   // Descriptors take registers only while they are in use.
   __device__ __forceinline__ static uint64_t first_of(const T* row, int leading = 16) {
-    return static_cast<uint64_t>(opaque(static_cast<int64_t>(matrix_descriptor(row, leading))));
+    return static_cast<uint64_t>(
+        optimization_barrier(static_cast<int64_t>(matrix_descriptor(row, leading))));
   }
 
   // From the products with the keys at at_, which kPending other groups may follow, to weights.
@@ -174,8 +175,8 @@ class Consumer {
       for (int j = 0; j < C::kKeys / 8; ++j) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const bool visible = 8 * j + e <= last && bias[8 * j + e] != -kInfinity &&
-                               !hidden.at(0, h, j, e);
+          const bool visible =
+              8 * j + e <= last && bias[8 * j + e] != -kInfinity && !hidden.at(0, h, j, e);
           if (!visible) logit_[0][j][2 * h + e] = -kInfinity;
         }
       }
@@ -183,7 +184,7 @@ class Consumer {
   }
 
   // The weights as left operands, once those before are used up. Returns where their values are.
-  __device__ __forceinline__ Place<C> next_weights() {
+  __device__ __forceinline__ RingSlot<C> next_weights() {
 #pragma unroll
     for (int k = 0; k < C::kKeys / 16; ++k) {
 #pragma unroll
@@ -192,7 +193,7 @@ class Consumer {
         weights_[k][quarter] = pack_pair<T>(pair[0], pair[1]);
       }
     }
-    const Place<C> place = at_;
+    const RingSlot<C> place = at_;
     at_.advance();
     return place;
   }
@@ -228,7 +229,7 @@ class Consumer {
   WgmmaShared<C>& shared_;
   const int warpgroup_;
   const float scale_;
-  Place<C> at_;
+  RingSlot<C> at_;
   ForwardState<C> state_;
   float logit_[C::kRowTiles][C::kKeys / 8][4], shrink_[C::kRowTiles][2];
   uint32_t weights_[C::kKeys / 16][4];

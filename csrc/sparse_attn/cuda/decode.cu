@@ -1,4 +1,5 @@
-// Decode, and combine_states. Bytes: k and v once, and the partial results of the splits, in f32,
+// Attention of few query rows by splits of their keys (Flash-Decoding), for biased_attention and
+// sparse_attention. Bytes: k and v once, and the partial results of the splits, in f32,
 // twice; the operations (4 B Hq L N D) hide behind them up to 16 rows. B = 1, Hkv = 8, N = 131072,
 // D = 128 in bf16: 537 MB, 125 us at the 4.3 TB/s that an H200 reaches; over lists of 2048 keys
 // 8.4 MB, 2 us, which two launches outweigh.
@@ -19,8 +20,12 @@ void launch_decode(const SparseAttentionParams& sparse, Stream stream) {
                                            decode_shared_bytes(Config::kDim, kFloat)));
   static_assert(sizeof(CombineShared) == combine_shared_bytes());
   const ListShape shape = list_shape(sparse);
-  DecodeParams p{sparse, 0, divide_up(shape.rows(), kDecodeRows), decode_item_rows(shape),
-                 decode_split_length(shape.length), decode_splits(shape.length)};
+  DecodeParams p{sparse,
+                 0,
+                 divide_up(shape.rows(), kDecodeRows),
+                 decode_item_rows(shape),
+                 decode_split_length(shape.length),
+                 decode_splits(shape.length)};
   p.sparse.lists.block_q = shape.block_q;
   const int64_t items = decode_items(shape), most = decode_launch_items(shape);
   for (; p.first_item < items; p.first_item += most) {
@@ -28,7 +33,7 @@ void launch_decode(const SparseAttentionParams& sparse, Stream stream) {
     launch(decode_kernel<Config>, plan_decode(shape, count), stream, p);
     launch(combine_splits_kernel<T>, plan_combine(shape, count), stream, p);
   }
-  if (rows_differ(p.sparse.attention)) mend_rows(p.sparse, false, stream);
+  if (rows_differ(p.sparse.attention)) recompute_rows(p.sparse, false, stream);
 }
 
 template <class T, int kDim>
@@ -47,11 +52,8 @@ bool is_decode_attention(const AttentionParams& p) {
 
 void decode_attention(const SparseAttentionParams& p, Stream stream) {
   visit_dtype(p.attention.dtype, [&]<class T>() {
-    switch (decode_head_dim(attention_shape(p.attention).dim())) {
-      case 64: return decode<T, 64>(p, stream);
-      case 128: return decode<T, 128>(p, stream);
-      default: return decode<T, 256>(p, stream);
-    }
+    visit_head_dim(attention_shape(p.attention).dim(),
+                   [&]<int kDim>() { decode<T, kDim>(p, stream); });
   });
 }
 
@@ -61,12 +63,6 @@ int64_t decode_attention_workspace(const SparseAttentionParams& p) {
 
 int64_t biased_attention_workspace(const AttentionParams& p) {
   return is_decode_attention(p) ? decode_attention_workspace(dense_lists(p)) : 0;
-}
-
-void combine_states(const CombineParams& p, Stream stream) {
-  visit_dtype(p.dtype, [&]<class T>() {
-    launch(combine_states_kernel<T>, plan_combine_states(p.batch * p.heads * p.queries), stream, p);
-  });
 }
 
 }  // namespace tokred::cuda

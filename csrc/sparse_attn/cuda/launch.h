@@ -1,7 +1,8 @@
-// How the entries of the sparse_attn stem reach the decode kernels.
+// Launches that the ops of sparse_attn share.
 #pragma once
 
-#include "bind/cuda_kernels.h"
+#include "common/cuda/launch.h"
+#include "sparse_attn/params.h"
 
 namespace tokred::cuda {
 
@@ -18,9 +19,9 @@ bool is_wgmma_attention(const AttentionParams&);
 void wgmma_attention(const AttentionParams&, Stream);
 
 // Recomputes rows that are NaN, and the gradients of such rows and keys, from the visible pairs
-// alone; see sparse_attn/cuda/recompute.cuh. Lists without indices are all keys in order.
-void mend_rows(const SparseAttentionParams&, bool marked, Stream);
-void mend_gradients(const AttentionBackwardParams&, const KeyLists&, Stream);
+// alone; see attention/cuda/recompute.cuh. Lists without indices are all keys in order.
+void recompute_rows(const SparseAttentionParams&, bool marked, Stream);
+void recompute_gradients(const AttentionBackwardParams&, const KeyLists&, Stream);
 
 // Attention over lists of keys, or over all keys where the lists have no indices.
 void decode_attention(const SparseAttentionParams&, Stream);

@@ -1,26 +1,27 @@
-// Launches of sparse_attn/cuda/recompute.cuh. They read one number of every row, or the results once; only
-// rows with a NaN cost more.
+// Launches of attention/cuda/recompute.cuh and recompute_gradients.cuh. They read one number of
+// every row, or the results once; only rows with a NaN cost more.
+#include "attention/cuda/recompute.cuh"
 #include "common/cuda/launch.h"
 #include "sparse_attn/cuda/launch.h"
-#include "sparse_attn/cuda/recompute.cuh"
+#include "sparse_attn/cuda/recompute_gradients.cuh"
 
 namespace tokred::cuda {
 
 using namespace attention;
 
-void mend_rows(const SparseAttentionParams& p, bool marked, Stream stream) {
+void recompute_rows(const SparseAttentionParams& p, bool marked, Stream stream) {
   const AttentionParams& a = p.attention;
   visit_dtype(a.dtype, [&]<class T>() {
-    launch(mend_rows_kernel<T, PlainKeys<T>, SparseAttentionParams>, plan_delta(attention_shape(a)),
-           stream, p, a, marked);
+    launch(recompute_rows_kernel<T, PlainKeys<T>, SparseAttentionParams>,
+           plan_delta(attention_shape(a)), stream, p, a, marked);
   });
 }
 
-void mend_gradients(const AttentionBackwardParams& b, const KeyLists& lists, Stream stream) {
+void recompute_gradients(const AttentionBackwardParams& b, const KeyLists& lists, Stream stream) {
   const AttentionParams& f = b.forward;
   visit_dtype(f.dtype, [&]<class T>() {
-    launch(mend_grad_query_kernel<T>, plan_delta(attention_shape(f)), stream, b, lists);
-    launch(mend_grad_key_kernel<T>, plan_mend_keys(attention_shape(f)), stream, b, lists);
+    launch(recompute_grad_query_kernel<T>, plan_delta(attention_shape(f)), stream, b, lists);
+    launch(recompute_grad_key_kernel<T>, plan_recompute_keys(attention_shape(f)), stream, b, lists);
   });
 }
 

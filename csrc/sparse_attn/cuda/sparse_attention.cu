@@ -19,34 +19,22 @@ void launch_lists(SparseAttentionParams p, Stream stream) {
   p.lists.block_q = shape.block_q;
   launch(list_attention_kernel<Config>, plan_list_forward(shape), stream, p,
          divide_up(shape.rows(), Config::kRows));
-  if (rows_differ(p.attention)) mend_rows(p, in_one_part(shape.attention), stream);
+  if (rows_differ(p.attention)) recompute_rows(p, in_one_part(shape.attention), stream);
 }
 
 bool is_decode_list(const SparseAttentionParams& p) { return is_decode(list_shape(p)); }
 
 template <class T>
 void attend_lists(const SparseAttentionParams& p, Stream stream) {
-  constexpr bool kFloat = Operand<T>::kPlanes == 3;
-  switch (forward_head_dim(attention_shape(p.attention).dim(), kFloat)) {
-    case 32:
-      if constexpr (!kFloat) return launch_lists<ForwardConfig<T, 32>>(p, stream);
-      break;
-    case 64: return launch_lists<ForwardConfig<T, 64>>(p, stream);
-    case 96:
-      if constexpr (!kFloat) return launch_lists<ForwardConfig<T, 96>>(p, stream);
-      break;
-    case 128: return launch_lists<ForwardConfig<T, 128>>(p, stream);
-    default: return launch_lists<ForwardConfig<T, 256>>(p, stream);
-  }
+  visit_forward_head_dim<Operand<T>::kPlanes == 3>(
+      attention_shape(p.attention).dim(),
+      [&]<int kDim>() { launch_lists<ForwardConfig<T, kDim>>(p, stream); });
 }
 
 template <class T>
 void attend_rotated(const SparseAttentionParams& p, Stream stream) {
-  switch (forward_head_dim(attention_shape(p.attention).dim(), true)) {
-    case 64: return launch_lists<RotatedForwardConfig<T, 64>>(p, stream);
-    case 128: return launch_lists<RotatedForwardConfig<T, 128>>(p, stream);
-    default: return launch_lists<RotatedForwardConfig<T, 256>>(p, stream);
-  }
+  visit_head_dim(attention_shape(p.attention).dim(),
+                 [&]<int kDim>() { launch_lists<RotatedForwardConfig<T, kDim>>(p, stream); });
 }
 
 }  // namespace

@@ -23,7 +23,7 @@ struct ListForwardShared {
   Tile<typename C::Key, C::kKeys, C::kDim> key[C::kStages];
   Tile<typename C::T, C::kKeys, C::kValueDim> value[C::kStages];
   KeySlots<C::kKeys> slots[kSlotStages];
-  RowSight sight[C::kRows];
+  RowVisibility visibility[C::kRows];
 };
 
 // Walks a list tile by tile: load(tile) starts the copies of a tile, add(tile) works on it. The
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(C::kThreads, 2)
                             first_row);
   cp_async_commit();
   if (thread < C::kRows) {
-    shared.sight[thread] = row_sight(a, view, min(first_row + thread, view.rows - 1));
+    shared.visibility[thread] = row_visibility(a, view, min(first_row + thread, view.rows - 1));
   }
   const auto load = [&](int tile) {
     const auto& slots = shared.slots[tile % kSlotStages];
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(C::kThreads, 2)
   // A warp without rows only helps with loading.
   const bool has_rows = first_row + warp_id() * C::kRowTiles * 16 < view.rows;
   const auto scale = static_cast<float>(a.scale) * kLog2E;
-  const bool careful = rows_differ(a);
+  const bool per_row_mask = rows_differ(a);
   ForwardState<C> state;
   start(state);
   for_each_tile<C::kKeys, C::kStages>(a, list, shared.slots, load, [&](int tile) {
@@ -105,8 +105,8 @@ __global__ void __launch_bounds__(C::kThreads, 2)
       load_left(left, shared.query, (warp_id() * C::kRowTiles + i) * 16, 16 * k);
       return left;
     });
-    list_logits(weights, shared.slots[tile % kSlotStages], shared.sight, a, view.batch, scale,
-                careful, [](int i, int h) { return lane_row<C>(i, h); });
+    list_logits(weights, shared.slots[tile % kSlotStages], shared.visibility, a, view.batch, scale,
+                per_row_mask, [](int i, int h) { return lane_row<C>(i, h); });
     to_weights(weights, state);
     accumulate(state.out, weights, shared.value[tile % C::kStages]);
   });

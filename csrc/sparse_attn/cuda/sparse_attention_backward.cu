@@ -32,7 +32,7 @@ void launch_backward(SparseAttentionBackwardParams p, Stream stream) {
     launch(list_grad_key_kernel<BackwardConfig<T, kDim, KeyGrads::value>>, plan, stream, p);
     launch(list_grad_key_kernel<BackwardConfig<T, kDim, KeyGrads::key>>, plan, stream, p);
   }
-  mend_gradients(p.backward, p.lists, stream);
+  recompute_gradients(p.backward, p.lists, stream);
 }
 
 }  // namespace
@@ -43,11 +43,8 @@ void sparse_attention_backward(const SparseAttentionBackwardParams& p, Stream st
   const AttentionParams& f = p.backward.forward;
   if (f.batch == 0 || f.heads_q == 0) return;
   visit_dtype(f.dtype, [&]<class T>() {
-    switch (backward_head_dim(attention_shape(f).dim())) {
-      case 64: return launch_backward<T, 64>(p, stream);
-      case 128: return launch_backward<T, 128>(p, stream);
-      default: return launch_backward<T, 256>(p, stream);
-    }
+    visit_head_dim(attention_shape(f).dim(),
+                   [&]<int kDim>() { launch_backward<T, kDim>(p, stream); });
   });
 }
 

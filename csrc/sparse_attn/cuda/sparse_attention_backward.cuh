@@ -11,7 +11,7 @@ namespace tokred::cuda::attention {
 // What the kernels know of a query row. lse is +inf for a row that sees nothing or does not exist,
 // which makes all its probabilities 0.
 struct ListRowInfo {
-  RowSight sight;
+  RowVisibility visibility;
   float lse_log2, delta;
   int list;  // counted from the first list of the tile
 };
@@ -22,16 +22,15 @@ __device__ __forceinline__ ListRowInfo list_row_info(const AttentionBackwardPara
   const auto row = static_cast<uint32_t>(index);
   const int64_t flat = view.flat_row(p.forward, row);
   const float lse = static_cast<const float*>(p.forward.lse)[flat];
-  return {row_sight(p.forward, view, row), lse == -kInfinity ? kInfinity : lse * kLog2E,
+  return {row_visibility(p.forward, view, row), lse == -kInfinity ? kInfinity : lse * kLog2E,
           static_cast<const float*>(p.delta)[flat], 0};
 }
 
 // The probability that a row gives to a key whenever one of its lists names it.
 __device__ __forceinline__ float list_probability(float product, float scale, float bias, int key,
-                                                  const ListRowInfo& info,
-                                                  const AttentionParams& p, int64_t batch,
-                                                  bool careful) {
-  if (bias == -kInfinity || (careful && !sees(p, batch, info.sight, key))) return 0.0f;
+                                                  const ListRowInfo& info, const AttentionParams& p,
+                                                  int64_t batch, bool per_row_mask) {
+  if (bias == -kInfinity || (per_row_mask && !sees(p, batch, info.visibility, key))) return 0.0f;
   return exp2_approx(fmaf(product, scale, bias) - info.lse_log2);
 }
 
@@ -48,7 +47,7 @@ template <class C>
 __device__ __forceinline__ void add_listed_keys(typename C::Sums& grad_q,
                                                 const ListQueryGradShared<C>& shared,
                                                 const AttentionParams& p, const HeadView& view,
-                                                int tile, float scale, bool careful) {
+                                                int tile, float scale, bool per_row_mask) {
   const int stage = tile % C::kStages;
   const KeySlots<C::kColumns>& slots = shared.slots[tile % kSlotStages];
   typename C::Products product, grad;
@@ -64,7 +63,7 @@ __device__ __forceinline__ void add_listed_keys(typename C::Sums& grad_q,
         const int column = 8 * j + lane_id() % 4 * 2 + e;
         float& x = product[0][j][2 * half + e];
         x = list_probability(x, scale, slots.bias[column], slots.key[column], info, p, view.batch,
-                             careful);
+                             per_row_mask);
         x = grad_logit(x, grad[0][j][2 * half + e], info.delta);
       }
     }
@@ -104,12 +103,12 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     cp_async_commit();
   };
 
-  const bool has_rows = first_row + warp_id() * 16 < view.rows, careful = rows_differ(f);
+  const bool has_rows = first_row + warp_id() * 16 < view.rows, per_row_mask = rows_differ(f);
   const auto scale = static_cast<float>(f.scale);
   typename C::Sums grad_q;
   zero(grad_q);
   for_each_tile<C::kColumns, C::kStages>(f, list, shared.slots, load, [&](int tile) {
-    if (has_rows) add_listed_keys<C>(grad_q, shared, f, view, tile, scale * kLog2E, careful);
+    if (has_rows) add_listed_keys<C>(grad_q, shared, f, view, tile, scale * kLog2E, per_row_mask);
   });
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -138,8 +137,7 @@ struct ListKeyGradShared {
 // first_key, ..; whether any does. There are no more lists than rows in a tile.
 template <class C>
 __device__ __forceinline__ bool count_entries(ListKeyGradShared<C>& shared, int64_t first,
-                                              int count, const KeyLists& lists,
-                                              int first_key) {
+                                              int count, const KeyLists& lists, int first_key) {
   const int thread = static_cast<int>(threadIdx.x);
   for (int i = thread; i < count * C::kRows; i += C::kThreads) {
     shared.count[i / C::kRows][i % C::kRows] = 0;
@@ -158,19 +156,19 @@ __device__ __forceinline__ bool count_entries(ListKeyGradShared<C>& shared, int6
   return __syncthreads_or(found);
 }
 
-// What the rows of a tile see of what their lists name.
+// How often the rows of a tile list, and see, each key.
 template <class C>
 __device__ __forceinline__ void look_at_keys(ListKeyGradShared<C>& shared, const AttentionParams& p,
                                              int first_key) {
-  const bool careful = rows_differ(p);
+  const bool per_row_mask = rows_differ(p);
 #pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < C::kColumns * C::kRows; i += C::kThreads) {
     const int column = i / C::kRows, row = i % C::kRows;
     const ListRowInfo& info = shared.info[column];
     int count = shared.bias[row] == -kInfinity ? 0 : shared.count[info.list][row];
-    if (careful && count) {
+    if (per_row_mask && count) {
       const int64_t key = int64_t{first_key} + row;
-      if (!sees(p, shared.list.view.batch, info.sight, key)) count = 0;
+      if (!sees(p, shared.list.view.batch, info.visibility, key)) count = 0;
     }
     shared.times[column][row] = static_cast<float>(count);
   }
@@ -178,8 +176,8 @@ __device__ __forceinline__ void look_at_keys(ListKeyGradShared<C>& shared, const
 
 // Adds one tile of query rows: products have a key a row and a query row a column.
 template <class C>
-__device__ __forceinline__ void add_listing_rows(KeyGradSums<C>& sums,
-                                                 ListKeyGradShared<C>& shared, float scale) {
+__device__ __forceinline__ void add_listing_rows(KeyGradSums<C>& sums, ListKeyGradShared<C>& shared,
+                                                 float scale) {
   typename C::Products weight, grad;
   float bias[2] = {};
   multiply_owned<C>(weight, shared.key, shared.query);

@@ -1,14 +1,14 @@
-// How tiles reach the shared memory of the wgmma kernel: a warpgroup of producers fetches those
-// that some row of the block sees, through a ring of places that the consumers give back.
+// Producers of the wgmma kernel: a warpgroup copies the tiles that some row of the block sees to a
+// ring of slots in shared memory, which the consumers give back.
 //
 // Tiles are fetched by cp.async, which writes them swizzled, as wgmma reads them, and not by TMA:
 // any strides and key masks are one case then, keys that do not exist come as zeros whatever they
 // hold, and no tensor map has to be made on the host. It costs a tenth of the block's instructions.
 #pragma once
 
+#include "attention/cuda/forward.cuh"
 #include "common/cuda/block.cuh"
 #include "common/cuda/ptx_sm90.cuh"
-#include "sparse_attn/cuda/forward.cuh"
 
 namespace tokred::cuda::attention {
 
@@ -61,8 +61,8 @@ __device__ __forceinline__ void fill(SwizzledTile<T, kRows, kDim>& tile, const T
   }
 }
 template <int kThreads, class T, int kRows, int kDim>
-__device__ __forceinline__ void fill(SwizzledTile<T, kRows, kDim>& tile, const T* first,
-                                     int thread, int64_t stride) {
+__device__ __forceinline__ void fill(SwizzledTile<T, kRows, kDim>& tile, const T* first, int thread,
+                                     int64_t stride) {
   const SwizzledPart<kThreads> part(thread);
   const T* source = first + part.row * stride + part.column;
 #pragma unroll
@@ -107,9 +107,9 @@ __device__ __forceinline__ WgmmaShared<C>& wgmma_shared_memory() {
   return *reinterpret_cast<WgmmaShared<C>*>(start);
 }
 
-// A place in the ring of tiles. Places of one stage have parities 0, 1, 0, ...
+// A slot in the ring of tiles. Rounds through one stage have parities 0, 1, 0, ...
 template <class C>
-struct Place {
+struct RingSlot {
   int stage = 0;
   uint32_t parity = 0;
 
@@ -185,12 +185,11 @@ __device__ __forceinline__ void produce(const ForwardRows<C>& rows, WgmmaShared<
       return fill<C::kProducers>(tile, source.first + first * stride, thread, stride);
     }
     fill<C::kProducers>(tile, source.first, thread, [&](int r) {
-      return rows.view.key_exists(p, first + r)
-                 ? source.first + (first + r) * stride : nullptr;
+      return rows.view.key_exists(p, first + r) ? source.first + (first + r) * stride : nullptr;
     });
   };
   TileWalk<C> walk(rows);
-  Place<C> at;
+  RingSlot<C> at;
   for (;; at.advance()) {
     const Visit visit = walk.next();
     barrier_wait(shared.key_empty[at.stage], at.parity ^ 1);

@@ -1,9 +1,9 @@
-// What the forward kernels share: the rows of a block, their running softmax (the recurrence of
+// The forward kernels: the rows of a block, their online softmax (the recurrence of
 // arXiv 2205.14135, in units of log 2), logits and results. A configuration C has T, kDim,
 // kValueDim, kRows (of a block), kKeys (of a tile), kRowTiles (of 16 rows, of a warp), and kSparse.
 #pragma once
 
-#include "attention/cuda/tile.cuh"
+#include "attention/cuda/row_source.cuh"
 
 namespace tokred::cuda::attention {
 
@@ -11,7 +11,7 @@ namespace tokred::cuda::attention {
 template <class C>
 struct ForwardState {
   float out[C::kRowTiles][C::kValueDim / 8][4];
-  float top[C::kRowTiles][2], sum[C::kRowTiles][2];  // greatest logit; this lane's part of the sum
+  float top[C::kRowTiles][2], sum[C::kRowTiles][2];  // largest logit; this lane's part of the sum
 };
 
 // The row of the block that half h of row tile i is.
@@ -102,8 +102,8 @@ __device__ __forceinline__ T* out_row(const AttentionParams& p, const HeadView& 
          view.query_head(row) * p.out_stride_head + view.query(row) * p.out_stride_token;
 }
 
-// Whether a row's part of out has NaN, as its four lanes have it. Its lse is then NaN as well, which
-// tells mend_rows so.
+// Whether a row's part of out has NaN, as its four lanes have it. Its lse is then NaN as well,
+// which tells recompute_rows so.
 template <class C>
 __device__ __forceinline__ bool is_nan(const ForwardState<C>& s, int i, int h) {
   bool nan = false;
@@ -149,7 +149,7 @@ struct ForwardRows {
   const HeadView view;  // of the rows
   const uint32_t first_row;
   const int first_column;
-  uint32_t tiles;        // of keys
+  uint32_t tiles;  // of keys
   uint32_t whole_tiles;  // the first of them, if visible to every row
 
   // Blocks come in order of rows, then value columns, then heads. The last rows see the most keys
@@ -206,7 +206,7 @@ template <class C>
 __device__ __forceinline__ auto find_hidden(const ForwardRows<C>& rows,
                                             VisitedTile<C::kSparse> tile) {
   const AttentionParams& p = rows.p;
-  const int64_t batch = opaque(rows.view.batch);
+  const int64_t batch = optimization_barrier(rows.view.batch);
   HiddenPairs<C::kRowTiles, C::kKeys> hidden;
   const auto key = [&](int column) {
     return min(int64_t{tile.number()} * C::kKeys + column, p.keys - 1);
@@ -226,13 +226,14 @@ __device__ __forceinline__ auto find_hidden(const ForwardRows<C>& rows,
 }
 
 // Products to logits, by what `shared` has of the tile and of the rows: bias, last_key and
-// mask_offset. Only `careful` tiles have keys that some row does not see.
+// mask_offset. Only `per_row_mask` tiles have keys that some row does not see.
 template <class C, class Shared>
 __device__ __forceinline__ void to_logits(float (&product)[C::kRowTiles][C::kKeys / 8][4],
                                           const Shared& shared, const AttentionParams& p,
                                           const HiddenPairs<C::kRowTiles, C::kKeys>& hidden,
-                                          uint32_t tile, int stage, float scale, bool careful) {
-  const float(&bias)[C::kKeys] = shared.bias[stage];
+                                          uint32_t tile, int stage, float scale,
+                                          bool per_row_mask) {
+  const float (&bias)[C::kKeys] = shared.bias[stage];
   const int first_column = lane_id() % 4 * 2;
 #pragma unroll
   for (int i = 0; i < C::kRowTiles; ++i) {
@@ -244,7 +245,7 @@ __device__ __forceinline__ void to_logits(float (&product)[C::kRowTiles][C::kKey
       }
     }
   }
-  if (!careful) return;
+  if (!per_row_mask) return;
   const bool by_query = p.mask.data && !masks_keys_only(p);
 #pragma unroll
   for (int i = 0; i < C::kRowTiles; ++i) {

@@ -1,9 +1,9 @@
-// Scores of queries and keys, whatever the keys lie in: the queries they meet, and what becomes of
-// the heads.
+// Launches that qk_score and packed_qk_score share: mean queries before the scores, the reduction
+// of heads after them.
 #pragma once
 
+#include "attention/cuda/qk_score.cuh"
 #include "common/cuda/launch.h"
-#include "score/cuda/qk_score.cuh"
 
 namespace tokred::cuda::scoring {
 
@@ -34,8 +34,8 @@ QkScoreArgs score_args(const QkScoreParams& p, bool stores, Stream stream) {
   if (stores) {
     const int64_t heads = averages_queries(p) ? group : 1, rows = p.heads_q / heads;
     auto* mean = static_cast<float*>(p.workspace);
-    launch(mean_query_kernel<T>, plan_score_elements(p.batch * rows * p.head_dim), stream, p,
-           heads, mean);
+    launch(mean_query_kernel<T>, plan_score_elements(p.batch * rows * p.head_dim), stream, p, heads,
+           mean);
     a.query = {mean, rows * p.head_dim, p.head_dim, 0};
     a.query_dtype = DType::f32;
   }
@@ -44,12 +44,11 @@ QkScoreArgs score_args(const QkScoreParams& p, bool stores, Stream stream) {
   return a;
 }
 
-// launch_scores.operator()<T>(args) launches the scores of the heads; a vote is taken of them.
+// launch_scores.operator()<T>(args) launches the scores of the heads; then heads vote.
 template <class F>
 void score_and_reduce(const QkScoreParams& p, bool stores, Stream stream, F&& launch_scores) {
   const int64_t rows = p.batch * p.heads_q;
-  HeadScores votes{nullptr, nullptr, p.out, p.batch, p.heads_q, p.heads_kv, 1, p.keys,
-                   p.reduction};
+  HeadScores votes{nullptr, nullptr, p.out, p.batch, p.heads_q, p.heads_kv, 1, p.keys, p.reduction};
   if (rows == 0) {  // no heads: sums over nothing
     if (p.reduction == HeadReduction::none) return;
     return launch(reduce_heads_kernel<kScoreThreads>, plan_reduce_heads(votes), stream, votes);

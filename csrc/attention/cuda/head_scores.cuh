@@ -1,15 +1,17 @@
-// The softmax of rows of scores in global memory, and what becomes of the scores of several heads.
+// The softmax of rows of scores in global memory, and the reduction of the scores of several heads.
 #pragma once
 
+#include "attention/cuda/plan_scores.h"
+#include "attention/score_params.h"
 #include "common/cuda/block.cuh"
-#include "score/cuda/rows.cuh"
+#include "common/cuda/row_io.cuh"
 
 namespace tokred::cuda::scoring {
 
 // exp(x), 0 where it would be subnormal, as on the CPU.
 __device__ __forceinline__ float exp_or_zero(float x) { return x < -87.3365f ? 0.0f : expf(x); }
 
-// A row's greatest score, and 1 / sum exp(score - top); 0 where there is nothing above -inf.
+// A row's largest score, and 1 / sum exp(score - top); 0 where there is nothing above -inf.
 struct SoftmaxRow {
   float top, inverse;
 
@@ -37,7 +39,7 @@ __device__ __forceinline__ void load_four(float (&x)[4], const float* row, int64
 }
 
 // Of row[first .. last), by the whole block, which must have met since the row was written. One
-// pass: every thread has a greatest score and a sum of its own (the recurrence of
+// pass: every thread has a largest score and a sum of its own (the recurrence of
 // arXiv 1805.02867).
 template <int kThreads>
 __device__ __forceinline__ SoftmaxRow softmax_row(const float* row, int64_t first, int64_t last,
@@ -53,9 +55,9 @@ __device__ __forceinline__ SoftmaxRow softmax_row(const float* row, int64_t firs
 #pragma unroll
     for (float score : x) sum += exp_or_zero(score - base_of(top));
   }
-  const float greatest = block_max<kThreads>(top, scratch);
-  sum = block_sum<kThreads>(sum * exp_or_zero(top - base_of(greatest)), scratch);
-  return {greatest, sum == 0.0f ? 0.0f : 1.0f / sum};
+  const float max_score = block_max<kThreads>(top, scratch);
+  sum = block_sum<kThreads>(sum * exp_or_zero(top - base_of(max_score)), scratch);
+  return {max_score, sum == 0.0f ? 0.0f : 1.0f / sum};
 }
 
 // Scores f32 [B, Hq, R, N] to out f32 [B, H', R, N]. For a vote, rows [B, Hq, R] is scratch.
@@ -86,7 +88,7 @@ __device__ __host__ inline int64_t reduced_heads(const HeadScores& p) {
   return by_group ? p.heads_kv : 1;
 }
 
-// A thread for each result, which takes the heads in order.
+// A thread for each result, over the heads in order.
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads)
     reduce_heads_kernel(const __grid_constant__ HeadScores p) {
@@ -102,7 +104,7 @@ __global__ void __launch_bounds__(kThreads)
     if (p.reduction == HeadReduction::softmax_vote) {
       x = p.rows[head * p.row_count + inside / p.columns].weight(x);
     }
-    result = is_max ? greater(result, x) : result + x;
+    result = is_max ? max_or_nan(result, x) : result + x;
   }
   const bool is_mean =
       p.reduction == HeadReduction::group_mean || p.reduction == HeadReduction::head_mean;
@@ -113,7 +115,7 @@ inline LaunchPlan plan_reduce_heads(const HeadScores& p) {
   return plan_score_elements(p.batch * reduced_heads(p) * p.row_count * p.columns);
 }
 
-// Bytes of scores and of what their softmax takes.
+// Bytes of scores and of their SoftmaxRows.
 inline int64_t head_scores_bytes(int64_t rows, int64_t columns) {
   return round_up(4 * rows * columns, 16) + static_cast<int64_t>(sizeof(SoftmaxRow)) * rows;
 }

@@ -1,12 +1,13 @@
-// What the scores of keys and of blocks share: which scored rows make which rows of the result, and
-// the softmax vote of many heads over chunks of their columns.
+// Scores of keys or blocks of many heads: the query rows that are scored, how scored rows are
+// reduced to rows of the result, and the softmax vote of many heads over chunks of their columns.
 #pragma once
 
+#include "attention/score_params.h"
 #include "common/cpu/parallel.h"
 #include "common/cpu/row.h"
 #include "common/cpu/sizes.h"
 #include "common/cpu/vexp.h"
-#include "score/params.h"
+#include "common/cpu/workspace.h"
 
 namespace tokred::TOKRED_ISA {
 
@@ -21,7 +22,7 @@ TOKRED_INLINE bool is_mean(HeadReduction reduction) {
 // The columns of a chunk that are scored.
 struct Visible {
   int64_t size, count = 0;
-  int64_t offset[kScoreChunk];    // in elements; behind the last it is repeated up to whole panels
+  int64_t offset[kScoreChunk];  // in elements; behind the last it is repeated up to whole panels
   int32_t position[kScoreChunk];  // in the chunk
 
   // row(i) is the number of the row that column i stands for, or -1.
@@ -48,23 +49,20 @@ struct Visible {
 };
 
 // Softmax over [heads][columns] logits a batch entry, summed over the heads. The logits come chunk
-// by chunk, each with its greatest logit and its sum of exponentials.
+// by chunk, each with its largest logit and its sum of exponentials.
 struct Vote {
-  float* logits;      // [items][heads][columns]
-  float* top;         // [items][heads][chunks]
-  float* total;       // [items][heads][chunks]
-  float* lse;         // [items][heads]
+  float* logits;  // [items][heads][columns]
+  float* top;  // [items][heads][chunks]
+  float* total;  // [items][heads][chunks]
+  float* lse;  // [items][heads]
   int64_t items, heads, columns, chunks;
 
-  static int64_t bytes(int64_t items, int64_t heads, int64_t columns) {
-    return 4 * items * heads * (columns + 2 * divide_up(columns, kScoreChunk) + 1) + kAlign;
-  }
-  Vote(void* workspace, int64_t items_, int64_t heads_, int64_t columns_)
+  Vote(Workspace& workspace, int64_t items_, int64_t heads_, int64_t columns_)
       : items(items_), heads(heads_), columns(columns_), chunks(divide_up(columns_, kScoreChunk)) {
-    logits = reinterpret_cast<float*>(aligned(workspace));
-    top = logits + items * heads * columns;
-    total = top + items * heads * chunks;
-    lse = total + items * heads * chunks;
+    logits = workspace.allocate<float>(items * heads * columns);
+    top = workspace.allocate<float>(items * heads * chunks);
+    total = workspace.allocate<float>(items * heads * chunks);
+    lse = workspace.allocate<float>(items * heads);
   }
 
   // row holds a whole chunk, -inf where there is no column.
@@ -72,34 +70,31 @@ struct Vote {
     const int64_t at = item * heads + head;
     f32x16 best = splat(-__builtin_inff());
     for (int64_t i = 0; i < kScoreChunk; i += kLanes) best = max(load(row + i), best);
-    float lane[kLanes];
-    store(lane, best);
-    float greatest = lane[0];
-    for (float x : lane) greatest = x > greatest ? x : greatest;
-    const f32x16 base = splat(greatest > -__builtin_inff() ? greatest : 0.0f);
+    const float max_score = greatest_lane(best);
+    const f32x16 base = splat(max_score > -__builtin_inff() ? max_score : 0.0f);
     f32x16 exponentials = splat(0.0f);
     for (int64_t i = 0; i < kScoreChunk; i += kLanes) {
       exponentials = exponentials + exp(load(row + i) - base);
     }
-    top[at * chunks + chunk] = greatest;
+    top[at * chunks + chunk] = max_score;
     total[at * chunks + chunk] = sum(exponentials);
     copy_bytes(logits + at * columns + chunk * kScoreChunk, row, 4 * count);
   }
 
   // +inf where a head saw nothing, so that its votes are exp(-inf).
   void finish_head(int64_t at) const {
-    float greatest = -__builtin_inff();
+    float max_score = -__builtin_inff();
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const float x = top[at * chunks + chunk];
-      greatest = x > greatest ? x : greatest;
+      max_score = x > max_score ? x : max_score;
     }
     float sum = 0;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const float x = top[at * chunks + chunk];
       if (x == -__builtin_inff() && total[at * chunks + chunk] == 0) continue;
-      sum += total[at * chunks + chunk] * std::exp(x - greatest);
+      sum += total[at * chunks + chunk] * std::exp(x - max_score);
     }
-    lse[at] = sum == 0 ? __builtin_inff() : greatest + std::log(sum);
+    lse[at] = sum == 0 ? __builtin_inff() : max_score + std::log(sum);
   }
 
   // out is [items][columns].
@@ -141,7 +136,7 @@ struct HeadReducer {
       case HeadReduction::group_mean:
         add(kv_head, kv_head + 1, scorer.out(kv_head, heads_kv));
         break;
-      case HeadReduction::group_max: greatest(kv_head); break;
+      case HeadReduction::group_max: group_max(kv_head); break;
       case HeadReduction::head_mean: add(0, heads_kv, scorer.out(0, 1)); break;
       case HeadReduction::softmax_vote: vote(kv_head, votes, item, chunk); break;
     }
@@ -172,7 +167,7 @@ struct HeadReducer {
     });
   }
   // NaN stays.
-  void greatest(int64_t kv_head) {
+  void group_max(int64_t kv_head) {
     start(-__builtin_inff());
     each_row(kv_head, [&](int64_t, const float* x) {
       for (int64_t i = 0; i < visible.count; ++i) {
@@ -193,5 +188,61 @@ struct HeadReducer {
     visible.spread(total, out);
   }
 };
+
+// ---- Queries ------------------------------------------------------------------------------------
+
+// How the query heads become rows to score: the mean of a group's scores is that of its mean query.
+struct QueryRows {
+  int64_t heads;  // of a row
+  int64_t rows;  // a kv head
+  int64_t stride;  // floats of a row, a multiple of 16
+  float* packed;  // [batch][kv head][row][stride]
+
+  QueryRows(const QkScoreParams& p, Workspace& workspace)
+      : heads(is_mean(p.reduction) ? p.heads_q / p.heads_kv : 1),
+        rows(p.heads_q / p.heads_kv / heads), stride(round_up(p.head_dim, kLanes)),
+        packed(workspace.allocate<float>(p.batch * p.heads_kv * rows * stride)) {}
+  float* row(const QkScoreParams& p, int64_t item, int64_t kv_head, int64_t r) const {
+    return packed + ((item * p.heads_kv + kv_head) * rows + r) * stride;
+  }
+};
+
+// Calls visit(d) for the dimensions that a head looks at.
+template <class Visit>
+TOKRED_INLINE void each_dim(const QkScoreParams& p, int64_t head, const Visit& visit) {
+  for (int64_t i = 0; i < p.num_dims; ++i) {
+    const int32_t d = p.dims[head * p.num_dims + i];
+    if (d >= 0 && d < p.head_dim) visit(d);
+  }
+}
+
+// The mean over the queries, and over the heads of the result, times the scale; 0 in the dimensions
+// that a head does not look at.
+template <class T>
+void pack_query(const QkScoreParams& p, const QueryRows& query_rows, int64_t item, int64_t kv_head,
+                int64_t r) {
+  const int64_t first = (kv_head * query_rows.rows + r) * query_rows.heads;
+  int64_t mean_over = p.queries;
+  if (p.reduction == HeadReduction::group_mean) mean_over *= query_rows.heads;
+  if (p.reduction == HeadReduction::head_mean) mean_over *= p.heads_q;
+  float* row = query_rows.row(p, item, kv_head, r);
+  for (int64_t d = 0; d < query_rows.stride; ++d) row[d] = 0;
+  for (int64_t head = first; head < first + query_rows.heads; ++head) {
+    const T* q = static_cast<const T*>(p.q.data) + item * p.q.stride_batch + head * p.q.stride_head;
+    alignas(64) float total[kMaxHeadDim];
+    for (int64_t d = 0; d < p.head_dim; d += kLanes) {
+      f32x16 part = splat(0.0f);
+      for (int64_t i = 0; i < p.queries; ++i) {
+        part = part + load_row(q + i * p.q.stride_token + d, p.head_dim - d);
+      }
+      store(total + d, part * splat(p.scale) / splat(static_cast<float>(mean_over)));
+    }
+    if (p.dims) {
+      each_dim(p, head, [&](int32_t d) { row[d] += total[d]; });
+    } else {
+      for (int64_t d = 0; d < p.head_dim; ++d) row[d] += total[d];
+    }
+  }
+}
 
 }  // namespace tokred::TOKRED_ISA

@@ -1,15 +1,17 @@
-// Tiles in shared memory and their products on the tensor cores, for attention forward and
-// backward. f32 is split exactly into three bf16 planes, x = high + middle + low, and a product
-// takes the six pairs of planes that matter: six times the work of bf16, for the accuracy of an
-// fp32 dot product. (An infinity among f32 inputs comes out as NaN.)
+// Tiles in shared memory and their products on the tensor cores. f32 is split exactly into three
+// bf16 planes, x = high + middle + low, and a product takes the six pairs of planes that matter:
+// six times the work of bf16, for the accuracy of an fp32 dot product. (An infinity among f32
+// inputs comes out as NaN.)
 #pragma once
 
-#include "attention/cuda/visibility.cuh"
-#include "common/cuda/chunk.cuh"
-#include "common/cuda/ptx.cuh"
-#include "sparse_attn/params.h"
+#include <type_traits>
 
-namespace tokred::cuda::attention {
+#include "common/cuda/chunk.cuh"
+#include "common/cuda/plan.h"
+#include "common/cuda/ptx.cuh"
+#include "common/cuda/warp.cuh"
+
+namespace tokred::cuda {
 
 template <class T>
 struct Operand {
@@ -22,10 +24,21 @@ struct Operand<float> {
   static constexpr int kPlanes = 3;
 };
 
+// Two planes of 16 bits, x = high + low: as exact as sums in fp32 for what unpacking and rotation
+// give, of which one plane would keep 8 or 11 bits.
+template <class T>
+struct Split;
+
+template <class T>
+struct Operand<Split<T>> {
+  using Element = T;
+  static constexpr int kPlanes = 2;
+};
+
 template <class T, int kRowCount, int kHeadDim>
 struct Tile {
   static constexpr int kRows = kRowCount, kDim = kHeadDim;
-  static constexpr int kPitch = attention_pitch(kDim);
+  static constexpr int kPitch = tile_pitch(kDim);
   alignas(16) typename Operand<T>::Element plane[Operand<T>::kPlanes][kRows][kPitch];
 };
 
@@ -45,6 +58,32 @@ __device__ __forceinline__ void split_pair(float x, float y, uint32_t (&out)[Ope
   }
 }
 
+template <class T>
+__device__ __forceinline__ void split_in_two(float x, float y, uint32_t (&out)[2]) {
+  const T high[2] = {from_float<T>(x), from_float<T>(y)};
+  out[0] = pack(high[0], high[1]);
+  out[1] = pack_pair<T>(x - to_float(high[0]), y - to_float(high[1]));
+}
+template <>
+__device__ __forceinline__ void split_pair<Split<bf16>>(float x, float y, uint32_t (&out)[2]) {
+  split_in_two<bf16>(x, y, out);
+}
+template <>
+__device__ __forceinline__ void split_pair<Split<f16>>(float x, float y, uint32_t (&out)[2]) {
+  split_in_two<f16>(x, y, out);
+}
+
+// f16 ends early: finite numbers stay finite.
+template <class T>
+__device__ __forceinline__ void keep_finite(float (&x)[8]) {
+  if constexpr (std::is_same_v<T, f16>) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (fabsf(x[i]) < kInfinity) x[i] = fminf(fmaxf(x[i], -65504.0f), 65504.0f);
+    }
+  }
+}
+
 // Loading ----------------------------------------------------------------------------------------
 
 // What a tile is loaded from: numbers of its own type, but of T for Split<T>.
@@ -52,13 +91,10 @@ template <class T>
 struct StoredAs {
   using type = T;
 };
-
-// Whether every row of t starts at a multiple of 16 bytes.
 template <class T>
-__host__ __device__ __forceinline__ bool is_aligned(const HeadTensor& t) {
-  const int64_t strides = t.stride_batch | t.stride_head | t.stride_token;
-  return ((reinterpret_cast<uintptr_t>(t.data) | strides * sizeof(T)) & 15) == 0;
-}
+struct StoredAs<Split<T>> {
+  using type = T;
+};
 
 template <class T>
 __device__ __forceinline__ void load_eight(float (&x)[8], const T* source, int count,
@@ -108,6 +144,20 @@ __device__ __forceinline__ void load_tile(Tile<T, kRows, kDim>& tile,
       store_chunk(&tile.plane[plane][r][column],
                   {{pairs[0][plane], pairs[1][plane], pairs[2][plane], pairs[3][plane]}});
     }
+  }
+}
+
+// Stores columns column .. column + 7 of a row.
+template <class T, int kRows, int kDim>
+__device__ __forceinline__ void store_eight(Tile<T, kRows, kDim>& tile, int row, int column,
+                                            const float (&x)[8]) {
+  uint32_t pairs[4][Operand<T>::kPlanes];
+#pragma unroll
+  for (int pair = 0; pair < 4; ++pair) split_pair<T>(x[2 * pair], x[2 * pair + 1], pairs[pair]);
+#pragma unroll
+  for (int plane = 0; plane < Operand<T>::kPlanes; ++plane) {
+    store_chunk(&tile.plane[plane][row][column],
+                {{pairs[0][plane], pairs[1][plane], pairs[2][plane], pairs[3][plane]}});
   }
 }
 
@@ -161,8 +211,7 @@ __device__ __forceinline__ void load_right(uint32_t (&b)[2][2], const Tile<T, kR
 // gives columns 16 k .. 16 k + 15 of them.
 template <int kDim, class T, int kRowTiles, int kColumns, class LeftAt>
 __device__ __forceinline__ void multiply_by_rows(float (&out)[kRowTiles][kColumns / 8][4],
-                                                 const Tile<T, kColumns, kDim>& tile,
-                                                 LeftAt left) {
+                                                 const Tile<T, kColumns, kDim>& tile, LeftAt left) {
 #pragma unroll
   for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
@@ -239,43 +288,4 @@ __device__ __forceinline__ void store_pair(T* row, int column, int dim, float x,
   if (column + 1 < dim) row[column + 1] = from_float<T>(y);
 }
 
-// Rows and keys ----------------------------------------------------------------------------------
-
-// The rows of a head of k or v, or of a batch item of q or grad_out (head 0), from a column on.
-template <class T>
-struct RowSource {
-  const HeadTensor& tensor;
-  const T* first;
-  int columns;
-  bool aligned;
-
-  __device__ RowSource(const HeadTensor& t, int64_t batch, int64_t head, int64_t column,
-                       int64_t columns)
-      : tensor(t), first(static_cast<const T*>(t.data) + batch * t.stride_batch +
-                         head * t.stride_head + column),
-        columns(static_cast<int>(columns - column)), aligned(is_aligned<T>(t)) {}
-};
-
-template <int kThreads, class T, int kRows, int kDim>
-__device__ __forceinline__ void load_keys(Tile<T, kRows, kDim>& tile, const RowSource<T>& source,
-                                          const AttentionParams& p, const HeadView& view,
-                                          int64_t first_key) {
-  load_tile<kThreads>(tile, source.first, source.columns, source.aligned, [&](int r) {
-    const int64_t key = first_key + r;
-    return view.key_exists(p, key) ? source.first + key * source.tensor.stride_token : nullptr;
-  });
-}
-
-template <int kThreads, class TileType, class T, int kRows, int kDim>
-__device__ __forceinline__ void load_queries(Tile<TileType, kRows, kDim>& tile,
-                                             const RowSource<T>& source, const HeadView& view,
-                                             int64_t first_row) {
-  load_tile<kThreads>(tile, source.first, source.columns, source.aligned, [&](int r) {
-    const auto row = static_cast<uint32_t>(first_row + r);
-    return row < view.rows ? source.first + view.query_head(row) * source.tensor.stride_head +
-                                 view.query(row) * source.tensor.stride_token
-                           : nullptr;
-  });
-}
-
-}  // namespace tokred::cuda::attention
+}  // namespace tokred::cuda

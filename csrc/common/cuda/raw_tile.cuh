@@ -2,10 +2,9 @@
 // asynchronous, and numbers are split into bf16 planes on their way into the tensor cores.
 #pragma once
 
-#include "attention/cuda/plan_decode.h"
-#include "attention/cuda/tile.cuh"
+#include "common/cuda/mma_tile.cuh"
 
-namespace tokred::cuda::attention {
+namespace tokred::cuda {
 
 template <int kRowCount, int kHeadDim>
 struct RawTile {
@@ -50,19 +49,6 @@ __device__ __forceinline__ void store_eight(RawTile<kRows, kDim>& tile, int row,
 #pragma unroll
   for (int e = 0; e < 8; ++e) tile.row[row][column + e] = x[e];
 }
-template <class T, int kRows, int kDim>
-__device__ __forceinline__ void store_eight(Tile<T, kRows, kDim>& tile, int row, int column,
-                                            const float (&x)[8]) {
-  uint32_t pairs[4][Operand<T>::kPlanes];
-#pragma unroll
-  for (int pair = 0; pair < 4; ++pair) split_pair<T>(x[2 * pair], x[2 * pair + 1], pairs[pair]);
-#pragma unroll
-  for (int plane = 0; plane < Operand<T>::kPlanes; ++plane) {
-    store_chunk(&tile.plane[plane][row][column],
-                {{pairs[0][plane], pairs[1][plane], pairs[2][plane], pairs[3][plane]}});
-  }
-}
-
 // A 16 x 8 right operand from its pairs of rows 2t, 2t + 1 and 2t + 8, 2t + 9 (see mma).
 __device__ __forceinline__ void multiply_split(float (&d)[4], const Left<float>& a, float2 low,
                                                float2 high) {
@@ -79,8 +65,7 @@ __device__ __forceinline__ void multiply_split(float (&d)[4], const Left<float>&
 // As multiply_by_rows and accumulate of a Tile.
 template <int kDim, int kColumns, class LeftAt>
 __device__ __forceinline__ void multiply_by_rows(float (&out)[1][kColumns / 8][4],
-                                                 const RawTile<kColumns, kDim>& tile,
-                                                 LeftAt left) {
+                                                 const RawTile<kColumns, kDim>& tile, LeftAt left) {
 #pragma unroll
   for (int j = 0; j < kColumns / 8; ++j) {
 #pragma unroll
@@ -121,4 +106,4 @@ __device__ __forceinline__ void accumulate(float (&out)[1][kDim / 8][4],
   }
 }
 
-}  // namespace tokred::cuda::attention
+}  // namespace tokred::cuda

@@ -1,11 +1,10 @@
-// Recomputes the rows of attention, and of its gradients, whose result is NaN. In the tiles of the
-// other kernels a hidden key has weight 0, and 0 times infinity or NaN is NaN; here a warp takes
-// only the visible pairs of a row, one at a time. A row lies across a warp, eight neighbours to a
-// lane.
+// Recomputes the rows of attention whose result is NaN. In the tiles of the other kernels a hidden
+// key has weight 0, and 0 times infinity or NaN is NaN; here a warp takes only the visible pairs of
+// a row, one at a time. A row lies across a warp, eight neighbours to a lane.
 #pragma once
 
 #include "attention/cuda/keys.cuh"
-#include "score/cuda/rows.cuh"
+#include "common/cuda/row_io.cuh"
 
 namespace tokred::cuda::attention {
 
@@ -14,7 +13,7 @@ using LaneRow = float[1][8];
 template <class T>
 __device__ __forceinline__ void load_row(LaneRow& x, const T* row, int64_t dim) {
   const T* rows[1] = {row};
-  scoring::load_rows(x, rows, 8 * lane_id(), static_cast<int>(dim), false);
+  load_rows(x, rows, 8 * lane_id(), static_cast<int>(dim), false);
 }
 template <class T>
 __device__ __forceinline__ const T* row_of(const HeadTensor& t, int64_t batch, int64_t head,
@@ -107,8 +106,8 @@ struct PlainKeys {
                                 query * mask.stride[2] + key * mask.stride[3]]) {
       return false;
     }
-    if (a.positions.columns > 0 && !sees(query_position(a.positions, batch, query),
-                                         key_position(a.positions, batch, key))) {
+    if (a.positions.columns > 0 &&
+        !sees(query_position(a.positions, batch, query), key_position(a.positions, batch, key))) {
       return false;
     }
     if (a.blocks.mask.data && !block_row(a, batch, head, query)[block_column(a, key)]) return false;
@@ -121,8 +120,8 @@ struct PlainKeys {
     return {static_cast<int>(key), bias_of(key)};
   }
 
-  __device__ void turn_query(LaneRow&) const {}
-  __device__ void turn_out(LaneRow&) const {}
+  __device__ void rotate_query(LaneRow&) const {}
+  __device__ void rotate_out(LaneRow&) const {}
   __device__ void load_key(LaneRow& x, const Found& found, int64_t position) const {
     const T* row = row_of<T>(a.k, batch, kv_head, found.key);
     load_row(x, row, a.head_dim);
@@ -157,8 +156,8 @@ struct QueryRow {
 // has set lse to NaN wherever out has a NaN.
 template <class T, class Keys, class Params>
 __global__ void __launch_bounds__(256, 1)
-    mend_rows_kernel(const __grid_constant__ Params p, const __grid_constant__ AttentionParams a,
-                     bool marked) {
+    recompute_rows_kernel(const __grid_constant__ Params p,
+                          const __grid_constant__ AttentionParams a, bool marked) {
   const QueryRow at(a);
   if (!at.exists(a)) return;
   T* out = static_cast<T*>(a.out) + at.batch * a.out_stride_batch + at.head * a.out_stride_head +
@@ -168,7 +167,7 @@ __global__ void __launch_bounds__(256, 1)
   const Keys keys(p, at.batch, at.head, at.query);
   LaneRow q, sum = {};
   load_row(q, row_of<T>(a.q, at.batch, at.head, at.query), a.head_dim);
-  keys.turn_query(q);
+  keys.rotate_query(q);
   float top = -kInfinity, total = 0.0f;
   for (int64_t first = 0; first < keys.length(); first += kWarp) {
     const auto mine = keys.find(first + lane_id());
@@ -188,107 +187,10 @@ __global__ void __launch_bounds__(256, 1)
       add(sum, weight, x);
     });
   }
-  keys.turn_out(sum);
+  keys.rotate_out(sum);
   store_row(out, a.value_dim, sum, total == 0.0f ? 0.0f : 1.0f / total);
   __syncwarp();
   if (lane_id() == 0) *lse = total == 0.0f ? -kInfinity : (top + log2f(total)) * kLn2;
-}
-
-// The gradients of one pair: its probability, and the gradient of its logit.
-struct PairGradient {
-  float probability, logit;
-};
-template <class T>
-__device__ __forceinline__ PairGradient pair_gradient(const AttentionBackwardParams& b,
-                                                      int64_t flat, const LaneRow& q,
-                                                      const LaneRow& grad_out, const LaneRow& k,
-                                                      const LaneRow& v, float bias) {
-  const float lse = static_cast<const float*>(b.forward.lse)[flat];
-  const float logit = fmaf(dot(q, k), static_cast<float>(b.forward.scale) * kLog2E, bias);
-  const float probability = lse == -kInfinity ? 0.0f : exp2_approx(logit - lse * kLog2E);
-  const float delta = static_cast<const float*>(b.delta)[flat], along = dot(grad_out, v);
-  return {probability, probability == 0.0f ? 0.0f : probability * (along - delta)};
-}
-
-template <class T>
-__global__ void __launch_bounds__(256, 1)
-    mend_grad_query_kernel(const __grid_constant__ AttentionBackwardParams b,
-                           const __grid_constant__ KeyLists lists) {
-  const AttentionParams& f = b.forward;
-  const QueryRow at(f);
-  if (!at.exists(f)) return;
-  T* grad_q = static_cast<T*>(b.grad_q) + at.flat * f.head_dim;
-  if (!has_nan(grad_q, f.head_dim)) return;
-  const PlainKeys<T> keys(f, lists, {}, at.batch, at.head, at.query);
-  LaneRow q, grad_out, sum = {};
-  load_row(q, row_of<T>(f.q, at.batch, at.head, at.query), f.head_dim);
-  load_row(grad_out, row_of<T>(b.grad_out, at.batch, at.head, at.query), f.value_dim);
-  for (int64_t first = 0; first < keys.length(); first += kWarp) {
-    const auto mine = keys.find(first + lane_id());
-    each_visible(mine.key >= 0, [&](int lane) {
-      const auto found = mine.of(lane);
-      LaneRow k, v;
-      keys.load_key(k, found, first + lane);
-      keys.load_value(v, found);
-      const auto grad = pair_gradient<T>(b, at.flat, q, grad_out, k, v, found.bias);
-      if (grad.logit != 0.0f) add(sum, grad.logit, k);
-    });
-  }
-  store_row(grad_q, f.head_dim, sum, static_cast<float>(f.scale));
-}
-
-// The gradients of one key of [B, Hkv, N].
-template <class T>
-__global__ void __launch_bounds__(256, 1)
-    mend_grad_key_kernel(const __grid_constant__ AttentionBackwardParams b,
-                         const __grid_constant__ KeyLists lists) {
-  const AttentionParams& f = b.forward;
-  const int64_t flat = int64_t{blockIdx.x} * 8 + warp_id(), key = flat % f.keys;
-  const int64_t kv_head = flat / f.keys % f.heads_kv, batch = flat / f.keys / f.heads_kv;
-  if (batch >= f.batch) return;
-  T* grad_k = static_cast<T*>(b.grad_k) + flat * f.head_dim;
-  T* grad_v = static_cast<T*>(b.grad_v) + flat * f.value_dim;
-  float* grad_bias = b.grad_bias ? static_cast<float*>(b.grad_bias) + flat : nullptr;
-  const bool bias_nan = grad_bias && *grad_bias != *grad_bias;
-  if (!bias_nan && !has_nan(grad_k, f.head_dim) && !has_nan(grad_v, f.value_dim)) return;
-  LaneRow k, v, sum_k = {}, sum_v = {};
-  float sum_bias = 0.0f;
-  load_row(k, row_of<T>(f.k, batch, kv_head, key), f.head_dim);
-  load_row(v, row_of<T>(f.v, batch, kv_head, key), f.value_dim);
-  const int64_t group = f.heads_q / f.heads_kv;
-  for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-    for (int64_t first = 0; first < f.queries; first += kWarp) {
-      const int64_t mine = first + lane_id();
-      // How often this lane's query has the key.
-      int times = 0;
-      if (mine < f.queries) {
-        const PlainKeys<T> keys(f, lists, {}, batch, head, mine);
-        if (keys.sees_key(key)) {
-          times = lists.indices ? 0 : 1;
-          for (int64_t i = 0; lists.indices && i < lists.length; ++i) {
-            times += keys.indices[i] == key;
-          }
-        }
-      }
-      each_visible(times > 0, [&](int lane) {
-        const int64_t query = first + lane;
-        const float count = static_cast<float>(__shfl_sync(kAllLanes, times, lane));
-        LaneRow q, grad_out;
-        load_row(q, row_of<T>(f.q, batch, head, query), f.head_dim);
-        load_row(grad_out, row_of<T>(b.grad_out, batch, head, query), f.value_dim);
-        const PlainKeys<T> keys(f, lists, {}, batch, head, query);
-        const int64_t row = (batch * f.heads_q + head) * f.queries + query;
-        const auto grad = pair_gradient<T>(b, row, q, grad_out, k, v, keys.bias_of(key));
-        sum_bias = fmaf(count, grad.logit, sum_bias);
-        if (grad.probability != 0.0f) add(sum_v, count * grad.probability, grad_out);
-        if (grad.logit != 0.0f) add(sum_k, count * grad.logit, q);
-      });
-    }
-  }
-  store_row(grad_k, f.head_dim, sum_k, static_cast<float>(f.scale));
-  store_row(grad_v, f.value_dim, sum_v, 1.0f);
-  __syncwarp();
-  if (grad_bias && lane_id() == 0) *grad_bias = sum_bias;
 }
 
 }  // namespace tokred::cuda::attention
