@@ -70,7 +70,7 @@ struct Vote {
     const int64_t at = item * heads + head;
     f32x16 best = splat(-__builtin_inff());
     for (int64_t i = 0; i < kScoreChunk; i += kLanes) best = max(load(row + i), best);
-    const float max_score = greatest_lane(best);
+    const float max_score = max_lane(best);
     const f32x16 base = splat(max_score > -__builtin_inff() ? max_score : 0.0f);
     f32x16 exponentials = splat(0.0f);
     for (int64_t i = 0; i < kScoreChunk; i += kLanes) {

@@ -74,7 +74,7 @@ float row_lse(const float* row, int64_t count) {
   f32x16 best = splat(-kInf);
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) best = max(load(row + i), best);
-  float top = greatest_lane(best);
+  float top = max_lane(best);
   for (; i < count; ++i) top = row[i] > top ? row[i] : top;
   if (top == -kInf) return kInf;
   float total = 0;
