@@ -88,8 +88,14 @@ def test_options_refuse_other_types(method: Method) -> None:
 @pytest.mark.parametrize("method", PATCHED, ids=id_of)
 def test_what_can_be_patched_is_swept(method: Method) -> None:
     """Over the models of test_model_sweep_encoders, test_model_sweep_decoders or test_diffusers."""
-    swept = {Needs.VISION_ENCODER, Needs.LANGUAGE_MODEL, Needs.IMAGE_DIFFUSION}
-    assert swept & {*method.needs}, f"no sweep has models for {method.name}"
+    swept = {
+        Needs.VISION_ENCODER: {"timm", "transformers"},
+        Needs.LANGUAGE_MODEL: {"causal_lm"},
+        Needs.IMAGE_DIFFUSION: {"diffusers"},
+    }
+    known = [need for need in method.needs if need in swept]
+    assert known, f"no sweep has models for {method.name}, which needs {method.needs_in_words}"
+    assert {*method.options.adapters} <= swept[known[0]], f"not what {method.name} needs"
 
 
 # The registry.
@@ -194,6 +200,20 @@ def test_a_new_file_is_a_new_method(
     torch.testing.assert_close(logits[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="k must be an int"):
         tokred.patch(model, name, k=2.5)
+
+
+def test_the_page_on_adding_a_method_shows_a_whole_one(tmp_path: Path) -> None:
+    from cases.tiny_models import reducers
+
+    page = (ROOT / "docs" / "adding_a_method.md").read_text()
+    shown = re.search(r"```python\n# python/tokred/methods/(\w+)\.py\n(.*?)```", page, re.DOTALL)
+    name, text = shown.groups()
+    (tmp_path / f"{name}.py").write_text(text)
+    with methods_in(tmp_path):
+        test_file_says_what_its_method_is(name)
+        test_options_are_named_and_described(get(name))
+        test_options_refuse_other_types(get(name))
+        assert name in reducers()
 
 
 def test_a_file_without_a_method_says_what_it_lacks(new_file: Callable[[str], str]) -> None:

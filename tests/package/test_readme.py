@@ -1,17 +1,22 @@
-"""Every Python snippet of the pages runs, and what the pages point at exists."""
+"""Every Python snippet of the pages runs, tests in them pass, and what pages point at exists."""
 
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from cases.new_methods import methods_in
 from tokred.compat import cache_keyword, has_flat_dinov2
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SNIPPET = re.compile(r"```python\n(.*?)```", re.DOTALL)
+METHOD_FILE = re.compile(r"```python\n# python/tokred/methods/(\w+\.py)\n(.*?)```", re.DOTALL)
 LINK = re.compile(r"!?\[[^\]]*\]\((?!https?:)([^)#]+)\)")
 FOLDER = re.compile(r"`((?:csrc|python|tests|bench|docs|examples)/[\w/.]*)`")
 
@@ -27,17 +32,32 @@ def found(pattern: re.Pattern[str]) -> list:
 
 def test_there_are_snippets() -> None:
     pages = {parameters.values[0].name for parameters in found(SNIPPET)}
-    assert {"README.md", "ops.md", "caches.md"} <= pages
+    assert {"README.md", "ops.md", "caches.md", "adding_a_method.md"} <= pages
     assert found(FOLDER)
 
 
+@pytest.fixture
+def shown_methods(page: Path, tmp_path: Path) -> Iterator[None]:
+    """What a page shows as the file of a method is one."""
+    for name, text in METHOD_FILE.findall(page.read_text()):
+        (tmp_path / name).write_text(text)
+    with methods_in(tmp_path):
+        yield
+
+
+@pytest.mark.usefixtures("shown_methods")
 @pytest.mark.parametrize(("page", "snippet"), found(SNIPPET))
-def test_snippet_runs(page: Path, snippet: str) -> None:
+def test_snippet_runs(page: Path, snippet: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if "Dinov2" in snippet and not has_flat_dinov2():
         pytest.skip("merging in DINOv2 needs transformers 5.18 or newer")
     # The pages show the newest name of what has two.
     snippet = snippet.replace("cache=cache", f"{cache_keyword()}=cache")
-    exec(compile(snippet, str(page), "exec"), {"__name__": page.stem})
+    module = ModuleType(page.stem)
+    monkeypatch.setitem(sys.modules, page.stem, module)
+    exec(compile(snippet, str(page), "exec", dont_inherit=True), vars(module))
+    for name, function in [*vars(module).items()]:
+        if name.startswith("test_"):
+            function()
 
 
 @pytest.mark.parametrize(("page", "target"), found(LINK))

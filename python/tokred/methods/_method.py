@@ -56,7 +56,7 @@ class Options:
                 raise ValueError(f"{name} must be {_in_words(hint)}, got {value!r}")
 
 
-_NUMBERS = {int: int, float: (int, float)}
+_NUMBERS: dict[Any, Any] = {int: int, float: (int, float)}
 _WORDS = {
     int: "an int",
     float: "a number",
