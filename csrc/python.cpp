@@ -139,10 +139,10 @@ py::dict plans_of_rows(int64_t rows, int64_t columns) {
 // The launches of kv_pack and kv_unpack, and of a kv_append of as many tokens to a cache with that
 // window (0: none) of which each item may hold any number.
 py::dict plans_of_packing(const PackFormat& f, int64_t heads, int64_t tokens, int64_t window) {
-  const int64_t most = most_packed(f.axis, window, tokens, -1);
+  const int64_t max_tokens = max_packed(f.axis, window, tokens, -1);
   py::dict plans("pack"_a = describe(plan_kv_pack(f, heads, tokens)),
                  "unpack"_a = describe(plan_packed_rows(f.head_dim, heads * tokens)),
-                 "append"_a = describe(plan_kv_pack(f, heads, most)));
+                 "append"_a = describe(plan_kv_pack(f, heads, max_tokens)));
   const int64_t newest = tokens < window ? tokens : window;
   if (window > 0) plans["window"] = describe(plan_packed_rows(f.head_dim, heads * newest));
   return plans;

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "attention/inputs.h"
-#include "kv_pack/kv_pack.h"
+#include "kv_pack/packed_rows.h"
 #include "packed_attn/params.h"
 
 namespace tokred {

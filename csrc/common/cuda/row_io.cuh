@@ -233,6 +233,30 @@ __device__ __forceinline__ void load_rows(float (&x)[kCount][8], const void* dat
   }
 }
 
+// Stores elements first .. first + 7 of a row of `dim`, a multiple of eight.
+template <class T>
+__device__ __forceinline__ void store_eight(T* row, int first, int dim, bool aligned,
+                                            const float (&x)[8]) {
+  if (first >= dim) return;
+  constexpr int kPart = 16 / sizeof(T);
+#pragma unroll
+  for (int part = 0; part < 8; part += kPart) {
+    Chunk chunk;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (sizeof(T) == 4) {
+        chunk.word[i] = __float_as_uint(x[part + i]);
+      } else {
+        chunk.word[i] = pack_pair<T>(x[2 * i], x[2 * i + 1]);
+      }
+    }
+    if (aligned) store_chunk(row + first + part, chunk);
+  }
+  if (aligned) return;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) row[first + i] = from_float<T>(x[i]);
+}
+
 // Sums kCount numbers a lane over groups of kLanes lanes. The results are shared out: lane l of a
 // group gets those from number l * kCount / kLanes on, at the front of x.
 template <int kLanes, int kCount, int kStep = kLanes / 2, int kSize>

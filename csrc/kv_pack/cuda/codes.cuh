@@ -1,5 +1,5 @@
-// Codes of eight neighbouring channels, from bytes to numbers and back (see kv_pack/layout.h): what
-// kernels that pack, unpack and read packed rows share.
+// Codes of eight neighbouring channels, from bytes to numbers and back (see kv_pack/layout.h), for
+// kernels that pack, unpack and read packed rows.
 #pragma once
 
 #include "common/cuda/numbers.cuh"
@@ -7,17 +7,16 @@
 
 namespace tokred::cuda::packing {
 
-
 // Bytes read and written a few at a time, whatever they hold.
 using Word = uint32_t __attribute__((may_alias));
 using HalfWord = uint16_t __attribute__((may_alias));
 
 // Where the codes of channels 8 i .. 8 i + 7 lie in a row of 1, 2, 4 or 8 bits: in eight bytes from
 // a bit on, or in the bytes of a shorter run, the later channels in higher bits.
-struct CodePlace8 {
+struct CodePosition8 {
   int byte, shift, run;
 
-  __device__ CodePlace8(int channel, int head_dim, int bits) : byte(0), shift(0), run(16) {
+  __device__ CodePosition8(int channel, int head_dim, int bits) : byte(0), shift(0), run(16) {
     const int bytes = head_dim * bits / 8;
     for (;; byte += run, channel -= run * 8 / bits) {
       while (run > bytes - byte) run /= 2;
@@ -27,7 +26,7 @@ struct CodePlace8 {
     shift = channel / run * bits;
   }
   // From and to one number.
-  __device__ explicit CodePlace8(uint32_t all)
+  __device__ explicit CodePosition8(uint32_t all)
       : byte(static_cast<int>(all >> 8)), shift(static_cast<int>(all >> 5 & 7)),
         run(static_cast<int>(all & 31)) {}
   __device__ uint32_t all() const {
@@ -53,39 +52,38 @@ __device__ __forceinline__ uint2 load_run(const uint8_t* p, int run, bool aligne
 }
 
 // The codes, a byte each.
-__device__ __forceinline__ uint2 spread_run(uint2 word, const CodePlace8& place, int bits) {
-  if (place.run == 2) {
+__device__ __forceinline__ uint2 spread_run(uint2 word, const CodePosition8& position, int bits) {
+  if (position.run == 2) {
     word.y = word.x >> 2 * bits;
     word.x |= word.x >> bits << 16;
     word.y |= word.y >> bits << 16;
-  } else if (place.run == 4) {
+  } else if (position.run == 4) {
     word.y = word.x >> bits;
   }
   const uint32_t mask = 0x01010101u * ((1u << bits) - 1);
-  return {word.x >> place.shift & mask, word.y >> place.shift & mask};
+  return {word.x >> position.shift & mask, word.y >> position.shift & mask};
 }
 
 // The codes of a lane's eight channels in row after row.
 struct CodeReader {
   int bits, high_row;
-  CodePlace8 low, high;  // three bits are two, and one of a second row
+  CodePosition8 low, high;  // three bits are two, and one of a second row
 
   __device__ CodeReader(const PackFormat& f, int channel)
       : bits(f.bits), high_row(static_cast<int>(high_bit_row(f.head_dim))),
         low(channel, static_cast<int>(f.head_dim), bits == 3 ? 2 : bits),
         high(channel, static_cast<int>(f.head_dim), bits == 3 ? 1 : bits) {}
-  __device__ CodeReader(const PackFormat& f, uint2 places)
-      : bits(f.bits), high_row(static_cast<int>(high_bit_row(f.head_dim))), low(places.x),
-        high(places.y) {}
-  __device__ uint2 places() const { return {low.all(), high.all()}; }
+  __device__ CodeReader(const PackFormat& f, uint2 positions)
+      : bits(f.bits), high_row(static_cast<int>(high_bit_row(f.head_dim))), low(positions.x),
+        high(positions.y) {}
+  __device__ uint2 positions() const { return {low.all(), high.all()}; }
 
   // `aligned`: the row starts at a multiple of four bytes.
   __device__ __forceinline__ uint2 read(const uint8_t* row, bool aligned) const {
     const uint2 word = load_run(row + low.byte, low.run, aligned);
     if (bits != 3) return spread_run(word, low, bits);
     const uint2 two = spread_run(word, low, 2);
-    const uint2 one =
-        spread_run(load_run(row + high_row + high.byte, high.run, aligned), high, 1);
+    const uint2 one = spread_run(load_run(row + high_row + high.byte, high.run, aligned), high, 1);
     return {two.x | one.x << 2, two.y | one.y << 2};
   }
 };
@@ -101,13 +99,13 @@ __device__ __forceinline__ float from_e4m3(uint32_t code) {
 __device__ __forceinline__ uint32_t to_e4m3(float x) {
   const uint32_t bits = __float_as_uint(x), magnitude = bits & 0x7fffffffu;
   const uint32_t sign = bits >> 24 & 0x80;
-  if (magnitude < 0x3c800000u) {  // 2^-6, the least normal number
+  if (magnitude < 0x3c800000u) {  // 2^-6, the smallest normal number
     return sign | static_cast<uint32_t>(rintf(__uint_as_float(magnitude) * 512.0f));
   }
   return sign | ((magnitude + 0x7ffffu + (magnitude >> 20 & 1)) >> 20) - (120u << 3);
 }
 
-// What turns the codes of a group, as to_floats() has them, into numbers:
+// Scale and offset of a group; the codes, as to_floats() has them, become the numbers
 // scale (c - zero) + offset.
 struct GroupParams {
   float scale, zero, offset;
@@ -136,8 +134,8 @@ __device__ __forceinline__ void to_floats(float (&x)[8], uint2 codes, const Pack
     return;
   }
   // 2^23 + c has c in its low bits.
-  const float middle = f.scheme == PackScheme::symmetric ? static_cast<float>(1 << (f.bits - 1))
-                                                         : 0.0f;
+  const float middle =
+      f.scheme == PackScheme::symmetric ? static_cast<float>(1 << (f.bits - 1)) : 0.0f;
   const float base = 0x1p23f + middle;
 #pragma unroll
   for (int i = 0; i < 8; ++i) x[i] = __uint_as_float(byte_of(codes, i) | 0x4b000000u) - base;

@@ -11,7 +11,7 @@ __device__ __forceinline__ float param(uint16_t bits) { return to_float(f16{bits
 
 // Packing ----------------------------------------------------------------------------------------
 
-// The least and the greatest finite number.
+// The minimum and the maximum of the finite numbers.
 struct Extremes {
   float low = kInfinity, high = -kInfinity;
 
@@ -43,8 +43,7 @@ struct Extremes {
 // product and its correction, twice. Of ordinary y only, else it divides.
 class Divider {
  public:
-  __device__ __forceinline__ explicit Divider(float y)
-      : divisor_(y), inverse_(0.0f) {
+  __device__ __forceinline__ explicit Divider(float y) : divisor_(y), inverse_(0.0f) {
     if (y >= 0x1p-60f && y <= 0x1p60f) inverse_ = __fdiv_rn(1.0f, y);
   }
   __device__ __forceinline__ float divide(float x) const {
@@ -97,16 +96,16 @@ class Quantizer {
     return from_float<f16>(clamp(x, -kMaxParam, kMaxParam)).bits;
   }
   // Sets both extremes to 0 where there is no finite number.
-  static __device__ __forceinline__ float scale(const PackFormat& f, Extremes& range,
-                                                float levels, float half) {
+  static __device__ __forceinline__ float scale(const PackFormat& f, Extremes& range, float levels,
+                                                float half) {
     if (range.low > range.high) range = {0.0f, 0.0f};
     range = {range.low + 0.0f, range.high + 0.0f};  // -0 becomes 0: min does not tell them apart
     if (f.scheme == PackScheme::zero_point) {
       range = {fminf(range.low, 0.0f), fmaxf(range.high, 0.0f)};
     }
     if (has_offset(f.scheme)) return __fdiv_rn(range.high - range.low, levels);
-    const float greatest = fmaxf(range.high, 0.0f - range.low);
-    return __fdiv_rn(greatest, f.scheme == PackScheme::fp8 ? kFp8Max : half - 1.0f);
+    const float max_magnitude = fmaxf(range.high, 0.0f - range.low);
+    return __fdiv_rn(max_magnitude, f.scheme == PackScheme::fp8 ? kFp8Max : half - 1.0f);
   }
   // x / scale, 0 for NaN and where the scale is 0.
   __device__ __forceinline__ float ratio(float x) const {
@@ -119,7 +118,7 @@ class Quantizer {
   Divider divider_;
 };
 
-// A row of `bits` bits from codes of a byte each, of which it takes the bits from `down` on. The
+// A row of `bits` bits from codes of a byte each, of which the bits from `down` on count. The
 // kLanes lanes of a row share its words.
 template <int kLanes>
 __device__ __forceinline__ void store_code_row(uint8_t* to, const uint8_t* codes, int lane,
@@ -188,8 +187,8 @@ class ChannelScales {
 };
 
 // Of eight channels of a row whose groups lie along channels, `row` being its params.
-__device__ __forceinline__ void apply_group(float (&x)[8], const PackFormat& f,
-                                            const HalfWord* row, int channel) {
+__device__ __forceinline__ void apply_group(float (&x)[8], const PackFormat& f, const HalfWord* row,
+                                            int channel) {
   const int group = channel / static_cast<int>(f.group_size);
   const int groups = static_cast<int>(f.head_dim) / static_cast<int>(f.group_size);
   const float second = has_offset(f.scheme) ? param(row[groups + group]) : 0.0f;

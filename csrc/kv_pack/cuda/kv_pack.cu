@@ -1,29 +1,19 @@
-// Packing, unpacking and appending read and write every byte once. Keys and values in bf16, of
+// kv_pack and kv_append read and write every byte once. Keys and values in bf16, of
 // 1048576 rows of 128 each, to 4 bits in groups of 32: 537 MB read, 168 MB written, 165 us at the
 // 4.3 TB/s that an H200 reaches; some 30 instructions a number are 280 us of all multiprocessors.
 // Along tokens the rows are read a second time, from a cache. Appending a token takes two launches,
 // about 6 us.
-#include "common/cuda/launch.h"
 #include "kv_pack/cuda/kv_pack.cuh"
+#include "kv_pack/cuda/launch.h"
 
 namespace tokred::cuda {
 namespace {
 
 using namespace packing;
 
-template <class F>
-void visit_lanes(int64_t head_dim, F&& f) {
-  switch (pack_lanes(head_dim)) {
-    case 8: return f.template operator()<8>();
-    case 16: return f.template operator()<16>();
-    default: return f.template operator()<32>();
-  }
-}
-
 void launch_pack(const KvAppendParams& p, Stream stream) {
   const PackFormat& f = p.packed.format;
-  const int64_t tokens =
-      most_packed(f.axis, p.window_rows, p.tokens, p.lengths ? -1 : p.length);
+  const int64_t tokens = max_packed(f.axis, p.window_rows, p.tokens, p.lengths ? -1 : p.length);
   visit_dtype(p.dtype, [&]<class T>() {
     visit_lanes(f.head_dim, [&]<int kLanes>() {
       static_assert(sizeof(PackShared<kLanes>) == pack_shared_bytes(kLanes));
@@ -53,18 +43,8 @@ void kv_append(const KvAppendParams& p, Stream stream) {
   const int64_t head_dim = p.packed.format.head_dim;
   visit_dtype(p.dtype, [&]<class T>() {
     visit_lanes(head_dim, [&]<int kLanes>() {
-      launch(write_window_kernel<T, kLanes>,
-             plan_packed_rows(head_dim, p.batch * p.heads * newest), stream, p, newest);
-    });
-  });
-}
-
-void kv_unpack(const KvUnpackParams& p, Stream stream) {
-  const int64_t head_dim = p.packed.format.head_dim;
-  visit_dtype(p.dtype, [&]<class T>() {
-    visit_lanes(head_dim, [&]<int kLanes>() {
-      launch(unpack_kernel<T, kLanes>,
-             plan_packed_rows(head_dim, p.batch * p.heads * p.packed.rows), stream, p);
+      launch(write_window_kernel<T, kLanes>, plan_packed_rows(head_dim, p.batch * p.heads * newest),
+             stream, p, newest);
     });
   });
 }

@@ -1,5 +1,5 @@
-// Packing keys and values, unpacking them, and appending to a cache of them. A part of a warp has a
-// row, eight neighbouring channels a lane.
+// kv_pack and kv_append, one kernel: group quantization. A part of a warp has a row, eight
+// neighbouring channels a lane.
 #pragma once
 
 #include "common/cuda/block.cuh"
@@ -17,7 +17,7 @@ struct PackShared {
   float low[kWarps][8 * kLanes], high[kWarps][8 * kLanes];
 };
 
-// What an append does to one item, or nothing at all: the tokens [first, last) become packed.
+// How one batch item grows: the tokens [first, last) become packed, or none where it does not fit.
 struct ItemTokens {
   int64_t held, first, last;
 
@@ -48,8 +48,7 @@ struct PackHead {
         aligned(is_aligned(p.x, p.dtype) && is_aligned(p.window, p.dtype)) {}
 
   static __device__ int row() { return static_cast<int>(threadIdx.x) / kLanes; }
-  static __device__ const T* row_of(const HeadTensor& t, int64_t batch, int64_t head,
-                                    int64_t row) {
+  static __device__ const T* row_of(const HeadTensor& t, int64_t batch, int64_t head, int64_t row) {
     return static_cast<const T*>(t.data) + batch * t.stride_batch + head * t.stride_head +
            row * t.stride_token;
   }
@@ -73,11 +72,11 @@ struct PackHead {
     for (int i = 0; i < 8; ++i) x[i] = held ? x[i] : rotated[i];
   }
 
-  // Where a token's codes go, -1 for nowhere.
-  __device__ __forceinline__ int64_t place(int64_t token) const {
+  // The row of a token's codes, or -1.
+  __device__ __forceinline__ int64_t slot(int64_t token) const {
     if (token >= tokens.last) return -1;
-    const int64_t slot = p.slots.data ? p.slots.data[batch * p.slots.stride_batch + token] : token;
-    return slot < p.packed.rows ? slot : -1;
+    const int64_t row = p.slots.data ? p.slots.data[batch * p.slots.stride_batch + token] : token;
+    return row < p.packed.rows ? row : -1;
   }
   __device__ int64_t pool() const { return p.slots.data ? 0 : batch; }
   __device__ uint16_t* params_row(int64_t row) const {
@@ -87,15 +86,15 @@ struct PackHead {
 
   // Writes the codes of this warp's rows, `mine` being those of this lane's channels.
   __device__ __forceinline__ void store_codes(PackShared<kLanes>& shared, uint2 mine,
-                                              int64_t place) const {
+                                              int64_t slot) const {
     uint8_t* codes = shared.code[row()];
     reinterpret_cast<Word*>(&codes[channel])[0] = mine.x;
     reinterpret_cast<Word*>(&codes[channel])[1] = mine.y;
     __syncwarp();
-    if (place >= 0) {
+    if (slot >= 0) {
       const PackedRows& packed = p.packed;
       uint8_t* to = packed.codes + pool() * packed.codes_stride_batch +
-                    head * packed.codes_stride_head + place * packed.codes_stride_token;
+                    head * packed.codes_stride_head + slot * packed.codes_stride_token;
       const int bits = packed.format.bits, lane = channel / 8;
       store_code_row<kLanes>(to, codes, lane, dim, bits == 3 ? 2 : bits, 0);
       if (bits == 3) store_code_row<kLanes>(to + high_bit_row(dim), codes, lane, dim, 1, 2);
@@ -122,10 +121,10 @@ __device__ __forceinline__ void pack_along_channels(const PackHead<T, kLanes>& h
   for (int i = 0; i < 8; ++i) {
     (i < 4 ? codes.x : codes.y) |= quantizer.code(x[i]) << 8 * (i % 4);
   }
-  const int64_t place = head.place(token);
-  head.store_codes(shared, codes, place);
-  if (place < 0 || head.channel >= head.dim || lane % lanes != 0) return;
-  quantizer.store(head.params_row(place), lane / lanes, head.dim / static_cast<int>(f.group_size));
+  const int64_t slot = head.slot(token);
+  head.store_codes(shared, codes, slot);
+  if (slot < 0 || head.channel >= head.dim || lane % lanes != 0) return;
+  quantizer.store(head.params_row(slot), lane / lanes, head.dim / static_cast<int>(f.group_size));
 }
 
 template <class T, int kLanes>
@@ -152,15 +151,15 @@ __device__ __forceinline__ void pack_along_tokens(const PackHead<T, kLanes>& hea
     shared.high[warp_id()][head.channel + i] = extremes[i].high;
   }
   __syncthreads();
-  const int64_t slot = head.place(first);
+  const int64_t slot = head.slot(first);
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     for (int w = 0; w < shared.kWarps; ++w) {
       extremes[i].join({shared.low[w][head.channel + i], shared.high[w][head.channel + i]});
     }
     if (head.row() > 0 || slot < 0 || head.channel >= head.dim) continue;
-    Quantizer(f, extremes[i]).store(head.params_row(slot / f.group_size), head.channel + i,
-                                    head.dim);
+    Quantizer(f, extremes[i])
+        .store(head.params_row(slot / f.group_size), head.channel + i, head.dim);
   }
   for (int64_t base = first; base < end; base += head.kRows) {
     const int64_t token = base + head.row();
@@ -170,7 +169,7 @@ __device__ __forceinline__ void pack_along_tokens(const PackHead<T, kLanes>& hea
     for (int i = 0; i < 8; ++i) {
       (i < 4 ? codes.x : codes.y) |= Quantizer(f, extremes[i]).code(x[i]) << 8 * (i % 4);
     }
-    head.store_codes(shared, codes, token < end ? head.place(token) : -1);
+    head.store_codes(shared, codes, token < end ? head.slot(token) : -1);
   }
 }
 
@@ -189,30 +188,6 @@ __global__ void __launch_bounds__(kPackThreads)
   }
 }
 
-// This lane's channels of a row of `dim`.
-template <class T>
-__device__ __forceinline__ void store_eight(T* row, int channel, int dim, bool aligned,
-                                            const float (&x)[8]) {
-  if (channel >= dim) return;
-  constexpr int kPart = 16 / sizeof(T);
-#pragma unroll
-  for (int first = 0; first < 8; first += kPart) {
-    Chunk chunk;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if constexpr (sizeof(T) == 4) {
-        chunk.word[i] = __float_as_uint(x[first + i]);
-      } else {
-        chunk.word[i] = pack_pair<T>(x[2 * i], x[2 * i + 1]);
-      }
-    }
-    if (aligned) store_chunk(row + channel + first, chunk);
-  }
-  if (aligned) return;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) row[channel + i] = from_float<T>(x[i]);
-}
-
 // The last `newest` new tokens of every head, where they stay in the window.
 template <class T, int kLanes>
 __global__ void __launch_bounds__(kPackThreads)
@@ -226,35 +201,10 @@ __global__ void __launch_bounds__(kPackThreads)
   float x[1][8];
   load_rows(x, source, head.channel, head.dim, head.aligned);
   if (p.packed.format.rotated) rotate_row(x[0], head.dim);
-  const int64_t place = head.tokens.held + token;
-  if (!exists || !head.tokens.valid() || place < head.tokens.last) return;
-  auto* to = const_cast<T*>(
-      head.row_of(p.window, head.batch, head.head, place % p.window_rows));
+  const int64_t position = head.tokens.held + token;
+  if (!exists || !head.tokens.valid() || position < head.tokens.last) return;
+  auto* to = const_cast<T*>(head.row_of(p.window, head.batch, head.head, position % p.window_rows));
   store_eight(to, head.channel, head.dim, head.aligned, x[0]);
-}
-
-// Rows [B, H, S] of a packed tensor, in order.
-template <class T, int kLanes>
-__global__ void __launch_bounds__(kPackThreads)
-    unpack_kernel(const __grid_constant__ KvUnpackParams p) {
-  const PackedRows& packed = p.packed;
-  const PackFormat& f = packed.format;
-  const int dim = static_cast<int>(f.head_dim);
-  const int channel = static_cast<int>(threadIdx.x) % kLanes * 8;
-  const int64_t row =
-      int64_t{blockIdx.x} * (kPackThreads / kLanes) + static_cast<int>(threadIdx.x) / kLanes;
-  const int64_t token = row % packed.rows, head = row / packed.rows % p.heads;
-  const int64_t batch = row / packed.rows / p.heads;
-  float x[8] = {};
-  if (row < p.batch * p.heads * packed.rows && channel < dim) {
-    RowReader reader(packed, batch, head, channel, CodeReader(f, channel));
-    reader.numbers(x, token);
-  }
-  if (f.rotated) rotate_row(x, dim);
-  if (row >= p.batch * p.heads * packed.rows) return;
-  auto* to = static_cast<T*>(const_cast<void*>(p.out.data)) + batch * p.out.stride_batch +
-             head * p.out.stride_head + token * dim;
-  store_eight(to, channel, dim, is_aligned(p.out, p.dtype), x);
 }
 
 }  // namespace tokred::cuda::packing

@@ -1,4 +1,4 @@
-// Launch plans of the packing kernels.
+// Launch plans of the kv_pack ops.
 #pragma once
 
 #include "common/cuda/plan.h"
@@ -16,7 +16,7 @@ constexpr int64_t pack_rows(int lanes) { return kPackThreads / lanes; }  // of a
 
 // The tokens of an item that one append may pack at most, T tokens being held already: the exact
 // number where T is known.
-constexpr int64_t most_packed(GroupAxis axis, int64_t window, int64_t tokens, int64_t held) {
+constexpr int64_t max_packed(GroupAxis axis, int64_t window, int64_t tokens, int64_t held) {
   if (held >= 0) {
     return packed_tokens(axis, window, held + tokens) - packed_tokens(axis, window, held);
   }

@@ -1,5 +1,5 @@
-// Best matches, fused: tiles of A B^T on the tensor cores, row maxima in registers, the similarity
-// matrix nowhere.
+// match: the row arg-max of a similarity matrix that is never stored: tiles of A B^T on the tensor
+// cores, row maxima in registers.
 //
 // B = 64, 577 tokens (289 x 288), C = 64 in bf16 on an H200: 4.7 MB in and 0.15 MB out, 1.0 us at
 // 4.8 TB/s; 0.68 GFLOP, 1.7 us at the 400 TFLOP/s of mma.sync; 5.3 M scores of about seven
@@ -37,9 +37,9 @@ struct BestMatch {
 template <class Config>
 struct RowMatcher : SimilarityRows<Config> {
   using Base = SimilarityRows<Config>;
-  using typename Base::Dots;
-  using Base::kRowTiles;
   using Base::a, Base::s, Base::row0, Base::row_of;
+  using Base::kRowTiles;
+  using typename Base::Dots;
   const MatchParams& p;
 
   __device__ RowMatcher(const MatchParams& p, SimilarityShared<Config>& s, int64_t item,
@@ -91,9 +91,9 @@ struct RowMatcher : SimilarityRows<Config> {
       for (int step = 1; step < 4; step *= 2) {
         const float other = __shfl_xor_sync(kAllLanes, score, step);
         const int other_index = __shfl_xor_sync(kAllLanes, index, step);
-        // As unsigned numbers, -1 is the greatest index.
-        if (other > score || (other == score && static_cast<unsigned>(other_index) <
-                                                    static_cast<unsigned>(index))) {
+        // As an unsigned number, -1 is the largest index.
+        if (other > score ||
+            (other == score && static_cast<unsigned>(other_index) < static_cast<unsigned>(index))) {
           score = other;
           index = other_index;
         }
@@ -115,7 +115,8 @@ struct RowMatcher : SimilarityRows<Config> {
     }
     BestMatch<kRowTiles> best;
     best.clear();
-    this->sweep(begin, end, [&](const Dots& dots, int64_t column0) { update(best, dots, column0); });
+    this->sweep(begin, end,
+                [&](const Dots& dots, int64_t column0) { update(best, dots, column0); });
     write(best);
   }
 };

@@ -1,33 +1,33 @@
-// Tiles and launch plans of the match kernels.
+// Tiles and launch plans of the match ops.
 #pragma once
 
 #include "common/cuda/similarity_plan.h"
 
 namespace tokred::cuda {
 
-inline constexpr int64_t kSmallItem = 1024;      // tokens up to which one block plans a whole item
-inline constexpr int kPlanThreads = 512;
-inline constexpr int64_t kSortChunk = 8192;      // keys sorted in shared memory at a time
+inline constexpr int64_t kSmallItem = 1024;  // tokens up to which one block maps a whole item
+inline constexpr int kMapThreads = 512;
+inline constexpr int64_t kSortChunk = 8192;  // keys sorted in shared memory at a time
 
-inline constexpr SimilarityTiles kWideTiles{4, 2};    // 128 rows: half the reads of b
+inline constexpr SimilarityTiles kWideTiles{4, 2};  // 128 rows: half the reads of b
 
 // Where a block has a whole item, and passes over b once for so many of its rows.
-inline constexpr SimilarityTiles kItemTiles{8, 1};       // 128 rows
+inline constexpr SimilarityTiles kItemTiles{8, 1};  // 128 rows
 inline constexpr SimilarityTiles kWideItemTiles{12, 2};  // 384 rows
 
-// What the plans depend on.
+// Sizes that the plans depend on.
 struct MatchShape {
   int64_t batch, rows;  // of a
-  bool is_float;        // fp32, else 16-bit
-  bool aligned;         // all rows start at multiples of 16 bytes
-  bool general;         // weights or a band
+  bool is_float;  // fp32, else 16-bit
+  bool aligned;  // all rows start at multiples of 16 bytes
+  bool general;  // weights or a band
 
   constexpr bool async() const { return aligned && !is_float; }  // rows are copied asynchronously
 };
 
-// Of a small item's plan: 20 bytes a token, and a partial sum for each of up to 32 warps.
-inline constexpr int64_t kSmallPlanBytes = 20 * kSmallItem + 4 * 32;
-inline constexpr int64_t kLargePlanBytes = 8 * kSortChunk + 4 * 32;
+// Of a small item's map: 20 bytes a token, and a partial sum for each of up to 32 warps.
+inline constexpr int64_t kSmallMapBytes = 20 * kSmallItem + 4 * 32;
+inline constexpr int64_t kLargeMapBytes = 8 * kSortChunk + 4 * 32;
 
 // The wide tiles pay once they fill a large device twice: B = 64, 577 tokens (289 sources) make 192
 // wide blocks, too few, and 320 narrow ones; B = 8, 16384 tokens (8192) make 512 wide ones. The
@@ -39,11 +39,12 @@ constexpr SimilarityTiles match_tiles(const MatchShape& s) {
 constexpr LaunchPlan plan_match(const MatchShape& s) {
   const SimilarityTiles tiles = match_tiles(s);
   const int64_t blocks = s.batch * divide_up(s.rows, tiles.rows());
-  return {{blocks < kMaxBlocks ? blocks : kMaxBlocks, 1, 1}, tiles.threads(),
+  return {{blocks < kMaxBlocks ? blocks : kMaxBlocks, 1, 1},
+          tiles.threads(),
           similarity_shared_bytes(tiles, s.is_float, s.async())};
 }
 
-// Whether similarity and plan of an item fit one block and its shared memory.
+// Whether similarity and map of an item fit one block and its shared memory.
 constexpr bool is_small_item(int64_t tokens, int64_t sources) {
   return tokens <= kSmallItem && sources <= kSmallItem;
 }
@@ -53,11 +54,12 @@ constexpr SimilarityTiles item_tiles(const MatchShape& s) {
 // Example: B = 64, 577 tokens in bf16: 64 blocks of 384 threads, each passing once over its item.
 constexpr LaunchPlan plan_small_items(const MatchShape& s) {
   const SimilarityTiles tiles = item_tiles(s);
-  return {{s.batch < kMaxBlocks ? s.batch : kMaxBlocks, 1, 1}, tiles.threads(),
-          similarity_shared_bytes(tiles, s.is_float, s.async()) + kSmallPlanBytes};
+  return {{s.batch < kMaxBlocks ? s.batch : kMaxBlocks, 1, 1},
+          tiles.threads(),
+          similarity_shared_bytes(tiles, s.is_float, s.async()) + kSmallMapBytes};
 }
 constexpr LaunchPlan plan_large_items(int64_t batch) {
-  return {{batch < kMaxBlocks ? batch : kMaxBlocks, 1, 1}, kPlanThreads, kLargePlanBytes};
+  return {{batch < kMaxBlocks ? batch : kMaxBlocks, 1, 1}, kMapThreads, kLargeMapBytes};
 }
 
 constexpr int64_t sort_length(int64_t count) {
@@ -66,9 +68,9 @@ constexpr int64_t sort_length(int64_t count) {
   return length;
 }
 
-// Scratch of a large item's plan in global memory: sort keys u64, ranks i32 [sources], and two i32
+// Scratch of a large item's map in global memory: sort keys u64, ranks i32 [sources], and two i32
 // tables [tokens]. 16384 tokens in default sets: 8192 * 12 + 16384 * 8 = 224 KiB.
-constexpr int64_t plan_scratch_bytes(int64_t tokens, int64_t sources) {
+constexpr int64_t map_scratch_bytes(int64_t tokens, int64_t sources) {
   return 8 * sort_length(sources) + round_up(4 * (sources + 2 * tokens), 16);
 }
 

@@ -1,5 +1,5 @@
-// The members of every slot of a token map: a counting sort that is stable in position, with
-// integer atomics only, whose result does not depend on their order.
+// Members of the slots of a token map: a stable counting sort, with integer atomics only, whose
+// result does not depend on their order.
 #pragma once
 
 #include "common/cuda/block.cuh"
@@ -26,8 +26,8 @@ __device__ __forceinline__ int64_t relative_slot(const MergeParams& p, int64_t i
 // write_start(s, position) is called for s = 0 .. kSlots by one thread each. Positions count from
 // the members of lower slots where `whole_item`, else from 0.
 template <int kThreads, int kSlots, class WriteStart>
-__device__ __forceinline__ void list_members(const MergeParams& p, int64_t item,
-                                             int64_t first_slot, bool whole_item,
+__device__ __forceinline__ void list_members(const MergeParams& p, int64_t item, int64_t first_slot,
+                                             bool whole_item,
                                              MemberCounts<kThreads, kSlots>& shared,
                                              int32_t* members, WriteStart write_start) {
   constexpr int kWarps = kThreads / kWarp;
@@ -67,8 +67,7 @@ __device__ __forceinline__ void list_members(const MergeParams& p, int64_t item,
   __syncthreads();
 
   for (int64_t token = begin + lane_id(); token - lane_id() < end; token += kWarp) {
-    const int64_t slot =
-        token < end ? relative_slot(p, item, token, first_slot) : int64_t{-1};
+    const int64_t slot = token < end ? relative_slot(p, item, token, first_slot) : int64_t{-1};
     const bool mine = slot >= 0 && slot < kSlots;
     if (!__any_sync(kAllLanes, mine)) continue;
     const unsigned peers = __match_any_sync(kAllLanes, mine ? static_cast<int>(slot) : -1);
@@ -90,7 +89,7 @@ __global__ void __launch_bounds__(kThreads)
   int32_t* indptr = p.indptr + item * (p.num_out + 1) + first_slot;
   list_members(p, item, first_slot, true, shared_memory<MemberCounts<kThreads, kSlots>>(),
                p.members + item * p.tokens, [&](int slot, int position) {
-                 // The next block writes what would be this one's end.
+                 // The end of the last slot is written by the next block.
                  const bool mine = slot < kSlots || first_slot + slot == p.num_out;
                  if (mine && first_slot + slot <= p.num_out) indptr[slot] = position;
                });
@@ -162,7 +161,7 @@ struct Slot {
     for (int m = 0; m < count; ++m) sum += size(members[m]);
     return sum;
   }
-  // The member of greatest weight, the first of equals; NaN weighs least.
+  // The member of maximum weight, the first of equals; NaN only where all are.
   __device__ int64_t heaviest() const {
     int64_t best = members[0];
     float champion = weight(best);

@@ -1,8 +1,6 @@
-// merge, unmerge and compose. State: the map, 4 bytes a token, and one row in registers. Floor of
-// [64, 577, 768] -> 561 in bf16: 57 MB read, 55 MB written, 26 us at the 4.3 TB/s copy rate of an
-// H200; one launch, in which every block lists the members of its 16 slots itself.
-#include "common/cuda/launch.h"
-#include "merge/cuda/gather.cuh"
+// merge. State: the map, 4 bytes a token, and one row in registers. Floor of [64, 577, 768] -> 561
+// in bf16: 57 MB read, 55 MB written, 26 us at the 4.3 TB/s copy rate of an H200; one launch, in
+// which every block lists the members of its 16 slots itself.
 #include "merge/cuda/launch.h"
 #include "merge/cuda/merge.cuh"
 
@@ -30,10 +28,8 @@ template <class T>
 void launch_loose(const MergeParams& p, Stream stream) {
   const LaunchPlan plan = plan_merge(p.batch, p.num_out);
   switch (kind_of(p.mode)) {
-    case MergeKind::linear:
-      return launch(merge_kernel<T, 1, MergeKind::linear>, plan, stream, p);
-    case MergeKind::extreme:
-      return launch(merge_kernel<T, 1, MergeKind::extreme>, plan, stream, p);
+    case MergeKind::linear: return launch(merge_kernel<T, 1, MergeKind::linear>, plan, stream, p);
+    case MergeKind::extreme: return launch(merge_kernel<T, 1, MergeKind::extreme>, plan, stream, p);
     case MergeKind::maxnorm:
       return launch(merge_kernel<Loose<T>, 16 / sizeof(T), MergeKind::maxnorm>, plan, stream, p);
   }
@@ -51,22 +47,6 @@ void merge(const MergeParams& p, Stream stream) {
       launch_loose<T>(p, stream);
     }
   });
-}
-
-void unmerge(const UnmergeParams& p, Stream stream) {
-  const LaunchPlan plan = plan_merge_rows(p.batch * p.tokens);
-  visit_dtype(p.dtype, [&]<class T>() {
-    if (rows_are_aligned<T>(p.y, p.y_stride_batch, p.y_stride_token, p.channels) &&
-        rows_are_aligned<T>(p.x, 0, 0, p.channels)) {
-      launch(unmerge_kernel<T, 16 / sizeof(T)>, plan, stream, p);
-    } else {
-      launch(unmerge_kernel<T, 1>, plan, stream, p);
-    }
-  });
-}
-
-void compose(const ComposeParams& p, Stream stream) {
-  launch(compose_kernel, plan_compose(p.batch * p.tokens), stream, p);
 }
 
 }  // namespace tokred::cuda

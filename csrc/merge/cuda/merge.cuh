@@ -1,4 +1,5 @@
-// Applying a token map: a warp owns an output row and reads its members in ascending order.
+// merge: segment reduction by a token map. Owner computes: a warp owns an output row and reads its
+// members in ascending order.
 #pragma once
 
 #include "common/cuda/row_io.cuh"
@@ -90,7 +91,7 @@ __device__ __forceinline__ void merge_linear(const Slot& slot, T* y) {
   write_weighted<T, kWidth>(slot, use_size, 1.0f, total, y);
 }
 
-// Whether v takes the place of the greatest (or least) value so far; NaN always does.
+// Whether v replaces the maximum (or minimum) so far; NaN always does.
 __device__ __forceinline__ bool is_more_extreme(float v, float best, bool is_max) {
   return (is_max ? v > best : v < best) || v != v;
 }
@@ -174,8 +175,9 @@ __global__ void __launch_bounds__(kMergeThreads, kKind == MergeKind::linear && k
     }
     const float size = slot.total_size();
     if (lane_id() == 0) {
-      static_cast<float*>(p.size_out)[slot.item * p.size_out_stride_batch +
-                                      slot.index * p.size_out_stride_token] = size;
+      static_cast<float*>(
+          p.size_out)[slot.item * p.size_out_stride_batch + slot.index * p.size_out_stride_token] =
+          size;
     }
   }
 }

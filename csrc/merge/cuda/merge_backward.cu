@@ -8,7 +8,7 @@ namespace {
 
 using namespace merging;
 
-// Row is T, or Loose<T> for rows that are not aligned. kWidth is that of what needs no sums over
+// Row is T, or Loose<T> for rows that are not aligned. kWidth is that of rows without sums over
 // channels.
 template <class Row, class T, int kWidth>
 void launch_backward(const MergeBackwardParams& p, Stream stream) {

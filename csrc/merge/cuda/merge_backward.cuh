@@ -1,12 +1,13 @@
-// Gradients of merge. A token belongs to one slot, so the warp that owns the slot writes all of the
-// token's gradients; tokens without a slot are zeroed by a kernel of their own.
+// merge_backward: gradients of merge. Owner computes: a token belongs to one slot, so the warp that
+// owns the slot writes all of the token's gradients; tokens without a slot are zeroed by a kernel
+// of their own.
 #pragma once
 
 #include "merge/cuda/merge.cuh"
 
 namespace tokred::cuda::merging {
 
-// What the members of one slot receive.
+// The gradients of one slot's members.
 struct Gradients {
   const MergeBackwardParams& p;
   int64_t item, slot;
@@ -136,9 +137,8 @@ __device__ __forceinline__ void prune_backward(const Slot& slot, const Gradients
 
 // The gradients of one part of the members' rows; see maxnorm_backward.
 template <class T, int kWidth>
-__device__ __forceinline__ void maxnorm_part(const Slot& slot, const Gradients& grad,
-                                             int64_t first, float gain, float back, float own,
-                                             int64_t longest) {
+__device__ __forceinline__ void maxnorm_part(const Slot& slot, const Gradients& grad, int64_t first,
+                                             float gain, float back, float own, int64_t longest) {
   using C = MergeConfig<T, kWidth>;
   const int64_t channels = slot.p.channels;
   typename C::RowValues s;

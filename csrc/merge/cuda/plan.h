@@ -1,4 +1,4 @@
-// Launch plans of the merge stem.
+// Launch plans of the merge ops.
 #pragma once
 
 #include "common/cuda/plan.h"
@@ -22,13 +22,15 @@ constexpr int64_t member_counts_bytes(int threads, int slots) {
 
 // Example: B = 64, N = 577, M = 561, any C: 64 * 36 = 2304 blocks of 256 threads, one launch.
 constexpr LaunchPlan plan_merge(int64_t batch, int64_t num_out) {
-  return {{batch * divide_up(num_out, kMergeSlots), 1, 1}, kMergeThreads,
+  return {{batch * divide_up(num_out, kMergeSlots), 1, 1},
+          kMergeThreads,
           member_counts_bytes(kMergeThreads, kMergeSlots) + 4 * (kMergeSlots + 1 + kFusedTokens)};
 }
 
 // Example: B = 2, M = 3072: 2 * 3 = 6 blocks of 512 threads and 64 KB.
 constexpr LaunchPlan plan_list_members(int64_t batch, int64_t num_out) {
-  return {{batch * divide_up(num_out, kListSlots), 1, 1}, kListThreads,
+  return {{batch * divide_up(num_out, kListSlots), 1, 1},
+          kListThreads,
           member_counts_bytes(kListThreads, kListSlots)};
 }
 

@@ -21,7 +21,7 @@ struct PackedShared {
   TilePlaces places[C::kWarps][C::kStages];
   GroupScales<C::kDim> scales[C::kWarps];
   float query_sum[C::kRows][C::kDim / 16];             // of the groups of keys
-  uint2 k_codes[C::kRowLanes], v_codes[C::kRowLanes];  // CodeReader::places() of a row's lanes
+  uint2 k_codes[C::kRowLanes], v_codes[C::kRowLanes];  // CodeReader::positions() of a row's lanes
   RowVisibility visibility[C::kRows];
   float top[C::kWarps][C::kRows], sum[C::kWarps][C::kRows];
 
@@ -36,7 +36,7 @@ __device__ __forceinline__ void place_codes(PackedShared<C>& shared, const Packe
   const int lane = static_cast<int>(threadIdx.x);
   if (lane >= C::kRowLanes) return;
   const auto places = [&](const PackFormat& f) {
-    return packing::CodeReader(f, 8 * lane < f.head_dim ? 8 * lane : 0).places();
+    return packing::CodeReader(f, 8 * lane < f.head_dim ? 8 * lane : 0).positions();
   };
   shared.k_codes[lane] = places(p.k.packed.format);
   shared.v_codes[lane] = places(p.v.packed.format);

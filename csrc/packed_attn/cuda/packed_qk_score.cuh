@@ -25,7 +25,7 @@ struct PackedScorer : QkScorer<T, kLanes, kRows> {
   const PackedScoreArgs& packed;
   const attention::SidePlaces places;
   const int tokens;
-  const uint2 codes;  // CodeReader::places() of this lane
+  const uint2 codes;  // CodeReader::positions() of this lane
 
   __device__ PackedScorer(const PackedScoreArgs& a, int64_t batch, int64_t group)
       : PackedScorer(a, batch, group,
@@ -36,7 +36,7 @@ struct PackedScorer : QkScorer<T, kLanes, kRows> {
         tokens(static_cast<int>(tokens)),
         codes(packing::CodeReader(a.k.packed.format,
                                   8 * lane < a.k.packed.format.head_dim ? 8 * lane : 0)
-                  .places()) {}
+                  .positions()) {}
 
   __device__ __forceinline__ PackedKeyTile tile(int64_t first_key) const {
     PackedKeyTile keys;

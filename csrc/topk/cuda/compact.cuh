@@ -40,7 +40,7 @@ struct MarkedRow {
 
   __device__ MarkedRow(const CompactParams& p, int64_t r)
       : test(p), row(row_start<Element>(p.selected, r)), end(row_number(p.lengths, r, p.columns)),
-        aligned(reinterpret_cast<uintptr_t>(row) % 16 == 0) {}
+        aligned(is_aligned(row, 0, 1)) {}
 
   // Bit i: entry j + i is marked. j is a multiple of kCompactWidth.
   __device__ __forceinline__ unsigned marks(int64_t j) const {

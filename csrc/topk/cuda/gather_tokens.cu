@@ -9,12 +9,8 @@ namespace {
 using namespace selecting;
 
 bool rows_are_chunks(const GatherItem& item) {
-  const auto steps = static_cast<uintptr_t>(item.stride_batch | item.stride_head |
-                                            item.stride_token | item.row_bytes);
-  return (reinterpret_cast<uintptr_t>(item.source) | reinterpret_cast<uintptr_t>(item.out) |
-          steps) %
-             16 ==
-         0;
+  const int64_t steps = item.stride_batch | item.stride_head | item.stride_token | item.row_bytes;
+  return is_aligned(item.source, steps, 1) && is_aligned(item.out, steps, 1);
 }
 
 }  // namespace

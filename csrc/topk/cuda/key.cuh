@@ -18,7 +18,7 @@ inline constexpr uint64_t kLastKey = kNoKey - 1;  // the largest key
 
 // The descending key of a score as it is ranked: NaN as -inf, and -0 as 0.
 __device__ __forceinline__ uint32_t score_key(float score) {
-  return descending_key(score > -INFINITY ? score + 0.0f : -INFINITY);
+  return descending_key(score > -kInfinity ? score + 0.0f : -kInfinity);
 }
 __device__ __forceinline__ float score_of_key(uint64_t key) {
   return from_descending_key(static_cast<uint32_t>(key >> kPositionBits));
@@ -96,7 +96,7 @@ struct Segment {
     must_keep = row_start<bool>(p.must_keep, row);
     sinks_end = static_cast<int>(min(p.num_sinks, length));
     locals_begin = static_cast<int>(max(length - p.num_locals, int64_t{0}));
-    floor = p.has_threshold ? p.threshold : -INFINITY;
+    floor = p.has_threshold ? p.threshold : -kInfinity;
     wanted = static_cast<int>(min(row_number(p.row_k, row, p.k), int64_t{end} - begin));
   }
   __device__ __forceinline__ bool forced(int64_t j) const {
@@ -119,7 +119,7 @@ __device__ __forceinline__ void each_entry(int64_t begin, int64_t end, F f) {
 // Slot e of a row of the outputs: the key's entry, or none.
 __device__ __forceinline__ void write_slot(const TopkParams& p, int64_t slot, bool chosen,
                                            uint64_t key) {
-  p.values[slot] = chosen ? score_of_key(key) : -INFINITY;
+  p.values[slot] = chosen ? score_of_key(key) : -kInfinity;
   p.indices[slot] = chosen ? position_of(key) : -1;
 }
 

@@ -6,7 +6,6 @@
 namespace tokred::cuda {
 
 inline constexpr int kTopkBins = 2048;  // of a histogram, one digit of 11 bits
-inline constexpr int64_t kTopkBlocks = 1 << 30;  // blocks loop over the segments that are left
 
 // A warp has a short segment in registers; a block has eight warps.
 inline constexpr int kTopkWarps = 8;
@@ -68,13 +67,13 @@ constexpr int64_t at_most(int64_t n, int64_t limit) { return n < limit ? n : lim
 
 // Example: [18432, 289]: 2304 blocks of eight warps.
 constexpr LaunchPlan plan_topk_warps(int64_t segments) {
-  return {{at_most(divide_up(segments, kTopkWarps), kTopkBlocks), 1, 1},
+  return {{at_most(divide_up(segments, kTopkWarps), kMaxBlocks), 1, 1},
           32 * kTopkWarps,
           8 * kTopkWarps * kTopkWarpChosen};
 }
 // Example: [256, 131072], k = 2048: 256 blocks of 512 threads, two an SM, all at once.
 constexpr LaunchPlan plan_topk_blocks(int64_t segments, const TopkTiles& tiles) {
-  return {{at_most(segments, kTopkBlocks), 1, 1}, tiles.threads, tiles.shared_bytes()};
+  return {{at_most(segments, kMaxBlocks), 1, 1}, tiles.threads, tiles.shared_bytes()};
 }
 
 // Example: [8, 131072]: 16 parts of 8192 columns, 128 blocks. [1, 1048576]: 128 blocks as well.
@@ -92,7 +91,7 @@ constexpr LaunchPlan plan_topk_parts(const TopkShape& s) {
 // Example: [4, 131072], k = 16384: 4 * 32 blocks sort 4096 keys each; then five times 4 * 64 or
 // fewer merge, as runs of more than k are cut.
 constexpr LaunchPlan plan_sort_chunks(int64_t segments, int64_t columns) {
-  return {{at_most(segments * divide_up(columns, kSortChunkKeys), kTopkBlocks), 1, 1},
+  return {{at_most(segments * divide_up(columns, kSortChunkKeys), kMaxBlocks), 1, 1},
           kSortThreads,
           16 * kSortChunkKeys};
 }
@@ -103,12 +102,12 @@ constexpr int64_t merge_sort_tiles(int64_t run, int64_t wanted) {
 constexpr LaunchPlan plan_merge_runs(int64_t segments, int64_t columns, int64_t run,
                                      int64_t wanted) {
   const int64_t pairs = divide_up(columns, 2 * run);
-  return {{at_most(segments * pairs * merge_sort_tiles(run, wanted), kTopkBlocks), 1, 1},
+  return {{at_most(segments * pairs * merge_sort_tiles(run, wanted), kMaxBlocks), 1, 1},
           kMergeSortThreads,
           0};
 }
 constexpr LaunchPlan plan_sorted(int64_t segments) {
-  return {{at_most(segments, kTopkBlocks), 1, 1}, kSortedThreads, (8 + 4) * 32};
+  return {{at_most(segments, kMaxBlocks), 1, 1}, kSortedThreads, (8 + 4) * 32};
 }
 
 // Scratch in bytes. Split: the keys handed on, how many, and the guess they were found with.
@@ -133,7 +132,7 @@ constexpr int64_t compact_parts(int64_t rows, int64_t columns) {
 }
 constexpr LaunchPlan plan_compact(int64_t rows, int64_t columns) {
   return {
-      {at_most(rows * compact_parts(rows, columns), kTopkBlocks), 1, 1}, kCompactThreads, 4 * 32};
+      {at_most(rows * compact_parts(rows, columns), kMaxBlocks), 1, 1}, kCompactThreads, 4 * 32};
 }
 
 // gather_tokens: lanes enough for a row, 2 to 32, share its copy; grid row i has item i. Example:
@@ -147,7 +146,7 @@ constexpr int gather_lanes(int64_t units) {
   return lanes;
 }
 constexpr int64_t gather_blocks(int64_t rows, int64_t units) {
-  return at_most(divide_up(rows, kGatherThreads / gather_lanes(units)), kTopkBlocks);
+  return at_most(divide_up(rows, kGatherThreads / gather_lanes(units)), kMaxBlocks);
 }
 constexpr LaunchPlan plan_gather(int64_t blocks, int64_t items) {
   return {{blocks, items, 1}, kGatherThreads, 0};
@@ -157,7 +156,7 @@ constexpr LaunchPlan plan_gather(int64_t blocks, int64_t items) {
 inline constexpr int kSampleThreads = 256;
 
 constexpr LaunchPlan plan_sample(int64_t rows) {
-  return {{at_most(rows, kTopkBlocks), 1, 1}, kSampleThreads, (8 + 4) * 32};
+  return {{at_most(rows, kMaxBlocks), 1, 1}, kSampleThreads, (8 + 4) * 32};
 }
 
 }  // namespace tokred::cuda

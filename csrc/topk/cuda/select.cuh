@@ -107,8 +107,8 @@ __device__ int collect(const Segment<T>& segment, int64_t begin, int64_t end, ui
                        SelectShared<C>& s) {
   if (threadIdx.x == 0) s.narrow.count = 0;
   __syncthreads();
-  const uint32_t last = min(static_cast<uint32_t>(high >> kPositionBits), score_key(-INFINITY));
-  const float min_score = high < kCandidateBit ? INFINITY : from_descending_key(last);
+  const uint32_t last = min(static_cast<uint32_t>(high >> kPositionBits), score_key(-kInfinity));
+  const float min_score = high < kCandidateBit ? kInfinity : from_descending_key(last);
   each_strong<C::kThreads>(segment, begin, end, min_score, [&](int64_t j) {
     const uint64_t key = segment.key(j);
     if (key > high) return;

@@ -23,7 +23,7 @@ struct WarpSegment {
     float score[kItems];
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      score[i] = i * kWarp < left ? to_float(own[i * kWarp]) : -INFINITY;
+      score[i] = i * kWarp < left ? to_float(own[i * kWarp]) : -kInfinity;
     }
     if (segment.must_keep || segment.begin < segment.sinks_end ||
         segment.end > segment.locals_begin) {

@@ -1,4 +1,4 @@
-// The maps read backwards and after one another: gathers of rows and of entries.
+// unmerge and compose: gathers by a token map, of rows and of the entries of another map.
 #pragma once
 
 #include "common/cuda/row_io.cuh"
@@ -26,9 +26,9 @@ static __global__ void __launch_bounds__(kMergeThreads)
   if (entry >= p.batch * p.tokens) return;
   const int64_t item = entry / p.tokens, token = entry % p.tokens;
   const int64_t slot = p.first[item * p.first_stride_batch + token * p.first_stride_token];
-  p.out[entry] =
-      slot >= 0 && slot < p.num_out
-          ? p.second[item * p.second_stride_batch + slot * p.second_stride_token] : -1;
+  p.out[entry] = slot >= 0 && slot < p.num_out
+                     ? p.second[item * p.second_stride_batch + slot * p.second_stride_token]
+                     : -1;
 }
 
 }  // namespace tokred::cuda::merging

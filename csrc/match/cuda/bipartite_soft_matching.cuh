@@ -1,28 +1,29 @@
-// From the best match of every source to a token map, one block an item: rank the sources, let the
-// best leave, number the survivors. See BipartiteParams for the rules. All of it is integer work,
-// so that atomics leave no trace of their order.
+// bipartite_soft_matching: from the best match of every source to a token map, one block an item. A
+// bitonic sort ranks the sources, the best leave, the survivors are numbered; see BipartiteParams
+// for the rules. All of it is integer work, so that the order of atomics never shows.
 #pragma once
 
+#include "common/cuda/sort_key.cuh"
 #include "match/cuda/match.cuh"
 
 namespace tokred::cuda::matching {
 
-// One item's memory; sizes in plan_scratch_bytes.
-struct PlanScratch {
-  uint64_t* key;           // [sort_length(sources)] (falling score, row), ascending
-  int* rank;               // [sources] place in the ranking; -1 for rows that may not leave
-  int* first_source;       // [N] first source row that stands here; later, a group's first member
+// One item's memory; sizes in map_scratch_bytes.
+struct MapScratch {
+  uint64_t* key;  // [sort_length(sources)] (descending key of the score, row), ascending
+  int* rank;  // [sources] -1 for rows that may not leave
+  int* first_source;  // [N] first source row that stands here; later, a group's first member
   int* first_destination;  // [N] the same of destinations; later, the group whose first stands here
 };
 
-// What a block needs in shared memory beside that.
-struct PlanShared {
+// Shared memory of a block beside that.
+struct LargeMapShared {
   uint64_t sorting[kSortChunk];
   BlockScratch<int> partial;
 };
 
-// The scratch of a small item and what it needs beside.
-struct SmallPlanShared {
+// The scratch of a small item, in shared memory.
+struct SmallMapShared {
   uint64_t key[kSmallItem];
   int rank[kSmallItem], first_source[kSmallItem], first_destination[kSmallItem];
   BlockScratch<int> partial;
@@ -33,11 +34,10 @@ inline constexpr uint64_t kNeverLeaves = ~uint64_t{0};
 
 // Sorting ----------------------------------------------------------------------------------------
 
-// Ascending keys are falling scores; the two greatest are for sources without a match.
+// Keys ascend as scores descend; the two largest are for sources without a match.
 __device__ __forceinline__ uint32_t rank_key(float score, bool masked, bool matched) {
   if (!matched) return masked ? 0xfffffffeu : 0xffffffffu;
-  const uint32_t bits = __float_as_uint(score);
-  return bits & 0x80000000u ? bits : ~(bits | 0x80000000u);
+  return descending_key(score);
 }
 
 // The steps of one run of the bitonic network with partners stride, stride / 2, .., last apart.
@@ -92,13 +92,13 @@ __device__ void sort_keys(uint64_t* key, uint64_t* sorting, int64_t length) {
   }
 }
 
-// Planning ---------------------------------------------------------------------------------------
+// Mapping -----------------------------------------------------------------------------------------
 
 template <int kThreads>
-struct Planner {
+struct TokenMapper {
   const BipartiteParams& p;
   int64_t item;
-  PlanScratch s;
+  MapScratch s;
   uint64_t* sorting;
   BlockScratch<int>& partial;
   TokenRows a, b;
@@ -107,11 +107,11 @@ struct Planner {
   const float* score;
   const int32_t* index;
 
-  __device__ Planner(const BipartiteParams& p, int64_t item, const PlanScratch& s,
-                     uint64_t* sorting, BlockScratch<int>& partial)
+  __device__ TokenMapper(const BipartiteParams& p, int64_t item, const MapScratch& s,
+                         uint64_t* sorting, BlockScratch<int>& partial)
       : p(p), item(item), s(s), sorting(sorting), partial(partial), a{p.match.a, item},
-        b{p.match.b, item}, prefix(min(p.num_prefix, p.tokens)),
-        map(p.token_map + item * p.tokens), score(p.match.score + item * p.match.a.count),
+        b{p.match.b, item}, prefix(min(p.num_prefix, p.tokens)), map(p.token_map + item * p.tokens),
+        score(p.match.score + item * p.match.a.count),
         index(p.match.index + item * p.match.a.count) {}
 
   template <class F>
@@ -120,8 +120,8 @@ struct Planner {
     __syncthreads();
   }
 
-  // Calls f(i, numbers before i that have the predicate) for those that have it, and returns how
-  // many there are.
+  // Calls f(i, rank) for the numbers i with the predicate, `rank` of which come before; returns
+  // their number.
   template <class Predicate, class F>
   __device__ __forceinline__ int64_t enumerate(int64_t count, Predicate predicate, F f) {
     int64_t before = 0;
@@ -129,8 +129,8 @@ struct Planner {
       const int64_t i = begin + threadIdx.x;
       const bool counts = i < count && predicate(i);
       int total;
-      const int place = block_exclusive_sum<kThreads>(counts, partial, total);
-      if (counts) f(i, before + place);
+      const int rank = block_exclusive_sum<kThreads>(counts, partial, total);
+      if (counts) f(i, before + rank);
       before += total;
     }
     __syncthreads();
@@ -141,14 +141,14 @@ struct Planner {
   template <class F>
   __device__ __forceinline__ int64_t number(int64_t next, int64_t count, F position_of) {
     return next + enumerate(
-        count,
-        [&](int64_t i) {
-          const int64_t position = position_of(i);
-          return position >= 0 && !dropped(position);
-        },
-        [&](int64_t i, int64_t place) {
-          map[position_of(i)] = static_cast<int32_t>(next + place);
-        });
+                      count,
+                      [&](int64_t i) {
+                        const int64_t position = position_of(i);
+                        return position >= 0 && !dropped(position);
+                      },
+                      [&](int64_t i, int64_t rank) {
+                        map[position_of(i)] = static_cast<int32_t>(next + rank);
+                      });
   }
 
   __device__ bool dropped(int64_t position) const { return p.by_threshold && a.masked(position); }
@@ -211,8 +211,8 @@ struct Planner {
       return i < prefix || other ? i : -1;
     });
     if (p.num_prefix == 0) {
-      next = number(next, count - leaving,
-                    [&](int64_t i) { return a.position(row_at(leaving + i)); });
+      next =
+          number(next, count - leaving, [&](int64_t i) { return a.position(row_at(leaving + i)); });
     } else {
       next = number(next, p.match.a.count,
                     [&](int64_t t) { return s.rank[t] >= leaving ? a.position(t) : -1; });
@@ -240,15 +240,15 @@ struct Planner {
     });
     return enumerate(
         p.tokens, [&](int64_t i) { return owner[i] >= 0; },
-        [&](int64_t i, int64_t place) { map[owner[i]] = static_cast<int32_t>(place); });
+        [&](int64_t i, int64_t rank) { map[owner[i]] = static_cast<int32_t>(rank); });
   }
 
   __device__ void run() {
     find_roles();
     const int64_t count = rank_sources();
     const int64_t leaving = count_leaving(count);
-    const int64_t slots = p.order == Order::tome ? number_by_side(count, leaving)
-                                                 : number_by_position(leaving);
+    const int64_t slots =
+        p.order == Order::tome ? number_by_side(count, leaving) : number_by_position(leaving);
     each(p.match.a.count, [&](int64_t t) {
       if (!leaves(t, leaving)) return;
       const int64_t to = index[t] < 0 ? -1 : b.position(index[t]);
@@ -269,7 +269,7 @@ struct Planner {
 template <class Config>
 struct SmallItemShared {
   SimilarityShared<Config> match;
-  SmallPlanShared plan;
+  SmallMapShared map;
 };
 
 // The whole of a small item.
@@ -277,31 +277,31 @@ template <class Config>
 __global__ void __launch_bounds__(Config::kThreads)
     small_item_kernel(const __grid_constant__ BipartiteParams p) {
   auto& s = shared_memory<SmallItemShared<Config>>();
-  auto& plan = s.plan;
-  const PlanScratch scratch{plan.key, plan.rank, plan.first_source, plan.first_destination};
+  auto& map = s.map;
+  const MapScratch scratch{map.key, map.rank, map.first_source, map.first_destination};
   for (int64_t item = blockIdx.x; item < p.match.batch; item += gridDim.x) {
     for (int64_t row0 = 0; row0 < p.match.a.count; row0 += Config::kRows) {
       RowMatcher<Config>(p.match, s.match, item, row0).run();
     }
     __syncthreads();  // the scores are there
-    Planner<Config::kThreads>(p, item, scratch, plan.key, plan.partial).run();
+    TokenMapper<Config::kThreads>(p, item, scratch, map.key, map.partial).run();
   }
 }
 
-// The plan of a large item, from the scores of match_kernel.
+// The token map of a large item, from the scores of match_kernel.
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads, 1)
-    plan_kernel(const __grid_constant__ BipartiteParams p) {
-  auto& s = shared_memory<PlanShared>();
+    token_map_kernel(const __grid_constant__ BipartiteParams p) {
+  auto& s = shared_memory<LargeMapShared>();
   const int64_t tokens = p.tokens, sources = p.match.a.count;
   char* memory = static_cast<char*>(p.match.workspace);
   for (int64_t item = blockIdx.x; item < p.match.batch; item += gridDim.x) {
-    PlanScratch scratch;
-    scratch.key = reinterpret_cast<uint64_t*>(memory + item * plan_scratch_bytes(tokens, sources));
+    MapScratch scratch;
+    scratch.key = reinterpret_cast<uint64_t*>(memory + item * map_scratch_bytes(tokens, sources));
     scratch.rank = reinterpret_cast<int*>(scratch.key + sort_length(sources));
     scratch.first_source = scratch.rank + sources;
     scratch.first_destination = scratch.first_source + tokens;
-    Planner<kThreads>(p, item, scratch, s.sorting, s.partial).run();
+    TokenMapper<kThreads>(p, item, scratch, s.sorting, s.partial).run();
   }
 }
 

@@ -1,0 +1,18 @@
+// The lanes of a row as a constant, for the launches of the kv_pack ops.
+#pragma once
+
+#include "common/cuda/launch.h"
+#include "kv_pack/cuda/plan.h"
+
+namespace tokred::cuda::packing {
+
+template <class F>
+void visit_lanes(int64_t head_dim, F&& f) {
+  switch (pack_lanes(head_dim)) {
+    case 8: return f.template operator()<8>();
+    case 16: return f.template operator()<16>();
+    default: return f.template operator()<32>();
+  }
+}
+
+}  // namespace tokred::cuda::packing
