@@ -7,7 +7,12 @@ BIN := $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Lock files name every package, so pip looks for no dependencies.
 LOCKED = $(PIP) --no-deps --requirement
-BUILD := CMAKE_ARGS="-DTOKRED_SIMT=ON" $(BIN)/python setup.py --quiet build_ext --inplace
+# Tests need all that there is. A demo runs the CPU kernels, and those for CUDA only where a device
+# is found, where `make demo CUDA=1` asks for them, or where they have been built already.
+LIBRARIES = -DTOKRED_CUDA=ON -DTOKRED_SIMT=ON
+DEVICE = $(CUDA)$(shell nvidia-smi --list-gpus 2> /dev/null)
+BUILT = $(wildcard build/libtokred_cuda.so)
+demo: LIBRARIES = $(if $(DEVICE),-DTOKRED_CUDA=ON,$(if $(BUILT),,-DTOKRED_CUDA=OFF))
 
 .PHONY: build demo test test-newest test-oldest test-avx512 fuzz device-check device-pack bench \
         bench-full tables lint lint-python lint-cpp lint-types lint-tables format sanitize lock clean \
@@ -44,13 +49,13 @@ $(VENV)/test: $(VENV)/ready requirements/test.txt requirements/timm.txt
 	$(LOCKED) requirements/timm.txt --target $(VENV)/timm
 	touch $@
 
-# An editable install builds everything in build/ and puts the libraries beside the Python sources.
+# An editable install builds in build/ and puts the libraries beside the Python sources.
 $(VENV)/installed: $(VENV)/ready .make/compiler pyproject.toml setup.py
-	CMAKE_ARGS="-DTOKRED_SIMT=ON" $(PIP) --no-build-isolation --no-deps --editable .
+	CMAKE_ARGS="$(LIBRARIES)" $(PIP) --no-build-isolation --no-deps --editable .
 	touch $@
 
 build: $(VENV)/installed
-	$(BUILD)
+	CMAKE_ARGS="$(LIBRARIES)" $(BIN)/python setup.py --quiet build_ext --inplace
 
 lock: $(VENV)/test
 	rm -f requirements/build.txt requirements/demo.txt requirements/test.txt requirements/bench.txt
