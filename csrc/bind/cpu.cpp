@@ -29,10 +29,10 @@ struct Cpu {
   // Fresh pages cost more than the writes to them; large outputs ask for huge ones.
   void will_write(void* data, int64_t bytes) const { advise_huge_pages(data, bytes); }
 
-#define TOKRED_OP(op, Params) \
+#define TOKRED_OP(op, Params, schema) \
   void op(const Params& p) const { select(generic::op, avx2::op, avx512::op)(p, parallel); }
-#define TOKRED_OP_SCRATCH(op, Params)                                                       \
-  TOKRED_OP(op, Params)                                                                     \
+#define TOKRED_OP_SCRATCH(op, Params, schema)                                                       \
+  TOKRED_OP(op, Params, schema)                                                                     \
   int64_t op##_workspace(const Params& p) const {                                           \
     return select(generic::op##_workspace, avx2::op##_workspace, avx512::op##_workspace)(   \
         p, parallel);                                                                       \

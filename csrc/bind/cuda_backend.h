@@ -12,10 +12,10 @@ struct Kernels {
 
   void will_write(void*, int64_t) const {}
 
-#define TOKRED_OP(op, Params) \
+#define TOKRED_OP(op, Params, schema) \
   void op(const Params& p) const { cuda::op(p, stream); }
-#define TOKRED_OP_SCRATCH(op, Params) \
-  TOKRED_OP(op, Params)               \
+#define TOKRED_OP_SCRATCH(op, Params, schema) \
+  TOKRED_OP(op, Params, schema)               \
   int64_t op##_workspace(const Params& p) const { return cuda::op##_workspace(p); }
 #include "ops.def"
 };

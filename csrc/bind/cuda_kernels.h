@@ -7,9 +7,9 @@
 
 namespace tokred::cuda {
 
-#define TOKRED_OP(op, Params) void op(const Params&, Stream);
-#define TOKRED_OP_SCRATCH(op, Params) \
-  TOKRED_OP(op, Params)               \
+#define TOKRED_OP(op, Params, schema) void op(const Params&, Stream);
+#define TOKRED_OP_SCRATCH(op, Params, schema) \
+  TOKRED_OP(op, Params, schema)               \
   int64_t op##_workspace(const Params&);
 #include "ops.def"
 

@@ -1,6 +1,4 @@
 // Registers the schemas. TOKRED_NAMESPACE is `tokred`; the tests' emulated device has another.
-#include "schema.h"
-
 #include <torch/csrc/stable/library.h>
 
 #ifndef TOKRED_NAMESPACE
@@ -8,5 +6,7 @@
 #endif
 
 STABLE_TORCH_LIBRARY(TOKRED_NAMESPACE, m) {
-  for (const char* schema : tokred::kSchemas) m.def(schema);
+#define TOKRED_FRONT(op, schema) m.def(#op schema);
+#define TOKRED_OP(op, Params, schema) TOKRED_FRONT(op, schema)
+#include "ops.def"
 }
