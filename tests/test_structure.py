@@ -23,8 +23,6 @@ ALLOWED = {family: {family, "attention", "common"} for family in FAMILIES} | {
     "bind": {"bind", "attention", "common", *FAMILIES},
 }
 ALLOWED["packed_attn"].add("kv_pack")  # attention on packed keys reads the bytes that are packed
-# The list of ops is read by the glue alone.
-GLUE = ("ops.def", "bind")
 
 
 def includes(text: str) -> list[str]:
@@ -38,7 +36,7 @@ def forbidden(path: str, text: str) -> Iterator[str]:
         return
     for included in includes(text):
         target, _, below = included.partition("/")
-        if not below and included in GLUE and room != "bind":
+        if included == "ops.def" and room != "bind":
             yield f"{path} includes {included}, which is for bind/"
         if below and target not in ALLOWED[room]:
             yield f"{path} includes {included}: {room}/ may include {sorted(ALLOWED[room])}"
