@@ -78,11 +78,11 @@ py::dict plans_of_lists(const ListShape& shape) {
     plans["forward"] = describe(plan_list_forward(shape));
     return py::dict("plans"_a = plans, "workspace_bytes"_a = 0);
   }
-  const int64_t items = decode_launch_items(shape);
+  const int64_t items = decode_launch_tiles(shape);
   plans["decode"] = describe(plan_decode(shape, items));
   const bool splits = decode_splits(shape.length) > 1;
   if (splits) plans["combine"] = describe(plan_combine(shape, items));
-  return py::dict("plans"_a = plans, "items"_a = decode_items(shape),
+  return py::dict("plans"_a = plans, "items"_a = decode_row_tiles(shape),
                   "split_length"_a = decode_split_length(shape.length),
                   "workspace_bytes"_a = decode_workspace_bytes(shape));
 }
@@ -151,7 +151,7 @@ py::dict plans_of_packing(const PackFormat& f, int64_t heads, int64_t tokens, in
 // The launches of packed_attention over all tokens and of packed_qk_score, keys and values alike.
 py::dict plans_of_packed_attention(const AttentionShape& s, const PackFormat& f) {
   const ListShape shape = dense_list(s);
-  const int64_t items = decode_launch_items(shape), heads = s.batch * s.heads_kv;
+  const int64_t items = decode_launch_tiles(shape), heads = s.batch * s.heads_kv;
   const int lanes = score_lanes(s.head_dim);
   py::dict plans(
       "decode"_a = describe(plan_packed_decode(shape, items, packed_stage(f, f))),
@@ -159,7 +159,7 @@ py::dict plans_of_packed_attention(const AttentionShape& s, const PackFormat& f)
       "rotate_queries"_a = describe(plan_rotate_queries(s.batch * s.heads_q, lanes)));
   if (decode_splits(s.keys) > 1) plans["combine"] = describe(plan_combine(shape, items));
   if (rotates_later(s)) plans["rotate_out"] = describe(plan_rotate_out(s));
-  return py::dict("plans"_a = plans, "items"_a = decode_items(shape),
+  return py::dict("plans"_a = plans, "items"_a = decode_row_tiles(shape),
                   "workspace_bytes"_a = decode_workspace_bytes(shape));
 }
 

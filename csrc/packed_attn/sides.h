@@ -42,7 +42,7 @@ inline SideInputs packed_side(const Tensor& codes, const Tensor& params, const F
   return in;
 }
 
-// What a query of packed keys needs beside them; p.keys are the tokens.
+// The params of queries of packed keys; p.keys, the tokens, are still to be set.
 inline AttentionParams packed_query(const Tensor& q, int64_t heads_kv, int64_t head_dim,
                                     std::optional<double> scale) {
   AttentionParams p{};

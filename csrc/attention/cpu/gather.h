@@ -27,17 +27,17 @@ inline bool is_decode(const AttentionParams& p) {
 }
 
 // How all rows are cut into tasks. Without indices there is one list for all, of every key.
-struct ListPlan {
+struct ListTasks {
   int64_t heads;        // query heads of a kv head that share a list
   int64_t list_heads;   // heads * list_heads are all query heads
   int64_t block_rows;   // rows of a list; the last one may have fewer
-  int64_t lists, chunks, chunk_rows, tasks;
+  int64_t lists, chunks, chunk_rows, count;  // of a head, of a list, of a chunk, in all
 
-  ListPlan(const AttentionParams& p, const KeyLists& lists_of)
+  ListTasks(const AttentionParams& p, const KeyLists& lists_of)
       : heads(lists_of.heads == p.heads_q ? 1 : p.heads_q / p.heads_kv),
         list_heads(p.heads_q / heads), block_rows(max(min(lists_of.block_q, p.queries), 1) * heads),
         lists(divide_up(p.queries * heads, block_rows)), chunks(divide_up(block_rows, kMaxRows)),
-        chunk_rows(min(block_rows, kMaxRows)), tasks(p.batch * list_heads * lists * chunks) {}
+        chunk_rows(min(block_rows, kMaxRows)), count(p.batch * list_heads * lists * chunks) {}
 
   // Tasks in the order of batch, head, list; `rows` may be 0.
   ListRows operator()(const AttentionParams& p, const KeyLists& of, int64_t task) const {

@@ -43,7 +43,7 @@ struct Visible {
       copy_bytes(to, from, 4 * size);
       return;
     }
-    for (int64_t i = 0; i < size; ++i) to[i] = -__builtin_inff();
+    for (int64_t i = 0; i < size; ++i) to[i] = -kInfinity<float>;
     for (int64_t i = 0; i < count; ++i) to[position[i]] = from[i];
   }
 };
@@ -68,10 +68,10 @@ struct Vote {
   // row holds a whole chunk, -inf where there is no column.
   void put(int64_t item, int64_t head, int64_t chunk, const float* row, int64_t count) const {
     const int64_t at = item * heads + head;
-    f32x16 best = splat(-__builtin_inff());
+    f32x16 best = splat(-kInfinity<float>);
     for (int64_t i = 0; i < kScoreChunk; i += kLanes) best = max(load(row + i), best);
     const float max_score = max_lane(best);
-    const f32x16 base = splat(max_score > -__builtin_inff() ? max_score : 0.0f);
+    const f32x16 base = splat(max_score > -kInfinity<float> ? max_score : 0.0f);
     f32x16 exponentials = splat(0.0f);
     for (int64_t i = 0; i < kScoreChunk; i += kLanes) {
       exponentials = exponentials + exp(load(row + i) - base);
@@ -83,7 +83,7 @@ struct Vote {
 
   // +inf where a head saw nothing, so that its votes are exp(-inf).
   void finish_head(int64_t at) const {
-    float max_score = -__builtin_inff();
+    float max_score = -kInfinity<float>;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const float x = top[at * chunks + chunk];
       max_score = x > max_score ? x : max_score;
@@ -91,10 +91,10 @@ struct Vote {
     float sum = 0;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const float x = top[at * chunks + chunk];
-      if (x == -__builtin_inff() && total[at * chunks + chunk] == 0) continue;
+      if (x == -kInfinity<float> && total[at * chunks + chunk] == 0) continue;
       sum += total[at * chunks + chunk] * std::exp(x - max_score);
     }
-    lse[at] = sum == 0 ? __builtin_inff() : max_score + std::log(sum);
+    lse[at] = sum == 0 ? kInfinity<float> : max_score + std::log(sum);
   }
 
   // out is [items][columns].
@@ -160,7 +160,7 @@ struct HeadReducer {
     });
   }
   void vote(int64_t kv_head, const Vote& votes, int64_t item, int64_t chunk) {
-    start(-__builtin_inff());
+    start(-kInfinity<float>);
     each_row(kv_head, [&](int64_t row, const float* x) {
       visible.spread(x, total);
       votes.put(item, kv_head * scorer.rows() + row, chunk, total, visible.size);
@@ -168,7 +168,7 @@ struct HeadReducer {
   }
   // NaN stays.
   void group_max(int64_t kv_head) {
-    start(-__builtin_inff());
+    start(-kInfinity<float>);
     each_row(kv_head, [&](int64_t, const float* x) {
       for (int64_t i = 0; i < visible.count; ++i) {
         const bool stays = total[i] >= x[i] || total[i] != total[i];

@@ -79,15 +79,16 @@ inline int64_t splits_of(const KeyLists& lists) {
   return max(divide_up(lists.length, kKeySplit), 1);
 }
 // Few lists are cut into tasks by their splits; of many, each is a task. The result is the same.
-inline bool splits_are_tasks(const ListPlan& plan, const KeyLists& lists, int64_t threads) {
-  return splits_of(lists) > 1 && plan.tasks < 4 * threads;
+inline bool splits_are_tasks(const ListTasks& list_tasks, const KeyLists& lists, int64_t threads) {
+  return splits_of(lists) > 1 && list_tasks.count < 4 * threads;
 }
 template <class Acc>
 inline int64_t split_workspace(const AttentionParams& p, const KeyLists& lists,
                                const Parallel& parallel) {
-  const ListPlan plan(p, lists);
-  if (!splits_are_tasks(plan, lists, parallel.threads)) return 0;
-  return plan.tasks * splits_of(lists) * Partial<Acc>::numbers(plan.chunk_rows, p.value_dim) *
+  const ListTasks list_tasks(p, lists);
+  if (!splits_are_tasks(list_tasks, lists, parallel.threads)) return 0;
+  return list_tasks.count * splits_of(lists) *
+         Partial<Acc>::numbers(list_tasks.chunk_rows, p.value_dim) *
          static_cast<int64_t>(sizeof(Acc));
 }
 
@@ -96,11 +97,11 @@ inline int64_t split_workspace(const AttentionParams& p, const KeyLists& lists,
 template <class Acc, class Run, class Write>
 void run_splits(const AttentionParams& p, const KeyLists& lists, const Parallel& parallel,
                 const Run& run, const Write& write) {
-  const ListPlan plan(p, lists);
+  const ListTasks list_tasks(p, lists);
   const int64_t splits = splits_of(lists);
-  if (!splits_are_tasks(plan, lists, parallel.threads)) {
-    parallel_tasks(parallel, plan.tasks, [&](int64_t task, int64_t) {
-      const ListRows at = plan(p, lists, task);
+  if (!splits_are_tasks(list_tasks, lists, parallel.threads)) {
+    parallel_tasks(parallel, list_tasks.count, [&](int64_t task, int64_t) {
+      const ListRows at = list_tasks(p, lists, task);
       if (at.rows == 0) return;
       alignas(64) Acc memory[2][Partial<Acc>::numbers(kMaxRows, kMaxHeadDim)];
       Partial<Acc> result(memory[0], at.rows, p.value_dim), next(memory[1], at.rows, p.value_dim);
@@ -114,15 +115,15 @@ void run_splits(const AttentionParams& p, const KeyLists& lists, const Parallel&
     return;
   }
   const auto partial = [&](const ListRows& at, int64_t index) {
-    const int64_t numbers = Partial<Acc>::numbers(plan.chunk_rows, p.value_dim);
+    const int64_t numbers = Partial<Acc>::numbers(list_tasks.chunk_rows, p.value_dim);
     return Partial<Acc>(static_cast<Acc*>(p.workspace) + index * numbers, at.rows, p.value_dim);
   };
-  parallel_tasks(parallel, plan.tasks * splits, [&](int64_t task, int64_t) {
-    const ListRows at = plan(p, lists, task / splits);
+  parallel_tasks(parallel, list_tasks.count * splits, [&](int64_t task, int64_t) {
+    const ListRows at = list_tasks(p, lists, task / splits);
     if (at.rows > 0) run(at, task % splits, partial(at, task));
   });
-  parallel_tasks(parallel, plan.tasks, [&](int64_t task, int64_t) {
-    const ListRows at = plan(p, lists, task);
+  parallel_tasks(parallel, list_tasks.count, [&](int64_t task, int64_t) {
+    const ListRows at = list_tasks(p, lists, task);
     if (at.rows == 0) return;
     Partial<Acc> result = partial(at, task * splits);
     for (int64_t split = 1; split < splits; ++split) {

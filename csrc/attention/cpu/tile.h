@@ -25,9 +25,6 @@ inline int64_t panels_per_task(const AttentionParams& p, int64_t rows, int64_t t
   return panels;
 }
 
-template <class T>
-inline constexpr T kInfinity = static_cast<T>(__builtin_inf());
-
 // The rows (query, head of the group) of one kv head, the head changing fastest.
 template <class T>
 struct Rows {

@@ -215,7 +215,7 @@ struct Visibility {
 template <bool kLess, class Acc>
 TOKRED_INLINE void hide_by_number(const int32_t (&item)[kBlock], const int32_t (&lane)[kLanes],
                                   int64_t count, Acc* logits) {
-  constexpr Acc kHidden = static_cast<Acc>(-__builtin_inf());
+  constexpr Acc kHidden = -kInfinity<Acc>;
   for (int64_t i = 0; i < count; ++i) {
     Acc* logit = logits + i * kLanes;
     if constexpr (sizeof(Acc) == sizeof(int32_t)) {
@@ -235,7 +235,7 @@ TOKRED_INLINE void hide_by_number(const int32_t (&item)[kBlock], const int32_t (
 // branches: masks are unpredictable.
 template <class Acc>
 TOKRED_INLINE void hide_by_table(const int32_t* visible, int64_t count, Acc* logits) {
-  constexpr Acc kHidden = static_cast<Acc>(-__builtin_inf());
+  constexpr Acc kHidden = -kInfinity<Acc>;
   for (int64_t i = 0; i < count * kLanes; i += kLanes) {
     if constexpr (sizeof(Acc) == sizeof(int32_t)) {
       store(logits + i,

@@ -12,20 +12,20 @@ struct CombineShared {
   float sum[kCombineWarps];
 };
 
-// One row of one item. Warp w adds up splits w, w + kCombineWarps, ..; then come the warps.
+// One row of a row tile. Warp w adds up splits w, w + kCombineWarps, ..; then come the warps.
 template <class T>
 __global__ void __launch_bounds__(kCombineThreads)
     combine_splits_kernel(const __grid_constant__ DecodeParams p) {
   auto& shared = shared_memory<CombineShared>();
   const AttentionParams& a = p.sparse.attention;
-  const int64_t local = blockIdx.x / p.item_rows, row = blockIdx.x % p.item_rows;
-  const int64_t items = gridDim.x / p.item_rows, slot = local * p.splits * p.item_rows + row;
-  const ItemRows item(p, p.first_item + local);
-  if (row >= item.rows) return;
+  const int64_t local = blockIdx.x / p.tile_rows, row = blockIdx.x % p.tile_rows;
+  const int64_t row_tiles = gridDim.x / p.tile_rows, slot = local * p.splits * p.tile_rows + row;
+  const RowTile row_tile(p, p.first_tile_of_launch + local);
+  if (row >= row_tile.rows) return;
 
   float top = -kInfinity;
   for (int64_t s = lane_id(); s < p.splits; s += kWarp) {
-    top = fmaxf(top, p.partial_state(items, slot + s * p.item_rows)[0]);
+    top = fmaxf(top, p.partial_state(row_tiles, slot + s * p.tile_rows)[0]);
   }
   top = warp_max(top);
   const float base = top == -kInfinity ? 0.0f : top;
@@ -34,8 +34,8 @@ __global__ void __launch_bounds__(kCombineThreads)
   float out[kColumns] = {}, sum = 0.0f;
 #pragma unroll 4
   for (int64_t s = warp_id(); s < p.splits; s += kCombineWarps) {
-    const float* state = p.partial_state(items, slot + s * p.item_rows);
-    const float* partial = p.partial_out(slot + s * p.item_rows);
+    const float* state = p.partial_state(row_tiles, slot + s * p.tile_rows);
+    const float* partial = p.partial_out(slot + s * p.tile_rows);
     const float weight = exp2_approx(state[0] - base);
     sum = fmaf(weight, state[1], sum);
 #pragma unroll
@@ -57,8 +57,8 @@ __global__ void __launch_bounds__(kCombineThreads)
     total += shared.out[w][column];
     weights += shared.sum[w];
   }
-  store_result<T>(a, item.list.view, item.first_row + static_cast<uint32_t>(row), column, top,
-                  weights, total);
+  store_result<T>(a, row_tile.list.view, row_tile.first_row + static_cast<uint32_t>(row), column,
+                  top, weights, total);
 }
 
 }  // namespace tokred::cuda::attention

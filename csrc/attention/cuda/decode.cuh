@@ -13,15 +13,15 @@ namespace tokred::cuda::attention {
 
 struct DecodeParams {
   SparseAttentionParams sparse;  // null indices: dense attention
-  int64_t first_item;            // of this launch
-  int64_t list_items, item_rows, split_length, splits;
+  int64_t first_tile_of_launch;            // of this launch
+  int64_t list_tiles, tile_rows, split_length, splits;
 
-  // Partial results, by item of the launch, split and row.
+  // Partial results, by row tile of the launch, split and row.
   __device__ float* partial_out(int64_t slot) const {
     return static_cast<float*>(sparse.attention.workspace) + slot * sparse.attention.value_dim;
   }
-  __device__ float* partial_state(int64_t items, int64_t slot) const {  // largest logit, sum
-    return partial_out(items * splits * item_rows) + 2 * slot;
+  __device__ float* partial_state(int64_t row_tiles, int64_t slot) const {  // largest logit, sum
+    return partial_out(row_tiles * splits * tile_rows) + 2 * slot;
   }
 };
 
@@ -61,16 +61,16 @@ struct DecodeShared {
   float top[C::kWarps][C::kRows], sum[C::kWarps][C::kRows];
 };
 
-// The rows of one item: up to kDecodeRows rows of one list.
-struct ItemRows {
+// Up to kDecodeRows rows of one list.
+struct RowTile {
   ListView list;
   uint32_t first_row;
   int rows;
 
-  // The last list of a head may have fewer rows than the others, and even none for an item.
-  __device__ ItemRows(const DecodeParams& p, int64_t item)
-      : list(p.sparse.attention, p.sparse.lists, item / p.list_items),
-        first_row(list.first_row + static_cast<uint32_t>(item % p.list_items * kDecodeRows)) {
+  // The last list of a head may have fewer rows than the others, and even none for a tile.
+  __device__ RowTile(const DecodeParams& p, int64_t index)
+      : list(p.sparse.attention, p.sparse.lists, index / p.list_tiles),
+        first_row(list.first_row + static_cast<uint32_t>(index % p.list_tiles * kDecodeRows)) {
     const uint32_t end = list.view.rows;
     rows = first_row < end ? static_cast<int>(min(end - first_row, uint32_t{kDecodeRows})) : 0;
   }
@@ -80,24 +80,24 @@ template <class C>
 struct DecodeBlock {
   using T = typename C::T;
   const SparseAttentionParams& p;
-  const ItemRows& item;
+  const RowTile& row_tile;
   const RowSource<T> keys, values;
 
-  __device__ DecodeBlock(const SparseAttentionParams& p, const ItemRows& item)
-      : p(p), item(item),
-        keys(p.attention.k, item.list.view.batch, item.list.key_head, 0, p.attention.head_dim),
-        values(p.attention.v, item.list.view.batch, item.list.key_head,
+  __device__ DecodeBlock(const SparseAttentionParams& p, const RowTile& row_tile)
+      : p(p), row_tile(row_tile), keys(p.attention.k, row_tile.list.view.batch,
+                                       row_tile.list.key_head, 0, p.attention.head_dim),
+        values(p.attention.v, row_tile.list.view.batch, row_tile.list.key_head,
                blockIdx.z * int64_t{C::kValueDim}, p.attention.value_dim) {}
 
   __device__ __forceinline__ void load_rows(DecodeShared<C>& shared) const {
-    const HeadView& view = item.list.view;
+    const HeadView& view = row_tile.list.view;
     const RowSource<T> queries(p.attention.q, view.batch, 0, 0, p.attention.head_dim);
-    load_queries<C::kThreads>(shared.query, queries, view, item.first_row);
+    load_queries<C::kThreads>(shared.query, queries, view, row_tile.first_row);
     cp_async_commit();
     const int thread = static_cast<int>(threadIdx.x);
     if (thread >= C::kRows) return;
     shared.visibility[thread] =
-        row_visibility(p.attention, view, min(item.first_row + thread, view.rows - 1));
+        row_visibility(p.attention, view, min(row_tile.first_row + thread, view.rows - 1));
   }
 
   // Starts this warp's copies of a tile, whose keys its first lanes bring.
@@ -168,13 +168,13 @@ struct WarpWeights {
 
 // Column `column` of a row of this block: the result itself, or that of its split.
 template <class T>
-__device__ __forceinline__ void store_split(const DecodeParams& p, const ItemRows& item, int row,
+__device__ __forceinline__ void store_split(const DecodeParams& p, const RowTile& row_tile, int row,
                                             int column, float top, float sum, float out) {
   if (p.splits == 1) {
-    return store_result<T>(p.sparse.attention, item.list.view, item.first_row + row, column, top,
-                           sum, out);
+    return store_result<T>(p.sparse.attention, row_tile.list.view, row_tile.first_row + row, column,
+                           top, sum, out);
   }
-  const int64_t slot = (blockIdx.x * p.splits + blockIdx.y) * p.item_rows + row;
+  const int64_t slot = (blockIdx.x * p.splits + blockIdx.y) * p.tile_rows + row;
   p.partial_out(slot)[column] = out;
   if (column > 0) return;
   float* partial = p.partial_state(gridDim.x, slot);
@@ -185,14 +185,14 @@ __device__ __forceinline__ void store_split(const DecodeParams& p, const ItemRow
 // The sums of the warps become the result of the block.
 template <class C>
 __device__ __forceinline__ void finish_split(const ForwardState<C>& state, DecodeShared<C>& shared,
-                                             const DecodeParams& p, const ItemRows& item) {
+                                             const DecodeParams& p, const RowTile& row_tile) {
   __syncthreads();
   keep_warp_state(state, shared);
   __syncthreads();
   const int first_column = static_cast<int>(blockIdx.z) * C::kValueDim;
   const int value_dim = static_cast<int>(p.sparse.attention.value_dim);
   const int columns = min(value_dim - first_column, C::kValueDim);
-  for (int i = static_cast<int>(threadIdx.x); i < item.rows * columns; i += C::kThreads) {
+  for (int i = static_cast<int>(threadIdx.x); i < row_tile.rows * columns; i += C::kThreads) {
     const int row = i / columns, column = i % columns;
     const WarpWeights<C> weights(shared, row);
     float out = 0.0f;
@@ -200,7 +200,8 @@ __device__ __forceinline__ void finish_split(const ForwardState<C>& state, Decod
     for (int w = 0; w < C::kWarps; ++w) {
       out = fmaf(weights.of[w], shared.out[w][row][column], out);
     }
-    store_split<typename C::T>(p, item, row, first_column + column, weights.top, weights.sum, out);
+    store_split<typename C::T>(p, row_tile, row, first_column + column, weights.top, weights.sum,
+                               out);
   }
 }
 
@@ -209,15 +210,15 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     decode_kernel(const __grid_constant__ DecodeParams p) {
   auto& shared = shared_memory<DecodeShared<C>>();
   const AttentionParams& a = p.sparse.attention;
-  const ItemRows item(p, p.first_item + blockIdx.x);
-  if (item.rows == 0) return;
-  const DecodeBlock<C> block(p.sparse, item);
+  const RowTile row_tile(p, p.first_tile_of_launch + blockIdx.x);
+  if (row_tile.rows == 0) return;
+  const DecodeBlock<C> block(p.sparse, row_tile);
 
   const int64_t first = blockIdx.y * p.split_length;
-  const int64_t end = min(first + p.split_length, item.list.length);
+  const int64_t end = min(first + p.split_length, row_tile.list.length);
   const int64_t step = C::kWarps * C::kKeys, mine = first + warp_id() * C::kKeys;
   const int tiles = static_cast<int>(max((end - mine + step - 1) / step, int64_t{0}));
-  KeyStream stream(a, item.list, lane_id() < C::kKeys ? mine + lane_id() : end, step, end);
+  KeyStream stream(a, row_tile.list, lane_id() < C::kKeys ? mine + lane_id() : end, step, end);
   auto& stages = shared.stage[warp_id()];
   const auto load = [&](int tile) {
     if (tile < tiles) {
@@ -253,12 +254,12 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       load_left(left, shared.query, 0, 16 * k);
       return left;
     });
-    list_logits(weights, stage.slots, shared.visibility, a, item.list.view.batch, scale,
+    list_logits(weights, stage.slots, shared.visibility, a, row_tile.list.view.batch, scale,
                 per_row_mask, [](int, int h) { return h * 8 + lane_id() / 4; });
     to_weights(weights, state);
     accumulate(state.out, weights, stage.value);
   }
-  finish_split(state, shared, p, item);
+  finish_split(state, shared, p, row_tile);
 }
 
 }  // namespace tokred::cuda::attention

@@ -7,7 +7,7 @@
 
 namespace tokred::cuda::attention {
 
-// What a lane holds of its warp's rows: of each row tile, rows lane / 4 and lane / 4 + 8.
+// A lane's part of its warp's rows: of each row tile, rows lane / 4 and lane / 4 + 8.
 template <class C>
 struct ForwardState {
   float out[C::kRowTiles][C::kValueDim / 8][4];
@@ -163,7 +163,7 @@ struct ForwardRows {
     return min(view.query(first_row + lane_row<C>(i, h)), p.queries - 1);
   }
 
-  // What the block mask says of rows before * count .. before * count + count - 1 and a tile.
+  // The block mask's bits for rows before * count .. before * count + count - 1 and a tile.
   __device__ __forceinline__ unsigned look(uint32_t tile, int before, int count) const {
     const int64_t row = int64_t{first_row} + before * count, key = int64_t{tile} * C::kKeys;
     return look_at_blocks(p, view, row, row + count - 1, key, key + C::kKeys - 1);

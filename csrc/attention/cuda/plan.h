@@ -91,7 +91,7 @@ constexpr int64_t grad_key_shared_bytes(int dim, bool is_float) {
   return 2 * tile_bytes(dim, t.rows(), t.planes) + t.stages * stage + 4 * t.rows() + t.threads();
 }
 
-// What the plans depend on.
+// The shapes that the plans depend on.
 struct AttentionShape {
   int64_t batch, heads_q, heads_kv, queries, keys, head_dim, value_dim;
   bool is_float;

@@ -9,7 +9,7 @@ inline constexpr int kDecodeRows = 16;  // query rows of a block: a tile of the 
 inline constexpr int kDecodeKeys = 16;  // keys of a tile
 inline constexpr int kCombineThreads = 256;
 inline constexpr int64_t kMaxDecodeRows = 64;  // that share their keys
-inline constexpr int64_t kMaxItems = 1 << 30;  // of a launch
+inline constexpr int64_t kMaxRowTiles = 1 << 30;  // of a launch
 inline constexpr int64_t kMaxPartialBytes = int64_t{64} << 20;
 
 // Which query rows share which keys. The lists of a head follow each other, block_q queries each;
@@ -70,46 +70,46 @@ constexpr int64_t decode_splits(int64_t keys) {
   return keys > 0 ? divide_up(keys, decode_split_length(keys)) : 1;
 }
 
-// An item is up to kDecodeRows rows of one list.
-constexpr int64_t decode_item_rows(const ListShape& s) {
+// A row tile is up to kDecodeRows rows of one list.
+constexpr int64_t decode_tile_rows(const ListShape& s) {
   return s.rows() < kDecodeRows ? s.rows() : kDecodeRows;
 }
-constexpr int64_t decode_items(const ListShape& s) {
+constexpr int64_t decode_row_tiles(const ListShape& s) {
   return s.all_lists() * divide_up(s.rows(), kDecodeRows);
 }
-// What the splits of an item leave in the workspace: sums in f32, the largest logit and the sum of
-// weights of each row. One split leaves nothing.
-constexpr int64_t decode_item_bytes(const ListShape& s) {
+// Bytes that the splits of a row tile leave in the workspace: sums in f32, the largest logit and
+// the sum of weights of each row. One split leaves nothing.
+constexpr int64_t decode_tile_bytes(const ListShape& s) {
   const int64_t splits = decode_splits(s.length);
-  return splits == 1 ? 0 : 4 * splits * decode_item_rows(s) * (s.attention.value_dim + 2);
+  return splits == 1 ? 0 : 4 * splits * decode_tile_rows(s) * (s.attention.value_dim + 2);
 }
 // Items of one launch, so that a prefill of many short lists needs no large workspace.
-constexpr int64_t decode_launch_items(const ListShape& s) {
-  const int64_t items = decode_items(s), bytes = decode_item_bytes(s);
-  int64_t most = kMaxItems;
+constexpr int64_t decode_launch_tiles(const ListShape& s) {
+  const int64_t row_tiles = decode_row_tiles(s), bytes = decode_tile_bytes(s);
+  int64_t most = kMaxRowTiles;
   if (bytes > 0) most = bytes < kMaxPartialBytes ? kMaxPartialBytes / bytes : 1;
-  return items < most ? items : most;
+  return row_tiles < most ? row_tiles : most;
 }
 constexpr int64_t decode_workspace_bytes(const ListShape& s) {
-  return decode_launch_items(s) * decode_item_bytes(s);
+  return decode_launch_tiles(s) * decode_tile_bytes(s);
 }
 
-// Example: B = 1, Hq = 32, Hkv = 8, L = 1, N = 131072, D = 128 in bf16: 8 items of 4 rows and 128
-// splits of 1024 keys, 1024 blocks of 128 threads and 111 KB, of which two fit a multiprocessor;
-// the partial results take 2 MB. With lists of 2048 keys: 8 x 16 = 128 blocks.
-constexpr LaunchPlan plan_decode(const ListShape& s, int64_t items) {
+// Example: B = 1, Hq = 32, Hkv = 8, L = 1, N = 131072, D = 128 in bf16: 8 row_tiles of 4 rows and
+// 128 splits of 1024 keys, 1024 blocks of 128 threads and 111 KB, of which two fit a
+// multiprocessor; the partial results take 2 MB. With lists of 2048 keys: 8 x 16 = 128 blocks.
+constexpr LaunchPlan plan_decode(const ListShape& s, int64_t row_tiles) {
   const AttentionShape& a = s.attention;
   const int dim = padded_head_dim(a.dim());
   const int64_t parts = divide_up(a.value_dim, forward_value_dim(dim, a.is_float));
-  return {{items, decode_splits(s.length), parts},
+  return {{row_tiles, decode_splits(s.length), parts},
           decode_tiles(dim, a.is_float).threads(),
           decode_shared_bytes(dim, a.is_float)};
 }
 
 // A block for each row. The example above: 32 blocks of 8 warps that share out the splits.
 constexpr int64_t combine_shared_bytes() { return 4 * (kCombineThreads / 32) * (256 + 1); }
-constexpr LaunchPlan plan_combine(const ListShape& s, int64_t items) {
-  return {{decode_splits(s.length) == 1 ? 0 : items * decode_item_rows(s), 1, 1},
+constexpr LaunchPlan plan_combine(const ListShape& s, int64_t row_tiles) {
+  return {{decode_splits(s.length) == 1 ? 0 : row_tiles * decode_tile_rows(s), 1, 1},
           kCombineThreads,
           combine_shared_bytes()};
 }
@@ -145,10 +145,10 @@ constexpr int64_t list_grad_query_blocks(const ListShape& s) {
   const int dim = padded_head_dim(s.attention.dim());
   return s.all_lists() * divide_up(s.rows(), backward_tiles(dim, s.attention.is_float).rows());
 }
-// `blocks` of them in one launch, at most kMaxItems.
+// `blocks` of them in one launch, at most kMaxRowTiles.
 constexpr LaunchPlan plan_list_grad_query(const ListShape& s, int64_t blocks) {
   const int dim = padded_head_dim(s.attention.dim());
-  return {{blocks < kMaxItems ? blocks : kMaxItems, 1, 1},
+  return {{blocks < kMaxRowTiles ? blocks : kMaxRowTiles, 1, 1},
           backward_tiles(dim, s.attention.is_float).threads(),
           list_grad_query_shared_bytes(dim, s.attention.is_float)};
 }

@@ -6,7 +6,7 @@
 
 namespace tokred::cuda::scoring {
 
-// What a launch of the kernel adds to the params. The heads of k come in groups of `summed`, whose
+// The params, and a launch's own. The heads of k come in groups of `summed`, whose
 // scores are summed; each group gives `rows` scores a key, each of them the sum over `terms` query
 // rows: query row ((kv head) * rows + r) * terms + t.
 struct QkScoreArgs {
@@ -67,7 +67,7 @@ struct KeyTile {
   }
 };
 
-// What the lanes of a part of a warp do for kRows query rows of a group of heads at a time.
+// The work of a part of a warp on kRows query rows of a group of heads at a time.
 template <class T, int kLanes, int kRows>
 struct QkScorer {
   static constexpr int kSums = kRows * kScoreRows;

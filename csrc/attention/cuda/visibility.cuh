@@ -193,8 +193,8 @@ __device__ __forceinline__ int64_t block_column(const AttentionParams& p, int64_
 
 inline constexpr unsigned kSomeVisible = 1, kSomeHidden = 2;
 
-// What the block mask says of rows and keys first .. last. Where a block is much smaller than a
-// rectangle, every rectangle counts as visible in part.
+// kSomeVisible and kSomeHidden as the block mask has them for rows and keys first .. last. Where a
+// block is much smaller than a rectangle, every rectangle counts as visible in part.
 __device__ __forceinline__ unsigned look_at_blocks(const AttentionParams& p, const HeadView& view,
                                                    int64_t first_row, int64_t last_row,
                                                    int64_t first_key, int64_t last_key) {

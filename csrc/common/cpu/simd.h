@@ -18,6 +18,9 @@ namespace tokred::TOKRED_ISA {
 
 inline constexpr int kLanes = 16;
 
+template <class T>
+inline constexpr T kInfinity = static_cast<T>(__builtin_inf());
+
 #if defined(__AVX512F__)
 inline constexpr int kRegisterBytes = 64;
 #elif defined(__AVX2__)

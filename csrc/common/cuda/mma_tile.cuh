@@ -86,7 +86,7 @@ __device__ __forceinline__ void keep_finite(float (&x)[8]) {
 
 // Loading ----------------------------------------------------------------------------------------
 
-// What a tile is loaded from: numbers of its own type, but of T for Split<T>.
+// The numbers that a tile is loaded from: of its own type, but of T for Split<T>.
 template <class T>
 struct StoredAs {
   using type = T;

@@ -43,7 +43,7 @@ struct BlockAddresses {
   }
 };
 
-// What is added to scale c for the codes c of groups with this offset; see PackScheme.
+// The offset that is added to scale c for the codes c of a group; see PackScheme.
 TOKRED_INLINE f32x16 whole_offset(const PackFormat& f, f32x16 scale, f32x16 offset) {
   if (f.scheme == PackScheme::asymmetric) return offset;
   if (f.scheme == PackScheme::zero_point) return splat(0.0f) - scale * offset;

@@ -30,7 +30,7 @@ class PackedSums {
     fill_zero(offsets_, rows * static_cast<int64_t>(sizeof offsets_[0]));
   }
 
-  // What was added so far is multiplied by shrink[row], then the tokens come with weights[row].
+  // The sums so far are multiplied by shrink[row], then the tokens are added with weights[row].
   void add(const BlockAddresses& block, const float* weights, const float* shrink,
            TokenPrefetcher prefetcher) {
     for (int64_t row = 0; row < rows; ++row) {

@@ -22,7 +22,7 @@ void launch_packed(const PackedAttentionParams& params, Stream stream) {
   PackedDecodeParams p{{{a, params.lists, {}},
                         0,
                         divide_up(shape.rows(), kDecodeRows),
-                        decode_item_rows(shape),
+                        decode_tile_rows(shape),
                         decode_split_length(shape.length),
                         decode_splits(shape.length)},
                        params.k,
@@ -32,9 +32,9 @@ void launch_packed(const PackedAttentionParams& params, Stream stream) {
                        params.lengths_stride,
                        packed_stage(params.k.packed.format, params.v.packed.format)};
   p.decode.sparse.lists.block_q = shape.block_q;
-  const int64_t items = decode_items(shape), most = decode_launch_items(shape);
-  for (; p.decode.first_item < items; p.decode.first_item += most) {
-    const int64_t count = min(most, items - p.decode.first_item);
+  const int64_t row_tiles = decode_row_tiles(shape), most = decode_launch_tiles(shape);
+  for (; p.decode.first_tile_of_launch < row_tiles; p.decode.first_tile_of_launch += most) {
+    const int64_t count = min(most, row_tiles - p.decode.first_tile_of_launch);
     launch(packed_decode_kernel<Config>, plan_packed_decode(shape, count, p.stage), stream, p);
     launch(combine_splits_kernel<T>, plan_combine(shape, count), stream, p.decode);
   }

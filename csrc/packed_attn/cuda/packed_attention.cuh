@@ -42,18 +42,18 @@ __device__ __forceinline__ void place_codes(PackedShared<C>& shared, const Packe
   shared.v_codes[lane] = places(p.v.packed.format);
 }
 
-// The query rows of an item, rotated where the keys are, and what each of them sees.
+// The query rows of a tile, rotated where the keys are, and their visibility.
 template <class C>
 __device__ __forceinline__ void load_packed_queries(PackedShared<C>& shared,
                                                     const PackedDecodeParams& p,
-                                                    const ItemRows& item, int64_t tokens) {
+                                                    const RowTile& row_tile, int64_t tokens) {
   using T = typename C::T;
   const AttentionParams& a = p.decode.sparse.attention;
-  const HeadView& view = item.list.view;
+  const HeadView& view = row_tile.list.view;
   const int thread = static_cast<int>(threadIdx.x), channel = thread % C::kRowLanes * 8;
   const bool aligned = is_aligned<T>(a.q);
   for (int r = thread / C::kRowLanes; r < C::kRows; r += C::kThreads / C::kRowLanes) {
-    const uint32_t row = item.first_row + static_cast<uint32_t>(r);
+    const uint32_t row = row_tile.first_row + static_cast<uint32_t>(r);
     const T* source[1] = {nullptr};
     if (row < view.rows) {
       source[0] = static_cast<const T*>(a.q.data) + view.batch * a.q.stride_batch +
@@ -74,7 +74,7 @@ __device__ __forceinline__ void load_packed_queries(PackedShared<C>& shared,
     }
   }
   if (thread >= C::kRows) return;
-  const uint32_t row = min(item.first_row + static_cast<uint32_t>(thread), view.rows - 1);
+  const uint32_t row = min(row_tile.first_row + static_cast<uint32_t>(thread), view.rows - 1);
   RowVisibility visibility = row_visibility(a, view, row);
   visibility.last_key =
       static_cast<int>(a.causal ? view.query(row) + tokens - a.queries : tokens - 1);
@@ -136,7 +136,8 @@ __device__ __forceinline__ void accumulate_values(ForwardState<C>& state,
 // back, unless rotates_later().
 template <class C>
 __device__ __forceinline__ void finish_packed(const ForwardState<C>& state, PackedShared<C>& shared,
-                                              const PackedDecodeParams& p, const ItemRows& item) {
+                                              const PackedDecodeParams& p,
+                                              const RowTile& row_tile) {
   __syncthreads();
   keep_warp_state(state, shared);
   __syncthreads();
@@ -158,10 +159,11 @@ __device__ __forceinline__ void finish_packed(const ForwardState<C>& state, Pack
     }
     if (p.value_codes<typename C::T>()) order_codes(out);
     if (rotated) packing::rotate_row(out, a.value_dim);
-    if (row >= item.rows || first >= a.value_dim) continue;
+    if (row >= row_tile.rows || first >= a.value_dim) continue;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      store_split<typename C::T>(p.decode, item, row, first + i, weights.top, weights.sum, out[i]);
+      store_split<typename C::T>(p.decode, row_tile, row, first + i, weights.top, weights.sum,
+                                 out[i]);
     }
   }
 }
@@ -186,9 +188,9 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   auto& shared = shared_memory<PackedShared<C>>();
   const DecodeParams& decode = p.decode;
   const AttentionParams& a = decode.sparse.attention;
-  const ItemRows item(decode, decode.first_item + blockIdx.x);
-  if (item.rows == 0) return;
-  const ListView& list = item.list;
+  const RowTile row_tile(decode, decode.first_tile_of_launch + blockIdx.x);
+  if (row_tile.rows == 0) return;
+  const ListView& list = row_tile.list;
   const int64_t tokens = item_tokens(p.lengths, p.lengths_stride, list.view.batch, a.keys);
 
   const int64_t first = blockIdx.y * decode.split_length;
@@ -228,7 +230,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   };
 
   place_codes(shared, p);
-  load_packed_queries(shared, p, item, tokens);
+  load_packed_queries(shared, p, row_tile, tokens);
   __syncthreads();
   if (p.key_codes<typename C::T>()) sum_queries(shared, p.k.packed.format);
   __syncthreads();
@@ -254,7 +256,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     accumulate_values(state, weights, v_side(), shared, p, stage + v_first, places.v);
   }
   finish_packed(state, shared, p,
-                ItemRows(decode, optimization_barrier(decode.first_item + blockIdx.x)));
+                RowTile(decode, optimization_barrier(decode.first_tile_of_launch + blockIdx.x)));
 }
 
 // Rotates the rows of out back, a warp each.

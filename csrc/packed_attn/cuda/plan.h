@@ -49,14 +49,14 @@ constexpr int64_t packed_shared_bytes(int dim, bool is_float, const PackedStage&
 }
 
 // Example: B = 1, Hq = 32, Hkv = 8, L = 1, T = 131072, D = 128 in bf16, 4 bits in groups of 32
-// channels: 8 items and 128 splits, 1024 blocks of 128 threads and 82 KB, of which two fit a
+// channels: 8 row_tiles and 128 splits, 1024 blocks of 128 threads and 82 KB, of which two fit a
 // multiprocessor.
-constexpr LaunchPlan plan_packed_decode(const ListShape& s, int64_t items,
+constexpr LaunchPlan plan_packed_decode(const ListShape& s, int64_t row_tiles,
                                         const PackedStage& stage) {
   const int dim = padded_head_dim(s.attention.dim());
   const bool is_float = s.attention.is_float;
   const int64_t parts = divide_up(s.attention.value_dim, forward_value_dim(dim, is_float));
-  return {{items, decode_splits(s.length), parts},
+  return {{row_tiles, decode_splits(s.length), parts},
           32 * packed_warps(dim, is_float),
           packed_shared_bytes(dim, is_float, stage)};
 }

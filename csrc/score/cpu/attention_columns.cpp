@@ -9,8 +9,6 @@
 namespace tokred::TOKRED_ISA {
 namespace {
 
-constexpr float kInf = __builtin_inff();
-
 // Up to eight panels of keys of a kv head; the query heads pass one after another.
 struct ColumnTask {
   static constexpr int64_t kWeights = kBlock * kLanes;
@@ -55,7 +53,7 @@ struct ColumnTask {
   template <class T>
   void run_head(int64_t head) {
     const Visibility see(p, batch, head, 1);
-    const float start = columns.reduction == ColumnReduction::max ? -kInf : 0.0f;
+    const float start = columns.reduction == ColumnReduction::max ? -kInfinity<float> : 0.0f;
     for (int64_t panel = 0; panel < panels; ++panel) {
       store(mean + panel * kLanes, splat(start));
       store(square + panel * kLanes, splat(0.0f));
@@ -64,7 +62,7 @@ struct ColumnTask {
     for (int64_t i = 0; i < panels * kLanes; ++i) {
       const int64_t at = first_key + i;
       const bool hidden = at >= p.keys || see.hides_key(at);
-      bias[i] = hidden ? -kInf : key_bias<float>(p, batch, kv_head, at);
+      bias[i] = hidden ? -kInfinity<float> : key_bias<float>(p, batch, kv_head, at);
     }
     for (block_first = 0; block_first < p.queries; block_first += kBlock) {
       block_count = min(kBlock, p.queries - block_first);
@@ -90,7 +88,7 @@ struct ColumnTask {
     if (weight) weight += batch * columns.weight_stride_batch + head * columns.weight_stride_head;
     for (int64_t i = 0; i < block_count; ++i) {
       const float log_sum = static_cast<const float*>(p.lse)[first + i];
-      lse[i] = log_sum == -kInf ? kInf : log_sum;
+      lse[i] = log_sum == -kInfinity<float> ? kInfinity<float> : log_sum;
       const int64_t row = block_first + i;
       factor[i] = weight ? weight[row * columns.weight_stride_query] : 1.0f;
       pack_row(key_row<T>(p.q, batch, head, row), p.head_dim, q + i * p.head_dim);
@@ -104,7 +102,7 @@ struct ColumnTask {
                                  // A hidden key is hidden whatever its logit is, NaN included.
                                  const f32x16 added = load(bias + (panel + i) * kLanes);
                                  store(weights + i * kWeights + row * kLanes,
-                                       select_equal(added, -kInf, added, sum + added));
+                                       select_equal(added, -kInfinity<float>, added, sum + added));
                                });
     for (int64_t i = 0; i < count; ++i) {
       float* tile = weights + i * kWeights;
@@ -114,7 +112,7 @@ struct ColumnTask {
       for (int64_t row = 0; row < block_count; ++row) {
         float* at = tile + row * kLanes;
         const f32x16 weight = exp(load(at) - splat(lse[row])) * splat(factor[row]);
-        store(at, select_equal(load(at), -kInf, splat(0.0f), weight));
+        store(at, select_equal(load(at), -kInfinity<float>, splat(0.0f), weight));
       }
     }
   }

@@ -7,8 +7,6 @@
 namespace tokred::TOKRED_ISA {
 namespace {
 
-constexpr float kInf = __builtin_inff();
-
 // The logits of all (query, head) rows of a kv head with one chunk of keys.
 template <class T>
 struct RowLogits {
@@ -62,21 +60,21 @@ struct RowLogits {
     if (see.masks_pairs()) {
       const bool* visible = see.row_mask(row, first);
       for (int64_t i = 0; i < keys.size; ++i) {
-        logits[i] = visible[i * see.stride_key] ? logits[i] : -kInf;
+        logits[i] = visible[i * see.stride_key] ? logits[i] : -kInfinity<float>;
       }
     }
-    for (int64_t i = max(limit + 1, 0); i < keys.size; ++i) logits[i] = -kInf;
+    for (int64_t i = max(limit + 1, 0); i < keys.size; ++i) logits[i] = -kInfinity<float>;
   }
 };
 
 // log sum exp of a row, by chunks; +inf where nothing is visible, so that exp(x - lse) is 0.
 float row_lse(const float* row, int64_t count) {
-  f32x16 best = splat(-kInf);
+  f32x16 best = splat(-kInfinity<float>);
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) best = max(load(row + i), best);
   float top = max_lane(best);
   for (; i < count; ++i) top = row[i] > top ? row[i] : top;
-  if (top == -kInf) return kInf;
+  if (top == -kInfinity<float>) return kInfinity<float>;
   float total = 0;
   for (int64_t first = 0; first < count; first += kScoreChunk) {
     const int64_t end = min(first + kScoreChunk, count);
@@ -84,7 +82,7 @@ float row_lse(const float* row, int64_t count) {
     for (i = first; i + kLanes <= end; i += kLanes) part = part + exp(load(row + i) - splat(top));
     if (i < end) {
       float lane[kLanes];
-      store(lane, splat(-kInf));
+      store(lane, splat(-kInfinity<float>));
       copy_bytes(lane, row + i, 4 * (end - i));
       part = part + exp(load(lane) - splat(top));
     }

@@ -82,8 +82,8 @@ struct Pool {
 
   void extremes(TokenRange range) {
     for (int64_t v = 0; v < vectors; ++v) {
-      total[v] = splat(__builtin_inff());
-      other[v] = splat(-__builtin_inff());
+      total[v] = splat(kInfinity<float>);
+      other[v] = splat(-kInfinity<float>);
     }
     for (int64_t t = range.first; t < range.end; ++t) {
       if (!visible(t)) continue;

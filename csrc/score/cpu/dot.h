@@ -44,7 +44,7 @@ struct Steps {
   int64_t at[kMax];      // their first dimensions
   int64_t rest = 0;  // the dimensions behind the last whole group, or 0 where they are unused
 
-  // Those of `dim` dimensions that used(group) selects.
+  // The groups of `dim` dimensions for which used(group) holds.
   template <class Used>
   Steps(int64_t dim, const Used& used) {
     for (int64_t d = 0; d < dim; d += kLanes) {

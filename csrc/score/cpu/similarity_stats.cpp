@@ -200,7 +200,7 @@ struct RowTask {
       const bool found = s.number[lane] > 0 && !hidden;
       p.mean[at] = found ? s.mean[lane] : 0;
       p.variance[at] = found ? s.squares[lane] / s.number[lane] : 0;
-      p.greatest[at] = found ? s.greatest[lane] : -__builtin_inff();
+      p.greatest[at] = found ? s.greatest[lane] : -kInfinity<float>;
       p.energy[at] = found ? s.energy[lane] / s.number[lane] : 0;
       p.index[at] = found ? s.index[lane] : -1;
       p.count[at] = found ? s.count[lane] : 0;

@@ -20,7 +20,7 @@ struct Statistics {
   void clear() {
     for (int lane = 0; lane < kLanes; ++lane) {
       number[lane] = mean[lane] = squares[lane] = energy[lane] = 0;
-      greatest[lane] = -__builtin_inff();
+      greatest[lane] = -kInfinity<float>;
       index[lane] = -1;
       count[lane] = 0;
     }
@@ -100,7 +100,7 @@ __attribute__((noinline)) static void add_tile(const SimilarityStatsParams& p, c
       const f32x16 is_member = partners.of(index[j]);
       store(member + j * kLanes, is_member);
       number = number + is_member;
-      rated = select_greater(is_member, zero, s, splat(-__builtin_inff()));
+      rated = select_greater(is_member, zero, s, splat(-kInfinity<float>));
       s = select_greater(is_member, zero, s, zero);
     }
     total = total + s;

@@ -7,7 +7,7 @@
 
 namespace tokred::cuda::scoring {
 
-// What is known of a streamed query. One that sees nothing has last_key -1.
+// A streamed query. One that sees nothing has last_key -1.
 struct ColumnQuery {
   int64_t mask_offset;
   float lse_log2, weight;
@@ -37,7 +37,7 @@ __device__ __forceinline__ ColumnQuery column_query(const AttentionColumnsParams
           lse == -kInfinity ? -1 : view.last_key(query)};
 }
 
-// What a lane knows of one key: its share of the queries so far.
+// A lane's statistics of one key: its share of the queries so far.
 struct ColumnState {
   float sum = 0.0f, max_value = -kInfinity;
   Moments moments;

@@ -9,7 +9,7 @@
 
 namespace tokred::cuda::scoring {
 
-// What the warps that share a block hand each other.
+// Partial results of the warps that share a block.
 struct PoolShared {
   float partial[2][kPoolWide][256];
   int count[kPoolWide];

@@ -57,7 +57,7 @@ constexpr int64_t attention_columns_shared_bytes(int dim, bool is_float) {
   return score_tiles_bytes(dim, is_float, 4, 24);
 }
 
-// What the plans of attention_rows and attention_columns depend on.
+// The shapes that the plans of attention_rows and attention_columns depend on.
 struct ScoreShape {
   int64_t batch, heads_q, heads_kv, queries, keys, head_dim;
   bool is_float;

@@ -14,7 +14,7 @@ struct SimilarityArgs {
   SimilarityStatsParams p;
 };
 
-// What a lane knows of a row: its share of the columns so far.
+// A lane's statistics of a row: its share of the columns so far.
 struct SimilarityState {
   Moments moments;
   float greatest = -kInfinity, energy = 0.0f;

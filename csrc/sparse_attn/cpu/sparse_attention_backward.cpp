@@ -200,15 +200,15 @@ void write_keys(const AttentionBackwardParams& b, int64_t first, int64_t count,
 }
 
 template <class T, bool kSkipZeros>
-void add_lists(const SparseAttentionBackwardParams& s, const ListPlan& plan, int64_t head,
+void add_lists(const SparseAttentionBackwardParams& s, const ListTasks& list_tasks, int64_t head,
                int64_t first_key, int64_t end_key, const KeyRanges& ranges, Accumulator<T>* sums) {
   const AttentionParams& p = s.backward.forward;
   fill_zero(sums,
             (end_key - first_key) * ranges.numbers * static_cast<int64_t>(sizeof(Accumulator<T>)));
   // The tasks of the query heads that read this kv head follow each other.
-  const int64_t tasks = plan.tasks / (p.batch * p.heads_kv);
+  const int64_t tasks = list_tasks.count / (p.batch * p.heads_kv);
   for (int64_t task = head * tasks; task < (head + 1) * tasks; ++task) {
-    ListRows at = plan(p, s.lists, task);
+    ListRows at = list_tasks(p, s.lists, task);
     if (at.rows == 0) continue;
     at.first_key = first_key;
     at.end_key = end_key;
@@ -218,12 +218,12 @@ void add_lists(const SparseAttentionBackwardParams& s, const ListPlan& plan, int
 }
 
 template <class T>
-void key_pass(const SparseAttentionBackwardParams& s, const ListPlan& plan, int64_t head,
+void key_pass(const SparseAttentionBackwardParams& s, const ListTasks& list_tasks, int64_t head,
               int64_t first_key, int64_t end_key, const KeyRanges& ranges, Accumulator<T>* sums) {
   const AttentionParams& p = s.backward.forward;
-  add_lists<T, false>(s, plan, head, first_key, end_key, ranges, sums);
+  add_lists<T, false>(s, list_tasks, head, first_key, end_key, ranges, sums);
   if (any_nan(sums, (end_key - first_key) * ranges.numbers)) {
-    add_lists<T, true>(s, plan, head, first_key, end_key, ranges, sums);
+    add_lists<T, true>(s, list_tasks, head, first_key, end_key, ranges, sums);
   }
   write_keys<T>(s.backward, head * p.keys + first_key, end_key - first_key, ranges, sums);
 }
@@ -239,19 +239,19 @@ int64_t sparse_attention_backward_workspace(const SparseAttentionBackwardParams&
 
 void sparse_attention_backward(const SparseAttentionBackwardParams& s, const Parallel& parallel) {
   const AttentionParams& p = s.backward.forward;
-  const ListPlan plan(p, s.lists);
+  const ListTasks list_tasks(p, s.lists);
   const KeyRanges ranges(p, parallel);
   visit_dtype(p.dtype, [&]<class T>() {
-    parallel_tasks(parallel, plan.tasks, [&](int64_t task, int64_t) {
-      const ListRows at = plan(p, s.lists, task);
+    parallel_tasks(parallel, list_tasks.count, [&](int64_t task, int64_t) {
+      const ListRows at = list_tasks(p, s.lists, task);
       if (at.rows > 0) query_pass<T>(s.backward, at, s.lists.length);
     });
     auto* sums = static_cast<Accumulator<T>*>(s.workspace);
     const int64_t tasks = p.batch * p.heads_kv * ranges.count;
     parallel_tasks(parallel, tasks, [&](int64_t task, int64_t worker) {
       const int64_t first = task % ranges.count * ranges.keys;
-      key_pass<T>(s, plan, task / ranges.count, first, min(first + ranges.keys, p.keys), ranges,
-                  sums + worker * ranges.keys * ranges.numbers);
+      key_pass<T>(s, list_tasks, task / ranges.count, first, min(first + ranges.keys, p.keys),
+                  ranges, sums + worker * ranges.keys * ranges.numbers);
     });
   });
 }

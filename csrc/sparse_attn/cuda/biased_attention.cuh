@@ -34,7 +34,7 @@ struct ForwardShared {
   TileWindow<C::kThreads> window;
 };
 
-// What a block works on.
+// The rows, keys and values of a block.
 template <class C>
 struct ForwardBlock : ForwardRows<C> {
   using T = typename C::T;

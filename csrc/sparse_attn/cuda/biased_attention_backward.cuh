@@ -10,7 +10,7 @@
 
 namespace tokred::cuda::attention {
 
-// What an owner of keys sums. Where registers are short, grad_k and grad_v take a launch each.
+// The sums of an owner of keys. Where registers are short, grad_k and grad_v take a launch each.
 enum class KeyGrads { all, key, value };
 
 // kSparse: with positions or a block mask, which dense attention should not have to make room for.
@@ -31,7 +31,7 @@ struct BackwardConfig {
   using Sums = float[1][kDim / 8][4];
 };
 
-// What both kernels know of a query row. lse is +inf for a row that sees nothing or does not exist,
+// A query row. lse is +inf for a row that sees nothing or does not exist,
 // which makes all its probabilities 0.
 struct QueryInfo {
   int64_t mask_offset;

@@ -23,13 +23,13 @@ void launch_decode(const SparseAttentionParams& sparse, Stream stream) {
   DecodeParams p{sparse,
                  0,
                  divide_up(shape.rows(), kDecodeRows),
-                 decode_item_rows(shape),
+                 decode_tile_rows(shape),
                  decode_split_length(shape.length),
                  decode_splits(shape.length)};
   p.sparse.lists.block_q = shape.block_q;
-  const int64_t items = decode_items(shape), most = decode_launch_items(shape);
-  for (; p.first_item < items; p.first_item += most) {
-    const int64_t count = min(most, items - p.first_item);
+  const int64_t row_tiles = decode_row_tiles(shape), most = decode_launch_tiles(shape);
+  for (; p.first_tile_of_launch < row_tiles; p.first_tile_of_launch += most) {
+    const int64_t count = min(most, row_tiles - p.first_tile_of_launch);
     launch(decode_kernel<Config>, plan_decode(shape, count), stream, p);
     launch(combine_splits_kernel<T>, plan_combine(shape, count), stream, p);
   }

@@ -21,7 +21,7 @@ void launch_backward(SparseAttentionBackwardParams p, Stream stream) {
   p.lists.block_q = max(shape.block_q, int64_t{1});
   launch(attention_delta_kernel<T>, plan_delta(shape.attention), stream, p.backward);
   const int64_t blocks = list_grad_query_blocks(shape);
-  for (int64_t first = 0; first < blocks; first += kMaxItems) {
+  for (int64_t first = 0; first < blocks; first += kMaxRowTiles) {
     launch(list_grad_query_kernel<Config>, plan_list_grad_query(shape, blocks - first), stream, p,
            divide_up(shape.rows(), Config::kRows), first);
   }

@@ -8,7 +8,7 @@
 
 namespace tokred::cuda::attention {
 
-// What the kernels know of a query row. lse is +inf for a row that sees nothing or does not exist,
+// A query row. lse is +inf for a row that sees nothing or does not exist,
 // which makes all its probabilities 0.
 struct ListRowInfo {
   RowVisibility visibility;

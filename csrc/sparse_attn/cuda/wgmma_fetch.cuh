@@ -33,7 +33,8 @@ struct SwizzledTile {
   T panel[kPanels][kRows][64];
 };
 
-// What a thread of kThreads copies of a tile: 8 elements of each panel of every kStep-th row.
+// The part of a tile that one of kThreads threads copies: 8 elements of each panel of every
+// kStep-th row.
 template <int kThreads>
 struct SwizzledPart {
   static constexpr int kStep = kThreads / 8;

@@ -6,7 +6,6 @@
 namespace tokred::TOKRED_ISA {
 
 inline constexpr float kNaN = __builtin_nanf("");
-inline constexpr float kInfinity = __builtin_inff();
 inline constexpr int32_t kLaneNumbers[kLanes] = {0, 1, 2,  3,  4,  5,  6,  7,
                                                  8, 9, 10, 11, 12, 13, 14, 15};
 

@@ -46,7 +46,7 @@ struct ScoreRange {
 
 template <class T>
 ScoreRange score_range(const T* x, int64_t n, float floor) {
-  const f32x16 limit = splat(floor), infinity = splat(kInfinity);
+  const f32x16 limit = splat(floor), infinity = splat(kInfinity<float>);
   i32x16 total = splat(0);
   f32x16 highest = limit, lowest = infinity;
   for (int64_t i = 0; i < n; i += kLanes) {
@@ -100,7 +100,7 @@ TOKRED_INLINE float probe(const Bracket& b, int64_t target, int step) {
 // Moves the ends of the bracket to the minimum and the maximum of the scores inside.
 template <class T>
 void tighten(Bracket& b, const T* x, int64_t n) {
-  const f32x16 low = splat(b.low), high = splat(b.high), infinity = splat(kInfinity);
+  const f32x16 low = splat(b.low), high = splat(b.high), infinity = splat(kInfinity<float>);
   f32x16 lowest = high, highest = low;
   for (int64_t i = 0; i < n; i += kLanes) {
     const f32x16 v = load_entries(x, i, n);
@@ -122,7 +122,7 @@ TOKRED_INLINE uint32_t chosen_mask(f32x16 v, f32x16 limit, Threshold& threshold)
 // The threshold that leaves the best `rest` of value[0, count), by the rank of every value; NaN
 // lies behind them up to whole vectors.
 inline Threshold threshold_among(const float* value, int64_t count, int64_t rest) {
-  const f32x16 infinity = splat(kInfinity);
+  const f32x16 infinity = splat(kInfinity<float>);
   const i32x16 limit = splat(static_cast<int32_t>(rest));
   f32x16 lowest = infinity;
   for (int64_t first = 0; first < count; first += kLanes) {
@@ -263,7 +263,7 @@ inline void keep_best(Entries& entries, int64_t wanted, float& hint) {
   const int64_t n = fill_up(entries);
   f32x16 highest = load(entries.value);
   for (int64_t i = kLanes; i < n; i += kLanes) highest = max(load(entries.value + i), highest);
-  highest = max(highest, splat(-kInfinity));
+  highest = max(highest, splat(-kInfinity<float>));
   Bracket bracket{entries.below, max_lane(highest), entries.count, 0};
   const Threshold threshold = search(bracket, wanted, wanted, entries.value, n, hint);
   hint = threshold.value;
@@ -274,8 +274,8 @@ inline void keep_best(Entries& entries, int64_t wanted, float& hint) {
 inline void keep_best_forced(Entries& entries, int64_t wanted) {
   if (entries.count <= wanted) return;
   const int64_t n = fill_up(entries);
-  const ScoreRange range = score_range(entries.value, n, -kInfinity);
-  if (range.count <= wanted) return keep_chosen(entries, n, {-kInfinity, wanted - range.count});
+  const ScoreRange range = score_range(entries.value, n, -kInfinity<float>);
+  if (range.count <= wanted) return keep_chosen(entries, n, {-kInfinity<float>, wanted - range.count});
   Bracket bracket = bracket_of(range);
   keep_chosen(entries, n, search(bracket, wanted, wanted, entries.value, n));
 }

@@ -60,11 +60,11 @@ struct Scratch {
 
 Entries allocate_entries(Workspace& memory, int64_t capacity) {
   auto* value = memory.allocate<float>(capacity + kLanes);
-  return {value, memory.allocate<int32_t>(capacity + kLanes), 0, -kInfinity};
+  return {value, memory.allocate<int32_t>(capacity + kLanes), 0, -kInfinity<float>};
 }
 Scratch allocate_scratch(Workspace& memory, const Sizes& sizes) {
   Scratch s{};
-  s.find_hint = s.keep_hint = kInfinity;
+  s.find_hint = s.keep_hint = kInfinity<float>;
   if (sizes.packs) s.packed = memory.allocate<float>(sizes.width + kLanes);
   if (sizes.width > kShortRow) s.sample = memory.allocate<float>(kSample);
   if (sizes.sorts) s.keys = memory.allocate<uint64_t>(2 * sizes.max_found);
@@ -101,10 +101,10 @@ Segment segment_of(const TopkParams& p, const Sizes& sizes, int64_t number) {
   return segment;
 }
 
-float floor_of(const TopkParams& p) { return p.has_threshold ? p.threshold : -kInfinity; }
+float floor_of(const TopkParams& p) { return p.has_threshold ? p.threshold : -kInfinity<float>; }
 
 // The score of a forced entry, as it is ranked.
-TOKRED_INLINE f32x16 ranked(f32x16 v) { return max(v, splat(-kInfinity)) + splat(0.0f); }
+TOKRED_INLINE f32x16 ranked(f32x16 v) { return max(v, splat(-kInfinity<float>)) + splat(0.0f); }
 
 template <class T>
 void append_all(const T* x, int64_t begin, int64_t end, Entries& to) {
@@ -202,7 +202,7 @@ void write(const TopkParams& p, int64_t number, int64_t wanted, Scratch& s) {
     if (p.has_top_p) count = count_to_top_p(p, value, count);
     if (p.order == RowOrder::position) sort_by_position(value, index, count, s.keys);
   }
-  for (int64_t i = count; i < p.k; ++i) value[i] = -kInfinity;
+  for (int64_t i = count; i < p.k; ++i) value[i] = -kInfinity<float>;
   for (int64_t i = count; i < p.k; ++i) index[i] = -1;
   p.counts[number] = static_cast<int32_t>(count);
 }
@@ -280,7 +280,7 @@ void choose_split(const TopkParams& p, const Sizes& sizes, const Parallel& paral
     const Candidates<T> c = candidates(task / sizes.chunks);
     const int64_t start = task % sizes.chunks * kChunk, rest = c.n - start;
     const int64_t capacity = sizes.chunk_found, room = capacity + kLanes;
-    Entries entries{chunked.value + task * room, chunked.index + task * room, 0, -kInfinity};
+    Entries entries{chunked.value + task * room, chunked.index + task * room, 0, -kInfinity<float>};
     const Threshold guess{chunked.guess[task / sizes.chunks], 0};
     const bool fits = rest <= 0 || append(c.x + start, rest < kChunk ? rest : kChunk,
                                           c.first + start, guess, capacity, entries);
