@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn import functional
 
 import tokred
-from tokred.methods import pitome
 from tokred.methods.pitome import PitomeOptions, energy, pitome_plan
 
 
@@ -39,8 +38,7 @@ def plain_energy(metric: Tensor, margin: float, kind: str) -> Tensor:
 
 
 @pytest.mark.parametrize(("kind", "margin"), product(("vision", "text"), (0.0, 0.45, 0.9)))
-def test_energy(kind: str, margin: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pitome, "TILE_ROWS", 7)
+def test_energy(kind: str, margin: float) -> None:
     metric = metric_of(2, 33)
     expected = plain_energy(metric, margin, kind).float()
     torch.testing.assert_close(energy(metric, margin, kind), expected)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn import functional
 
 import tokred
 
@@ -21,9 +20,6 @@ from ._method import Family, Method, Needs, Options
 
 if TYPE_CHECKING:
     from tokred.patching import ReductionCall
-
-# Rows of the similarity matrix that exist at a time.
-TILE_ROWS = 256
 
 
 def energy(metric: torch.Tensor, margin: float, kind: str = "vision") -> torch.Tensor:
@@ -36,8 +32,7 @@ def energy(metric: torch.Tensor, margin: float, kind: str = "vision") -> torch.T
             with standard deviation 1 - margin.
 
     Returns:
-        f32 [B, N], high for tokens with many near-duplicates. O(B N^2 C) time; the similarity
-        matrix exists TILE_ROWS rows at a time.
+        f32 [B, N], high for tokens with many near-duplicates. O(B N^2 C) time, O(B N) memory.
 
     Raises:
         ValueError: an unknown kind, or a text margin of 1 or more.
@@ -46,17 +41,9 @@ def energy(metric: torch.Tensor, margin: float, kind: str = "vision") -> torch.T
         raise ValueError(f'kind must be "vision" or "text", not {kind!r}')
     if kind == "text" and not margin < 1:
         raise ValueError(f"margin must be below 1 for the text energy, not {margin}")
-    unit = functional.normalize(metric.float(), dim=-1)
-    rows = []
-    for tile in unit.split(TILE_ROWS, dim=1):
-        cosine = tile @ unit.transpose(1, 2)
-        if kind == "vision":
-            rows.append(functional.elu(cosine - margin).mean(-1))
-        else:
-            deviation = 1 - margin
-            density = torch.exp(-0.5 * ((1 - cosine) / deviation) ** 2)
-            rows.append(density.mean(-1) / (deviation * math.sqrt(2 * math.pi)))
-    return torch.cat(rows, dim=1)
+    rule = "elu" if kind == "vision" else "gaussian"
+    # Energies only rank the tokens, so nothing learns through them.
+    return tokred.similarity_stats(metric.detach(), energy=rule, margin=margin).energy
 
 
 def pitome_plan(
