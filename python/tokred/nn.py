@@ -85,6 +85,7 @@ class TopKAttention(nn.Module):
         self.reduce, self.statistic = reduce, statistic
         self.block_size, self.block_q = block_size, block_q
         self.causal, self.scale = causal, scale
+        self.dims: Tensor | None
         self.register_buffer("dims", dims)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -274,7 +275,7 @@ class BlockSparseAttention(nn.Module):
             shares = shares.masked_fill(scores == -torch.inf, -torch.inf)
             _, chosen, _ = topk_with_counts(shares, total, top_p=self.top_p, min_k=self.min_k)
         else:
-            k = round(self.density * total) if self.k is None else self.k
+            k = round((self.density or 0.0) * total) if self.k is None else self.k
             free = scores.masked_fill(forced, -torch.inf)
             _, chosen, _ = topk_with_counts(free, smaller(k, total))
         return block_mask(chosen, total) | forced

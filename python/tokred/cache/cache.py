@@ -146,7 +146,7 @@ class PackedCache(Cache):
     def bytes_per_token(self) -> float:
         """All bytes, divided by the tokens of all rows of the batch; 0 of an empty cache."""
         packed = next(each for each in self.layers if isinstance(each, PackedCacheLayer))
-        if packed.length == 0:
+        if packed.contents is None or packed.length == 0:
             return 0.0
         return self.nbytes().total / (packed.length * packed.contents.batch)
 

@@ -87,12 +87,13 @@ class Contents:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Contents:
         """The function applied to every tensor, the first dimension of which is the batch."""
+        keys, values = (
+            PackedKV(function(side.codes), function(side.params), side.format)
+            for side in self.packed
+        )
         return replace(
             self,
-            packed=tuple(
-                PackedKV(function(side.codes), function(side.params), side.format)
-                for side in self.packed
-            ),
+            packed=(keys, values),
             windows={name: function(tensor) for name, tensor in self.windows.items()},
             key_mean=None if self.key_mean is None else function(self.key_mean),
         )
@@ -189,7 +190,7 @@ def _rotated(x: Tensor, form: PackFormat) -> Tensor:
     if not form.rotated:
         return x
     window = torch.empty_like(x)
-    nothing = PackFormat(8, 16, rotated=True).empty(*x.shape[:2], 0, x.shape[3], x.device)
+    nothing = PackFormat(8, 16, rotated=True).empty(x.shape[0], x.shape[1], 0, x.shape[3], x.device)
     tokred.kv_append(x, nothing, 0, window)
     return window
 

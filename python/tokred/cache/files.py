@@ -111,7 +111,7 @@ def _checksum(content: str, tensors: dict[str, Tensor]) -> str:
     total = zlib.crc32(content.encode())
     for name in sorted(tensors):
         total = zlib.crc32(name.encode(), total)
-        total = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), total)
+        total = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, total)
     return f"{total:08x}"
 
 
@@ -133,6 +133,7 @@ def _parts(layer: Any) -> dict[str, Tensor]:
     if _kind(layer) == "none" or layer.get_seq_length() == 0:
         return {}
     if isinstance(layer, PackedCacheLayer):
+        assert layer.contents is not None  # it has tokens
         return layer.contents.live(layer.length)
     start = 1 - layer.sliding_window
     return {"keys": layer.keys[:, :, start:], "values": layer.values[:, :, start:]}
@@ -150,7 +151,8 @@ def _describe(layer: Any) -> LayerHeader:
     parts = _parts(layer)
     if kind == "sliding":
         keys, values = parts["keys"], parts["values"]
-        dtypes, dims = (keys.dtype, values.dtype), (keys.shape[3], values.shape[3])
+        dtypes: tuple[torch.dtype, ...] = (keys.dtype, values.dtype)
+        dims = (keys.shape[3], values.shape[3])
         batch, heads = keys.shape[:2]
     else:
         contents = layer.contents

@@ -126,6 +126,7 @@ def layer_tensors(options: CacheOptions, layer: LayerHeader) -> dict[str, Tensor
     batch, heads, *dims = layer.shape
     if layer.kind == "sliding":
         window = layer.sliding_window
+        assert window is not None  # the header was checked
         tokens = layer.length if window == 1 else min(layer.length, window - 1)
         return {
             name: (dtype, (batch, heads, tokens, dim))

@@ -128,7 +128,7 @@ class PackedCacheLayer(CacheLayerMixin):
         layout = self.options.layout(keys.shape[3], values.shape[3])
         dtype = torch.promote_types(keys.dtype, values.dtype)
         room = layout.packed_tokens(self.capacity or 0)
-        return Contents.empty(layout, *keys.shape[:2], room, dtype, keys.device)
+        return Contents.empty(layout, keys.shape[0], keys.shape[1], room, dtype, keys.device)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -184,7 +184,7 @@ class PackedCacheLayer(CacheLayerMixin):
             length, count = length + early, ROLLBACK
         last = history[-1] if history and self.record_past else None
         if last is None or last.settled or last.tokens + count > ROLLBACK:
-            kept = () if last is None else (last,)
+            kept: tuple[Checkpoint, ...] = () if last is None else (last,)
             last = Checkpoint.of(contents, length)
         else:
             kept = history[:-1]

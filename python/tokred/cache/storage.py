@@ -13,7 +13,7 @@ _MULTIPLE = 16  # of the head dimension, and of groups along channels
 _MAX_HEAD_DIM = 256
 _TOKEN_GROUP = 32
 _CHANNEL_GROUP = {1: 32, 2: 32, 3: 32, 4: 64, 8: 64}  # by bits
-_TYPES = {
+_TYPES: dict[str, type | tuple[type, ...]] = {
     "key_bits": int,
     "value_bits": int,
     "key_axis": str,
@@ -137,9 +137,10 @@ class Layout:
 
     def live(self, packed: tuple[PackedKV, PackedKV], tokens: int) -> tuple[PackedKV, PackedKV]:
         """Views without the room beyond the packed ones of `tokens` tokens."""
-        return tuple(
+        keys, values = (
             rows(side, 0, packed_tokens(side.format.axis, self.window, tokens)) for side in packed
         )
+        return keys, values
 
     def split_bytes(self, tokens: int) -> tuple[int, int]:
         """Bytes of codes and of params of one head of a cache of so many tokens."""

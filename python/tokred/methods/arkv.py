@@ -24,6 +24,7 @@ An approximate version, different from the released code in this:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -158,7 +159,8 @@ class ArkvCache:
             check_tokens(name, token, [*held.shape[:2], 1, held.shape[3]], (held.dtype,))
         check_query(q, k)
         refuse_grad("step", q=q, k=k, v=v)
-        for name, token in (("k", k), ("v", v), ("position", self.length)):
+        arriving: tuple[tuple[str, Any], ...] = (("k", k), ("v", v), ("position", self.length))
+        for name, token in arriving:
             end = getattr(self, name).shape[2] + 1
             grown = self._buffers[name][:, :, :end]
             grown[:, :, -1:] = token
@@ -190,7 +192,8 @@ class ArkvCache:
         rows = [torch.cat([tokred.kv_unpack(p, x.dtype), x], 2) for p, x in sides]
         self.packed_k, self.packed_v = (pack_fp8(x) for x in tokred.gather_tokens(rows, low.int()))
         position = self.position.gather(2, torch.cat([low, whole], 2))
-        self._hold(*tokred.gather_tokens(rows, whole.int()), position)
+        k, v = tokred.gather_tokens(rows, whole.int())
+        self._hold(k, v, position)
 
     def _hold(self, k: Tensor, v: Tensor, position: Tensor) -> None:
         """Copies these into buffers with room for all tokens that come before the next shrink."""
@@ -240,8 +243,8 @@ def compress_prompt(
         best = tokred.topk(scores, cache_size - window, order="position")[1].long()
         position = torch.cat([best, position[..., tokens - window :]], 2)
         k, v = tokred.gather_tokens([k, v], position.int())
-    empty = (pack_fp8(x[:, :, :0]) for x in (k, v))
-    return ArkvCache(*empty, k, v, position, origin_budget, cache_size, window, tokens)
+    empty_k, empty_v = (pack_fp8(x[:, :, :0]) for x in (k, v))
+    return ArkvCache(empty_k, empty_v, k, v, position, origin_budget, cache_size, window, tokens)
 
 
 METHOD = Method(

@@ -13,6 +13,8 @@ more in the softmax. As there, rows have no padding.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -140,7 +142,7 @@ def dhsa_attention(
     block_q: int = 128,
     instruction_tokens: int = 64,
     scale: float | None = None,
-    **choice: object,
+    **choice: Any,
 ) -> Tensor:
     """Causal prefill over dhsa_indices(q without the instruction, k, block_q, **choice).
 
@@ -224,8 +226,9 @@ def dhsa_block_mask(
         ends = (rows * block_q + offset).clamp(min=0, max=k.shape[2])
         lengths = (-(-ends // block_k)).to(torch.int32)[None, None]
     kept = max(int(density * blocks), 2 if force_ends else 1)
-    ends = {"num_sinks": 1, "num_locals": 1} if force_ends else {}
-    return block_mask(tokred.topk(scores, min(kept, blocks), lengths, **ends)[1], blocks)
+    forced = int(force_ends)
+    best = tokred.topk(scores, min(kept, blocks), lengths, num_sinks=forced, num_locals=forced)[1]
+    return block_mask(best, blocks)
 
 
 METHOD = Method(

@@ -102,9 +102,10 @@ def mixed_bits(
     ]
     parts = []
     for rows, form in zip((others, best), formats, strict=True):
-        sides = tokred.gather_tokens([k, v], rows)
-        parts.append(tuple(tokred.kv_pack(x, *astuple(form)) for x in sides))
-    return MixedBits(tuple(parts), (others, best))
+        keys, values = tokred.gather_tokens([k, v], rows)
+        pack = astuple(form)
+        parts.append((tokred.kv_pack(keys, *pack), tokred.kv_pack(values, *pack)))
+    return MixedBits((parts[0], parts[1]), (others, best))
 
 
 METHOD = Method(

@@ -82,10 +82,10 @@ def _key_list(
     width = min(sink + local + (num_blocks + 1) * block_size, k.shape[2])
     everything = range_list(none, lengths, width)[:, None].expand(shape)
     width = max(chosen.shape[-1], width)
-    padded = (
+    chosen, everything = (
         torch.nn.functional.pad(t, (0, width - t.shape[-1]), value=-1) for t in (chosen, everything)
     )
-    return torch.where((dynamic > 0)[:, None, None], *padded)
+    return torch.where((dynamic > 0)[:, None, None], chosen, everything)
 
 
 def block_topk(

@@ -13,6 +13,8 @@ dtype, and scales and minima are stored in float16. A prompt may come in parts.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -64,7 +66,7 @@ class KiviCache:
         self.length = 0
         self.packed_k = along_tokens.empty(batch, heads, rows, head_dim, device)
         self.packed_v = along_channels.empty(batch, heads, rows, value_dim, device)
-        options = {"dtype": dtype, "device": device}
+        options: dict[str, Any] = {"dtype": dtype, "device": device}
         self.window_k = torch.zeros(batch, heads, residual, head_dim, **options)
         self.window_v = torch.zeros(batch, heads, residual + 1, value_dim, **options)
 

@@ -9,6 +9,8 @@ reused ones, once. The published share is not known either: share is an argument
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ def deviation(fresh: list[Tensor], reused: list[Tensor]) -> Tensor:
     Args:
         fresh, reused: tensors [B, H, N, D] of one layer, such as [k, v].
     """
-    total = 0.0
+    total: Any = 0.0
     for new, old in zip(fresh, reused, strict=True):
         tokens = [t.float().transpose(1, 2).flatten(2) for t in (new, old)]
         distance, _ = tokred.transition_stats(tokens[1], tokens[0] - tokens[1])

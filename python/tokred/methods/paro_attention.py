@@ -10,6 +10,7 @@ the paper describes. The 8-bit path is not part of this recipe.
 from __future__ import annotations
 
 from itertools import permutations
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,7 +111,8 @@ def order_cost(
     sigma of its probabilities lie below epsilon), M_quant the mean over the blocks of greatest
     probability / mean probability. The lowest cost wins.
     """
-    dense_blocks, incoherence, count = 0.0, 0.0, 0
+    dense_blocks = incoherence = torch.zeros(q.shape[1], device=q.device)
+    count = 0
     for queries in q.split(block, dim=2):
         rows = tokred.attention_rows(queries, k, scale=scale)
         for tile in rows.split(block, dim=3):
@@ -123,7 +125,7 @@ def order_cost(
 
 
 def choose_orders(
-    q: Tensor, k: Tensor, frames: int, height: int, width: int, num_text: int = 0, **cost: float
+    q: Tensor, k: Tensor, frames: int, height: int, width: int, num_text: int = 0, **cost: Any
 ) -> list[str]:
     """The order of lowest cost for every head, for q, k [B, H, N, D] in "FHW" order."""
     costs = []

@@ -49,7 +49,8 @@ def head_scores(q: Tensor, k: Tensor, period: int) -> tuple[Tensor, Tensor]:
         for total, shift in zip(totals, (0, 1), strict=True):
             copies = (distance > 0) & ((distance + shift) % period == 0) & (key >= shift)
             total += (rows * copies).sum((0, 2, 3))
-    return tuple(total / (q.shape[0] * (length - period)) for total in totals)
+    pairs = q.shape[0] * (length - period)
+    return totals[0] / pairs, totals[1] / pairs
 
 
 def retrieval_heads(
@@ -282,9 +283,10 @@ class PackedRazorHeads:
         self.entered += tokens
         self._fill_tables()
 
-    def _make_room(self, *rooms: int) -> None:
+    def _make_room(self, first_room: int, other_room: int) -> None:
         """Slots for so many tokens of a retrieval head, and of another one; never fewer."""
-        rooms = tuple(n if len(kind) else 0 for n, kind in zip(rooms, self.kinds, strict=True))
+        retrieval, others = self.kinds
+        rooms = first_room if len(retrieval) else 0, other_room if len(others) else 0
         if rooms == self.rooms:
             return
         more = max(rooms) - self.slots.shape[1]
@@ -335,6 +337,7 @@ def pack_heads(
         if form.axis != "channel":
             raise ValueError(f"{name} must have groups along channels, got axis {form.axis!r}")
     device, rows = k.device, k.shape[0] * len(retrieval)
+    mean_k, mean_v = (x[:, :, others.num_sinks] for x in (others.k, others.v))
     retrieval = retrieval.to(device)
     packed = PackedRazorHeads(
         key.empty(1, 1, 0, k.shape[3], device),
@@ -342,10 +345,10 @@ def pack_heads(
         slots=torch.zeros(rows, 0, dtype=torch.int32, device=device),
         lengths=torch.zeros(rows, dtype=torch.int32, device=device),
         bias=torch.zeros(rows, 1, 0, device=device),
-        kinds=tuple(mine.nonzero()[:, 0] for mine in (retrieval, ~retrieval)),
+        kinds=(retrieval.nonzero()[:, 0], (~retrieval).nonzero()[:, 0]),
         rooms=(0, 0),
         length=k.shape[2],
-        means=tuple(x[:, :, others.num_sinks].float().clone() for x in (others.k, others.v)),
+        means=(mean_k.float().clone(), mean_v.float().clone()),
         dropped=others.dropped,
         num_sinks=others.num_sinks,
         window=others.window,

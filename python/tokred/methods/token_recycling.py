@@ -40,7 +40,7 @@ class Tree:
         Raises:
             ValueError: a path stands before its parent, or twice.
         """
-        number = {(): 0}
+        number: dict[tuple[int, ...], int] = {(): 0}
         parent, rank = [-1], [0]
         for path in paths:
             if path in number or path[:-1] not in number:
@@ -53,8 +53,12 @@ class Tree:
         exits = {path: max(entry[p] for p in order if p[: len(path)] == path) for path in order}
         columns = [(entry[path], -exits[path]) for path in number]
         depth = [len(path) for path in number]
-        return cls(*(torch.tensor(t) for t in (parent, rank, depth)),
-                   torch.tensor(columns, dtype=torch.int32))  # fmt: skip
+        return cls(
+            torch.tensor(parent),
+            torch.tensor(rank),
+            torch.tensor(depth),
+            torch.tensor(columns, dtype=torch.int32),
+        )
 
     def __len__(self) -> int:
         return len(self.parent)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -264,7 +266,7 @@ promote_under_autocast("match", "a", "b")
 
 
 @register_flop_formula(_ops.match)
-def _match_flops(a, b, *args, **kwargs) -> int:
+def _match_flops(a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
     """Tensors arrive as their shapes."""
     batch, rows, channels = a
     return 2 * batch * rows * b[1] * channels
@@ -272,7 +274,14 @@ def _match_flops(a, b, *args, **kwargs) -> int:
 
 @register_flop_formula([_ops.bipartite_soft_matching, _ops.threshold_matching])
 def _bipartite_flops(
-    metric, r, num_prefix=0, mask=None, order="tome", sources=None, destinations=None, **kwargs
+    metric: Any,
+    r: Any,
+    num_prefix: Any = 0,
+    mask: Any = None,
+    order: Any = "tome",
+    sources: Any = None,
+    destinations: Any = None,
+    **kwargs: Any,
 ) -> int:
     batch, tokens, channels = metric
     if sources is None:

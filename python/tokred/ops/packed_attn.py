@@ -214,7 +214,7 @@ cast_under_autocast("packed_qk_score", "q", "residual")
 
 
 @register_flop_formula(_ops.packed_attention)
-def _packed_attention_flops(q, k_codes, k_params, *args, **kwargs) -> int:
+def _packed_attention_flops(q: Any, k_codes: Any, k_params: Any, *args: Any, **kwargs: Any) -> int:
     """Tensors arrive as their shapes, and so do the tokens of a cache: its capacity is counted."""
     v_codes, v_bits = args[5], args[7]
     indices = kwargs.get("indices", args[15] if len(args) > 15 else None)
@@ -223,7 +223,7 @@ def _packed_attention_flops(q, k_codes, k_params, *args, **kwargs) -> int:
 
 
 @register_flop_formula(_ops.packed_qk_score)
-def _packed_qk_score_flops(q, codes, *args, **kwargs) -> int:
+def _packed_qk_score_flops(q: Any, codes: Any, *args: Any, **kwargs: Any) -> int:
     """Of the packed tokens. The queries are averaged first."""
     batch, heads, _, head_dim = q
     return 2 * batch * heads * codes[2] * head_dim

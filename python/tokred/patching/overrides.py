@@ -54,7 +54,7 @@ class Overrides:
         """Makes module.name(...) call function(*args, original, ...)."""
         current = getattr(module, name)
         original = getattr(current, "tokred_original", current)
-        replacement = partial(function, *args, original)
+        replacement: Any = partial(function, *args, original)
         replacement.tokred_original = original
         replacement.__wrapped__ = original  # what inspect.signature shows
         self.assign(module, name, replacement)

@@ -73,7 +73,7 @@ def _quantize(x: Tensor, form: PackFormat) -> tuple[Tensor, Tensor, Tensor | Non
     high = torch.where(finite, x, -torch.inf).amax(-1, keepdim=True)
     # The sum turns -0 into 0: min and max do not tell them apart.
     low, high = (torch.where(finite.any(-1, keepdim=True), t, 0.0) + 0.0 for t in (low, high))
-    offset = None
+    offset: Tensor | None = None
     if form.scheme in ("asymmetric", "zero_point"):
         if form.scheme == "zero_point":
             low, high = low.clamp(max=0), high.clamp(min=0)
@@ -90,6 +90,7 @@ def _quantize(x: Tensor, form: PackFormat) -> tuple[Tensor, Tensor, Tensor | Non
     if form.scheme == "asymmetric":
         codes = ratio(x - low).clamp(0, levels).round()
     elif form.scheme == "zero_point":
+        assert offset is not None
         codes = (ratio(x).round() + offset).clamp(0, levels)
     elif form.scheme == "symmetric":
         half = 2 ** (form.bits - 1)
@@ -132,10 +133,11 @@ def kv_unpack(packed: PackedKV, dtype: torch.dtype = torch.float32) -> Tensor:
         numbers = numbers.to(torch.uint8).view(torch.float8_e4m3fn)
     codes = _grouped(numbers.to(wide), form)
     scale = packed.scale.to(wide)[..., None]
+    minimum = 0.0 if packed.minimum is None else packed.minimum.to(wide)[..., None]
     if form.scheme == "asymmetric":
-        x = scale * codes + packed.minimum.to(wide)[..., None]
+        x = scale * codes + minimum
     elif form.scheme == "zero_point":
-        x = scale * (codes - packed.minimum.to(wide)[..., None])
+        x = scale * (codes - minimum)
     elif form.scheme == "symmetric":
         x = scale * (codes - 2 ** (form.bits - 1))
     else:
@@ -154,7 +156,8 @@ def kv_append(
 ) -> None:
     """See tokred.kv_append."""
     form, new = packed.format, x.shape[2]
-    rows = 0 if window is None else window.shape[2]
+    window = x[:, :, :0] if window is None else window
+    rows = window.shape[2]
     capacity = packed.num_tokens if slots is None else slots.shape[1]
     arriving = hadamard(x.float()) if form.rotated else x.float()
     for item in range(x.shape[0]):

@@ -83,7 +83,7 @@ def _match_sets(
         position = torch.where(valid, side, 0)
         rows.append(metric.gather(1, position[..., None].expand(-1, -1, metric.shape[2])))
         masks.append(valid if mask is None else valid & mask.gather(1, position))
-    return match(*rows, *masks)
+    return match(rows[0], rows[1], masks[0], masks[1])
 
 
 @dataclass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -218,12 +220,12 @@ for _name in ("attention_rows", "attention_columns", "pagerank"):
 
 
 @register_flop_formula([_ops.attention_rows, _ops.attention_columns])
-def _logit_flops(q, k, *args, **kwargs) -> int:
+def _logit_flops(q: Any, k: Any, *args: Any, **kwargs: Any) -> int:
     """Tensors arrive as their shapes; hidden pairs are counted."""
     batch, heads, queries, head_dim = q
     return 2 * batch * heads * queries * k[2] * head_dim
 
 
 @register_flop_formula(_ops.pagerank)
-def _pagerank_flops(q, k, lse, iterations, *args, **kwargs) -> int:
+def _pagerank_flops(q: Any, k: Any, lse: Any, iterations: Any, *args: Any, **kwargs: Any) -> int:
     return iterations * _logit_flops(q, k)

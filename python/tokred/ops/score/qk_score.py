@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -225,7 +227,15 @@ cast_under_autocast("qk_score", "q", "k")
 
 @register_flop_formula(_ops.qk_score)
 def _qk_score_flops(
-    q, k, reduce="none", dims=None, scale=None, lengths=None, mask=None, slots=None, **kwargs
+    q: Any,
+    k: Any,
+    reduce: Any = "none",
+    dims: Any = None,
+    scale: Any = None,
+    lengths: Any = None,
+    mask: Any = None,
+    slots: Any = None,
+    **kwargs: Any,
 ) -> int:
     """Tensors arrive as their shapes. The queries are averaged first."""
     batch, heads, _, head_dim = q
@@ -234,6 +244,6 @@ def _qk_score_flops(
 
 
 @register_flop_formula(_ops.block_score)
-def _block_score_flops(q, pooled, *args, **kwargs) -> int:
+def _block_score_flops(q: Any, pooled: Any, *args: Any, **kwargs: Any) -> int:
     batch, heads, queries = q[:3]
     return 2 * batch * heads * queries * pooled[2] * pooled[3] * q[-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -142,9 +143,17 @@ promote_under_autocast("transition_stats", "before", "after")
 
 @register_flop_formula(_ops.similarity_stats)
 def _similarity_flops(
-    a, b, metric="cosine", threshold=0.0, energy="none", margin=0.0, exclude_self=False,
-    block_size=0, *args, **kwargs,
-) -> int:  # fmt: skip
+    a: Any,
+    b: Any,
+    metric: Any = "cosine",
+    threshold: Any = 0.0,
+    energy: Any = "none",
+    margin: Any = 0.0,
+    exclude_self: Any = False,
+    block_size: Any = 0,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
     """Tensors arrive as their shapes; only the pairs inside blocks are computed."""
     batch, rows, channels = a
     partners = min(block_size, b[1]) if block_size else b[1]

@@ -209,11 +209,13 @@ promote_under_autocast("combine_states", "out_a", "out_b")
 
 
 @register_flop_formula(_ops.biased_attention)
-def _attention_flops(q, k, v, *args, **kwargs) -> int:
+def _attention_flops(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
     """Tensors arrive as their shapes; masked and causal pairs are counted, as torch counts SDPA."""
     return forward_flops(q, k[2], v)
 
 
 @register_flop_formula(_ops.biased_attention_backward)
-def _attention_backward_flops(grad_out, grad_lse, q, k, v, *args, **kwargs) -> int:
+def _attention_backward_flops(
+    grad_out: Any, grad_lse: Any, q: Any, k: Any, v: Any, *args: Any, **kwargs: Any
+) -> int:
     return backward_flops(q, k[2], v)

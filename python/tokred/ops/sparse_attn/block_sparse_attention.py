@@ -142,9 +142,9 @@ def _from_flex(
         )
     blocks = (k.shape[2] + sizes[1] - 1) // sizes[1]
     mask = _dense_blocks(flex.kv_num_blocks, flex.kv_indices, blocks)
-    if flex.full_kv_num_blocks is not None:
+    if flex.full_kv_num_blocks is not None and flex.full_kv_indices is not None:
         mask = mask | _dense_blocks(flex.full_kv_num_blocks, flex.full_kv_indices, blocks)
-    return mask, *sizes
+    return mask, sizes[0], sizes[1]
 
 
 def _only_whole_blocks(mask_mod: Any, queries: int, keys: int, causal: bool) -> bool:
@@ -246,11 +246,13 @@ cast_under_autocast("block_sparse_attention", "q", "k", "v")
 
 
 @register_flop_formula(_ops.block_sparse_attention)
-def _block_sparse_flops(q, k, v, *args, **kwargs) -> int:
+def _block_sparse_flops(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
     """Tensors arrive as their shapes, so hidden blocks are counted, as torch counts SDPA."""
     return forward_flops(q, k[2], v)
 
 
 @register_flop_formula(_ops.block_sparse_attention_backward)
-def _block_sparse_backward_flops(grad_out, grad_lse, q, k, v, *args, **kwargs) -> int:
+def _block_sparse_backward_flops(
+    grad_out: Any, grad_lse: Any, q: Any, k: Any, v: Any, *args: Any, **kwargs: Any
+) -> int:
     return backward_flops(q, k[2], v)

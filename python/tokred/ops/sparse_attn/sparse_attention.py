@@ -178,11 +178,13 @@ cast_under_autocast("sparse_attention", "q", "k", "v")
 
 
 @register_flop_formula(_ops.sparse_attention)
-def _sparse_flops(q, k, v, indices, *args, **kwargs) -> int:
+def _sparse_flops(q: Any, k: Any, v: Any, indices: Any, *args: Any, **kwargs: Any) -> int:
     """Tensors arrive as their shapes; skipped entries are counted."""
     return forward_flops(q, indices[3], v)
 
 
 @register_flop_formula(_ops.sparse_attention_backward)
-def _sparse_backward_flops(grad_out, grad_lse, q, k, v, indices, *args, **kwargs) -> int:
+def _sparse_backward_flops(
+    grad_out: Any, grad_lse: Any, q: Any, k: Any, v: Any, indices: Any, *args: Any, **kwargs: Any
+) -> int:
     return backward_flops(q, indices[3], v)
