@@ -10,17 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import tokred
-from tokred.patching import Patch, Settings
-
-if TYPE_CHECKING:
-    from tokred.patching import AttentionCall
+from tokred.patching import AttentionCall, Patch, Settings
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,10 @@ def remember(function: Callable[..., Any]) -> Callable[..., Any]:
         except _NoKey:
             return function(*args, **kwargs)
         if key not in _latest:
-            _latest[key] = function(*args, **kwargs)
+            result = function(*args, **kwargs)
+            if result is None:  # it has written to its arguments
+                return None
+            _latest[key] = result
             if len(_latest) > ENTRIES:
                 _latest.popitem(last=False)
         _latest.move_to_end(key)

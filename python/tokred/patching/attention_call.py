@@ -50,8 +50,8 @@ class AttentionCall:
     """
 
     q: Tensor
-    k: Tensor | PackedKeys
-    v: Tensor | None
+    k: Any  # a Tensor or PackedKeys
+    v: Any  # a Tensor or None
     mask: Tensor | None
     causal: bool
     scale: float | None
@@ -171,6 +171,7 @@ class AttentionCall:
 
     def _window_positions(self) -> tuple[Tensor, Tensor]:
         """Position columns for which key <= query says: not later, and within the window."""
+        assert self.window is not None
         queries, keys = self.q.shape[2], self.k.shape[2]
         key = torch.arange(keys, dtype=torch.int32, device=self.q.device)
         query = key[keys - queries :]

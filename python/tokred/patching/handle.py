@@ -121,8 +121,8 @@ def _module_of(model: Any) -> nn.Module:
     if isinstance(model, nn.Module):
         return model
     kind = type(model).__name__
-    found = {name: getattr(model, name, None) for name in ("model", *_DENOISERS)}
-    found = {name: part for name, part in found.items() if isinstance(part, nn.Module)}
+    parts = {name: getattr(model, name, None) for name in ("model", *_DENOISERS)}
+    found = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
     if len(found) == 1:
         return next(iter(found.values()))
     if not found:

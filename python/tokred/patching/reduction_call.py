@@ -97,9 +97,9 @@ class ReductionCall:
         """
         q, k = _single(self.q[:, :, rows]), _single(self.k)
         weights = tokred.attention_rows(q, k, scale=self.scale)
-        if self.attention.lse is None:
+        if self._lse is None:
             return weights
-        weights = weights * _single(self.size)[:, None, None]
+        weights = weights * self._proportion[:, None, None]
         return weights / weights.sum(-1, keepdim=True)
 
     def class_attention(self) -> Tensor:
@@ -125,10 +125,20 @@ class ReductionCall:
         """
         if reduce not in ("sum", "mean", "max"):
             raise ValueError(f'reduce must be "sum", "mean" or "max", got {reduce!r}')
-        q, k, lse = _single(self.q), _single(self.k), self.attention.lse
+        q, k, lse = _single(self.q), _single(self.k), self._lse
         lse = None if lse is None else _single(lse.detach())
         columns = tokred.attention_columns(q, k, lse, reduce, scale=self.scale)
-        return columns if lse is None else columns * _single(self.size)[:, None]
+        return columns if lse is None else columns * self._proportion[:, None]
+
+    @property
+    def _lse(self) -> Tensor | None:
+        return None if self.attention is None else self.attention.lse
+
+    @property
+    def _proportion(self) -> Tensor:
+        """The sizes, of attention that has an lse."""
+        assert self.size is not None
+        return _single(self.size)
 
     def _heads(self, name: str) -> Tensor:
         if self.attention is None or name not in self.attention.projections:

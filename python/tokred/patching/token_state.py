@@ -107,6 +107,13 @@ class TokenState:
         """[B, N, C] of final tokens -> [B, N0, C]: every original token gets its group's."""
         return tokred.unmerge(tokens, self.token_map)
 
+    @property
+    def _running(self) -> Pass:
+        """The calling thread's pass, inside a layer."""
+        now = self._thread.current
+        assert now is not None  # enter() has made it
+        return now
+
     def _shown(self) -> Pass:
         shown = self._thread.latest or self._latest
         if shown is None:
@@ -146,7 +153,7 @@ class TokenState:
 
     def leave(self, x: torch.Tensor, layer: int) -> None:
         """After a layer has returned x [B, N, C]."""
-        done = replace(self._thread.current, layer=layer + 1)
+        done = replace(self._running, layer=layer + 1)
         self._thread.current = done
         self._passes.add(x, layer + 1, done)
         if layer + 1 == self.num_layers and backward_task() == -1:
@@ -209,7 +216,7 @@ class TokenState:
         if reduction is None:
             return x
         token_map, num_out = as_token_map(reduction, x.shape[1])
-        now = self._thread.current
+        now = self._running
         # SigLIP's tokens come channel-first out of the patch convolution; the op wants rows.
         x, size = tokred.merge(x.contiguous(), token_map, num_out, now.size)
         source = None
@@ -229,7 +236,7 @@ class TokenState:
                 "a layer ran without its patched attention: call backward() inside the patch that "
                 "the forward pass ran in, where checkpoints recompute its layers"
             )
-        now = self._thread.current
+        now = self._running
         call = ReductionCall(
             x,
             layer,

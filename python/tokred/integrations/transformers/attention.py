@@ -156,7 +156,7 @@ def attention_forward(
         if tokred_method is not None:
             tokred_method.refuse_packed()
         if key.is_first:
-            key, value = key.new_key, key.new_value
+            key, value = key.new_key, key.new_value  # type: ignore[attr-defined]
     if value is not None:
         query, key, value = _same_dtype(query, key, value)
     call = _call(query, key, value, attention_mask, bool(is_causal), scaling, sliding_window)

@@ -39,7 +39,7 @@ def full_attention(model: nn.Module) -> dict[str, nn.Module]:
 
 def explain(model: nn.Module) -> str:
     """Why full_attention finds nothing."""
-    reasons = {}
+    reasons: dict[str, None] = {}
     for module in model.modules():
         if _is_causal(module):
             limit = _limit(module)
