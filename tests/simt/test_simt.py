@@ -45,7 +45,8 @@ def outcome(
         pytest.skip("needs g++")
     program = tmp_path_factory.mktemp("simt") / "harness_test"
     sources = [str(HERE / "harness_test.cpp"), str(HERE / "simt.cpp")]
-    flags = ["-std=c++20", "-DTOKRED_SIMT", f"-I{HERE}", *FLAGS[request.param]]
+    includes = [f"-I{HERE}", f"-I{HERE.parents[1] / 'csrc'}"]
+    flags = ["-std=c++20", "-DTOKRED_SIMT", *includes, *FLAGS[request.param]]
     subprocess.run([compiler, *flags, *sources, "-o", str(program)], check=True)
     lines = subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout
     return dict(line.split(" ", 1) for line in lines.splitlines())
