@@ -20,8 +20,8 @@ using Float = f32x16::N;
 using Int = i32x16::N;
 
 constexpr int kLineFloats = kLine / sizeof(float);
-// Independent chains: two FMA units of four or five cycles need ten, and the other registers hold the
-// operands.
+// Independent chains: two FMA units of four or five cycles need ten, and the other registers hold
+// the operands.
 constexpr int kChains = kRegisterBytes == 64 ? 24 : 12;
 
 TOKRED_INLINE const float* floats(const char* p) { return reinterpret_cast<const float*>(p); }
@@ -107,8 +107,8 @@ void gather_rows(const char* table, const int32_t* rows, int64_t count, int64_t 
   sink->number += tokred::TOKRED_ISA::sum(sum[0] + sum[1] + sum[2] + sum[3]);
 }
 
-void gather(const char* table, const int32_t* rows, int64_t count, int64_t row_bytes,
-            int64_t ahead, Sink* sink) {
+void gather(const char* table, const int32_t* rows, int64_t count, int64_t row_bytes, int64_t ahead,
+            Sink* sink) {
   switch (row_bytes / kLine) {
     case 1: return gather_rows<1>(table, rows, count, row_bytes, ahead, sink);
     case 2: return gather_rows<2>(table, rows, count, row_bytes, ahead, sink);
@@ -118,8 +118,8 @@ void gather(const char* table, const int32_t* rows, int64_t count, int64_t row_b
   }
 }
 
-// An optimization barrier: the register counts as read and changed, so that no step is folded away or
-// moved.
+// An optimization barrier: the register counts as read and changed, so that no step is folded away
+// or moved.
 template <class T>
 TOKRED_INLINE void keep([[maybe_unused]] T& x) {
 #if defined(__SSE2__)

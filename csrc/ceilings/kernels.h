@@ -5,8 +5,8 @@
 
 namespace tokred::ceilings {
 
-inline constexpr int64_t kLine = 64;        // bytes of a cache line; all sizes are multiples of it
-inline constexpr int64_t kReadBlock = 4096; // bytes that a stream is read in
+inline constexpr int64_t kLine = 64;  // bytes of a cache line; all sizes are multiples of it
+inline constexpr int64_t kReadBlock = 4096;  // bytes that a stream is read in
 
 // Takes the result of a loop, so that no compiler leaves the loop out.
 struct alignas(kLine) Sink {

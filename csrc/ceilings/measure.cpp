@@ -106,9 +106,8 @@ std::vector<double> time_rounds(int64_t threads, int64_t rounds, const Prepare& 
       ends[thread] = Clock::now();
       together.arrive_and_wait();
       if (thread > 0) continue;
-      const std::chrono::duration<double> elapsed =
-          *std::max_element(ends.begin(), ends.end()) -
-          *std::min_element(begins.begin(), begins.end());
+      const std::chrono::duration<double> elapsed = *std::max_element(ends.begin(), ends.end()) -
+                                                    *std::min_element(begins.begin(), begins.end());
       seconds.push_back(elapsed.count());
     }
   };
@@ -129,9 +128,8 @@ T alternate(const T (&choices)[kCount], int64_t round) {
 Rounds measure_read(const std::string& isa, int64_t bytes, int64_t threads, int64_t rounds) {
   const Kernels& kernels = kernels_of(isa);
   check_run(threads, rounds);
-  check(bytes >= threads * kPart,
-        "bytes must be at least " + std::to_string(threads * kPart) + ", got " +
-            std::to_string(bytes));
+  check(bytes >= threads * kPart, "bytes must be at least " + std::to_string(threads * kPart) +
+                                      ", got " + std::to_string(bytes));
   bytes = bytes / kPart * kPart;
   Buffer data(bytes + kPart);  // the loops prefetch beyond the end
   std::vector<Sink> sinks(threads);
@@ -151,9 +149,8 @@ Rounds measure_copy(const std::string& isa, int64_t bytes, int64_t threads, int6
                     bool non_temporal) {
   const Kernels& kernels = kernels_of(isa);
   check_run(threads, rounds);
-  check(bytes >= threads * kPart,
-        "bytes must be at least " + std::to_string(threads * kPart) + ", got " +
-            std::to_string(bytes));
+  check(bytes >= threads * kPart, "bytes must be at least " + std::to_string(threads * kPart) +
+                                      ", got " + std::to_string(bytes));
   bytes = bytes / kPart * kPart;
   Buffer source(bytes + kPart), target(bytes);
   const auto prepare = [&](int64_t thread) {
@@ -186,8 +183,7 @@ Rounds measure_gather(const std::string& isa, int64_t table_bytes, int64_t row_b
   const auto prepare = [&](int64_t thread) {
     const Part part(picked, 1, thread, threads);
     const int64_t spare = thread + 1 == threads ? kRowsApart : 0;
-    table.touch(part.begin * kRowsApart * row_bytes,
-                (part.end * kRowsApart + spare) * row_bytes);
+    table.touch(part.begin * kRowsApart * row_bytes, (part.end * kRowsApart + spare) * row_bytes);
     std::minstd_rand random(static_cast<uint32_t>(thread) + 1);
     for (int64_t i = part.begin; i < part.end; ++i) {
       rows[i] = static_cast<int32_t>(i * kRowsApart + random() % kRowsApart);

@@ -72,9 +72,9 @@ inline void barrier_wait(Barrier& barrier, uint32_t parity) {
 
 inline void fence_shared_for_wgmma() { lacks_fence[threadIdx.x] = false; }
 template <int kCount>
-void take_registers() {}
+void increase_registers() {}
 template <int kCount>
-void leave_registers() {}
+void decrease_registers() {}
 
 // Products ---------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ inline constexpr const char* kIsaNames[] = {"generic", "avx2", "avx512"};
 Isa best_isa();                     // what this machine supports
 Isa current_isa();
 bool set_isa(const char* name);     // false: unknown name, or more than the machine supports
-bool has_vnni();                    // one instruction multiplies and adds pairs of int16 (AVX-512)
+bool has_vnni();  // one instruction multiplies and adds pairs of int16 (AVX-512)
 
 // select(generic::f, avx2::f, avx512::f)(arguments) calls the current one.
 template <class F>

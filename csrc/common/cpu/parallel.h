@@ -1,4 +1,4 @@
-// How the torch-free kernels reach torch's thread pool.
+// Tasks on torch's thread pool, for kernels that see no torch header.
 #pragma once
 
 #include <atomic>
@@ -12,7 +12,7 @@ struct Parallel {
   void (*run)(int64_t count, void (*body)(void* context, int64_t worker), void* context);
 };
 
-// Calls f(task, worker) for every task in [0, tasks). Workers take tasks as they come free, so
+// Calls f(task, worker) for every task in [0, tasks). A free worker gets the next task, so
 // tasks may differ in cost; results must not depend on which worker runs a task. worker < threads.
 template <class F>
 inline void parallel_tasks(const Parallel& parallel, int64_t tasks, const F& f) {
@@ -26,11 +26,15 @@ inline void parallel_tasks(const Parallel& parallel, int64_t tasks, const F& f) 
     int64_t tasks;
     std::atomic<int64_t> next{0};
   } context{f, tasks};
-  parallel.run(workers, [](void* raw, int64_t worker) {
-    auto& context = *static_cast<Context*>(raw);
-    const auto take = [&] { return context.next.fetch_add(1, std::memory_order_relaxed); };
-    for (int64_t task = take(); task < context.tasks; task = take()) context.f(task, worker);
-  }, &context);
+  parallel.run(
+      workers,
+      [](void* raw, int64_t worker) {
+        auto& context = *static_cast<Context*>(raw);
+        const auto next_task = [&] { return context.next.fetch_add(1, std::memory_order_relaxed); };
+        for (int64_t task = next_task(); task < context.tasks; task = next_task())
+          context.f(task, worker);
+      },
+      &context);
 }
 
 }  // namespace tokred

@@ -78,8 +78,7 @@ TOKRED_INLINE void row_tiles(const Acc* block, int64_t stride, int64_t row, int6
   }
   if constexpr (kRows > 1) {
     constexpr int kNext = kRows > 8 ? 8 : kRows > 4 ? 4 : kRows > 2 ? 2 : 1;
-    row_tiles<kNext, kPanels, kLayout>(block, stride, row, rows, panels, panel_stride, steps,
-                                       emit);
+    row_tiles<kNext, kPanels, kLayout>(block, stride, row, rows, panels, panel_stride, steps, emit);
   }
 }
 
@@ -102,15 +101,15 @@ __attribute__((noinline)) static void multiply(const Acc* block, int64_t stride,
 // block adds nothing. Equal bits for finite blocks.
 template <Layout kLayout, class Acc, class Emit>
 __attribute__((noinline)) static void multiply_nonzero(const Acc* block, int64_t stride,
-                                                     int64_t rows, const Acc* panels,
-                                                     int64_t panel_stride, int64_t count,
-                                                     int64_t steps, const Emit& emit) {
+                                                       int64_t rows, const Acc* panels,
+                                                       int64_t panel_stride, int64_t count,
+                                                       int64_t steps, const Emit& emit) {
   for (int64_t panel = 0; panel < count; ++panel) {
     for (int64_t row = 0; row < rows; ++row) {
       Vec<Acc> sum = splat(Acc{0});
       for (int64_t step = 0; step < steps; ++step) {
-        const Acc x = block[kLayout == Layout::row_step ? row * stride + step
-                                                        : step * stride + row];
+        const Acc x =
+            block[kLayout == Layout::row_step ? row * stride + step : step * stride + row];
         const Vec<Acc> lanes = load(panels + panel * panel_stride + step * kLanes);
         const Vec<Acc> next = fma(splat(x), lanes, sum);
         sum = x - x == 0 ? next : select_equal(lanes, Acc{0}, sum, next);

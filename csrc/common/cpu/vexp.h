@@ -23,9 +23,8 @@ TOKRED_INLINE f32x16 exp(f32x16 x) {
   p = fma(p, r, splat(0x1.fffffcp-2f));
   p = fma(p, r, splat(1.0f));
   p = fma(p, r, splat(1.0f));
-  return map<f32x16>([&](int i) {
-    return p.r[i] * (f32x16::N)((Native<float>::bits)rounded.r[i] << 23);
-  });
+  return map<f32x16>(
+      [&](int i) { return p.r[i] * (f32x16::N)((Native<float>::bits)rounded.r[i] << 23); });
 }
 
 TOKRED_INLINE f64x16 exp(f64x16 x) {

@@ -33,7 +33,7 @@ void launch(void (*kernel)(P...), const LaunchPlan& plan, [[maybe_unused]] Strea
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(plan.shared_bytes)));
   }
-  kernel<<<grid, plan.block, plan.shared_bytes, static_cast<cudaStream_t>(stream)>>>(params...);
+  kernel<<<grid, plan.block, plan.shared_bytes, static_cast<cudaStream_t>(stream)> > >(params...);
   check(cudaGetLastError());
 #endif
 }

@@ -11,8 +11,12 @@ namespace tokred::cuda {
 inline constexpr float kInfinity = __builtin_huge_valf();
 inline constexpr float kNaN = __builtin_nanf("");
 
-struct bf16 { uint16_t bits; };
-struct f16 { uint16_t bits; };
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bf16 x) {

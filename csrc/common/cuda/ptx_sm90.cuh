@@ -16,47 +16,49 @@ namespace tokred::cuda {
 using Barrier = uint64_t;
 
 __device__ __forceinline__ void barrier_init(Barrier& barrier, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;"
-               :: "r"(shared_address(&barrier)), "r"(count) : "memory");
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(count)
+               : "memory");
 }
 // One arrival, after all that this thread has read and written.
 __device__ __forceinline__ void barrier_arrive(Barrier& barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];"
-               :: "r"(shared_address(&barrier)) : "memory");
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier))
+               : "memory");
 }
 // One arrival, once the copies that this thread has started so far (cp_async_16) are complete.
 __device__ __forceinline__ void barrier_arrive_after_copies(Barrier& barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];"
-               :: "r"(shared_address(&barrier)) : "memory");
+  asm volatile(
+      "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(&barrier))
+      : "memory");
 }
 // Waits for the end of the phase of that parity. Of parity 1, the first wait is for no phase.
 __device__ __forceinline__ void barrier_wait(Barrier& barrier, uint32_t parity) {
   asm volatile(
       "{.reg .pred done; wait: "
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; "
-      "@!done bra wait;}"
-      :: "r"(shared_address(&barrier)), "r"(parity) : "memory");
+      "@!done bra wait;}" ::"r"(shared_address(&barrier)),
+      "r"(parity)
+      : "memory");
 }
 
-// What this thread has written to shared memory, or has seen written, becomes visible to wgmma.
+// Makes writes to shared memory that this thread has made or seen visible to wgmma.
 __device__ __forceinline__ void fence_shared_for_wgmma() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 // The registers of the threads of a warpgroup from here on: fewer for some, more for others.
 template <int kCount>
-__device__ __forceinline__ void take_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(kCount));
+__device__ __forceinline__ void increase_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
 }
 template <int kCount>
-__device__ __forceinline__ void leave_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(kCount));
+__device__ __forceinline__ void decrease_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
 }
 
 // Products ---------------------------------------------------------------------------------------
 
 // Where wgmma finds a matrix of 16-bit numbers in shared memory, whose 128-byte rows lie one after
-// the other, and what belongs at address x at x ^ (x / 128 % 8 * 16) (PTX ISA, 128-byte swizzle).
+// the other, the number of address x at x ^ (x / 128 % 8 * 16) (PTX ISA, 128-byte swizzle).
 // Of A, and of B not transposed (K-major), a row is of A or a column of B, and `leading` has no
 // meaning; of B transposed (N-major), a row is 64 columns of a row of B, and the next 64 columns
 // lie `leading` bytes on.
@@ -208,11 +210,11 @@ __device__ __forceinline__ void wgmma_commit() {
 // others, and stays unread until then.
 template <int N, int kColumns>
 __device__ __forceinline__ void wgmma_wait(float (&d)[kColumns][4]) {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(N) : "memory");
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 #pragma unroll
   for (int j = 0; j < kColumns; ++j) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(d[j][e]) :: "memory");
+    for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(d[j][e])::"memory");
   }
 }
 

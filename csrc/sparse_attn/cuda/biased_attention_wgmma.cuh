@@ -245,10 +245,10 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   if (thread == 0) shared.init();
   __syncthreads();
   if (thread >= C::kConsumers) {
-    leave_registers<56>();
+    decrease_registers<56>();
     return produce(rows, shared, thread - C::kConsumers);
   }
-  take_registers<224>();
+  increase_registers<224>();
   Consumer<C> consumer(rows, shared, thread);
   consumer.load_rows(thread);
   consumer.run();

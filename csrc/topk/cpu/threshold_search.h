@@ -275,7 +275,8 @@ inline void keep_best_forced(Entries& entries, int64_t wanted) {
   if (entries.count <= wanted) return;
   const int64_t n = fill_up(entries);
   const ScoreRange range = score_range(entries.value, n, -kInfinity<float>);
-  if (range.count <= wanted) return keep_chosen(entries, n, {-kInfinity<float>, wanted - range.count});
+  if (range.count <= wanted)
+    return keep_chosen(entries, n, {-kInfinity<float>, wanted - range.count});
   Bracket bracket = bracket_of(range);
   keep_chosen(entries, n, search(bracket, wanted, wanted, entries.value, n));
 }
