@@ -70,6 +70,7 @@ lint: lint-python lint-types lint-tables
 
 lint-python: $(VENV)/test
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 
 CPP = $(shell find csrc tests bench/peers -name '*.[ch]' -o -name '*.cpp' -o -name '*.cu' \
                                           -o -name '*.cuh')

@@ -14,24 +14,53 @@ from . import ceilings
 from .harness import Row, run_case, store
 from .machine import Run, start_run
 
-BENCHES = ("topk", "score", "decode", "packed", "block_sparse", "match", "merge", "sparse_attn",
-           "overhead", "models", "cache")
+BENCHES = (
+    "topk",
+    "score",
+    "decode",
+    "packed",
+    "block_sparse",
+    "match",
+    "merge",
+    "sparse_attn",
+    "overhead",
+    "models",
+    "cache",
+)
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--quick", action="store_const", const="quick", dest="mode",
-                      help="the main shapes, about five minutes on two cores (the default)")
-    mode.add_argument("--full", action="store_const", const="full", dest="mode",
-                      help="more shapes, dtypes and input distributions, longer sampling")
-    parser.add_argument("--only", default=",".join(BENCHES), metavar="NAMES",
-                        help=f"comma-separated, of {', '.join(BENCHES)}")
-    parser.add_argument("--device", choices=("cpu", "cuda"),
-                        default="cuda" if torch.cuda.is_available() else "cpu")
+    mode.add_argument(
+        "--quick",
+        action="store_const",
+        const="quick",
+        dest="mode",
+        help="the main shapes, about five minutes on two cores (the default)",
+    )
+    mode.add_argument(
+        "--full",
+        action="store_const",
+        const="full",
+        dest="mode",
+        help="more shapes, dtypes and input distributions, longer sampling",
+    )
+    parser.add_argument(
+        "--only",
+        default=",".join(BENCHES),
+        metavar="NAMES",
+        help=f"comma-separated, of {', '.join(BENCHES)}",
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--force", action="store_true",
-                        help="run on a busy machine; stores nothing unless --out says where")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="run on a busy machine; stores nothing unless --out says where",
+    )
     parser.add_argument("--out", type=Path, help="JSON lines file, in place of bench/results/")
     parser.set_defaults(mode="quick")
     options = parser.parse_args(argv)
@@ -55,9 +84,11 @@ def report(rows: list[Row]) -> None:
     for row in rows:
         ratio = f"{row.ratio_to_best_peer:6.2f}x" if row.ratio_to_best_peer else " " * 7
         metrics = "  ".join(f"{name} {value:.4g}" for name, value in row.metrics.items())
-        print(f"  {row.candidate:38s} {row.median_us:11.1f} us  "
-              f"[{row.p20_us:.1f}, {row.p80_us:.1f}]  {ratio}  {share(row)}  {metrics}".rstrip(),
-              flush=True)
+        print(
+            f"  {row.candidate:38s} {row.median_us:11.1f} us  "
+            f"[{row.p20_us:.1f}, {row.p80_us:.1f}]  {ratio}  {share(row)}  {metrics}".rstrip(),
+            flush=True,
+        )
 
 
 def run_bench(name: str, run: Run, rates: dict[str, float]) -> list[Row]:
@@ -82,11 +113,15 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     start = time.monotonic()
     run = start_run(options.device, options.mode, options.force)
-    print(f"{run.machine}, {run.threads} threads, torch {run.versions['torch']}, "
-          f"revision {run.revision}, jitter {run.jitter:.0%}, L3 {run.cache_bytes >> 20} MiB")
+    print(
+        f"{run.machine}, {run.threads} threads, torch {run.versions['torch']}, "
+        f"revision {run.revision}, jitter {run.jitter:.0%}, L3 {run.cache_bytes >> 20} MiB"
+    )
     if run.revision.endswith("-dirty") or run.revision == "unknown":
-        print(f"WARNING: tables and figures are not made of results at revision {run.revision}: "
-              "commit first")
+        print(
+            f"WARNING: tables and figures are not made of results at revision {run.revision}: "
+            "commit first"
+        )
     path = options.out or (None if options.force else run.path)
     print("ceilings", flush=True)
     rates, rows = ceilings.measure(run)

@@ -50,15 +50,26 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, block: int) ->
     return partial(compiled, q, k, v, block_mask=blocks)
 
 
-def block_case(heads: int, tokens: int, dim: int, block: int, density: float, dtype: str,
-               device: str, causal: bool = False) -> Case:
+def block_case(
+    heads: int,
+    tokens: int,
+    dim: int,
+    block: int,
+    density: float,
+    dtype: str,
+    device: str,
+    causal: bool = False,
+) -> Case:
     def build() -> dict[str, Callable]:
         generator = torch.Generator().manual_seed(0)
         q, k, v = (x.to(device, DTYPES[dtype])
                    for x in torch.randn(3, 1, heads, tokens, dim, generator=generator))  # fmt: skip
         mask = random_blocks(heads, tokens // block, density, causal).to(device)
-        ours = {"tokred.block_sparse_attention": partial(
-            tokred.block_sparse_attention, q, k, v, mask, block, block, causal=causal)}
+        ours = {
+            "tokred.block_sparse_attention": partial(
+                tokred.block_sparse_attention, q, k, v, mask, block, block, causal=causal
+            )
+        }
         if causal:
             dense = partial(tokred.biased_attention, q, k, v, causal=True)
             sdpa = partial(F.scaled_dot_product_attention, q, k, v, is_causal=True)
@@ -67,10 +78,17 @@ def block_case(heads: int, tokens: int, dim: int, block: int, density: float, dt
 
     pairs = tokens * tokens // (2 if causal else 1)
     name = f"{'causal' if causal else 'random'} {block}x{block} at {density:.0%}"
-    return Case("block_sparse", name, (1, heads, tokens, dim), dtype, build,
-                bytes_moved=4 * heads * tokens * dim * DTYPES[dtype].itemsize,
-                flops=int(4 * heads * pairs * dim * density), ceiling=f"gemm_{dtype}",
-                examine=None if causal else agreement(TOLERANCE[dtype]))
+    return Case(
+        "block_sparse",
+        name,
+        (1, heads, tokens, dim),
+        dtype,
+        build,
+        bytes_moved=4 * heads * tokens * dim * DTYPES[dtype].itemsize,
+        flops=int(4 * heads * pairs * dim * density),
+        ceiling=f"gemm_{dtype}",
+        examine=None if causal else agreement(TOLERANCE[dtype]),
+    )
 
 
 def backward_case(heads: int, tokens: int, dim: int, device: str) -> Case:
@@ -95,9 +113,16 @@ def backward_case(heads: int, tokens: int, dim: int, device: str) -> Case:
             "SDPA, dense": backward_of(F.scaled_dot_product_attention(*inputs)),
         }
 
-    return Case("block_sparse", "backward at 25%", (1, heads, tokens, dim), "float32", build,
-                bytes_moved=28 * heads * tokens * dim, flops=10 * heads * tokens**2 * dim // 4,
-                ceiling="gemm_float32")
+    return Case(
+        "block_sparse",
+        "backward at 25%",
+        (1, heads, tokens, dim),
+        "float32",
+        build,
+        bytes_moved=28 * heads * tokens * dim,
+        flops=10 * heads * tokens**2 * dim // 4,
+        ceiling="gemm_float32",
+    )
 
 
 def cases(run: Run) -> Iterator[Case]:

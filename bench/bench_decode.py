@@ -62,16 +62,22 @@ def dense_case(keys: int, dtype: str, device: str) -> Case:
     def build() -> dict[str, Callable]:
         cache = Cache.make(keys, dtype, device)
         return {
-            "tokred.biased_attention": partial(
-                tokred.biased_attention, cache.q, cache.k, cache.v
-            ),
+            "tokred.biased_attention": partial(tokred.biased_attention, cache.q, cache.k, cache.v),
             "SDPA, enable_gqa": cache.sdpa,
             "SDPA, group packed as queries": cache.sdpa_packed,
         }
 
-    return Case("decode", "dense", (1, HEADS_Q, HEADS_KV, keys, DIM), dtype, build,
-                bytes_moved=keys * row_bytes(dtype), flops=4 * HEADS_Q * keys * DIM,
-                ceiling="read", examine=agreement(TOLERANCE[dtype]))
+    return Case(
+        "decode",
+        "dense",
+        (1, HEADS_Q, HEADS_KV, keys, DIM),
+        dtype,
+        build,
+        bytes_moved=keys * row_bytes(dtype),
+        flops=4 * HEADS_Q * keys * DIM,
+        ceiling="read",
+        examine=agreement(TOLERANCE[dtype]),
+    )
 
 
 def random_lists(keys: int, device: str) -> Tensor:
@@ -107,10 +113,17 @@ def sparse_case(keys: int, dtype: str, device: str) -> Case:
         return {"tokred.sparse_attention": ours, "index_select, SDPA": by_head,
                 "gather, SDPA": gathered}  # fmt: skip
 
-    return Case("decode", "sparse", (1, HEADS_Q, HEADS_KV, keys, DIM, CHOSEN), dtype, build,
-                bytes_moved=CHOSEN * row_bytes(dtype), flops=4 * HEADS_Q * CHOSEN * DIM,
-                ceiling=f"gather_{DIM * DTYPES[dtype].itemsize}_sorted",
-                examine=agreement(TOLERANCE[dtype]))
+    return Case(
+        "decode",
+        "sparse",
+        (1, HEADS_Q, HEADS_KV, keys, DIM, CHOSEN),
+        dtype,
+        build,
+        bytes_moved=CHOSEN * row_bytes(dtype),
+        flops=4 * HEADS_Q * CHOSEN * DIM,
+        ceiling=f"gather_{DIM * DTYPES[dtype].itemsize}_sorted",
+        examine=agreement(TOLERANCE[dtype]),
+    )
 
 
 def score_case(keys: int, dtype: str, device: str) -> Case:
@@ -124,10 +137,17 @@ def score_case(keys: int, dtype: str, device: str) -> Case:
         ours = partial(tokred.qk_score, cache.q, cache.k, reduce="group_mean")
         return {"tokred.qk_score": ours, "torch, mean query": matvec}
 
-    return Case("decode", "score", (1, HEADS_Q, HEADS_KV, keys, DIM), dtype, build,
-                bytes_moved=keys * (row_bytes(dtype) // 2 + 4 * HEADS_KV),
-                flops=2 * HEADS_Q * keys * DIM, ceiling="read",
-                examine=agreement(10 * TOLERANCE[dtype]))
+    return Case(
+        "decode",
+        "score",
+        (1, HEADS_Q, HEADS_KV, keys, DIM),
+        dtype,
+        build,
+        bytes_moved=keys * (row_bytes(dtype) // 2 + 4 * HEADS_KV),
+        flops=2 * HEADS_Q * keys * DIM,
+        ceiling="read",
+        examine=agreement(10 * TOLERANCE[dtype]),
+    )
 
 
 def steps(cache: Cache) -> dict[str, Callable[[], Any]]:
@@ -195,9 +215,16 @@ def combine_case(dtype: str, device: str) -> Case:
         return {"tokred.combine_states": ours, "torch": written_out}
 
     rows = HEADS_Q * 2048
-    return Case("decode", "combine", shape, dtype, build,
-                bytes_moved=rows * (3 * DIM * DTYPES[dtype].itemsize + 12), ceiling="copy",
-                examine=agreement(TOLERANCE[dtype]))
+    return Case(
+        "decode",
+        "combine",
+        shape,
+        dtype,
+        build,
+        bytes_moved=rows * (3 * DIM * DTYPES[dtype].itemsize + 12),
+        ceiling="copy",
+        examine=agreement(TOLERANCE[dtype]),
+    )
 
 
 def tree_case(keys: int, drafts: int, device: str) -> Case:
@@ -224,9 +251,17 @@ def tree_case(keys: int, drafts: int, device: str) -> Case:
             ),
         }
 
-    return Case("decode", "tree", (1, HEADS_Q, HEADS_KV, drafts, keys, DIM), "float32", build,
-                bytes_moved=keys * row_bytes("float32"), flops=4 * HEADS_Q * drafts * keys * DIM,
-                ceiling="gemm_float32", examine=agreement(1e-4))
+    return Case(
+        "decode",
+        "tree",
+        (1, HEADS_Q, HEADS_KV, drafts, keys, DIM),
+        "float32",
+        build,
+        bytes_moved=keys * row_bytes("float32"),
+        flops=4 * HEADS_Q * drafts * keys * DIM,
+        ceiling="gemm_float32",
+        examine=agreement(1e-4),
+    )
 
 
 def depth_first(parents: list[int]) -> tuple[list[int], list[int]]:

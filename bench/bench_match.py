@@ -73,10 +73,18 @@ def match_case(shape: tuple[int, ...], dtype: str, distribution: str, device: st
         scored = {name: out for name, out in outputs.items() if out[0] is not None}
         return agreement(TOLERANCE[dtype])(scored)
 
-    return Case("match", "match", shape, dtype, build, distribution,
-                bytes_moved=batch * (count * channels * element + sources * 8),
-                flops=2 * batch * sources * destinations * channels,
-                ceiling=f"gemm_{dtype}", examine=examine)
+    return Case(
+        "match",
+        "match",
+        shape,
+        dtype,
+        build,
+        distribution,
+        bytes_moved=batch * (count * channels * element + sources * 8),
+        flops=2 * batch * sources * destinations * channels,
+        ceiling=f"gemm_{dtype}",
+        examine=examine,
+    )
 
 
 def plan_case(shape: tuple[int, ...], dtype: str, distribution: str, device: str) -> Case:
@@ -86,15 +94,23 @@ def plan_case(shape: tuple[int, ...], dtype: str, distribution: str, device: str
     def build() -> dict[str, Callable]:
         x = tokens(shape, dtype, device, distribution)
         return {
-            "tokred.bipartite_soft_matching":
-                partial(tokred.bipartite_soft_matching, x, r, num_prefix=1),
+            "tokred.bipartite_soft_matching": partial(
+                tokred.bipartite_soft_matching, x, r, num_prefix=1
+            ),
             "torch": partial(torch_plan, x, r, num_prefix=1),
         }
 
-    return Case("match", "plan", shape, dtype, build, distribution,
-                bytes_moved=batch * count * (channels * DTYPES[dtype].itemsize + 4),
-                flops=2 * batch * (count // 2) * ((count + 1) // 2) * channels,
-                ceiling=f"gemm_{dtype}")
+    return Case(
+        "match",
+        "plan",
+        shape,
+        dtype,
+        build,
+        distribution,
+        bytes_moved=batch * count * (channels * DTYPES[dtype].itemsize + 4),
+        flops=2 * batch * (count // 2) * ((count + 1) // 2) * channels,
+        ceiling=f"gemm_{dtype}",
+    )
 
 
 def torch_threshold(metric: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
@@ -117,15 +133,23 @@ def threshold_case(shape: tuple[int, ...], dtype: str, distribution: str, device
     def build() -> dict[str, Callable]:
         x = tokens(shape, dtype, device, distribution)
         return {
-            "tokred.threshold_matching":
-                partial(tokred.threshold_matching, x, THRESHOLD, order="position"),
+            "tokred.threshold_matching": partial(
+                tokred.threshold_matching, x, THRESHOLD, order="position"
+            ),
             "torch": partial(torch_threshold, x, THRESHOLD),
         }
 
-    return Case("match", "threshold", shape, dtype, build, distribution,
-                bytes_moved=batch * count * (channels * DTYPES[dtype].itemsize + 4),
-                flops=2 * batch * (count // 2) * ((count + 1) // 2) * channels,
-                ceiling=f"gemm_{dtype}")
+    return Case(
+        "match",
+        "threshold",
+        shape,
+        dtype,
+        build,
+        distribution,
+        bytes_moved=batch * count * (channels * DTYPES[dtype].itemsize + 4),
+        flops=2 * batch * (count // 2) * ((count + 1) // 2) * channels,
+        ceiling=f"gemm_{dtype}",
+    )
 
 
 def plan_2d_case(shape: tuple[int, ...], dtype: str, distribution: str, device: str) -> Case:
@@ -138,14 +162,22 @@ def plan_2d_case(shape: tuple[int, ...], dtype: str, distribution: str, device: 
         x = tokens(shape, dtype, device, distribution)
         return {
             "tokred.methods.tomesd": partial(random2d_plan, x, side, side, r),
-            "tomesd": partial(bipartite_soft_matching_random2d, x, side, side, 2, 2, r,
-                              no_rand=True),
+            "tomesd": partial(
+                bipartite_soft_matching_random2d, x, side, side, 2, 2, r, no_rand=True
+            ),
         }
 
-    return Case("match", "plan_2d", shape, dtype, build, distribution,
-                bytes_moved=batch * count * (channels * DTYPES[dtype].itemsize + 4),
-                flops=2 * batch * (count * 3 // 4) * (count // 4) * channels,
-                ceiling=f"gemm_{dtype}")
+    return Case(
+        "match",
+        "plan_2d",
+        shape,
+        dtype,
+        build,
+        distribution,
+        bytes_moved=batch * count * (channels * DTYPES[dtype].itemsize + 4),
+        flops=2 * batch * (count * 3 // 4) * (count // 4) * channels,
+        ceiling=f"gemm_{dtype}",
+    )
 
 
 def cases(run: Run) -> Iterator[Case]:

@@ -46,7 +46,7 @@ def torch_merge_wavg(x: Tensor, size: Tensor, plan: Plan) -> tuple[Tensor, Tenso
 def torch_unmerge(y: Tensor, plan: Plan, count: int) -> Tensor:
     """Every group's value back to the places of its members."""
     kept, leaving, partner = (i[..., None].expand(-1, -1, y.shape[-1]) for i in plan)
-    destinations = y[:, kept.shape[1]:]
+    destinations = y[:, kept.shape[1] :]
     x = y.new_empty(y.shape[0], count, y.shape[2])
     x[:, 1::2] = destinations
     x[:, ::2].scatter_(1, kept, y[:, : kept.shape[1]])
@@ -93,14 +93,23 @@ def wavg_case(dtype: str, distribution: str, device: str) -> Case:
         column = size[..., None].to(x.dtype)
         return {
             "tokred.merge": partial(tokred.merge, x, token_map, num_out, size),
-            "tokred.merge, out=": partial(tokred.merge, x, token_map, num_out, size, out=out,
-                                          out_size=out_size),
+            "tokred.merge, out=": partial(
+                tokred.merge, x, token_map, num_out, size, out=out, out_size=out_size
+            ),
             "torch": partial(torch_merge_wavg, x, column, plan),
         }
 
-    return Case("merge", "merge_wavg", VIT_SHAPE, dtype, build, distribution,
-                bytes_moved=traffic(VIT_SHAPE, VIT_R, dtype), ceiling="copy",
-                examine=agreement(TOLERANCE[dtype]))
+    return Case(
+        "merge",
+        "merge_wavg",
+        VIT_SHAPE,
+        dtype,
+        build,
+        distribution,
+        bytes_moved=traffic(VIT_SHAPE, VIT_R, dtype),
+        ceiling="copy",
+        examine=agreement(TOLERANCE[dtype]),
+    )
 
 
 def merge_mean_case(dtype: str, distribution: str, device: str) -> Case:
@@ -115,13 +124,22 @@ def merge_mean_case(dtype: str, distribution: str, device: str) -> Case:
             "torch": partial(torch_merge, x, plan, "mean"),
         }
 
-    return Case("merge", "merge_mean", DIFFUSION_SHAPE, dtype, build, distribution,
-                bytes_moved=traffic(DIFFUSION_SHAPE, DIFFUSION_R, dtype), ceiling="copy",
-                examine=agreement(TOLERANCE[dtype]))
+    return Case(
+        "merge",
+        "merge_mean",
+        DIFFUSION_SHAPE,
+        dtype,
+        build,
+        distribution,
+        bytes_moved=traffic(DIFFUSION_SHAPE, DIFFUSION_R, dtype),
+        ceiling="copy",
+        examine=agreement(TOLERANCE[dtype]),
+    )
 
 
-def unmerge_case(shape: tuple[int, ...], r: int, dtype: str, distribution: str,
-                 device: str) -> Case:
+def unmerge_case(
+    shape: tuple[int, ...], r: int, dtype: str, distribution: str, device: str
+) -> Case:
     batch, count, channels = shape
 
     def build() -> dict[str, Callable]:
@@ -135,8 +153,17 @@ def unmerge_case(shape: tuple[int, ...], r: int, dtype: str, distribution: str,
             "torch scatter": partial(torch_unmerge, y, plan, count),
         }
 
-    return Case("merge", "unmerge", shape, dtype, build, distribution,
-                bytes_moved=traffic(shape, r, dtype), ceiling="copy", examine=agreement(0.0))
+    return Case(
+        "merge",
+        "unmerge",
+        shape,
+        dtype,
+        build,
+        distribution,
+        bytes_moved=traffic(shape, r, dtype),
+        ceiling="copy",
+        examine=agreement(0.0),
+    )
 
 
 def torch_compose(second: Tensor, first: Tensor) -> Tensor:
@@ -156,8 +183,17 @@ def compose_case(distribution: str, device: str) -> Case:
             "torch": partial(torch_compose, second, first),
         }
 
-    return Case("merge", "compose", (batch, count), "int32", build, distribution,
-                bytes_moved=batch * (3 * count - VIT_R) * 4, ceiling="copy", examine=agreement(0.0))
+    return Case(
+        "merge",
+        "compose",
+        (batch, count),
+        "int32",
+        build,
+        distribution,
+        bytes_moved=batch * (3 * count - VIT_R) * 4,
+        ceiling="copy",
+        examine=agreement(0.0),
+    )
 
 
 def cases(run: Run) -> Iterator[Case]:

@@ -35,8 +35,9 @@ def photographs(pixels: int) -> Tensor:
     from skimage import data
     from skimage.transform import resize
 
-    images = [resize(getattr(data, name)(), (pixels, pixels), anti_aliasing=True)
-              for name in PHOTOGRAPHS]
+    images = [
+        resize(getattr(data, name)(), (pixels, pixels), anti_aliasing=True) for name in PHOTOGRAPHS
+    ]
     x = torch.stack([torch.from_numpy(image).permute(2, 0, 1).float() for image in images])
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     return (x - mean) / std
@@ -102,8 +103,9 @@ def candidates(model: nn.Module, x: Tensor, amounts: tuple[int, ...]) -> dict[st
     return calls
 
 
-def quality(model: nn.Module, x: Tensor, amounts: tuple[int, ...], outputs: dict[str, Any]
-            ) -> dict[str, dict[str, float]]:
+def quality(
+    model: nn.Module, x: Tensor, amounts: tuple[int, ...], outputs: dict[str, Any]
+) -> dict[str, dict[str, float]]:
     """Tokens left, and mean cosines to the unpatched class token and unmerged patch tokens."""
     exact = features(outputs[UNPATCHED]).float()
     metrics = {UNPATCHED: {"r": 0.0, "tokens": float(exact.shape[1])}}
@@ -122,14 +124,22 @@ def quality(model: nn.Module, x: Tensor, amounts: tuple[int, ...], outputs: dict
     return metrics
 
 
-def dinov2_case(loaded: tuple[nn.Module, str], pixels: int, amounts: tuple[int, ...], dtype: str,
-                device: str) -> Case:
+def dinov2_case(
+    loaded: tuple[nn.Module, str], pixels: int, amounts: tuple[int, ...], dtype: str, device: str
+) -> Case:
     model, inputs = loaded
     model = model.to(device, DTYPES[dtype])
     x = photographs(pixels).to(device, DTYPES[dtype])
-    return Case("models", "DINOv2 ViT-S/14", tuple(x.shape), dtype,
-                partial(candidates, model, x, amounts), inputs,
-                examine=partial(quality, model, x, amounts), context=torch.inference_mode)
+    return Case(
+        "models",
+        "DINOv2 ViT-S/14",
+        tuple(x.shape),
+        dtype,
+        partial(candidates, model, x, amounts),
+        inputs,
+        examine=partial(quality, model, x, amounts),
+        context=torch.inference_mode,
+    )
 
 
 def timm_case(model: nn.Module, amounts: tuple[int, ...], dtype: str, device: str) -> Case:
@@ -140,9 +150,16 @@ def timm_case(model: nn.Module, amounts: tuple[int, ...], dtype: str, device: st
     def examine(outputs: dict[str, Any]) -> dict[str, dict[str, float]]:
         return {UNPATCHED: {"r": 0.0}} | {f"tokred tome r={r}": {"r": float(r)} for r in amounts}
 
-    return Case("models", "timm ViT-S/16", tuple(x.shape), dtype,
-                partial(candidates, model, x, amounts), "randn, random weights", examine=examine,
-                context=torch.inference_mode)
+    return Case(
+        "models",
+        "timm ViT-S/16",
+        tuple(x.shape),
+        dtype,
+        partial(candidates, model, x, amounts),
+        "randn, random weights",
+        examine=examine,
+        context=torch.inference_mode,
+    )
 
 
 def cases(run: Run) -> Iterator[Case]:

@@ -60,37 +60,58 @@ def small_calls(device: str) -> dict[str, Callable]:
         "tokred.match": partial(tokred.match, x, x),
         "tokred op match": partial(ops.match.default, x, x),
         "tokred.bipartite_soft_matching": partial(tokred.bipartite_soft_matching, x, 1),
-        "tokred op bipartite_soft_matching":
-            partial(ops.bipartite_soft_matching.default, x, 1),
+        "tokred op bipartite_soft_matching": partial(ops.bipartite_soft_matching.default, x, 1),
         "tokred.merge": partial(tokred.merge, x, token_map, 3),
         "tokred op merge": partial(ops.merge.default, x, token_map, 3),
-        "tokred op merge_out":
-            partial(ops.merge_out.default, x, token_map, None, None, "mean", out, out_size),
+        "tokred op merge_out": partial(
+            ops.merge_out.default, x, token_map, None, None, "mean", out, out_size
+        ),
         "tokred.biased_attention": partial(tokred.biased_attention, heads, heads, heads, bias),
-        "tokred op biased_attention":
-            partial(ops.biased_attention.default, heads, heads, heads, bias),
+        "tokred op biased_attention": partial(
+            ops.biased_attention.default, heads, heads, heads, bias
+        ),
         FLOOR: partial(torch.add, x, x),
     }
 
 
 def call_case(mode: str, device: str) -> Case:
-    return Case("overhead", "call", (1, 4, 8), "float32", partial(small_calls, device), mode,
-                floors=(FLOOR,), context=MODES[mode], sampler=CpuSampler)
+    return Case(
+        "overhead",
+        "call",
+        (1, 4, 8),
+        "float32",
+        partial(small_calls, device),
+        mode,
+        floors=(FLOOR,),
+        context=MODES[mode],
+        sampler=CpuSampler,
+    )
 
 
 def import_seconds(which: int) -> float:
-    done = subprocess.run([sys.executable, "-c", IMPORT_CODE], check=True, capture_output=True,
-                          text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_CODE], check=True, capture_output=True, text=True
+    )
     return float(done.stdout.split()[which])
 
 
 def import_case() -> Case:
     def build() -> dict[str, Callable]:
-        return {"tokred, after torch": partial(import_seconds, 1),
-                "torch": partial(import_seconds, 0)}
+        return {
+            "tokred, after torch": partial(import_seconds, 1),
+            "torch": partial(import_seconds, 0),
+        }
 
-    return Case("overhead", "import", (), "", build, "fresh interpreter", floors=("torch",),
-                sampler=ReportedSampler)
+    return Case(
+        "overhead",
+        "import",
+        (),
+        "",
+        build,
+        "fresh interpreter",
+        floors=("torch",),
+        sampler=ReportedSampler,
+    )
 
 
 def cases(run: Run) -> Iterator[Case]:

@@ -85,8 +85,15 @@ def pack_case(bits: int, group_size: int, axis: str, dtype: str, device: str) ->
 
     numbers = HEADS_KV * PACKED_TOKENS * DIM
     moved = numbers * DTYPES[dtype].itemsize + packed_bytes(8, PACKED_TOKENS, bits, group_size)
-    return Case("packed", f"pack, {bits} bits, {group_size} along {axis}s", shape, dtype, build,
-                bytes_moved=moved, ceiling="copy")
+    return Case(
+        "packed",
+        f"pack, {bits} bits, {group_size} along {axis}s",
+        shape,
+        dtype,
+        build,
+        bytes_moved=moved,
+        ceiling="copy",
+    )
 
 
 def unpack_case(bits: int, group_size: int, axis: str, into: bool, device: str) -> Case:
@@ -141,10 +148,16 @@ def decode_case(keys: int, bits: int, axis: str, run: Run) -> Case:
             )
         return candidates
 
-    return Case("packed", f"decode, {bits} bits, K along {axis}s",
-                (1, HEADS_Q, HEADS_KV, keys, DIM), "bfloat16", build,
-                bytes_moved=2 * packed_bytes(HEADS_KV, keys, bits, 64),
-                flops=4 * HEADS_Q * keys * DIM, ceiling="read")
+    return Case(
+        "packed",
+        f"decode, {bits} bits, K along {axis}s",
+        (1, HEADS_Q, HEADS_KV, keys, DIM),
+        "bfloat16",
+        build,
+        bytes_moved=2 * packed_bytes(HEADS_KV, keys, bits, 64),
+        flops=4 * HEADS_Q * keys * DIM,
+        ceiling="read",
+    )
 
 
 def beside_dense_case(keys: int, device: str) -> Case:
@@ -165,8 +178,9 @@ def beside_dense_case(keys: int, device: str) -> Case:
             DENSE: cache.sdpa_packed,
         }
 
-    return Case("packed", "decode beside bf16", (1, HEADS_Q, HEADS_KV, keys, DIM), "bfloat16",
-                build)
+    return Case(
+        "packed", "decode beside bf16", (1, HEADS_Q, HEADS_KV, keys, DIM), "bfloat16", build
+    )
 
 
 def unpack_first_case(keys: int, device: str) -> Case:
@@ -191,9 +205,16 @@ def unpack_first_case(keys: int, device: str) -> Case:
     def examine(outputs: dict) -> dict:
         return agreement(1e-2)({name: out for name, out in outputs.items() if name != DENSE})
 
-    return Case("packed", "decode beside unpacking", (1, HEADS_Q, HEADS_KV, keys, DIM), "bfloat16",
-                build, bytes_moved=2 * packed_bytes(HEADS_KV, keys, 4, 64), ceiling="read",
-                examine=examine)
+    return Case(
+        "packed",
+        "decode beside unpacking",
+        (1, HEADS_Q, HEADS_KV, keys, DIM),
+        "bfloat16",
+        build,
+        bytes_moved=2 * packed_bytes(HEADS_KV, keys, 4, 64),
+        ceiling="read",
+        examine=examine,
+    )
 
 
 def records(k: PackedKV, v: PackedKV) -> tuple[PackedKV, PackedKV]:
@@ -246,8 +267,9 @@ def append_case(keys: int, axis: str, device: str) -> Case:
             "torch copy into a bf16 cache": partial(place.copy_, token),
         }
 
-    return Case("packed", f"append, 4 bits along {axis}s", (1, HEADS_KV, keys, DIM), "bfloat16",
-                build)
+    return Case(
+        "packed", f"append, 4 bits along {axis}s", (1, HEADS_KV, keys, DIM), "bfloat16", build
+    )
 
 
 def cases(run: Run) -> Iterator[Case]:

@@ -38,9 +38,17 @@ def columns_case(batch: int, heads: int, count: int, dim: int, dtype: str, devic
 
     flops = 2 * batch * heads * count**2 * dim
     bytes_moved = batch * heads * count * (2 * dim * DTYPES[dtype].itemsize + 4)
-    return Case("score", "columns", (batch, heads, count, dim), dtype, build,
-                bytes_moved=bytes_moved, flops=flops, ceiling=f"gemm_{dtype}",
-                examine=agreement(2e-3))
+    return Case(
+        "score",
+        "columns",
+        (batch, heads, count, dim),
+        dtype,
+        build,
+        bytes_moved=bytes_moved,
+        flops=flops,
+        ceiling=f"gemm_{dtype}",
+        examine=agreement(2e-3),
+    )
 
 
 def similarity_case(shape: tuple[int, int, int], device: str) -> Case:
@@ -63,9 +71,18 @@ def similarity_case(shape: tuple[int, int, int], device: str) -> Case:
 
         return {"tokred.similarity_stats": ours, "torch": written_out}
 
-    return Case("score", "similarity", shape, "float32", build, "correlated",
-                4 * batch * count * (channels + 5), 2 * batch * count**2 * channels,
-                ceiling="gemm_float32", examine=agreement(1e-4))
+    return Case(
+        "score",
+        "similarity",
+        shape,
+        "float32",
+        build,
+        "correlated",
+        4 * batch * count * (channels + 5),
+        2 * batch * count**2 * channels,
+        ceiling="gemm_float32",
+        examine=agreement(1e-4),
+    )
 
 
 def pool_case(heads: int, keys: int, dim: int, dtype: str, device: str) -> Case:
@@ -82,8 +99,16 @@ def pool_case(heads: int, keys: int, dim: int, dtype: str, device: str) -> Case:
         return agreement(1e-4)({"ours": pooled, "torch": outputs["torch mean"]})
 
     bytes_moved = heads * keys * dim * DTYPES[dtype].itemsize + heads * keys // 16 * dim * 4
-    return Case("score", "pool", (1, heads, keys, dim), dtype, build, bytes_moved=bytes_moved,
-                ceiling="read", examine=examine)
+    return Case(
+        "score",
+        "pool",
+        (1, heads, keys, dim),
+        dtype,
+        build,
+        bytes_moved=bytes_moved,
+        ceiling="read",
+        examine=examine,
+    )
 
 
 def rows_case(heads: int, keys: int, dim: int, device: str) -> Case:
@@ -96,9 +121,17 @@ def rows_case(heads: int, keys: int, dim: int, device: str) -> Case:
             "torch softmax": lambda: (dim**-0.5 * q @ k.transpose(-1, -2)).softmax(-1),
         }
 
-    return Case("score", "rows", (1, heads, 32, keys, dim), "float32", build,
-                bytes_moved=4 * heads * keys * (dim + 32), flops=2 * heads * 32 * keys * dim,
-                ceiling="gemm_float32", examine=agreement(1e-4))
+    return Case(
+        "score",
+        "rows",
+        (1, heads, 32, keys, dim),
+        "float32",
+        build,
+        bytes_moved=4 * heads * keys * (dim + 32),
+        flops=2 * heads * 32 * keys * dim,
+        ceiling="gemm_float32",
+        examine=agreement(1e-4),
+    )
 
 
 def pagerank_case(heads: int, count: int, dim: int, device: str) -> Case:
@@ -117,9 +150,17 @@ def pagerank_case(heads: int, count: int, dim: int, device: str) -> Case:
         ours = partial(tokred.pagerank, q, k, 3, lse=lse)
         return {"tokred.pagerank": ours, "torch, N x N stored": stored}
 
-    return Case("score", "pagerank", (1, heads, count, dim), "float32", build,
-                bytes_moved=8 * heads * count * dim, flops=6 * heads * count**2 * dim,
-                ceiling="gemm_float32", examine=agreement(1e-5))
+    return Case(
+        "score",
+        "pagerank",
+        (1, heads, count, dim),
+        "float32",
+        build,
+        bytes_moved=8 * heads * count * dim,
+        flops=6 * heads * count**2 * dim,
+        ceiling="gemm_float32",
+        examine=agreement(1e-5),
+    )
 
 
 def transition_case(shape: tuple[int, int, int], device: str) -> Case:
@@ -135,9 +176,16 @@ def transition_case(shape: tuple[int, int, int], device: str) -> Case:
         return {"tokred.transition_stats": ours, "torch": written_out}
 
     batch, count, channels = shape
-    return Case("score", "transition", shape, "float32", build,
-                bytes_moved=4 * batch * count * (2 * channels + 2), ceiling="read",
-                examine=agreement(1e-5))
+    return Case(
+        "score",
+        "transition",
+        shape,
+        "float32",
+        build,
+        bytes_moved=4 * batch * count * (2 * channels + 2),
+        ceiling="read",
+        examine=agreement(1e-5),
+    )
 
 
 def cases(run: Run) -> Iterator[Case]:

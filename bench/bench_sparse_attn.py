@@ -87,12 +87,22 @@ def biased_case(shape: Shape, dtype: str, device: str) -> Case:
         }
 
     def examine(outputs: dict) -> dict:
-        return agreement(TOLERANCE[dtype])({n: o for n, o in outputs.items()
-                                            if n != "SDPA, no mask"})
+        return agreement(TOLERANCE[dtype])(
+            {n: o for n, o in outputs.items() if n != "SDPA, no mask"}
+        )
 
-    return Case("sparse_attn", "biased", shape.dimensions(), dtype, build,
-                bytes_moved=shape.bytes_moved(dtype), flops=shape.flops(),
-                ceiling=f"gemm_{dtype}", floors=("SDPA, no mask",), examine=examine)
+    return Case(
+        "sparse_attn",
+        "biased",
+        shape.dimensions(),
+        dtype,
+        build,
+        bytes_moved=shape.bytes_moved(dtype),
+        flops=shape.flops(),
+        ceiling=f"gemm_{dtype}",
+        floors=("SDPA, no mask",),
+        examine=examine,
+    )
 
 
 def plain_case(shape: Shape, dtype: str, device: str, causal: bool = False) -> Case:
@@ -102,13 +112,22 @@ def plain_case(shape: Shape, dtype: str, device: str, causal: bool = False) -> C
         q, k, v = query_key_value(shape, dtype, device)
         return {
             "tokred.biased_attention": partial(tokred.biased_attention, q, k, v, causal=causal),
-            "SDPA": partial(F.scaled_dot_product_attention, q, k, v, is_causal=causal,
-                            enable_gqa=grouped),
+            "SDPA": partial(
+                F.scaled_dot_product_attention, q, k, v, is_causal=causal, enable_gqa=grouped
+            ),
         }
 
-    return Case("sparse_attn", "causal_gqa" if causal else "plain", shape.dimensions(), dtype,
-                build, bytes_moved=shape.bytes_moved(dtype), flops=shape.flops(causal),
-                ceiling=f"gemm_{dtype}", examine=agreement(TOLERANCE[dtype]))
+    return Case(
+        "sparse_attn",
+        "causal_gqa" if causal else "plain",
+        shape.dimensions(),
+        dtype,
+        build,
+        bytes_moved=shape.bytes_moved(dtype),
+        flops=shape.flops(causal),
+        ceiling=f"gemm_{dtype}",
+        examine=agreement(TOLERANCE[dtype]),
+    )
 
 
 def backward_case(shape: Shape, dtype: str, device: str) -> Case:
@@ -131,12 +150,22 @@ def backward_case(shape: Shape, dtype: str, device: str) -> Case:
         }
 
     def examine(outputs: dict) -> dict:
-        return agreement(BACKWARD_TOLERANCE[dtype])({n: o for n, o in outputs.items()
-                                                     if n != "SDPA, no mask"})
+        return agreement(BACKWARD_TOLERANCE[dtype])(
+            {n: o for n, o in outputs.items() if n != "SDPA, no mask"}
+        )
 
-    return Case("sparse_attn", "backward", shape.dimensions(), dtype, build,
-                bytes_moved=2 * shape.bytes_moved(dtype), flops=shape.flops() * 5 // 2,
-                ceiling=f"gemm_{dtype}", floors=("SDPA, no mask",), examine=examine)
+    return Case(
+        "sparse_attn",
+        "backward",
+        shape.dimensions(),
+        dtype,
+        build,
+        bytes_moved=2 * shape.bytes_moved(dtype),
+        flops=shape.flops() * 5 // 2,
+        ceiling=f"gemm_{dtype}",
+        floors=("SDPA, no mask",),
+        examine=examine,
+    )
 
 
 def cases(run: Run) -> Iterator[Case]:

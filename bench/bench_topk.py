@@ -43,8 +43,14 @@ def same_values(outputs: dict[str, Any]) -> dict[str, dict[str, float]]:
     return {}
 
 
-def topk_case(shape: tuple[int, int], k: int, dtype: str, device: str, in_order: bool,
-              distribution: str = "randn") -> Case:
+def topk_case(
+    shape: tuple[int, int],
+    k: int,
+    dtype: str,
+    device: str,
+    in_order: bool,
+    distribution: str = "randn",
+) -> Case:
     rows, columns = shape
 
     def build() -> dict[str, Callable]:
@@ -55,9 +61,17 @@ def topk_case(shape: tuple[int, int], k: int, dtype: str, device: str, in_order:
             "torch.topk": partial(torch.topk, x, k, sorted=in_order),
         }
 
-    return Case("topk", "topk" if in_order else "select", (rows, columns, k), dtype, build,
-                distribution, rows * (columns * DTYPES[dtype].itemsize + 8 * k), ceiling="read",
-                examine=same_values)
+    return Case(
+        "topk",
+        "topk" if in_order else "select",
+        (rows, columns, k),
+        dtype,
+        build,
+        distribution,
+        rows * (columns * DTYPES[dtype].itemsize + 8 * k),
+        ceiling="read",
+        examine=same_values,
+    )
 
 
 def compact_case(shape: tuple[int, int], device: str) -> Case:
@@ -71,8 +85,9 @@ def compact_case(shape: tuple[int, int], device: str) -> Case:
 
         return {"tokred.compact": partial(tokred.compact, mask), "torch sort": stable_sort}
 
-    return Case("topk", "compact", shape, "float32", build, "16% true", rows * columns * 5,
-                ceiling="read")
+    return Case(
+        "topk", "compact", shape, "float32", build, "16% true", rows * columns * 5, ceiling="read"
+    )
 
 
 def gather_case(batch: int, tokens: int, kept: int, device: str) -> Case:
@@ -94,9 +109,16 @@ def gather_case(batch: int, tokens: int, kept: int, device: str) -> Case:
         ours = partial(tokred.gather_tokens, (hidden, k, v), indices)
         return {"tokred.gather_tokens": ours, "torch gather": torch_gather}
 
-    return Case("topk", "gather", (batch, tokens, kept), "float32", build,
-                bytes_moved=2 * batch * kept * 3 * 768 * 4, ceiling="copy",
-                examine=agreement(0))
+    return Case(
+        "topk",
+        "gather",
+        (batch, tokens, kept),
+        "float32",
+        build,
+        bytes_moved=2 * batch * kept * 3 * 768 * 4,
+        ceiling="copy",
+        examine=agreement(0),
+    )
 
 
 def sample_case(rows: int, columns: int, samples: int, device: str) -> Case:
@@ -119,8 +141,16 @@ def sample_case(rows: int, columns: int, samples: int, device: str) -> Case:
         ours = partial(tokred.inverse_transform_sample, x, samples)
         return {"tokred.inverse_transform_sample": ours, "torch, all distances": nearest}
 
-    return Case("topk", "sample", (rows, columns, samples), "float32", build, "uniform",
-                4 * rows * (columns + samples), ceiling="read")
+    return Case(
+        "topk",
+        "sample",
+        (rows, columns, samples),
+        "float32",
+        build,
+        "uniform",
+        4 * rows * (columns + samples),
+        ceiling="read",
+    )
 
 
 def cases(run: Run) -> Iterator[Case]:

@@ -39,8 +39,9 @@ def array_bytes(cache_bytes: int) -> int:
     return min(wanted, available_bytes() // 6) >> 20 << 20
 
 
-def row_of(run: Run, name: str, candidate: str, work: int, seconds: Sequence[float],
-           threads: int) -> Row:
+def row_of(
+    run: Run, name: str, candidate: str, work: int, seconds: Sequence[float], threads: int
+) -> Row:
     timing, arithmetic = Timing.of(seconds), is_arithmetic(name)
     role = "ours" if candidate.startswith("tokred") else "peer"
     return Row(
@@ -54,8 +55,9 @@ def row_of(run: Run, name: str, candidate: str, work: int, seconds: Sequence[flo
     )  # fmt: skip
 
 
-def kernel_rows(run: Run, size: int, rounds: int = ROUNDS, steps: int = OPERATION_STEPS
-                ) -> Iterator[Row]:
+def kernel_rows(
+    run: Run, size: int, rounds: int = ROUNDS, steps: int = OPERATION_STEPS
+) -> Iterator[Row]:
     """Those of tokred._C. size: of the arrays, in bytes; rounds: of reads, copies and gathers."""
     from tokred import _C
 
@@ -76,8 +78,9 @@ def kernel_rows(run: Run, size: int, rounds: int = ROUNDS, steps: int = OPERATIO
             yield row(name, threads, measured)
     for row_bytes in ROW_BYTES:
         for order in ("sorted", "shuffled"):
-            measured = _C.ceiling_gather(isa, size, row_bytes, run.threads, rounds,
-                                         order == "shuffled")
+            measured = _C.ceiling_gather(
+                isa, size, row_bytes, run.threads, rounds, order == "shuffled"
+            )
             yield row(f"gather_{row_bytes}_{order}", run.threads, measured)
     for name, what in OPERATIONS.items():
         for threads in several:
@@ -126,8 +129,17 @@ def gemm_case(dtype: str, device: str) -> Case:
         return {"torch mm": lambda: torch.mm(a, b, out=out)}
 
     bytes_moved = 3 * n * n * DTYPES[dtype].itemsize
-    return Case("ceilings", f"gemm_{dtype}", (n, n, n), dtype, build, "randn", bytes_moved,
-                2 * n**3, ceiling=f"gemm_{dtype}")
+    return Case(
+        "ceilings",
+        f"gemm_{dtype}",
+        (n, n, n),
+        dtype,
+        build,
+        "randn",
+        bytes_moved,
+        2 * n**3,
+        ceiling=f"gemm_{dtype}",
+    )
 
 
 def cuda_stream_cases() -> Iterator[Case]:
@@ -161,8 +173,15 @@ def cuda_gather_case(row_bytes: int, size: int) -> Case:
         return {"torch embedding_bag": lambda: F.embedding_bag(indices, table, mode="sum")}
 
     bytes_moved = picked * (row_bytes + 8) + picked // bag * row_bytes
-    return Case("ceilings", f"gather_{row_bytes}_sorted", (picked, row_bytes // 4), "float32",
-                build, "one row in eight", bytes_moved)
+    return Case(
+        "ceilings",
+        f"gather_{row_bytes}_sorted",
+        (picked, row_bytes // 4),
+        "float32",
+        build,
+        "one row in eight",
+        bytes_moved,
+    )
 
 
 def rate(row: Row) -> float:

@@ -228,8 +228,9 @@ def residency(case: Case, cache_bytes: int) -> str:
     return "partly in L3" if case.bytes_moved < 2 * cache_bytes else ""
 
 
-def ceiling_share(work: int, seconds: float, ceiling: float | None, name: str
-                  ) -> tuple[float | None, str]:
+def ceiling_share(
+    work: int, seconds: float, ceiling: float | None, name: str
+) -> tuple[float | None, str]:
     """The share, or why there is none: a ceiling that was passed is none."""
     if not ceiling or not work:
         return None, ""
@@ -259,16 +260,32 @@ def run_case(case: Case, run: Run, ceilings: dict[str, float]) -> list[Row]:
         if not resident:
             share, why = ceiling_share(work, timing.median_s, ceiling, ceiling_name)
         return Row(
-            bench=case.bench, case=case.name, distribution=case.distribution, dtype=case.dtype,
-            shape=tuple(case.shape), candidate=name, role=role(case, name),
-            median_us=timing.median_s * 1e6, p20_us=timing.p20_s * 1e6,
+            bench=case.bench,
+            case=case.name,
+            distribution=case.distribution,
+            dtype=case.dtype,
+            shape=tuple(case.shape),
+            candidate=name,
+            role=role(case, name),
+            median_us=timing.median_s * 1e6,
+            p20_us=timing.p20_s * 1e6,
             p80_us=timing.p80_s * 1e6,
             ratio_to_best_peer=min(peers) / timing.median_s if peers else None,
-            bytes_moved=case.bytes_moved, flops=case.flops, ceiling_name=ceiling_name,
+            bytes_moved=case.bytes_moved,
+            flops=case.flops,
+            ceiling_name=ceiling_name,
             ceiling_share=share,
-            samples=timing.samples, timer=timing.timer, device=run.device, machine=run.machine,
-            threads=run.threads, versions=run.versions, revision=run.revision, date=run.date,
-            jitter=run.jitter, residency=why, metrics=metrics.get(name, {}),
+            samples=timing.samples,
+            timer=timing.timer,
+            device=run.device,
+            machine=run.machine,
+            threads=run.threads,
+            versions=run.versions,
+            revision=run.revision,
+            date=run.date,
+            jitter=run.jitter,
+            residency=why,
+            metrics=metrics.get(name, {}),
         )
 
     return [row(name, timing) for name, timing in timings.items()]
@@ -292,8 +309,9 @@ def store(path: Path, rows: Sequence[Row]) -> None:
     partial.replace(path)
 
 
-def tokens(shape: Sequence[int], dtype: str, device: str, distribution: str = "randn",
-           seed: int = 0) -> torch.Tensor:
+def tokens(
+    shape: Sequence[int], dtype: str, device: str, distribution: str = "randn", seed: int = 0
+) -> torch.Tensor:
     """Token tensors [B, N, C]: randn | correlated (a shared mean plus noise, as ViT keys are) |
     ties (every row one of 16 vectors, so that most similarities tie)."""
     generator = torch.Generator().manual_seed(seed)
@@ -320,8 +338,10 @@ def agreement(tolerance: float) -> Callable[[dict[str, Any]], dict[str, dict[str
         for name, actual in first.items():
             error = (actual.double() - expected.double()).abs().max().item()
             if not error <= tolerance:
-                raise RuntimeError(f"{name} differs from {expected_name} by {error:.3g}, "
-                                   f"which is more than {tolerance:.3g}")
+                raise RuntimeError(
+                    f"{name} differs from {expected_name} by {error:.3g}, "
+                    f"which is more than {tolerance:.3g}"
+                )
         return {}
 
     return examine

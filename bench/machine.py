@@ -19,8 +19,15 @@ from tokred.demo.report import revision
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-PACKAGES = ("tokred", "tomesd", "transformers", "timm", "flash_kmeans", "onnxruntime",
-            "optimum-quanto")
+PACKAGES = (
+    "tokred",
+    "tomesd",
+    "transformers",
+    "timm",
+    "flash_kmeans",
+    "onnxruntime",
+    "optimum-quanto",
+)
 
 
 @dataclass(frozen=True)
@@ -126,8 +133,9 @@ def last_cache_bytes() -> int:
     for cpu in os.sched_getaffinity(0):
         for index in Path(f"/sys/devices/system/cpu/cpu{cpu}/cache").glob("index*"):
             level = int((index / "level").read_text())
-            shared, size = ((index / name).read_text().strip()
-                            for name in ("shared_cpu_list", "size"))
+            shared, size = (
+                (index / name).read_text().strip() for name in ("shared_cpu_list", "size")
+            )
             caches[level, shared] = int(size[:-1]) << {"K": 10, "M": 20, "G": 30}[size[-1]]
     last = max((level for level, _ in caches), default=0)
     return sum(size for (level, _), size in caches.items() if level == last) or 32 << 20
@@ -162,5 +170,14 @@ def start_run(device: str, mode: str, force: bool = False) -> Run:
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     # On a GPU, the L2 cache is emptied before every sample.
     cache_bytes = last_cache_bytes() if device == "cpu" else 0
-    return Run(device, mode, machine_name(device), threads, versions(), revision(), today,
-               round(jitter, 3), cache_bytes)
+    return Run(
+        device,
+        mode,
+        machine_name(device),
+        threads,
+        versions(),
+        revision(),
+        today,
+        round(jitter, 3),
+        cache_bytes,
+    )

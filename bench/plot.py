@@ -22,8 +22,17 @@ from .published import load_rows
 from .tables import SHORT, caption, groups
 
 COLORS = {"float32": "#33658a", "float16": "#86bbd8", "bfloat16": "#f6ae2d"}
-BARS = ("topk", "score", "decode", "packed", "block_sparse", "match", "merge", "sparse_attn",
-        "cache")
+BARS = (
+    "topk",
+    "score",
+    "decode",
+    "packed",
+    "block_sparse",
+    "match",
+    "merge",
+    "sparse_attn",
+    "cache",
+)
 
 
 def label(row: Row) -> str:
@@ -46,8 +55,13 @@ def bars(rows: Sequence[Row], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(9, 1.2 + 0.42 * len(ours)), layout="constrained")
     places = range(len(ours))
     # From 1 to the ratio, so that a slower candidate points to the left.
-    axes.barh(places, [ratio - 1 for ratio in ratios], left=1, height=0.72,
-              color=[COLORS[r.dtype] for r in ours])
+    axes.barh(
+        places,
+        [ratio - 1 for ratio in ratios],
+        left=1,
+        height=0.72,
+        color=[COLORS[r.dtype] for r in ours],
+    )
     for place, row in zip(places, ours, strict=True):
         axes.text(max(row.ratio_to_best_peer, 1), place, note(row), va="center", fontsize=8)
     axes.set_xscale("log")
@@ -63,8 +77,11 @@ def bars(rows: Sequence[Row], path: Path) -> None:
     axes.set_xlabel("speed-up over the fastest peer")
     axes.set_title(f"{rows[0].bench}: {caption(rows[0]).strip('*')}", fontsize=9, loc="left")
     dtypes = dict.fromkeys(r.dtype for r in ours)
-    axes.legend(handles=[Patch(color=COLORS[d], label=SHORT[d]) for d in dtypes],
-                loc="lower right", fontsize=8)
+    axes.legend(
+        handles=[Patch(color=COLORS[d], label=SHORT[d]) for d in dtypes],
+        loc="lower right",
+        fontsize=8,
+    )
     figure.savefig(path, dpi=140)
     plt.close(figure)
 
@@ -76,12 +93,21 @@ def curves(rows: Sequence[Row], path: Path) -> None:
         first = points[0]
         name = f"{first.case}, {first.shape[-1]} px, {SHORT[first.dtype]}"
         x = [r.metrics["r"] for r in points]
-        line, = speed.plot(x, [r.ratio_to_best_peer for r in points], "o-", label=name)
+        (line,) = speed.plot(x, [r.ratio_to_best_peer for r in points], "o-", label=name)
         judged = [r for r in points if "cls_cosine" in r.metrics]
-        quality.plot([r.metrics["r"] for r in judged], [r.metrics["cls_cosine"] for r in judged],
-                     "o-", color=line.get_color())
-        quality.plot([r.metrics["r"] for r in judged], [r.metrics["patch_cosine"] for r in judged],
-                     "s:", color=line.get_color(), alpha=0.6)
+        quality.plot(
+            [r.metrics["r"] for r in judged],
+            [r.metrics["cls_cosine"] for r in judged],
+            "o-",
+            color=line.get_color(),
+        )
+        quality.plot(
+            [r.metrics["r"] for r in judged],
+            [r.metrics["patch_cosine"] for r in judged],
+            "s:",
+            color=line.get_color(),
+            alpha=0.6,
+        )
     speed.axhline(1, color="black", linewidth=0.8)
     speed.set_ylabel("speed-up over the unpatched model")
     speed.legend(fontsize=8)

@@ -47,11 +47,21 @@ def _build() -> Path:
         return library
     tools = Path(sys.executable).parent
     run = functools.partial(subprocess.run, check=True, stdout=subprocess.DEVNULL)
-    run([
-        tools / "cmake", "-S", Path(__file__).parent, "-B", library.parent, "-G", "Ninja",
-        f"-DGGML_SOURCES={_fetch()}", f"-DCMAKE_MAKE_PROGRAM={tools / 'ninja'}",
-        "-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON",
-    ])
+    run(
+        [
+            tools / "cmake",
+            "-S",
+            Path(__file__).parent,
+            "-B",
+            library.parent,
+            "-G",
+            "Ninja",
+            f"-DGGML_SOURCES={_fetch()}",
+            f"-DCMAKE_MAKE_PROGRAM={tools / 'ninja'}",
+            "-DCMAKE_BUILD_TYPE=Release",
+            "-DGGML_NATIVE=ON",
+        ]
+    )
     run([tools / "cmake", "--build", library.parent])
     return library
 
