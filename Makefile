@@ -66,7 +66,7 @@ lock: $(VENV)/test
 demo: build $(VENV)/demo
 	$(BIN)/python -m tokred demo
 
-lint: lint-python lint-types lint-tables
+lint: lint-python lint-cpp lint-types lint-tables
 
 lint-python: $(VENV)/test
 	$(BIN)/ruff check .

@@ -71,9 +71,9 @@ py::dict plans_of_attention(const AttentionShape& shape) {
 
 // The launches of attention over lists (or over all keys, as one list), and how keys are split.
 py::dict plans_of_lists(const ListShape& shape) {
-  py::dict plans("grad_query"_a = describe(plan_list_grad_query(
-                     shape, list_grad_query_blocks(shape))),
-                 "grad_key"_a = describe(plan_list_grad_key(shape)));
+  py::dict plans(
+      "grad_query"_a = describe(plan_list_grad_query(shape, list_grad_query_blocks(shape))),
+      "grad_key"_a = describe(plan_list_grad_key(shape)));
   if (!is_decode(shape)) {
     plans["forward"] = describe(plan_list_forward(shape));
     return py::dict("plans"_a = plans, "workspace_bytes"_a = 0);
@@ -121,7 +121,8 @@ py::dict plans_of_topk(int64_t lists, int64_t columns, int64_t k, bool has_top_p
       break;
     case TopkPath::sorted:
       plans["sort"] = describe(plan_sort_chunks(lists, columns));
-      plans["merge"] = describe(plan_merge_runs(lists, columns, kSortChunkKeys, shape.max_chosen()));
+      plans["merge"] =
+          describe(plan_merge_runs(lists, columns, kSortChunkKeys, shape.max_chosen()));
       plans["write"] = describe(plan_sorted(lists));
       break;
   }
@@ -153,10 +154,9 @@ py::dict plans_of_packed_attention(const AttentionShape& s, const PackFormat& f)
   const ListShape shape = dense_list(s);
   const int64_t items = decode_launch_tiles(shape), heads = s.batch * s.heads_kv;
   const int lanes = score_lanes(s.head_dim);
-  py::dict plans(
-      "decode"_a = describe(plan_packed_decode(shape, items, packed_stage(f, f))),
-      "score"_a = describe(plan_qk_score(heads, s.keys, lanes)),
-      "rotate_queries"_a = describe(plan_rotate_queries(s.batch * s.heads_q, lanes)));
+  py::dict plans("decode"_a = describe(plan_packed_decode(shape, items, packed_stage(f, f))),
+                 "score"_a = describe(plan_qk_score(heads, s.keys, lanes)),
+                 "rotate_queries"_a = describe(plan_rotate_queries(s.batch * s.heads_q, lanes)));
   if (decode_splits(s.keys) > 1) plans["combine"] = describe(plan_combine(shape, items));
   if (rotates_later(s)) plans["rotate_out"] = describe(plan_rotate_out(s));
   return py::dict("plans"_a = plans, "items"_a = decode_row_tiles(shape),
@@ -166,9 +166,7 @@ py::dict plans_of_packed_attention(const AttentionShape& s, const PackFormat& f)
 // Work and seconds of the rounds, as Python gets them.
 using WorkAndSeconds = std::pair<int64_t, std::vector<double>>;
 
-WorkAndSeconds as_pair(ceilings::Rounds rounds) {
-  return {rounds.work, std::move(rounds.seconds)};
-}
+WorkAndSeconds as_pair(ceilings::Rounds rounds) { return {rounds.work, std::move(rounds.seconds)}; }
 
 // Each returns (bytes or operations of a round, [seconds of each]); see ceilings/measure.h.
 void define_ceilings(py::module_& m) {
@@ -191,8 +189,7 @@ void define_ceilings(py::module_& m) {
       "ceiling_gather",
       [](const std::string& isa, int64_t bytes, int64_t row_bytes, int64_t threads, int64_t rounds,
          bool shuffled) {
-        return as_pair(
-            ceilings::measure_gather(isa, bytes, row_bytes, threads, rounds, shuffled));
+        return as_pair(ceilings::measure_gather(isa, bytes, row_bytes, threads, rounds, shuffled));
       },
       "isa"_a, "table_bytes"_a, "row_bytes"_a, "threads"_a, "rounds"_a, "shuffled"_a, Unlocked(),
       "Reads one row in eight of a table: (bytes read, [seconds]).");
@@ -215,8 +212,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isa", &tokred_cpu_isa, "The instruction set that the CPU kernels run on.");
   m.def("best_cpu_isa", &tokred_best_cpu_isa, "The best one of this machine.");
   m.def("cpu_vnni", &tokred_cpu_vnni, "Whether the AVX-512 kernels use VNNI on this machine.");
-  m.def("set_cpu_isa", [](const std::string& name) { return tokred_set_cpu_isa(name.c_str()); },
-        "name"_a, "generic, avx2 or avx512; False where the machine lacks it.");
+  m.def(
+      "set_cpu_isa", [](const std::string& name) { return tokred_set_cpu_isa(name.c_str()); },
+      "name"_a, "generic, avx2 or avx512; False where the machine lacks it.");
   m.def(
       "plan_match",
       [](int64_t batch, int64_t rows, int64_t tokens, bool is_float, bool aligned, bool general) {
@@ -240,8 +238,8 @@ PYBIND11_MODULE(_C, m) {
       [](int64_t batch, int64_t heads_q, int64_t heads_kv, int64_t queries, int64_t keys,
          int64_t head_dim, int64_t value_dim, bool is_float, int64_t list_heads, int64_t length,
          int64_t block_q) {
-        const AttentionShape shape{batch,    heads_q,   heads_kv, queries, keys,
-                                   head_dim, value_dim, is_float};
+        const AttentionShape shape{batch, heads_q,  heads_kv,  queries,
+                                   keys,  head_dim, value_dim, is_float};
         if (list_heads == 0) return plans_of_lists(dense_list(shape));
         return plans_of_lists({shape, list_heads, length, block_q < queries ? block_q : queries});
       },
@@ -265,14 +263,18 @@ PYBIND11_MODULE(_C, m) {
         return plans_of_packing({head_dim, group_size, 4, axis, PackScheme::asymmetric, false},
                                 heads, tokens, window);
       },
-      "heads"_a, "tokens"_a, "head_dim"_a, "group_size"_a, "along_tokens"_a = false,
-      "window"_a = 0, "name -> {grid, block, shared_bytes}; heads are counted over the batch.");
+      "heads"_a, "tokens"_a, "head_dim"_a, "group_size"_a, "along_tokens"_a = false, "window"_a = 0,
+      "name -> {grid, block, shared_bytes}; heads are counted over the batch.");
   m.def(
       "plan_packed_attention",
       [](int64_t batch, int64_t heads_q, int64_t heads_kv, int64_t queries, int64_t keys,
          int64_t head_dim, int64_t bits, int64_t group_size, bool is_float) {
-        const PackFormat f{head_dim, group_size, static_cast<int32_t>(bits), GroupAxis::channel,
-                           PackScheme::asymmetric, false};
+        const PackFormat f{head_dim,
+                           group_size,
+                           static_cast<int32_t>(bits),
+                           GroupAxis::channel,
+                           PackScheme::asymmetric,
+                           false};
         return plans_of_packed_attention(
             {batch, heads_q, heads_kv, queries, keys, head_dim, head_dim, is_float}, f);
       },
@@ -282,6 +284,5 @@ PYBIND11_MODULE(_C, m) {
       "workspace_bytes.");
   m.def("plan_topk", &plans_of_topk, "lists"_a, "columns"_a, "k"_a, "has_top_p"_a = false,
         "name -> {grid, block, shared_bytes}");
-  m.def("plan_rows", &plans_of_rows, "rows"_a, "columns"_a,
-        "name -> {grid, block, shared_bytes}");
+  m.def("plan_rows", &plans_of_rows, "rows"_a, "columns"_a, "name -> {grid, block, shared_bytes}");
 }

@@ -156,8 +156,9 @@ inline Metric parse_metric(std::string_view name) {
 inline Tensor allocate(const Tensor& like, const int64_t* shape, int64_t dims, ScalarType type) {
   constexpr int64_t kMostElements = std::numeric_limits<int64_t>::max() / 16;
   const auto text = [&] {
-    return list_string('[', dims, [&](int64_t i) { return shape[i]; }, ']') + " " +
-           dtype_name(type);
+    return list_string(
+               '[', dims, [&](int64_t i) { return shape[i]; }, ']') +
+           " " + dtype_name(type);
   };
   int64_t strides[8];
   int64_t step = 1;
@@ -170,9 +171,8 @@ inline Tensor allocate(const Tensor& like, const int64_t* shape, int64_t dims, S
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle = nullptr;
   const AOTITorchError failed = aoti_torch_empty_strided(
-      dims, shape, strides,
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device_type,
-      like.get_device_index(), &handle);
+      dims, shape, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+      device_type, like.get_device_index(), &handle);
   TOKRED_CHECK(!failed, "there is no memory for ", text());
   return Tensor(handle);
 }
@@ -217,8 +217,7 @@ inline const int32_t* batch_lengths(const OptionalTensor& lengths, int64_t batch
 // An optional bool [B, N], or [B | 1, N] where a batch of one stands for all; null if absent.
 inline const bool* token_mask(const OptionalTensor& mask, const char* name, int64_t batch,
                               int64_t tokens, bool broadcasts, const Tensor& like,
-                              const char* like_name, int64_t& stride_batch,
-                              int64_t& stride_token) {
+                              const char* like_name, int64_t& stride_batch, int64_t& stride_token) {
   if (!mask) return nullptr;
   const bool one = broadcasts && mask->dim() == 2 && mask->size(0) == 1;
   check_shape(*mask, name, {one ? 1 : batch, tokens}, broadcasts ? "[B | 1, N]" : "[B, N]");

@@ -31,11 +31,11 @@ struct Cpu {
 
 #define TOKRED_OP(op, Params, schema) \
   void op(const Params& p) const { select(generic::op, avx2::op, avx512::op)(p, parallel); }
-#define TOKRED_OP_SCRATCH(op, Params, schema)                                                       \
-  TOKRED_OP(op, Params, schema)                                                                     \
-  int64_t op##_workspace(const Params& p) const {                                           \
-    return select(generic::op##_workspace, avx2::op##_workspace, avx512::op##_workspace)(   \
-        p, parallel);                                                                       \
+#define TOKRED_OP_SCRATCH(op, Params, schema)                                             \
+  TOKRED_OP(op, Params, schema)                                                           \
+  int64_t op##_workspace(const Params& p) const {                                         \
+    return select(generic::op##_workspace, avx2::op##_workspace, avx512::op##_workspace)( \
+        p, parallel);                                                                     \
   }
 #include "ops.def"
 };

@@ -1,7 +1,7 @@
 // An allocator for LD_PRELOAD under which a read or write beside a tensor faults: each block has
-// pages of its own between closed ones, and ends at a closed page (or starts at one). Pages of freed
-// blocks stay closed, fresh memory is filled with a byte of choice, and the n-th allocation can be
-// made to fail. Only posix_memalign is guarded, which is where torch takes tensors from.
+// pages of its own between closed ones, and ends at a closed page (or starts at one). Pages of
+// freed blocks stay closed, fresh memory is filled with a byte of choice, and the n-th allocation
+// can be made to fail. Only posix_memalign is guarded, which is where torch takes tensors from.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -89,7 +89,8 @@ EXPORT void free(void* pointer) {
   char* data = (char*)((uintptr_t)pointer / PAGE * PAGE);
   Header* h = (Header*)(data - 2 * PAGE);
   if (h->block != pointer || !untouched(h)) {
-    fprintf(stderr, "guard: %s\n", h->block != pointer ? "free of no block" : "write beside a block");
+    fprintf(stderr, "guard: %s\n",
+            h->block != pointer ? "free of no block" : "write beside a block");
     abort();
   }
   const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;

@@ -81,7 +81,10 @@ void sum_cleared(int* out) {
 // A warp writes, and the other reads what the first has announced.
 template <bool kWait>
 void announce(int* out) {
-  struct Shared { Barrier barrier; int x[32]; };
+  struct Shared {
+    Barrier barrier;
+    int x[32];
+  };
   auto& s = shared_memory<Shared>();
   const int low = static_cast<int>(threadIdx.x) % 32;
   if (threadIdx.x == 0) barrier_init(s.barrier, 32);
@@ -106,8 +109,10 @@ void divergent_barrier(int*) {
   if (threadIdx.x < 32) __syncthreads();
 }
 void divergent_shuffle(int* out) {
-  if (threadIdx.x < 16) out[0] = __shfl_sync(~0u, 1, 0);
-  else __syncwarp();
+  if (threadIdx.x < 16)
+    out[0] = __shfl_sync(~0u, 1, 0);
+  else
+    __syncwarp();
 }
 void shuffle_from_nobody(int* out) {
   if (threadIdx.x < 16) out[0] = __shfl_sync(0xffffu, 1, 20);
@@ -146,7 +151,9 @@ struct Operands {
 };
 
 template <class T>
-float small(int i) { return static_cast<float>(i * 37 % 23 - 11) / 8; }
+float small(int i) {
+  return static_cast<float>(i * 37 % 23 - 11) / 8;
+}
 
 // D = A B by fragments, with B read as rows of B^T and, transposed, as rows of B.
 template <class T>

@@ -22,12 +22,24 @@ struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-struct alignas(8) uint2 { unsigned x, y; };
-struct alignas(16) uint4 { unsigned x, y, z, w; };
-struct alignas(8) int2 { int x, y; };
-struct alignas(16) int4 { int x, y, z, w; };
-struct alignas(8) float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(8) int2 {
+  int x, y;
+};
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 
 inline dim3 gridDim, blockDim, blockIdx, threadIdx;
 inline constexpr int warpSize = 32;
@@ -78,7 +90,11 @@ void copy_notify(void (*notify)(void* argument), void* argument);
 
 template <class T>
 T shuffle(unsigned mask, T value, unsigned source) {
-  struct Argument { T value; unsigned source; T result; } a{value, source, value};
+  struct Argument {
+    T value;
+    unsigned source;
+    T result;
+  } a{value, source, value};
   collective(mask, a, [](Argument* const* lanes) {
     for (int i = 0; i < 32; ++i) {
       if (!lanes[i]) continue;
@@ -93,7 +109,9 @@ T shuffle(unsigned mask, T value, unsigned source) {
 // result[i] = f(the participants' values, i) for every participant.
 template <class T, class F>
 T reduce(unsigned mask, T value, F) {
-  struct Argument { T value, result; } a{value, value};
+  struct Argument {
+    T value, result;
+  } a{value, value};
   collective(mask, a, [](Argument* const* lanes) {
     T total{};
     bool first = true;
@@ -102,7 +120,8 @@ T reduce(unsigned mask, T value, F) {
       total = first ? lanes[i]->value : F{}(total, lanes[i]->value);
       first = false;
     }
-    for (int i = 0; i < 32; ++i) if (lanes[i]) lanes[i]->result = total;
+    for (int i = 0; i < 32; ++i)
+      if (lanes[i]) lanes[i]->result = total;
   });
   return a.result;
 }
@@ -163,7 +182,10 @@ inline int __any_sync(unsigned mask, int p) { return __ballot_sync(mask, p) != 0
 inline int __all_sync(unsigned mask, int p) { return __ballot_sync(mask, !p) == 0; }
 template <class T>
 unsigned __match_any_sync(unsigned mask, T v) {
-  struct Argument { T value; unsigned peers; } a{v, 0};
+  struct Argument {
+    T value;
+    unsigned peers;
+  } a{v, 0};
   simt::collective(mask, a, [](Argument* const* lanes) {
     for (int i = 0; i < 32; ++i) {
       for (int j = 0; lanes[i] && j < 32; ++j) {
@@ -237,8 +259,14 @@ inline float __fsqrt_rn(float x) { return std::sqrt(x); }
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 template <class T>
-T __ldg(const T* p) { return *p; }
+T __ldg(const T* p) {
+  return *p;
+}
 template <class T>
-constexpr T min(T a, std::type_identity_t<T> b) { return b < a ? b : a; }
+constexpr T min(T a, std::type_identity_t<T> b) {
+  return b < a ? b : a;
+}
 template <class T>
-constexpr T max(T a, std::type_identity_t<T> b) { return a < b ? b : a; }
+constexpr T max(T a, std::type_identity_t<T> b) {
+  return a < b ? b : a;
+}

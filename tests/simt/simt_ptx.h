@@ -46,7 +46,10 @@ void mma(T, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 
 template <int kMatrices, bool kTransposed>
 void ldmatrix(uint32_t (&r)[kMatrices], const void* row) {
-  struct Argument { uint32_t (&r)[kMatrices]; const void* row; } argument{r, row};
+  struct Argument {
+    uint32_t (&r)[kMatrices];
+    const void* row;
+  } argument{r, row};
   simt::collective(~0u, argument, [](Argument* const* lanes) {
     for (int lane = 0; lane < 8 * kMatrices; ++lane) {
       const void* row = lanes[lane]->row;
@@ -75,7 +78,9 @@ inline void cp_async_16(void* destination, const void* source, int bytes = 16) {
 }
 inline void cp_async_commit() { simt::copy_commit(); }
 template <int N>
-void cp_async_wait() { simt::copy_wait(N); }
+void cp_async_wait() {
+  simt::copy_wait(N);
+}
 
 inline int64_t optimization_barrier(int64_t x) { return x; }
 inline uint32_t optimization_barrier(uint32_t x) { return x; }

@@ -60,7 +60,10 @@ inline void barrier_arrive_after_copies(Barrier& barrier) {
                     &barrier);
 }
 inline void barrier_wait(Barrier& barrier, uint32_t parity) {
-  struct Wait { const Barrier& barrier; uint32_t parity; } wait{barrier, parity};
+  struct Wait {
+    const Barrier& barrier;
+    uint32_t parity;
+  } wait{barrier, parity};
   simt::wait_until(
       [](void* argument) {
         const Wait& wait = *static_cast<Wait*>(argument);
@@ -191,8 +194,9 @@ void enqueue(float (*d)[4], int columns, const uint32_t* a_registers, uint64_t a
   simt::collective(~0u, argument, [](Argument* const* lanes) {
     const Argument& first = *lanes[0];
     ProductQueue& queue = ProductQueue::of(first.warp);
-    Product product{{}, first.a, first.b, first.columns, queue.group, first.add,
-                    [](uint16_t bits) { return to_float(T{bits}); }};
+    Product product{{}, first.a, first.b, first.columns, queue.group, first.add, [](uint16_t bits) {
+                      return to_float(T{bits});
+                    }};
     for (int i = 0; i < 32; ++i) {
       if (lanes[i]->a != first.a || lanes[i]->b != first.b) {
         simt::fail("wgmma of a matrix that is not one for all lanes");

@@ -192,9 +192,8 @@ void packed_attention_panels(const PackedAttentionParams& s, const Parallel& par
     each_task(s.attention, parallel,
               [&](int64_t item, int64_t head, int64_t group, int64_t row, int64_t end) {
                 const AttentionParams p = item_params(s, item);
-                const PackedTokens tokens{
-                    SideView(s.k, p.k, s.slots, p.dtype, p.keys, item, head),
-                    SideView(s.v, p.v, s.slots, p.dtype, p.keys, item, head)};
+                const PackedTokens tokens{SideView(s.k, p.k, s.slots, p.dtype, p.keys, item, head),
+                                          SideView(s.v, p.v, s.slots, p.dtype, p.keys, item, head)};
                 Forward<T, PackedTokens>(tokens, p, item, head, group, row, end).run();
               });
   });
