@@ -14,8 +14,8 @@ DEVICE = $(CUDA)$(shell nvidia-smi --list-gpus 2> /dev/null)
 BUILT = $(wildcard build/libtokred_cuda.so)
 demo: LIBRARIES = $(if $(DEVICE),-DTOKRED_CUDA=ON,$(if $(BUILT),,-DTOKRED_CUDA=OFF))
 
-.PHONY: build demo test test-newest test-oldest test-avx512 fuzz device-check device-pack bench \
-        bench-full tables lint lint-python lint-cpp lint-types lint-tables format sanitize lock clean \
+.PHONY: build demo test test-all test-newest test-oldest test-avx512 fuzz mutants device-check \
+        device-pack bench bench-full tables lint lint-python lint-cpp lint-types lint-tables format sanitize lock clean \
         FORCE
 .DELETE_ON_ERROR:
 
@@ -88,13 +88,23 @@ format: $(VENV)/test
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
+PYTEST := pytest -n 2 --dist worksteal
+
 test: build $(VENV)/test lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m $(PYTEST) -m "not wide"
+
+# With the rows that repeat another's paths at other sizes, and more fuzzing.
+test-all: build $(VENV)/test lint
+	$(BIN)/python -m $(PYTEST)
+
+# Plants bugs in copies of the kernels, and shows which tests find each.
+mutants: build $(VENV)/test
+	$(BIN)/python tests/mutants.py
 
 # The newest and the oldest releases that pyproject.toml allows, in environments of their own (PyPI's
 # torch for Linux: several GB each); the library is the one built beside the torch of the lock file.
 test-newest test-oldest: test-%: .venv-%/ready build
-	.venv-$*/bin/python -m pytest -n 2 --dist worksteal $(TESTS)
+	.venv-$*/bin/python -m $(PYTEST) -m "not wide" $(TESTS)
 
 .venv-newest/ready: RESOLUTION := highest
 .venv-oldest/ready: RESOLUTION := lowest-direct

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from cases.backends import SIMT_LIBRARY
+from cases.inputs import wide
 from device import run
 
 HERE = Path(__file__).parent
@@ -49,10 +50,11 @@ def test_rehearsal(tmp_path: Path) -> None:
     assert candidates == {"tokred, by score", "tokred, by position", "torch.topk"}
 
 
-def test_rehearsal_on_the_emulated_device(tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", ["wgmma", *wide("wgmma,bench-kv-pack")])
+def test_rehearsal_on_the_emulated_device(tmp_path: Path, steps: str) -> None:
     if not SIMT_LIBRARY.exists():
         pytest.skip(f"{SIMT_LIBRARY} is not built")
-    done = check(tmp_path, "--device", "simt", "--steps", "wgmma,bench-kv-pack")
+    done = check(tmp_path, "--device", "simt", "--steps", steps)
     assert done.returncode == 0, f"{done.stdout}{(tmp_path / 'device.log').read_text()[-3000:]}"
     tests = [line["tests"] for line in lines(tmp_path) if "tests" in line]
     assert tests and tests[0]["passed"] > 0 and tests[0].get("failed", 0) == 0

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from cases.inputs import wide
+
 HERE = Path(__file__).parent
 
 RIGHT = {
@@ -36,7 +38,7 @@ FLAGS = {
 }
 
 
-@pytest.fixture(scope="module", params=FLAGS)
+@pytest.fixture(scope="module", params=["sanitized", *wide("plain")])
 def outcome(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, str]:

@@ -15,10 +15,11 @@ from torch import Tensor
 import tokred
 from cases.backends import Backend
 from cases.compare import assert_bitwise_equal, assert_one_result
-from cases.inputs import generator
+from cases.inputs import generator, wide
 
 INF, NAN = math.inf, math.nan
 HOW = ("causal", "mask", "head mask", "key mask", "positions", "bias")
+SIZES = ((1, 9), (2, 70), (3, 9), (40, 100))  # queries, keys
 SPOILT = 5  # the key that holds no numbers
 
 
@@ -90,10 +91,16 @@ def check_rows(
             assert not spoilt_out[case.sees].isfinite().all(-1).any(), where
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize(("queries", "keys"), [(1, 9), (2, 70), (3, 9), (40, 100)])
-def test_dense(kernels: Backend, how: str, dtype: torch.dtype, queries: int, keys: int) -> None:
+@pytest.mark.parametrize(
+    ("queries", "keys", "dtype"),
+    [
+        *((*size, torch.float32) for size in SIZES),
+        *((*size, torch.bfloat16) for size in SIZES[:3]),
+        *wide((*SIZES[3], torch.bfloat16)),
+    ],
+)
+def test_dense(kernels: Backend, how: str, queries: int, keys: int, dtype: torch.dtype) -> None:
     case = inputs(how, queries, keys, dtype)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cases.backends import Backend
 from cases.compare import assert_bitwise_equal
-from cases.inputs import generator
+from cases.inputs import generator, wide
 from cases.oracle import reference
 
 PART = 8192  # columns of a part of a list that several blocks share
@@ -111,12 +111,20 @@ def drifting(rows: int, columns: int, kind: str) -> Tensor:
     return scores
 
 
-@pytest.mark.parametrize("columns", [5, 16, 31, 289, 2048])
-@pytest.mark.parametrize(
-    "kind",
-    ["not at all", "slowly", "in jumps", "in scale", "ties", "few values", "signed zeros",
-     "special"],
+KINDS = (
+    "not at all", "slowly", "in jumps", "in scale", "ties", "few values", "signed zeros", "special",
 )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "columns"),
+    [
+        *((kind, columns) for columns in (5, 16, 31, 289) for kind in KINDS),
+        ("in jumps", 2048),
+        ("special", 2048),
+        *wide(*((kind, 2048) for kind in KINDS if kind not in ("in jumps", "special"))),
+    ],
+)
 def test_rows_that_drift(kernels: Backend, kind: str, columns: int) -> None:
     """Each row is tried near the threshold of the one before."""
     scores = drifting(90, columns, kind)
