@@ -1,4 +1,4 @@
-"""Half a minute of fuzzing, or an hour: `make fuzz`. docs/testing.md says how to repeat a failure."""
+"""Half a minute of fuzzing; `make fuzz` takes an hour. docs/testing.md: how to repeat a failure."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -141,6 +142,46 @@ def test_views_have_the_bits_of_their_copies(library: Any, op: str) -> None:
                     assert "contiguous" in result or "without gaps" in result, result
                 else:
                     assert_bitwise_equal(result, copies, f"{op}, argument {i}")
+
+
+def far(t: Tensor, dim: int, folder: Path) -> Tensor:
+    """The same numbers, over 2^32 elements apart along one dimension, in a file full of holes."""
+    strides = list(t.contiguous().stride())
+    strides[dim] = (2**32 // (t.shape[dim] - 1) // 16 + 1) * 16
+    reach = 1 + sum((n - 1) * stride for n, stride in zip(t.shape, strides, strict=True))
+    file = folder / "memory"
+    with file.open("wb") as memory:
+        memory.truncate(reach * t.element_size())
+    memory = torch.from_file(str(file), shared=True, size=reach, dtype=t.dtype)
+    file.unlink()
+    return memory.as_strided(t.shape, strides).copy_(t)
+
+
+def with_far_parts(args: tuple, folder: Path) -> Iterator[tuple]:
+    """The arguments with one tensor of them, at a time, spread along one dimension."""
+    for place, arg in enumerate(args):
+        tensors = arg if isinstance(arg, list) else [arg]
+        for number, t in enumerate(tensors):
+            for dim in range(t.dim() - 1) if isinstance(t, Tensor) else ():
+                if t.shape[dim] > 1:
+                    spread = [*tensors[:number], far(t, dim, folder), *tensors[number + 1 :]]
+                    value = spread if isinstance(arg, list) else spread[0]
+                    yield (*args[:place], value, *args[place + 1 :])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_offsets_of_more_than_32_bits(library: Any, op: str, tmp_path: Path) -> None:
+    """Along every dimension of every argument, as in views of a large cache."""
+    args, served = CALLS[op](Sizes()), 0
+    expected = outcome(library, op, args)
+    for spread in with_far_parts(args, tmp_path):
+        result = outcome(library, op, spread)
+        if isinstance(result, str):
+            assert "contiguous" in result or "without gaps" in result, result
+        else:
+            assert_bitwise_equal(result, expected)
+            served += 1
+    assert served
 
 
 def test_results_that_no_memory_holds(library: Any) -> None:
