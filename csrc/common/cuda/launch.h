@@ -33,7 +33,10 @@ void launch(void (*kernel)(P...), const LaunchPlan& plan, [[maybe_unused]] Strea
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(plan.shared_bytes)));
   }
-  kernel<<<grid, plan.block, plan.shared_bytes, static_cast<cudaStream_t>(stream)> > >(params...);
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  // clang-format off: it takes a launch in a header for templates
+  kernel<<<grid, plan.block, plan.shared_bytes, cuda_stream>>>(params...);
+  // clang-format on
   check(cudaGetLastError());
 #endif
 }
