@@ -9,6 +9,7 @@ from torch.nn.functional import cosine_similarity, normalize
 
 import tokred
 from cases.dense import close, heads, listed, logits, repeat
+from cases.inputs import generator
 from tokred import PackFormat
 from tokred.methods import ems, kv_merger
 
@@ -102,10 +103,10 @@ def test_ems_score() -> None:
     close(ems.global_local_score(q, k, 12), expected.float())
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.3, 2.0])
+@pytest.mark.parametrize("threshold", [0.0, 0.2, 2.0])
 def test_ems(threshold: float) -> None:
     q, k, v = heads(keys=60)
-    scores = torch.rand(2, 2, 60)
+    scores = torch.rand(2, 2, 60, generator=generator())
     cache = ems.ems(k, v, scores, 24, 20, window=10, threshold=threshold)
     out, counted = (cache.attend(q, c)[0] for c in (False, True))
     joined = 0
