@@ -203,7 +203,9 @@ def finder(tests: tuple[str, ...]) -> str | None:
     if done.returncode == 0:
         return None
     if done.returncode < 0:
-        return f"{' '.join(tests)}: ends with signal {-done.returncode}"
+        crashed = re.search(r"in (test_\w+)$", done.stderr, re.MULTILINE)  # as faulthandler says
+        name = crashed[1] if crashed else "the interpreter"
+        return f"{' '.join(tests)}: {name} ends with signal {-done.returncode}"
     failed = re.search(r"^(?:FAILED|ERROR) (\S.*?)(?: - .*)?$", done.stdout, re.MULTILINE)
     if done.returncode != 1 or failed is None:  # pytest's own troubles find no bug
         raise SystemExit(f"{done.stdout[-4000:]}{done.stderr[-4000:]}")
