@@ -75,7 +75,7 @@ lint-python: $(VENV)/test
 CPP = $(shell find csrc tests bench/peers -name '*.[ch]' -o -name '*.cpp' -o -name '*.cu' \
                                           -o -name '*.cuh')
 lint-cpp: $(VENV)/test
-	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	@$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 lint-types: $(VENV)/test
 	$(BIN)/mypy
@@ -86,7 +86,7 @@ lint-tables: build $(VENV)/test
 
 format: $(VENV)/test
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CPP)
+	@$(BIN)/clang-format -i $(CPP)
 
 PYTEST := pytest -n 2 --dist worksteal
 

@@ -122,7 +122,7 @@ CALLS = (
          lambda d: tokred.match(*(draw((2, n, 64), d, torch.bfloat16) for n in (70, 90)))),
     Call("bipartite_soft_matching", ("small_item_kernel",),
          lambda d: tokred.bipartite_soft_matching(draw((2, 90, 40), d), 20)),
-    Call("bipartite_soft_matching, many tokens", ("plan_kernel",),
+    Call("bipartite_soft_matching, many tokens", ("token_map_kernel",),
          lambda d: tokred.bipartite_soft_matching(draw((1, 2300, 16), d), 500)),
     Call("threshold_matching", ("small_item_kernel",),
          lambda d: tokred.threshold_matching(draw((2, 90, 40), d), 0.3)),
