@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PackedCache", "apply", "patch", *_ops]
 
-_LAZY_MODULES = ("cache", "integrations", "methods", "nn", "patching", "reference")
+_LAZY_MODULES = ("cache", "integrations", "methods", "models", "nn", "patching", "reference")
 
 
 def __getattr__(name: str) -> Any:

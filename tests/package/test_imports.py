@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "methods": {"ops", "selection", "schedule", "grid"},
     "patching": {"ops", "methods"},
     "integrations": {"ops", "grid", "patching"},
+    "models": set(),
     "cache": {"ops", "integrations"},
     "demo": {"ops", "methods", "patching", "integrations", "cache"},
     "__init__": {"ops"},

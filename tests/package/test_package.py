@@ -56,3 +56,13 @@ def test_the_version_has_one_source() -> None:
 
 def test_the_package_says_that_it_is_typed() -> None:
     assert (Path(tokred.__file__).parent / "py.typed").exists()
+
+
+def test_the_former_name_of_integrations_warns() -> None:
+    from tokred.integrations.transformers import attention
+
+    with pytest.warns(DeprecationWarning, match=r"tokred\.integrations\.transformers\.attention"):
+        from tokred.models import attention as former
+    assert former is attention
+    with pytest.raises(ImportError, match="nothing"):
+        from tokred.models import nothing  # noqa: F401
