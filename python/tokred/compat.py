@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import version
+from typing import Any
 
 
 def release(package: str) -> tuple[int, int]:
@@ -28,3 +29,13 @@ def forward_checkpoints(layer: type) -> bool:
     """
     bases = [kind for kind in layer.__mro__ if kind.__name__ == "GradientCheckpointingLayer"]
     return any("__init_subclass__" in vars(kind) for kind in bases)
+
+
+def drop_tokens(layer: Any) -> None:
+    """Takes the tokens of a transformers DynamicLayer; its `reset` then resets the rest.
+
+    In older releases (5.17 is one) `reset` alone sets keys and values to zero but keeps them, so
+    that later queries would attend to zeros.
+    """
+    layer.keys = layer.values = None
+    layer.is_initialized = False

@@ -129,6 +129,21 @@ CALLS: dict[str, Callable[[tokred.PackedCache], Any]] = {
 }
 
 
+@pytest.mark.parametrize("config", [LLAMA, GEMMA], ids=["all packed", "sliding layers"])
+def test_reset_leaves_no_token(config: Any) -> None:
+    """A cache that was reset goes on as a new one does, sliding layers too."""
+    used, fresh = (
+        filled(config, FORMS["4 bits"], 39, False),
+        tokred.PackedCache(config, bits=4, window=5),
+    )
+    used.reset()
+    assert [layer.get_seq_length() for layer in used.layers] == [0, 0]
+    for cache in (used, fresh):
+        for layer in range(2):
+            cache.update(*states(9, layer), layer)
+    assert_state(used, state(fresh), "after reset")
+
+
 @pytest.mark.parametrize(
     ("form", "config", "recorded"),
     [

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from tokred import compat
 from tokred._library import tensors_in
 from tokred.integrations.transformers import attention
 
@@ -135,6 +136,9 @@ class PackedCache(Cache):
     def reset(self) -> None:
         """Drops all tokens."""
         with _restored_on_failure(self.layers):
+            for layer in self.layers:
+                if isinstance(layer, DynamicLayer):
+                    compat.drop_tokens(layer)
             super().reset()
 
     def nbytes(self, layer: int | None = None) -> CacheBytes:
