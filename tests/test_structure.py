@@ -130,10 +130,10 @@ def test_an_op_comes_with_all_it_needs(op: str) -> None:
     if wrapper is None or not (wrapper.__doc__ or "").strip():
         missing.append(f"a wrapper tokred.{public} with a docstring")
     if op not in CALLS:
-        missing.append("a call in tests/cases/op_calls.py, which opcheck needs")
+        missing.append("a call in tests/cases/calls/, which opcheck needs")
     if public not in words("tests/**/test_bad_*.py"):
         missing.append("a row of bad input")
-    if public not in words("tests/fuzz/*.py"):
+    if public not in words("tests/fuzz/op_*.py"):
         missing.append("a case of the fuzzer")
     if public not in words("bench/bench_*.py"):
         missing.append("a row in bench/")

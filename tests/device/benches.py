@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kernels import draw, wgmma
+from kernels import wgmma
+from launches import draw
 from torch import Tensor
 
 import tokred

@@ -1,38 +1,23 @@
-"""One small call for every CUDA kernel: what the sanitizers watch, and the profiler looks for."""
+"""One small call for every CUDA kernel: what the sanitizers watch, and the profiler looks for.
+
+Those of newer ops lie beside it in kernels_<op>.py: `CALLS`, as here.
+"""
 
 from __future__ import annotations
 
+import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from case import namespace
+from launches import Call, draw, whole
 from torch import Tensor
 
 import tokred
-
-
-@dataclass(frozen=True)
-class Call:
-    """`run(device)` launches these kernels, and perhaps others."""
-
-    name: str
-    kernels: tuple[str, ...]
-    run: Callable[[str], Any]
-    wgmma: bool = False
-
-
-def draw(shape: tuple[int, ...], device: str, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(sum(shape))
-    return torch.randn(shape, generator=generator).to(device, dtype)
-
-
-def whole(high: int, shape: tuple[int, ...], device: str) -> Tensor:
-    generator = torch.Generator().manual_seed(high)
-    return torch.randint(0, high, shape, generator=generator).to(device, torch.int32)
 
 
 def _qkv(
@@ -204,6 +189,8 @@ CALLS = (
     Call("packed_qk_score", ("rotate_queries_kernel", "packed_score_kernel"),
          lambda d: tokred.packed_qk_score(draw((2, 4, 1, 64), d), _packed(d, "channel", True)[0])),
 )  # fmt: skip
+for _path in sorted(Path(__file__).parent.glob("kernels_*.py")):
+    CALLS += importlib.import_module(_path.stem).CALLS
 
 
 @contextmanager

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
 from typing import Any
 
-import attention  # noqa: F401  (registers its cases, as the next ones do)
-import choosing  # noqa: F401
-import gradients  # noqa: F401
-import matching  # noqa: F401
-import merging  # noqa: F401
-import packing  # noqa: F401
-import scoring  # noqa: F401
 import torch
 from case import CASES, Case, clone, precision, widened
 from compare import Mismatch, flat, near, same
@@ -18,6 +13,9 @@ from draw import F64, Draw
 from guard import Guard
 
 from cases.backends import ISAS, SIMT_LIBRARY, set_cpu_isa
+
+for _path in sorted(Path(__file__).parent.glob("op_*.py")):
+    importlib.import_module(_path.stem)  # registers its cases
 
 # Of this machine, the best one last.
 HERE = tuple(isa for isa in ISAS if set_cpu_isa(isa))

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from attention import (
+from case import Case, namespace, op_case
+from draw import BF16, F16, F32, F64, Draw
+from op_attention import (
     BATCHED,
     LOOSE,
     biased,
@@ -16,8 +18,6 @@ from attention import (
     lists,
     lists_arguments,
 )
-from case import Case, namespace, op_case
-from draw import BF16, F16, F32, F64, Draw
 from torch import Tensor
 
 import tokred

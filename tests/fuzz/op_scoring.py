@@ -7,11 +7,11 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from attention import full_mask, qkv, seen_by
 from case import Case, op_case
 from compare import Mismatch, flat
 from draw import F32, FAR, Draw
-from matching import METRICS, magnitude, similarity
+from op_attention import full_mask, qkv, seen_by
+from op_matching import METRICS, magnitude, similarity
 from torch import Tensor
 
 REDUCES = ("none", "group_mean", "group_max", "head_mean", "softmax_vote")

@@ -10,11 +10,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from attention import attend, bias, full_mask
 from case import Case, clone, op_case
 from compare import Mismatch, bits, near, same
 from draw import F32, F64, Draw
-from scoring import REDUCES, key_scores
+from op_attention import attend, bias, full_mask
+from op_scoring import REDUCES, key_scores
 from torch import Tensor
 
 import tokred

@@ -1,0 +1,1 @@
+"""A call of one op a file; cases/op_calls.py collects them."""
