@@ -21,6 +21,7 @@ BENCHES = (
     "packed",
     "block_sparse",
     "match",
+    "cluster",
     "merge",
     "sparse_attn",
     "overhead",

@@ -10,6 +10,7 @@
 #include "attention/cuda/plan.h"
 #include "attention/cuda/plan_decode.h"
 #include "ceilings/measure.h"
+#include "cluster/cuda/plan.h"
 #include "kv_pack/cuda/plan.h"
 #include "match/cuda/plan.h"
 #include "merge/cuda/plan.h"
@@ -48,6 +49,12 @@ py::dict plans_of_match(const MatchShape& shape, int64_t tokens) {
     plans["bipartite"] = describe(plan_large_items(shape.batch));
   }
   return plans;
+}
+
+// The launches of connected_components of `batch` grids.
+py::dict plans_of_components(int64_t batch, int64_t tokens) {
+  return py::dict("edges"_a = describe(plan_grid_edges(batch * tokens)),
+                  "labels"_a = describe(plan_grid_labels(batch)));
 }
 
 py::dict plans_of_merge(int64_t batch, int64_t tokens, int64_t num_out) {
@@ -222,6 +229,8 @@ PYBIND11_MODULE(_C, m) {
       },
       "batch"_a, "rows"_a, "tokens"_a, "is_float"_a = false, "aligned"_a = true,
       "general"_a = false, "name -> {grid, block, shared_bytes}");
+  m.def("plan_connected_components", &plans_of_components, "batch"_a, "tokens"_a,
+        "name -> {grid, block, shared_bytes}");
   m.def("plan_merge", &plans_of_merge, "batch"_a, "tokens"_a, "num_out"_a,
         "name -> {grid, block, shared_bytes}");
   m.def(

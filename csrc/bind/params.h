@@ -1,6 +1,7 @@
 // The parameters of every family's kernels.
 #pragma once
 
+#include "cluster/params.h"
 #include "kv_pack/params.h"
 #include "match/params.h"
 #include "merge/params.h"

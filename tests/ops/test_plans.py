@@ -54,6 +54,12 @@ def test_wide_tiles_only_where_blocks_abound() -> None:
     assert wide["grid"] == (64 * 64, 1, 1)
 
 
+def test_connected_components() -> None:
+    for batch, tokens in shapes():
+        edges = min(-(-batch * tokens // 8), 2**30)
+        check(_C.plan_connected_components(batch, tokens), {"edges": edges, "labels": batch})
+
+
 def test_merge() -> None:
     for batch, tokens in shapes():
         for num_out in {1, (tokens + 1) // 2, tokens}:

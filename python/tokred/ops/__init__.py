@@ -1,5 +1,7 @@
 """The functional API: a module or a package a family, whose `__all__` says what is public."""
 
+from .cluster import *
+from .cluster import __all__ as _cluster
 from .kv_pack import *
 from .kv_pack import __all__ as _kv_pack
 from .match import *
@@ -15,4 +17,4 @@ from .sparse_attn import __all__ as _sparse_attn
 from .topk import *
 from .topk import __all__ as _topk
 
-__all__ = [*_kv_pack, *_match, *_merge, *_packed_attn, *_score, *_sparse_attn, *_topk]
+__all__ = [*_cluster, *_kv_pack, *_match, *_merge, *_packed_attn, *_score, *_sparse_attn, *_topk]

@@ -4,6 +4,8 @@ Written to be read, not to be fast. Half-precision inputs are computed in float3
 rounded once; float64 inputs are computed in float64 throughout.
 """
 
+from .cluster import *
+from .cluster import __all__ as _cluster
 from .kv_pack import *
 from .kv_pack import __all__ as _kv_pack
 from .match import *
@@ -19,4 +21,4 @@ from .sparse_attn import __all__ as _sparse_attn
 from .topk import *
 from .topk import __all__ as _topk
 
-__all__ = [*_kv_pack, *_match, *_merge, *_packed_attn, *_score, *_sparse_attn, *_topk]
+__all__ = [*_cluster, *_kv_pack, *_match, *_merge, *_packed_attn, *_score, *_sparse_attn, *_topk]
