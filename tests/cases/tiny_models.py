@@ -105,7 +105,8 @@ def _patched(need: Needs, small: dict[str, dict[str, Any]], **common: Any) -> di
 
 def reducers() -> dict[str, dict[str, Any]]:
     """For vision encoders of 37 tokens; each must merge some of them."""
-    return _patched(Needs.VISION_ENCODER, {"tome": dict(r=3), "pitome": dict(ratio=0.75)})
+    small = {"tome": dict(r=3), "pitome": dict(ratio=0.75), "mctf": dict(r=3, min_tokens=1)}
+    return _patched(Needs.VISION_ENCODER, small)
 
 
 def selectors(layers: int, heads: int, k: int) -> dict[str, dict[str, Any]]:

@@ -126,6 +126,45 @@ def test_published_layer_rules(rule: str, margin: float, variants: list[str]) ->
     assert margins == pytest.approx([margin * (5 - layer) / 5 for layer in range(5)])
 
 
+@pytest.mark.parametrize(
+    ("rule", "margins", "variants"),
+    [
+        ("blip", (0.9, 0.675, 0.45, 0.225), ["pitome"] * 4),
+        ("blip2", (0.75, 0.65, 0.55, 0.45), ["pitome"] * 4),
+        ("clip", (0.9, 0.675, 0.45, 0.225), ["tome"] * 4),
+        ("bert", (0.9, 0.8375, 0.775, 0.7125), ["pitome"] * 4),
+    ],
+)
+def test_other_published_rules(rule: str, margins: tuple, variants: list[str]) -> None:
+    options = PitomeOptions(rule=rule)
+    rules = [options.layer_rule(layer, 4) for layer in range(4)]
+    assert [margin for margin, _ in rules] == pytest.approx(margins)
+    assert [variant for _, variant in rules] == variants
+    assert list(options.layers(4)) == ([0, 1, 2] if rule == "bert" else [0, 1, 2, 3])
+    assert PitomeOptions(rule="clip").layer_rule(13, 24)[1] == "pitome"
+
+
+@pytest.mark.parametrize("variant", ("pitome", "bsm", "tome"))
+def test_prune_drops_what_would_merge(variant: str) -> None:
+    metric = metric_of(2, 33)
+    merged, num_out = pitome_plan(metric, 1, 0.7, 0.6, variant)
+    pruned, same = pitome_plan(metric, 1, 0.7, 0.6, variant, mode="prune")
+    assert same == num_out and num_out == 33 - math.floor(32 - 32 * 0.7)
+    for item in range(2):
+        for slot in range(num_out):
+            group = (merged[item] == slot).nonzero()[:, 0].tolist()
+            left = [token for token in group if pruned[item, token] == slot]
+            assert len(left) == 1 and all(pruned[item, t] == -1 for t in group if t not in left)
+            if variant == "tome" and len(group) > 1:
+                assert left[0] % 2 == 1  # ToMe's destinations
+
+
+def test_tome_variant_is_tome() -> None:
+    metric = metric_of(2, 33)
+    expected = tokred.bipartite_soft_matching(metric, 9, 1)
+    assert torch.equal(pitome_plan(metric, 1, 0.7, 0.6, "tome")[0], expected)
+
+
 def test_options() -> None:
     changed = PitomeOptions(ratio=0.9, margin=0.8, bsm_layers=1)
     assert changed.layer_rule(0, 4) == (0.8, "bsm")
@@ -150,6 +189,8 @@ def test_refusals() -> None:
             pitome_plan(metric, 0, ratio)
     with pytest.raises(ValueError, match="variant"):
         pitome_plan(metric, 0, 0.9, variant="best")
+    with pytest.raises(ValueError, match="mode"):
+        pitome_plan(metric, 0, 0.9, mode="drop")
     with pytest.raises(ValueError, match="kind"):
         energy(metric, 0.5, "audio")
     with pytest.raises(ValueError, match="margin"):

@@ -4,18 +4,20 @@ Accelerating Transformers with Spectrum-Preserving Token Merging (NeurIPS 2024, 
 
 The groups are the published ones. Inside the output, protected tokens keep their position order
 instead of the order of their energy, which no later layer depends on beyond its own ranking.
+Padding masks of text merge by their maximum: tokred.merge(mask, token_map, num_out, mode="amax").
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 import tokred
 
+from ._maps import drop_sources, every_second
 from ._method import Family, Method, Needs, Options
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ def pitome_plan(
     margin: float = 0.9,
     variant: str = "pitome",
     kind: str = "vision",
+    mode: str = "merge",
 ) -> tuple[torch.Tensor, int] | None:
     """The map of one layer.
 
@@ -66,26 +69,35 @@ def pitome_plan(
         variant: "pitome": the 2r tokens of highest energy are mergeable, every second of them
             (vision) or the first half (text) goes to its most similar partner in the rest, all
             others are protected; "bsm": all tokens are split by the parity of their energy rank
-            and the r most similar pairs merge.
+            and the r most similar pairs merge; "tome": they are split by the parity of their
+            position, with no energy, as ToMe does.
+        mode: "merge", or "prune": what would merge is dropped, and its partner stays as it is.
 
     Returns:
         (token_map i32 [B, N], N - r), or None where r comes to 0. O(B N^2 C) time.
 
     Raises:
-        ValueError: a ratio outside [0.5, 1], an unknown variant or kind.
+        ValueError: a ratio outside [0.5, 1], an unknown variant, kind or mode.
     """
     if not 0.5 <= ratio <= 1:
         raise ValueError(
             f"ratio is the share of tokens to keep: at most half can merge, so it must be in "
             f"[0.5, 1], not {ratio}"
         )
-    if variant not in ("pitome", "bsm"):
-        raise ValueError(f'variant must be "pitome" or "bsm", not {variant!r}')
+    if variant not in ("pitome", "bsm", "tome"):
+        raise ValueError(f'variant must be "pitome", "bsm" or "tome", not {variant!r}')
+    if mode not in ("merge", "prune"):
+        raise ValueError(f'mode must be "merge" or "prune", not {mode!r}')
     tokens = metric.shape[1]
     rest = max(tokens - num_prefix, 0)
     r = min(math.floor(rest - rest * ratio), rest // 2)
     if r == 0:
         return None
+    if variant == "tome":
+        token_map = tokred.bipartite_soft_matching(metric, r, num_prefix)
+        if mode == "prune":
+            token_map = drop_sources(token_map, every_second(tokens, num_prefix, metric.device))
+        return token_map, tokens - r
     score = energy(metric[:, num_prefix:], margin, kind)
     order = score.argsort(dim=1, descending=True, stable=True).to(torch.int32) + num_prefix
     if variant == "pitome" and kind == "text":
@@ -100,15 +112,27 @@ def pitome_plan(
         sources=sources.contiguous(),
         destinations=destinations.contiguous(),
     )
+    if mode == "prune":
+        taken = torch.zeros_like(token_map, dtype=torch.bool).scatter(1, destinations.long(), True)
+        token_map = drop_sources(token_map, taken)
     return token_map, tokens - r
 
 
 @dataclass(frozen=True)
 class LayerRule:
-    """The margin of the first layer, and which half of the layers uses the "bsm" variant."""
+    """The margin of the first layer, and which half of the layers uses the "bsm" variant.
+
+    drop: how far the margin falls from the first layer on, the whole margin where None. kind: of
+    the energy. tome_layers: so many of the first layers split by position. num_layers: only so many
+    of the first layers merge, all where None.
+    """
 
     margin: float
     bsm: str = "none"
+    drop: float | None = None
+    kind: Literal["vision", "text"] = "vision"
+    tome_layers: int = 0
+    num_layers: int | None = None
 
     def bsm_layers(self, num_layers: int) -> int:
         """How many layers use the "bsm" variant; of an odd number, the first half is the larger."""
@@ -120,7 +144,11 @@ RULES = {
     "deit": LayerRule(0.75, "first"),
     "mae": LayerRule(0.75, "last"),
     "augreg": LayerRule(0.9),
+    "blip": LayerRule(0.9),
+    "blip2": LayerRule(0.75, drop=0.4),
+    "clip": LayerRule(0.9, tome_layers=13),
     "lavis_clip": LayerRule(0.95),
+    "bert": LayerRule(0.9, drop=0.25, kind="text", num_layers=3),
 }
 
 
@@ -130,10 +158,12 @@ class PitomeOptions(Options):
 
     ratio is the share of tokens each layer keeps. rule names the published layer rule: "deit"
     (margin 0.75, the first half of the layers use the "bsm" variant), "mae" (0.75, the second half
-    does), "augreg" (0.9, no layer does), "lavis_clip" (0.95, no layer does). The other options
-    change it: the margin of layer l of L is margin - margin_drop * l / L, with margin_drop = margin
-    by default, and bsm_layers is how many layers use "bsm", the last ones with "mae", otherwise the
-    first.
+    does), "augreg" and "blip" (0.9, no layer does), "blip2" (0.75, falling by 0.4), "clip" (0.9,
+    the layers up to the thirteenth split as ToMe does), "lavis_clip" (0.95), "bert" (0.9, falling
+    by 0.25, the energy of text, in the first three layers alone). The other options change it: the
+    margin of layer l of L is margin - margin_drop * l / L, with margin_drop = margin by default,
+    and bsm_layers is how many layers use "bsm", the last ones with "mae", otherwise the first.
+    mode: "merge", or "prune", which drops what would merge.
 
     The paper attends in proportion to the tokens' sizes, as tokred.patch does by default; the
     authors' code for ViTs does not: prop_attn=False follows it. Their code for CLIP measures
@@ -145,6 +175,7 @@ class PitomeOptions(Options):
     margin: float | None = None
     margin_drop: float | None = None
     bsm_layers: int | None = None
+    mode: Literal["merge", "prune"] = "merge"
 
     adapters = ("timm", "transformers")
 
@@ -161,22 +192,30 @@ class PitomeOptions(Options):
             raise ValueError(f"bsm_layers must be at least 0, not {self.bsm_layers}")
 
     def layers(self, num_layers: int) -> range:
-        """All layers, unless they keep all tokens."""
-        return range(num_layers if self.ratio < 1 else 0)
+        """All layers of the rule, unless they keep all tokens."""
+        most = RULES[self.rule].num_layers
+        count = num_layers if most is None else min(most, num_layers)
+        return range(count if self.ratio < 1 else 0)
 
     def plan(self, call: ReductionCall) -> tuple[torch.Tensor, int] | None:
         """pitome_plan of the mean keys, by the layer's rule."""
         margin, variant = self.layer_rule(call.layer, call.num_layers)
-        return pitome_plan(call.mean_keys, call.num_prefix, self.ratio, margin, variant)
+        kind = RULES[self.rule].kind
+        return pitome_plan(
+            call.mean_keys, call.num_prefix, self.ratio, margin, variant, kind, self.mode
+        )
 
     def layer_rule(self, layer: int, num_layers: int) -> tuple[float, str]:
         """(margin, variant) of a layer."""
         rule = RULES[self.rule]
         margin = rule.margin if self.margin is None else self.margin
-        drop = margin if self.margin_drop is None else self.margin_drop
+        published = margin if rule.drop is None else rule.drop
+        drop = published if self.margin_drop is None else self.margin_drop
         count = rule.bsm_layers(num_layers) if self.bsm_layers is None else self.bsm_layers
         first = max(num_layers - count, 0) if rule.bsm == "last" else 0
         variant = "bsm" if first <= layer < first + count else "pitome"
+        if layer < rule.tome_layers and self.bsm_layers is None:
+            variant = "tome"
         return margin - drop * layer / num_layers, variant
 
 

@@ -5,7 +5,7 @@ from .attention_call import AttentionCall
 from .handle import Patch, apply, patch
 from .overrides import Overrides
 from .protocols import KeySelector, TokenReducer
-from .reduction_call import LatentCall, LayerAttention, Reduction, ReductionCall
+from .reduction_call import LatentCall, LayerAttention, Reduced, Reduction, ReductionCall
 from .settings import Settings
 from .token_state import TokenState
 
@@ -16,6 +16,7 @@ __all__ = [
     "LayerAttention",
     "Overrides",
     "Patch",
+    "Reduced",
     "Reduction",
     "ReductionCall",
     "Settings",

@@ -32,7 +32,8 @@ class TokenReducer(Protocol):
         """
 
     def plan(self, call: ReductionCall) -> Reduction:
-        """What one of these layers does with its tokens: a token map, or the tokens that stay.
+        """What one of these layers does with its tokens: a token map, the tokens that stay, or the
+        new tokens, see Reduction.
 
         Their number follows from shapes and options alone, never from values.
         """

@@ -11,9 +11,25 @@ from torch import Tensor
 
 import tokred
 
+
+@dataclass(frozen=True)
+class Reduced:
+    """Tokens that a method has reduced itself, where they are no size-weighted means.
+
+    tokens: [B, M, C], made of `call.tokens` with their gradient. size: f32 [B, M], how many
+    original tokens each stands for. token_map: i32 [B, N], the token that each one went to (the
+    one it went to most), -1 for none.
+    """
+
+    tokens: Tensor
+    size: Tensor
+    token_map: Tensor
+
+
 # (token_map i32 [B, N], num_out), whose groups become their size-weighted means; or i32 [B, K], the
-# tokens that stay, in their new order, the first num_prefix among them; or None: all stay.
-Reduction: TypeAlias = tuple[Tensor, int] | Tensor | None
+# tokens that stay, in their new order, the first num_prefix among them; or Reduced, the new tokens;
+# or None: all stay.
+Reduction: TypeAlias = tuple[Tensor, int] | Tensor | Reduced | None
 
 
 @dataclass
@@ -76,6 +92,19 @@ class ReductionCall:
     def v(self) -> Tensor:
         """[B, H, N, D]: the values."""
         return self._heads("v")
+
+    @property
+    def features(self) -> Tensor:
+        """[B, N, C]: the tokens, for similarity: rows in memory; float32 of a model in float64."""
+        return _single(self.x).contiguous()
+
+    @property
+    def attends_by_size(self) -> bool:
+        """Whether this layer's attention was in proportion to the tokens' sizes, where they differ.
+
+        False with prop_attn=False after something has merged.
+        """
+        return self.size is None or self._lse is not None
 
     @property
     def mean_keys(self) -> Tensor:
@@ -161,8 +190,19 @@ class LatentCall(ReductionCall):
     seed: int = 0
 
 
-def as_token_map(reduction: tuple[Tensor, int] | Tensor, tokens: int) -> tuple[Tensor, int]:
-    """A reduction of `tokens` tokens as (token_map i32 [B, N], num_out)."""
+def as_token_map(
+    reduction: tuple[Tensor, int] | Tensor | Reduced, tokens: int
+) -> tuple[Tensor, int]:
+    """A reduction of `tokens` tokens as (token_map i32 [B, N], num_out).
+
+    Raises:
+        TypeError: the method has reduced the tokens itself, which not every integration can undo.
+    """
+    if isinstance(reduction, Reduced):
+        raise TypeError(
+            "the method reduces its tokens itself, and these blocks merge and unmerge by a map: "
+            "plan() must return (token_map, num_out), the tokens that stay, or None"
+        )
     if not isinstance(reduction, Tensor):
         return reduction
     batch, num_out = reduction.shape

@@ -12,7 +12,7 @@ import tokred
 
 from .protocols import TokenReducer
 from .recomputation import PerThread, StorageTable, backward_task
-from .reduction_call import LayerAttention, Reduction, ReductionCall, as_token_map
+from .reduction_call import LayerAttention, Reduced, Reduction, ReductionCall, as_token_map
 from .settings import Settings
 
 
@@ -215,10 +215,14 @@ class TokenState:
         reduction = self._plan(x, layer, scale)
         if reduction is None:
             return x
-        token_map, num_out = as_token_map(reduction, x.shape[1])
         now = self._running
-        # SigLIP's tokens come channel-first out of the patch convolution; the op wants rows.
-        x, size = tokred.merge(x.contiguous(), token_map, num_out, now.size)
+        if isinstance(reduction, Reduced):
+            token_map, num_out = reduction.token_map, reduction.tokens.shape[1]
+            x, size = reduction.tokens, reduction.size
+        else:
+            token_map, num_out = as_token_map(reduction, x.shape[1])
+            # SigLIP's tokens come channel-first out of the patch convolution; the op wants rows.
+            x, size = tokred.merge(x.contiguous(), token_map, num_out, now.size)
         source = None
         if self.trace_source:
             earlier = now.token_map
