@@ -1,4 +1,4 @@
-"""python -m tokred info | methods | demo | bench"""
+"""python -m tokred info | methods | demo | gallery | bench"""
 
 from __future__ import annotations
 
@@ -79,6 +79,13 @@ def demo(arguments: list[str]) -> int:
     return main(arguments) or 0
 
 
+def gallery(arguments: list[str]) -> int:
+    """a picture of what every merging method joins in a photograph, with time and cosine"""
+    from .demo.gallery import main
+
+    return main(arguments)
+
+
 def bench(arguments: list[str]) -> int:
     """the benchmarks of the checkout"""
     checkout = Path(__file__).resolve().parents[2]
@@ -89,11 +96,11 @@ def bench(arguments: list[str]) -> int:
 
 
 # These have parsers of their own, --help included, and get what follows their names as it is.
-PASSED_ON = {"demo": demo, "bench": bench}
+PASSED_ON = {"demo": demo, "gallery": gallery, "bench": bench}
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of `python -m tokred`; demo and bench are listed in it only for its help."""
+    """The parser of `python -m tokred`; those of PASSED_ON are listed in it only for its help."""
     whole = argparse.ArgumentParser(prog="python -m tokred")
     commands = whole.add_subparsers(dest="command", metavar="command")
     for function in (info, methods):

@@ -19,7 +19,7 @@ for needed in ("transformers", "skimage", "matplotlib", "rich"):
     pytest.importorskip(needed)
 
 from tokred import compat, demo  # noqa: E402
-from tokred.demo import dinov2  # noqa: E402
+from tokred.demo import dinov2, offline  # noqa: E402
 from tokred.demo.figures import merged_regions, save_panels  # noqa: E402
 
 has_weights = pytest.mark.skipif(
@@ -166,7 +166,7 @@ def test_save_panels(tmp_path: Path) -> None:
 def test_says_which_package_is_missing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(demo.NEEDED, "surely_not_there", "surely-not-there")
+    monkeypatch.setitem(offline.NEEDED, "surely_not_there", "surely-not-there")
     assert demo.main(["--output", str(tmp_path)]) == 2
     assert "pip install surely-not-there" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

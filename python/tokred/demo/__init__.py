@@ -5,20 +5,12 @@ packed caches in SmolLM2-135M on real text.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from . import cache, images, text
-from .offline import MissingModelError
-
-NEEDED = {
-    "transformers": "transformers",
-    "skimage": "scikit-image",
-    "matplotlib": "matplotlib",
-    "rich": "rich",
-}
+from .offline import MissingModelError, require_packages
 
 
 def main(arguments: Sequence[str] = ()) -> int:
@@ -29,7 +21,7 @@ def main(arguments: Sequence[str] = ()) -> int:
     parser.add_argument("--only", choices=("images", "text", "cache"), help="one part of the demo")
     options = parser.parse_args(arguments)
     try:
-        _require_packages()
+        require_packages()
         if options.only in (None, "images"):
             images.run(images.QUICK if options.quick else images.FULL, options.output)
         if options.only in (None, "text"):
@@ -40,15 +32,3 @@ def main(arguments: Sequence[str] = ()) -> int:
         print(f"tokred demo: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def _require_packages() -> None:
-    missing = [package for module, package in NEEDED.items() if not _installed(module)]
-    if missing:
-        raise MissingModelError(
-            f"the demo needs {', '.join(missing)}: run `pip install {' '.join(missing)}`"
-        )
-
-
-def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None

@@ -90,7 +90,7 @@ def run(plan: Plan, output: Path) -> list[Row]:
         model = load_dinov2()
         progress.advance(task)
         for size, amounts in plan.r.items():
-            photographs = list(_photographs(plan.photographs, size))
+            photographs = list(photographs_in(plan.photographs, size))
             for photograph in photographs:
                 caption = f"{size} px, {_tokens(size) - 1} patches"
                 panels[photograph.name].append([(caption, photograph.image)])
@@ -121,12 +121,16 @@ class Turn:
     cosine: Tensor  # f32 [N0], of each original token
 
 
-def _turn(model: torch.nn.Module, photograph: Photograph, r: int) -> Turn:
+def turn(
+    model: torch.nn.Module, photograph: Photograph, method: str, options: dict[str, Any]
+) -> Turn:
+    """The model without and with a method, on one photograph."""
+
     def forward() -> Tensor:
         return model(photograph.pixels).last_hidden_state
 
     expected, unpatched = _timed(forward)
-    with tokred.patch(model, "tome", r=r, trace_source=True) as handle:
+    with tokred.patch(model, method, trace_source=True, **options) as handle:
         merged, patched = _timed(forward)
         cosine = functional.cosine_similarity(handle.unmerge(merged), expected, dim=-1)
         return Turn(unpatched, patched, merged.shape[1], handle.token_map[0], cosine[0])
@@ -140,10 +144,13 @@ def _measure(
     Both models run in turns on one image at a time, so that whatever else the machine does slows
     both. Times are medians over photographs and repeats, after one turn to warm up.
     """
-    _turn(model, photographs[0], r)
-    turns = [[_turn(model, photograph, r) for _ in range(repeats)] for photograph in photographs]
-    unpatched = statistics.median(turn.unpatched for each in turns for turn in each)
-    merged = statistics.median(turn.merged for each in turns for turn in each)
+    turn(model, photographs[0], "tome", {"r": r})
+    turns = [
+        [turn(model, photograph, "tome", {"r": r}) for _ in range(repeats)]
+        for photograph in photographs
+    ]
+    unpatched = statistics.median(one.unpatched for each in turns for one in each)
+    merged = statistics.median(one.merged for each in turns for one in each)
     cosines = torch.stack([each[0].cosine for each in turns])
     row = Row(
         image_size=photographs[0].pixels.shape[-1],
@@ -165,11 +172,9 @@ def _timed(function: Callable[[], Tensor]) -> tuple[Tensor, float]:
     return result, time.perf_counter() - start
 
 
-def _photographs(names: Sequence[str], size: int) -> Iterator[Photograph]:
+def photographs_in(names: Sequence[str], size: int) -> Iterator[Photograph]:
     """The centre square of each photograph of scikit-image, at size x size pixels."""
-    import numpy as np
     from skimage import data
-    from skimage.transform import resize
 
     for name in names:
         try:
@@ -179,13 +184,21 @@ def _photographs(names: Sequence[str], size: int) -> Iterator[Photograph]:
                 f"scikit-image has no photograph {name!r} here ({error}): run "
                 "`pip install --force-reinstall scikit-image`"
             ) from error
-        side = min(image.shape[:2])
-        top, left = ((extent - side) // 2 for extent in image.shape[:2])
-        square = image[top : top + side, left : left + side]
-        scaled = resize(square, (size, size), anti_aliasing=True).astype(np.float32)
-        pixels = (torch.from_numpy(scaled) - torch.tensor(MEAN)) / torch.tensor(STD)
-        shown = (scaled * 255).round().astype(np.uint8)
-        yield Photograph(name, shown, pixels.permute(2, 0, 1)[None].contiguous())
+        yield photograph_of(name, image, size)
+
+
+def photograph_of(name: str, image: np.ndarray, size: int) -> Photograph:
+    """The centre square of an image uint8 [H, W, 3], at size x size pixels."""
+    import numpy as np
+    from skimage.transform import resize
+
+    side = min(image.shape[:2])
+    top, left = ((extent - side) // 2 for extent in image.shape[:2])
+    square = image[top : top + side, left : left + side]
+    scaled = resize(square, (size, size), anti_aliasing=True).astype(np.float32)
+    pixels = (torch.from_numpy(scaled) - torch.tensor(MEAN)) / torch.tensor(STD)
+    shown = (scaled * 255).round().astype(np.uint8)
+    return Photograph(name, shown, pixels.permute(2, 0, 1)[None].contiguous())
 
 
 def _panel(photograph: Photograph, token_map: Tensor, row: Row) -> tuple[str, np.ndarray]:

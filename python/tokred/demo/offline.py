@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+NEEDED = {
+    "transformers": "transformers",
+    "skimage": "scikit-image",
+    "matplotlib": "matplotlib",
+    "rich": "rich",
+}
 
 
 class MissingModelError(RuntimeError):
@@ -29,3 +37,16 @@ def broken_torchvision_hidden() -> Iterator[None]:
             sys.modules.pop("torchvision", None)
     else:
         yield
+
+
+def require_packages() -> None:
+    """Raises MissingModelError where a package that the demo needs is not installed."""
+    missing = [package for module, package in NEEDED.items() if not _installed(module)]
+    if missing:
+        raise MissingModelError(
+            f"the demo needs {', '.join(missing)}: run `pip install {' '.join(missing)}`"
+        )
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None

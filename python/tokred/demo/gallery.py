@@ -1,0 +1,176 @@
+"""python -m tokred gallery: what each merging method joins in one photograph, or keeps of a video.
+
+Every method gets the same budget: the same share of the tokens is left behind the last layer of
+DINOv2 ViT-S/14, and all layers give up some. One PNG has the methods side by side, each with its
+time beside the unpatched model's and the cosine of its features to that model's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tokred.methods import METHODS, Family, Method, Needs
+
+from .dinov2 import IMAGE_SIZE, PATCH_SIZE, load_dinov2
+from .figures import Panel, merged_regions, save_panels
+from .images import Photograph, photograph_of, photographs_in, turn
+from .offline import MissingModelError, require_packages
+from .report import origin
+
+COLUMNS = 4
+SAMPLE = "astronaut"  # of scikit-image
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method on one photograph; times are medians of turns with the unpatched model."""
+
+    method: str
+    options: dict[str, Any]
+    tokens: int
+    ms_unpatched: float
+    ms_patched: float
+    speed_up: float
+    cls_cosine: float
+    patch_cosine: float
+
+    def caption(self) -> str:
+        return (
+            f"{self.method}: {self.tokens} tokens, {self.ms_patched:.0f} ms\n"
+            f"{self.speed_up:.2f}×, CLS {self.cls_cosine:.4f}, patches {self.patch_cosine:.4f}"
+        )
+
+
+def mergers(names: Sequence[str] = ()) -> list[Method]:
+    """The methods that merge a fixed number of tokens inside transformers' vision encoders.
+
+    Args:
+        names: only these.
+
+    Raises:
+        ValueError: a name that is none of them.
+    """
+    found = {
+        method.name: method
+        for method in METHODS.values()
+        if method.family is Family.MERGE
+        and Needs.VISION_ENCODER in method.needs
+        and "transformers" in getattr(method.options, "adapters", ())
+        and budget(method, 1, 2, 0.5) is not None
+    }
+    unknown = sorted(set(names) - set(found))
+    if unknown:
+        raise ValueError(f"methods must be some of {', '.join(found)}, got {', '.join(unknown)}")
+    return [method for name, method in found.items() if not names or name in names]
+
+
+def budget(method: Method, layers: int, tokens: int, keep: float) -> dict[str, Any] | None:
+    """The options with which a share `keep` of the tokens is left behind the last of the layers.
+
+    None for a method whose amount follows from what the tokens are.
+    """
+    assert method.options is not None
+    names = {field.name for field in fields(method.options)}
+    if "r" in names:
+        total = round(tokens * (1 - keep))
+        return {"r": [total * (i + 1) // layers - total * i // layers for i in range(layers)]}
+    return {"ratio": keep ** (1 / layers)} if "ratio" in names else None
+
+
+def draw_image(
+    photograph: Photograph, chosen: Sequence[Method], keep: float, repeats: int, output: Path
+) -> list[Entry]:
+    """Runs every method on the photograph; writes NAME_gallery.png and .json into the folder."""
+    model = load_dinov2()
+    layers, grid = model.config.num_hidden_layers, photograph.image.shape[0] // PATCH_SIZE
+    entries: list[Entry] = []
+    panels: list[Panel] = [(f"{grid * grid} patches", photograph.image)]
+    with torch.inference_mode():
+        for method in chosen:
+            options = budget(method, layers, grid * grid, keep)
+            assert options is not None
+            entry, groups = _measured(model, photograph, method.name, options, repeats)
+            picture = merged_regions(photograph.image, groups.reshape(grid, grid).numpy())
+            entries.append(entry)
+            panels.append((entry.caption(), picture))
+            print(entry.caption().replace("\n", ", "), flush=True)
+    title = f"{photograph.name}: what is left of {grid * grid} patches of DINOv2 ViT-S/14"
+    rows = [panels[i : i + COLUMNS] for i in range(0, len(panels), COLUMNS)]
+    picture_path = output / f"{photograph.name}_gallery.png"
+    save_panels(picture_path, title, rows)
+    report = {"origin": asdict(origin(True)), "keep": keep, "repeats": repeats}
+    report["entries"] = [asdict(entry) for entry in entries]
+    picture_path.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
+    return entries
+
+
+def _measured(
+    model: nn.Module, photograph: Photograph, name: str, options: dict[str, Any], repeats: int
+) -> tuple[Entry, torch.Tensor]:
+    """The entry of a method, and the group of each patch."""
+    turn(model, photograph, name, options)  # warms up
+    turns = [turn(model, photograph, name, options) for _ in range(repeats)]
+    unpatched = statistics.median(one.unpatched for one in turns)
+    patched = statistics.median(one.merged for one in turns)
+    cosine, last = turns[-1].cosine, turns[-1]
+    entry = Entry(
+        method=name,
+        options=options,
+        tokens=last.tokens,
+        ms_unpatched=unpatched * 1e3,
+        ms_patched=patched * 1e3,
+        speed_up=unpatched / patched,
+        cls_cosine=cosine[0].item(),
+        patch_cosine=cosine[1:].mean().item(),
+    )
+    return entry, last.token_map[1:]
+
+
+def main(arguments: Sequence[str] = ()) -> int:
+    """Draws the gallery; the exit code is 2 for what cannot be drawn."""
+    parser = argparse.ArgumentParser(prog="python -m tokred gallery", description=__doc__)
+    parser.add_argument("--image", help=f"a photograph; by default scikit-image's {SAMPLE}")
+    parser.add_argument("--output", type=Path, default=Path("gallery_output"))
+    parser.add_argument("--keep", type=float, default=0.5, help="the share of tokens left, 0.5")
+    parser.add_argument("--size", type=int, default=IMAGE_SIZE, help="pixels of the square, 518")
+    parser.add_argument("--repeats", type=int, default=3, help="turns that are timed, 3")
+    parser.add_argument("--methods", nargs="+", default=(), help="only these")
+    options = parser.parse_args(arguments)
+    try:
+        require_packages()
+        if not 0 < options.keep <= 1:
+            raise ValueError(f"--keep must be in (0, 1], got {options.keep}")
+        if options.size < PATCH_SIZE or options.size % PATCH_SIZE:
+            raise ValueError(f"--size must be a multiple of {PATCH_SIZE}, got {options.size}")
+        if options.repeats < 1:
+            raise ValueError(f"--repeats must be at least 1, got {options.repeats}")
+        chosen = mergers(options.methods)
+        photograph = _photograph(options.image, options.size)
+        draw_image(photograph, chosen, options.keep, options.repeats, options.output)
+    except (MissingModelError, OSError, ValueError) as error:
+        print(f"tokred gallery: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _photograph(path: str | None, size: int) -> Photograph:
+    if path is None:
+        return next(photographs_in((SAMPLE,), size))
+    from skimage import color, io, util
+
+    image = util.img_as_ubyte(io.imread(path))
+    if image.ndim == 2:
+        image = color.gray2rgb(image)
+    if image.ndim != 3 or image.shape[2] not in (3, 4):
+        raise ValueError(f"{path} must be a grey, RGB or RGBA image, got shape {image.shape}")
+    return photograph_of(Path(path).stem, image[..., :3], size)

