@@ -23,6 +23,7 @@ BENCHES = (
     "match",
     "cluster",
     "merge",
+    "segments",
     "sparse_attn",
     "overhead",
     "models",

@@ -44,6 +44,31 @@ struct MergeBackwardParams {
   void* grad_weight;                   // Acc [B, N] contiguous
 };
 
+enum class SegmentMode : int32_t { sqrt, last, softmax, gaussian };
+
+// out[b][i] is what token i weighs in its segment, and 0 in none. Segment o is slot o of
+// MergeParams, with ids as its token_map, and has n members:
+//   sqrt      1 / sqrt(n)
+//   last      1 for the member of highest position, 0 for the others
+//   softmax   exp(weight_i) over the sum of them; 0 where all are -inf
+//   gaussian  exp(-d_i / 2v) over the sum of them, with d_i = |x_i - x_pivot|^2 and v = sigma^2, or
+//             v = 1e-8 + the mean of d where sigma is 0; the pivot is the member of maximum weight
+//             (as in prune), or the middle one, number floor(n / 2), where weight is absent
+struct SegmentWeightsParams {
+  MergeParams segments;                // token_map, weight, members; x of gaussian; dtype of x
+  void* out;                           // Acc [B, N] contiguous
+  double sigma;
+  SegmentMode mode;
+};
+
+// Gradient of SegmentWeightsParams' function, in weight for softmax and in x for gaussian. The
+// pivot is a choice.
+struct SegmentWeightsBackwardParams {
+  SegmentWeightsParams forward;        // out is not used
+  TokenTable weights, grad;            // Acc [B, N]: the result, and the gradient that meets it
+  void* grad_input;                    // Acc [B, N] for softmax, [B, N, C] for gaussian
+};
+
 // x[b][i] = y[b][token_map[b][i]], 0 where the entry is outside [0, M).
 struct UnmergeParams {
   const void* y;                       // [B, M, C], channels contiguous

@@ -29,6 +29,7 @@ SIMT_LIBRARY = Path(
 
 # Their wrappers take more than the ops do.
 PACKED_OPS = ("kv_pack", "kv_unpack", "kv_append", "packed_attention", "packed_qk_score")
+POOLING_OPS = ("segment_pool", "segment_weights")
 
 
 def _wrapper_on_simt(op: str) -> Callable[..., Any]:
@@ -70,7 +71,7 @@ class Backend:
     def function(self, op: str) -> Any:
         if self.name == "reference":
             return getattr(reference, op)
-        if self.name == "simt" and op in PACKED_OPS:
+        if self.name == "simt" and op in (*PACKED_OPS, *POOLING_OPS):
             return _wrapper_on_simt(op)
         if self.name == "simt":
             return getattr(torch.ops.tokred_simt, op)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-__all__ = ["compose", "merge", "unmerge"]
+__all__ = ["compose", "merge", "segment_pool", "segment_weights", "unmerge"]
 
 
 def _slots(token_map: Tensor, num_out: int) -> Tensor:
@@ -97,3 +99,129 @@ def compose(second: Tensor, first: Tensor) -> Tensor:
     """See tokred.compose."""
     slots = _slots(first, second.shape[1])
     return torch.cat([second, second.new_full((second.shape[0], 1), -1)], 1).gather(1, slots)
+
+
+def _segments(
+    offsets: Tensor | None, ids: Tensor | None, tokens: int, num_segments: int | None
+) -> tuple[Tensor, int]:
+    """The segment of every token [..., N], -1 where it has none, and the number of segments."""
+    if ids is not None:
+        assert num_segments is not None
+        return ids, num_segments
+    assert offsets is not None
+    position = torch.arange(tokens, device=offsets.device)[:, None]
+    inside = (offsets[..., None, :-1] <= position) & (position < offsets[..., None, 1:])
+    number = torch.arange(offsets.shape[-1] - 1, device=offsets.device)
+    candidates = torch.nn.functional.pad(torch.where(inside, number, -1), (0, 1), value=-1)
+    return candidates.amax(-1), len(number)
+
+
+def _folded(t: Tensor, shape: tuple[int, ...], inner: int) -> Tensor:
+    """t expanded to shape, with all but its `inner` last dimensions as one."""
+    t = t.expand(shape)
+    return t.reshape(t.shape[: t.dim() - inner].numel(), *t.shape[t.dim() - inner :])
+
+
+def _share(value: Tensor, slots: Tensor, num_out: int) -> Tensor:
+    """value [B, N] over its sum by slot, 0 where that is 0."""
+    total = _sum(value, slots, num_out)
+    return _divide(value, torch.nn.functional.pad(total, (0, 1)).gather(1, slots))
+
+
+def segment_weights(
+    offsets: Tensor | None = None,
+    ids: Tensor | None = None,
+    num_tokens: int | None = None,
+    num_segments: int | None = None,
+    mode: str = "softmax",
+    weight: Tensor | None = None,
+    x: Tensor | None = None,
+    sigma: float | None = None,
+) -> Tensor:
+    """See tokred.segment_weights."""
+    shape = (
+        x.shape[:-1] if x is not None
+        else weight.shape if weight is not None
+        else ids.shape if ids is not None
+        else (*offsets.shape[:-1], num_tokens)  # type: ignore[union-attr]
+    )  # fmt: skip
+    rows, num_out = _segments(offsets, ids, shape[-1], num_segments)
+    slots = _slots(_folded(rows, shape, 1), num_out)
+    dtype = torch.float32
+    for t in (x, weight):
+        dtype = dtype if t is None else torch.promote_types(dtype, t.dtype)
+    one = torch.ones(slots.shape, dtype=dtype, device=slots.device)
+    position = torch.arange(slots.shape[1], device=slots.device).expand_as(slots)
+    before = _rank(slots, num_out)
+    count = _pick(_sum(one, slots, num_out), slots)
+    if mode == "sqrt":
+        out = _divide(one, count.sqrt())
+    elif mode == "last":
+        out = (before == count - 1).to(dtype)
+    elif mode == "softmax":
+        assert weight is not None
+        logit = _folded(weight, shape, 1).to(dtype)
+        highest = logit.detach().masked_fill(logit.isnan(), -torch.inf)
+        highest = _pick(_extreme(highest[..., None], slots, num_out, "amax")[..., 0], slots)
+        out = _share((logit - highest.masked_fill(highest == -torch.inf, 0)).exp(), slots, num_out)
+    elif mode == "gaussian":
+        assert x is not None
+        values = _folded(x, x.shape, 2).to(dtype)
+        if weight is None:
+            pivots = before == (count / 2).floor()
+            pivot = _sum(torch.where(pivots, position, 0), slots, num_out)
+        else:
+            table = _folded(weight, shape, 1).to(dtype)
+            pivot = _heaviest(position[..., None].to(torch.float64), table, slots, num_out)[..., 0]
+        pivot = _pick(pivot, slots).long()
+        center = values.gather(1, pivot[..., None].expand_as(values))
+        distance = (values - center).square().sum(-1)
+        mean = _divide(_pick(_sum(distance, slots, num_out), slots), count)
+        variance = mean + 1e-8 if sigma is None else sigma * sigma
+        out = _share((-0.5 * distance / variance).exp(), slots, num_out)
+    else:
+        raise ValueError(f"mode {mode!r} is not one of tokred.segment_weights'")
+    return out.masked_fill(slots == num_out, 0).reshape(shape)
+
+
+def _pick(by_slot: Tensor, slots: Tensor) -> Tensor:
+    """by_slot [B, S] as its tokens see it [B, N], 0 for those of no slot."""
+    return torch.nn.functional.pad(by_slot, (0, 1)).gather(1, slots)
+
+
+def _rank(slots: Tensor, num_out: int) -> Tensor:
+    """How many members of its slot stand before each token."""
+    order = slots.argsort(dim=1, stable=True)
+    ones = torch.ones_like(slots)
+    count = torch.zeros(slots.shape[0], num_out + 1, dtype=slots.dtype, device=slots.device)
+    start = count.scatter_add(1, slots, ones).cumsum(1)
+    start = torch.nn.functional.pad(start, (1, -1))
+    place = torch.empty_like(slots).scatter(1, order, ones.cumsum(1) - 1)
+    return place - start.gather(1, slots)
+
+
+def segment_pool(
+    x: Tensor,
+    offsets: Tensor | None = None,
+    ids: Tensor | None = None,
+    num_segments: int | None = None,
+    mode: str = "mean",
+    weight: Tensor | None = None,
+    sigma: float | None = None,
+) -> Tensor:
+    """See tokred.segment_pool."""
+    rows, num_out = _segments(offsets, ids, x.shape[-2], num_segments)
+    shape = x.shape[:-1]
+    tokens, rows = _folded(x, x.shape, 2), _folded(rows, shape, 1)
+    factor = None if weight is None else _folded(weight, shape, 1)
+    how: dict[str, Any] = {"num_segments": num_out, "mode": mode}
+    if mode in ("sqrt", "last"):
+        share = segment_weights(ids=rows, **how)
+        share = share.to(torch.promote_types(x.dtype, share.dtype))
+        factor = share if factor is None else share * factor
+    elif mode in ("softmax", "gaussian"):
+        source = tokens if mode == "gaussian" else None
+        factor = segment_weights(ids=rows, weight=factor, x=source, sigma=sigma, **how)
+    reduce = {"mean": "plain_mean", "amax": "amax", "last": "prune"}.get(mode, "sum")
+    y, _ = merge(tokens, rows.int(), num_out, None, factor, reduce)
+    return y.reshape(*x.shape[:-2], num_out, x.shape[-1])

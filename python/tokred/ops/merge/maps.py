@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._library import check_tensor
-from .registration import (
+from ..._library import check_tensor
+from ..registration import (
     call,
     call_in_place,
     choose,
@@ -17,9 +17,7 @@ from .registration import (
     without_gradient,
     writes,
 )
-from .symbolic import check_writable, known
-
-__all__ = ["compose", "merge", "unmerge"]
+from ..symbolic import check_writable, known
 
 _ops = torch.ops.tokred
 
