@@ -105,7 +105,12 @@ def _patched(need: Needs, small: dict[str, dict[str, Any]], **common: Any) -> di
 
 def reducers() -> dict[str, dict[str, Any]]:
     """For vision encoders of 37 tokens; each must merge some of them."""
-    small = {"tome": dict(r=3), "pitome": dict(ratio=0.75), "mctf": dict(r=3, min_tokens=1)}
+    small = {
+        "tome": dict(r=3),
+        "pitome": dict(ratio=0.75),
+        "mctf": dict(r=3, min_tokens=1),
+        "dymu": dict(threshold=-1.0),
+    }
     return _patched(Needs.VISION_ENCODER, small)
 
 

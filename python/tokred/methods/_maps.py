@@ -68,6 +68,12 @@ def drop_sources(token_map: Tensor, destinations: Tensor) -> Tensor:
     return torch.where(taken.gather(1, slots) & ~destinations, -1, token_map)
 
 
+def even_and_odd(tokens: int, num_prefix: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """ToMe's sources and destinations, i32: the even and the odd positions after the prefix."""
+    position = torch.arange(tokens, dtype=torch.int32, device=device)
+    return position[num_prefix + num_prefix % 2 :: 2], position[num_prefix | 1 :: 2]
+
+
 def every_second(tokens: int, num_prefix: int, device: torch.device) -> Tensor:
     """bool [1, N]: ToMe's destinations, the odd positions after the prefix."""
     position = torch.arange(tokens, device=device)[None]

@@ -1,0 +1,200 @@
+"""DyMU: merge what is more similar than a calibrated threshold, so images differ in their tokens.
+
+DyMU: Dynamic Merging and Virtual Unmerging for Efficient VLMs (arXiv 2504.17040).
+
+Calibration finds a threshold for every layer, such that r tokens of an image merge on average over
+a batch; at inference every link above it merges. As published for one image at a time. Images of a
+batch would differ in their tokens and be padded; inside tokred.patch as many merge in each as in
+the one with the fewest links above the threshold, so that no token is padding. The authors' code
+adds 1e-4 to the sizes it divides by in batches, and adds the log of the sizes after the softmax in
+one of its branches; neither is followed.
+
+Virtual unmerging, attention in a language model as if nothing had merged, is
+tokred.unmerged_attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+import tokred
+from tokred.schedule import Schedule, parse_r, resolve
+
+from ._maps import identity, map_of_links
+from ._method import Family, Method, Needs, Options
+
+if TYPE_CHECKING:
+    from tokred.patching import Reduction, ReductionCall
+
+
+def batch_plan(
+    metric: Tensor, total: int, num_prefix: int = 0, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Merges the `total` most similar links of a whole batch: what calibration does in a layer.
+
+    Args:
+        metric: [B, N, C], the keys averaged over the heads.
+        total: links that merge, over all items; ties go to the earlier item and token.
+        num_prefix: the first tokens that must not take part.
+        mask: bool [B, N]; tokens that are False are padding, and dropped.
+
+    Returns:
+        (token_map i32 [B, N], num_out i32 [B], threshold f32 []): the cosine of the best link that
+        did not merge, at least 0, which is also what it is where none is left.
+
+    O(B N^2 C) time, O(B N) memory.
+    """
+    tokens = metric.shape[1]
+    position = torch.arange(tokens, dtype=torch.int32, device=metric.device)
+    masks = []
+    for side in (0, 1):
+        after = (position[side::2] >= num_prefix).expand(metric.shape[0], -1)
+        masks.append((after if mask is None else after & mask[:, side::2]).contiguous())
+    a, b = metric[:, 0::2].contiguous(), metric[:, 1::2].contiguous()
+    score, partner = tokred.match(a, b, *masks)
+    ranked, order = score.flatten().sort(descending=True, stable=True)
+    threshold = ranked[total : total + 1].amax() if total < ranked.numel() else ranked.new_zeros(())
+    best = torch.zeros_like(order, dtype=torch.bool).scatter(0, order[:total], True)
+    chosen = best.view_as(score) & (partner >= 0)
+    links = identity(metric)
+    links[:, 0::2] = torch.where(chosen, 2 * partner + 1, links[:, 0::2])
+    if mask is not None:
+        links = torch.where(mask, links, -1)
+    return *map_of_links(links), threshold.clamp(min=0)
+
+
+@dataclass
+class _Calibration:
+    """A TokenReducer that merges r tokens an image on average, and notes the layers' thresholds."""
+
+    r: Schedule
+    adapters = ("timm", "transformers")
+    seen: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    def layers(self, num_layers: int) -> list[int]:
+        return [layer for layer, amount in enumerate(parse_r(num_layers, self.r)) if amount]
+
+    def plan(self, call: ReductionCall) -> Reduction:
+        batch, tokens, _ = call.tokens.shape
+        live = None if call.size is None else call.size > 0
+        r = resolve(parse_r(call.num_layers, self.r)[call.layer], tokens, call.num_prefix)
+        token_map, counts, threshold = batch_plan(call.mean_keys, r * batch, call.num_prefix, live)
+        self.seen.setdefault(call.layer, []).append(threshold)
+        return token_map, int(counts.max())
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    r: Schedule,
+    run: Callable[[nn.Module, Any], Any] | None = None,
+    num_prefix: int | None = None,
+) -> list[float]:
+    """The thresholds at which r tokens of an image merge in each layer, on average.
+
+    Args:
+        model: a vision encoder that tokred.patch merges in, in eval mode.
+        batches: inputs of the model, such as the batches of a loader; more images, better means.
+        r: a schedule (tokred.schedule.parse_r).
+        run: runs the model on a batch; model(batch) where None.
+        num_prefix: as in tokred.patch.
+
+    Returns:
+        One threshold a layer, the mean over the batches, for the option `threshold`; 2, above every
+        cosine, in layers that merge nothing.
+
+    Raises:
+        ValueError: no batch, or a model with several encoders, which need one call each.
+    """
+    from tokred.patching import Patch, Settings
+
+    counting = _Calibration(r)
+    # In proportion to sizes: padding has size 0, and gets no attention.
+    settings = Settings(prop_attn=True, num_prefix=num_prefix)
+    with Patch(model, counting, settings) as handle:
+        states = handle.states
+        if len(states) != 1:
+            raise ValueError(f"the model has {len(states)} encoders: calibrate one at a time")
+        for batch in batches:
+            model(batch) if run is None else run(model, batch)
+    if not counting.seen and counting.layers(states[0].num_layers):
+        raise ValueError("batches must hold at least one batch")
+    means = {layer: torch.stack(seen).mean().item() for layer, seen in counting.seen.items()}
+    return [means.get(layer, 2.0) for layer in range(states[0].num_layers)]
+
+
+@dataclass(frozen=True)
+class DymuOptions(Options):
+    """Options of tokred.patch(model, "dymu", ...).
+
+    threshold: links of a greater cosine merge; a number for every layer, or a list with one for
+    each, as calibrate returns. max_r: a schedule (tokred.schedule.parse_r) of how many may merge at
+    most, half of the tokens where None. The number of tokens is read from the device once a layer,
+    so that the model cannot run under torch.compile or in a CUDA graph.
+    """
+
+    threshold: float | Sequence[float] = 0.9
+    max_r: Schedule | None = None
+
+    adapters = ("timm", "transformers")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = self.threshold
+        for value in given if isinstance(given, list | tuple) else [given]:
+            if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+                raise ValueError(f"threshold must be a number or a list of numbers, got {given!r}")
+
+    def layers(self, num_layers: int) -> list[int]:
+        """The layers with a threshold that a cosine can exceed.
+
+        Raises:
+            ValueError: a list with another number of thresholds.
+        """
+        if not isinstance(self.threshold, int | float) and len(self.threshold) != num_layers:
+            raise ValueError(
+                f"threshold must have one number for each of {num_layers} layers, got "
+                f"{len(self.threshold)}"
+            )
+        most = parse_r(num_layers, num_layers if self.max_r is None else self.max_r)
+        return [layer for layer in range(num_layers) if most[layer] and self._at(layer) < 1]
+
+    def plan(self, call: ReductionCall) -> Reduction:
+        """Merges every link above the layer's threshold.
+
+        Raises:
+            RuntimeError: under torch.compile.
+        """
+        if torch.compiler.is_compiling():
+            raise RuntimeError("dymu merges by content, and cannot be compiled: its shapes differ")
+        batch, tokens, _ = call.tokens.shape
+        if batch == 0:
+            return None
+        metric, threshold = call.mean_keys, self._at(call.layer)
+        _, counts = tokred.threshold_matching(metric, threshold, call.num_prefix)
+        r = tokens - int(counts.max())
+        most = r if self.max_r is None else parse_r(call.num_layers, self.max_r)[call.layer]
+        r = min(r, resolve(most, tokens, call.num_prefix))
+        if r == 0:
+            return None
+        return tokred.bipartite_soft_matching(metric, r, call.num_prefix), tokens - r
+
+    def _at(self, layer: int) -> float:
+        return self.threshold if isinstance(self.threshold, int | float) else self.threshold[layer]
+
+
+METHOD = Method(
+    title="DyMU: Dynamic Merging and Virtual Unmerging for Efficient VLMs",
+    arxiv="2504.17040",
+    family=Family.MERGE,
+    needs=(Needs.VISION_ENCODER, Needs.CALIBRATION),
+    status="exact",
+    summary="merge every link above a calibrated threshold: simple images keep fewer tokens",
+    options=DymuOptions,
+)
