@@ -1,7 +1,8 @@
 """Grouping of tokens.
 
 components: the patches of a screenshot that are nearly equal, beside torch's distances and scipy's
-search for components, which needs the CPU.
+search for components, which needs the CPU. kmeans: ten rounds from the same start, beside
+scikit-learn, which needs the CPU, and torch's distances.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 import tokred
 
-from .harness import Case
+from .harness import Case, tokens
 from .machine import Run
 
 
@@ -74,5 +75,61 @@ def components_case(shape: tuple[int, int, int, int], device: str) -> Case:
     )
 
 
+ROUNDS = 10
+
+
+def torch_kmeans(x: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """Distances of all pairs, and one_hot sums."""
+    centroids = start
+    for step in range(ROUNDS + 1):
+        score = x @ centroids.mT - centroids.square().sum(-1)[:, None] / 2
+        assignment = score.argmax(-1)
+        if step < ROUNDS:
+            index = assignment[..., None].expand_as(x)
+            count = torch.zeros_like(start[..., 0]).scatter_add_(
+                1, assignment, torch.ones_like(x[..., 0])
+            )
+            sums = torch.zeros_like(start).scatter_add_(1, index, x)
+            mean = sums / count.clamp(min=1)[..., None]
+            centroids = torch.where((count > 0)[..., None], mean, centroids)
+    return centroids, assignment
+
+
+def sklearn_kmeans(x: Tensor, start: Tensor) -> list:
+    from sklearn.cluster import KMeans
+
+    settings = {"n_init": 1, "max_iter": ROUNDS, "tol": 0, "algorithm": "lloyd"}
+    return [
+        KMeans(start.shape[1], init=start[b].numpy(), **settings).fit(x[b].numpy()).labels_
+        for b in range(len(x))
+    ]
+
+
+def kmeans_case(shape: tuple[int, int, int], clusters: int, distribution: str, device: str) -> Case:
+    batch, count, channels = shape
+
+    def build() -> dict[str, Callable]:
+        x = tokens(shape, "float32", device, distribution)
+        start = x[:, :: count // clusters][:, :clusters].contiguous()
+        candidates = {"torch": partial(torch_kmeans, x, start)}
+        if device == "cpu" and find_spec("sklearn"):
+            candidates["scikit-learn"] = partial(sklearn_kmeans, x, start)
+        return {"tokred.kmeans": partial(tokred.kmeans, x, clusters, ROUNDS, start), **candidates}
+
+    return Case(
+        "cluster",
+        "kmeans",
+        (*shape, clusters),
+        "float32",
+        build,
+        distribution,
+        bytes_moved=batch * (count + clusters) * channels * 4 * (ROUNDS + 1),
+        flops=2 * batch * count * clusters * channels * (ROUNDS + 1),
+        ceiling="gemm_float32",
+    )
+
+
 def cases(run: Run) -> Iterator[Case]:
     yield components_case((4, 48, 86, 1176), run.device)
+    yield kmeans_case((1, 65536, 64), 256, "randn", run.device)
+    yield kmeans_case((16, 1024, 64), 64, "correlated", run.device)

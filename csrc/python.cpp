@@ -57,6 +57,14 @@ py::dict plans_of_components(int64_t batch, int64_t tokens) {
                   "labels"_a = describe(plan_grid_labels(batch)));
 }
 
+// The launches of kmeans.
+py::dict plans_of_kmeans(int64_t batch, int64_t tokens, int64_t clusters) {
+  return py::dict("clusters"_a = describe(plan_cluster_rows(batch * clusters)),
+                  "tokens"_a = describe(plan_cluster_rows(batch * tokens)),
+                  "round"_a = describe(plan_cluster_items(batch)),
+                  "nearest"_a = describe(plan_nearest(batch, tokens)));
+}
+
 py::dict plans_of_merge(int64_t batch, int64_t tokens, int64_t num_out) {
   py::dict plans("merge"_a = describe(plan_merge(batch, num_out)),
                  "unmerge"_a = describe(plan_merge_rows(batch * tokens)),
@@ -230,6 +238,8 @@ PYBIND11_MODULE(_C, m) {
       "batch"_a, "rows"_a, "tokens"_a, "is_float"_a = false, "aligned"_a = true,
       "general"_a = false, "name -> {grid, block, shared_bytes}");
   m.def("plan_connected_components", &plans_of_components, "batch"_a, "tokens"_a,
+        "name -> {grid, block, shared_bytes}");
+  m.def("plan_kmeans", &plans_of_kmeans, "batch"_a, "tokens"_a, "clusters"_a,
         "name -> {grid, block, shared_bytes}");
   m.def("plan_merge", &plans_of_merge, "batch"_a, "tokens"_a, "num_out"_a,
         "name -> {grid, block, shared_bytes}");

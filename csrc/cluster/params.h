@@ -23,4 +23,43 @@ struct ConnectedComponentsParams {
   void* workspace;   // connected_components_workspace(params) bytes
 };
 
+// The tokens that k-means, k-medoids and their like group.
+struct ClusterTokens {
+  const void* x;     // dtype [B, N, C], channels contiguous
+  int64_t stride_batch, stride_token;
+  const bool* mask;  // bool [B, N] or null; false: assignment -1, and never a start
+  int64_t mask_stride_batch, mask_stride_token;
+  int64_t batch, tokens, channels;
+  int64_t clusters;  // K
+  DType dtype;
+  Metric metric;     // l2 or cosine
+};
+
+// Lloyd's algorithm, one item like another. A round gives every token to its nearest centroid,
+//   argmax_k x . c_k - |c_k|^2 / 2 (l2),  argmax_k x . c_k (cosine, whose c_k have length 1),
+// the lowest k of equals, and makes every centroid the mean of its tokens (cosine: the sum of its
+// tokens, each of length 1, stretched to length 1). A centroid without tokens stays where it was.
+// An item ends after `iterations` rounds, or when no centroid has moved by more than `tolerance`;
+// its tokens are then given to the centroids that are returned.
+// A token with a number that is not finite belongs to no cluster (-1).
+//
+// The sums of a centroid: tokens ascend within a block of kmeans_block(K), then the blocks ascend.
+struct KmeansParams : ClusterTokens {
+  int64_t iterations;
+  float tolerance;
+  // Start: of these two one, or none: token floor((2 k + 1) n / (2 K)) of the n without a mask.
+  const int32_t* start_token;  // i32 [B, K]; out of range or masked: centroid 0, never assigned to
+  const float* start;  // f32 [B, K, C]
+  int64_t start_stride_batch, start_stride_cluster;
+  float* centroids;  // f32 [B, K, C]
+  int32_t* assignment;  // i32 [B, N]
+  int32_t* counts;  // i32 [B, K], tokens of every cluster
+  void* workspace;  // kmeans_workspace(params) bytes
+};
+
+// The sums of all blocks take at most an eighth of what fp32 tokens take, or are one.
+inline constexpr int64_t kmeans_block(int64_t clusters) {
+  return clusters > 32 ? 8 * clusters : 256;
+}
+
 }  // namespace tokred

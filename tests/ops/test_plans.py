@@ -60,6 +60,17 @@ def test_connected_components() -> None:
         check(_C.plan_connected_components(batch, tokens), {"edges": edges, "labels": batch})
 
 
+def test_kmeans() -> None:
+    for batch, tokens in shapes():
+        for clusters in {1, 256, tokens}:
+            blocks = {"round": batch, "nearest": batch * -(-tokens // 128)}
+            blocks |= {"clusters": batch * clusters // 8, "tokens": batch * tokens // 8}
+            check(
+                _C.plan_kmeans(batch, tokens, clusters),
+                {name: max(1, min(count, 2**30)) for name, count in blocks.items()},
+            )
+
+
 def test_merge() -> None:
     for batch, tokens in shapes():
         for num_out in {1, (tokens + 1) // 2, tokens}:
