@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,6 +18,8 @@ from cases.backends import HERE, ISAS, KERNELS, Backend, set_cpu_isa  # noqa: E4
 torchvision_stub.install()
 
 BACKENDS = ("backend", "kernels", "processors")  # the fixtures that are one of them
+
+SLOWEST = "package/test_demo.py"  # comes first, so that no worker waits for it at the end
 
 
 def pytest_report_header() -> list[str]:
@@ -49,8 +52,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=unsupported)
     left_out = set(unsupported)
     first: dict[str, int] = {}
-    order = {item: first.setdefault(case(item), place) for place, item in enumerate(items)}
+    order = {
+        item: (not item.path.match(SLOWEST), first.setdefault(case(item), place))
+        for place, item in enumerate(items)
+    }
     items[:] = sorted((item for item in items if item not in left_out), key=order.__getitem__)
+
+
+def pytest_collection_finish() -> None:
+    """Takes the tests and modules out of the garbage collector, which needs a second for them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

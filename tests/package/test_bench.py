@@ -8,6 +8,7 @@ import json
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -120,14 +121,17 @@ def test_quotas_fill_the_budget_within_bounds():
     assert harness.quota(0.1, 2.0) == harness.FEWEST_SLOW_SAMPLES
 
 
-def test_cpu_sampler_repeats_short_calls():
-    counted = itertools.count()
-    sampler = harness.CpuSampler(lambda: next(counted))
-    assert sampler.output == 0
-    before = next(counted)
-    seconds = sampler.sample()
-    assert next(counted) - before - 1 == sampler.repeats > 100
-    assert 0 < seconds < harness.SHORTEST_SAMPLE_S
+def test_cpu_sampler_repeats_short_calls(monkeypatch):
+    """By a clock on which a call takes 10 microseconds: until 2 milliseconds are full."""
+    calls = []
+    clock = SimpleNamespace(perf_counter=lambda: len(calls) * 1e-5)
+    monkeypatch.setattr(harness, "time", clock)
+    sampler = harness.CpuSampler(lambda: calls.append(None) or len(calls))
+    assert sampler.output == 1
+    assert sampler.repeats == 300
+    before = len(calls)
+    assert sampler.sample() == pytest.approx(1e-5)
+    assert len(calls) - before == sampler.repeats
 
 
 def test_rows_relate_to_the_best_peer_and_the_ceiling():
