@@ -105,12 +105,12 @@ def pitome_plan(
     else:
         mergeable = order[:, : 2 * r] if variant == "pitome" else order
         sources, destinations = mergeable[:, 0::2], mergeable[:, 1::2]
+    # A copy in any case: torch calls every empty tensor contiguous, whatever its strides.
+    sources, destinations = (
+        side.clone(memory_format=torch.contiguous_format) for side in (sources, destinations)
+    )
     token_map = tokred.bipartite_soft_matching(
-        metric,
-        r,
-        num_prefix,
-        sources=sources.contiguous(),
-        destinations=destinations.contiguous(),
+        metric, r, num_prefix, sources=sources, destinations=destinations
     )
     if mode == "prune":
         taken = torch.zeros_like(token_map, dtype=torch.bool).scatter(1, destinations.long(), True)
