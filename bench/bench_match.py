@@ -2,7 +2,8 @@
 
 match: the best partner of every row of a among the rows of b. plan: the whole ToMe plan with its
 class token, r = N / 4. threshold: a plan of every pair above a threshold. plan_2d: tomesd's plan,
-one destination in every 2x2 cell, half the tokens merged.
+one destination in every 2x2 cell, half the tokens merged. assignment: exact one-to-one matching,
+beside scipy and, where it is installed, lapx.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -180,6 +182,70 @@ def plan_2d_case(shape: tuple[int, ...], dtype: str, distribution: str, device: 
     )
 
 
+def assignment_costs(shape: tuple[int, ...], distribution: str, device: str) -> Tensor:
+    batch, rows, columns = shape
+    if distribution == "cosine":
+        x, y = (tokens((batch, n, 64), "float32", device) for n in (rows, columns))
+        y = y.roll(1, 2)
+        return (
+            1 - torch.nn.functional.normalize(x, dim=2) @ torch.nn.functional.normalize(y, dim=2).mT
+        )
+    uniform = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    return (uniform * 100).floor() if distribution == "integers" else uniform
+
+
+def scipy_assignment(costs: np.ndarray) -> Tensor:
+    from scipy.optimize import linear_sum_assignment
+
+    return torch.stack([torch.from_numpy(linear_sum_assignment(cost)[1]) for cost in costs])
+
+
+def lapx_assignment(costs: np.ndarray, solver: str) -> Tensor:
+    import lap
+
+    results = getattr(lap, solver)(costs, n_threads=torch.get_num_threads())
+    return torch.stack([torch.from_numpy(columns) for columns in results[-1]])
+
+
+def assignment_case(shape: tuple[int, ...], distribution: str, device: str) -> Case:
+    batch, rows, columns = shape
+
+    def build() -> dict[str, Callable]:
+        costs = assignment_costs(shape, distribution, device)
+        candidates: dict[str, Callable] = {
+            "tokred.linear_assignment": partial(tokred.linear_assignment, costs),
+        }
+        if device == "cpu":
+            arrays = costs.numpy()
+            candidates["scipy"] = partial(scipy_assignment, arrays)
+            if find_spec("lap"):
+                for solver in ("lapjvx_batch", "lapjvr_batch"):
+                    candidates[f"lapx {solver}"] = partial(lapx_assignment, arrays, solver)
+        return candidates
+
+    def examine(outputs: dict) -> dict:
+        costs = assignment_costs(shape, distribution, device)
+        totals = {}
+        for name, out in outputs.items():
+            index = (out if isinstance(out, Tensor) else out.index).long()
+            totals[name] = costs.double().gather(2, index.to(device)[..., None]).sum().item()
+        least = min(totals.values())
+        if max(totals.values()) > least + 1e-9 * abs(least) + 1e-9:
+            raise AssertionError(f"not the same total cost: {totals}")
+        return {}
+
+    return Case(
+        "match",
+        "assignment",
+        shape,
+        "float32",
+        build,
+        distribution,
+        bytes_moved=batch * (4 * rows * columns + 12 * rows + 8 * columns),
+        examine=examine,
+    )
+
+
 def cases(run: Run) -> Iterator[Case]:
     shapes = SHAPES if run.quick else SHAPES + MORE_SHAPES
     for dtype in run.dtypes():
@@ -192,3 +258,6 @@ def cases(run: Run) -> Iterator[Case]:
         yield threshold_case(shapes[0], dtype, "correlated", run.device)
         if find_spec("tomesd"):
             yield plan_2d_case((2, 4096, 320), dtype, "randn", run.device)
+    for distribution in ("uniform", "cosine", "integers"):
+        yield assignment_case((1, 1024, 1024), distribution, run.device)
+    yield assignment_case((64, 256, 256), "uniform", run.device)

@@ -241,6 +241,14 @@ PYBIND11_MODULE(_C, m) {
         "name -> {grid, block, shared_bytes}");
   m.def("plan_kmeans", &plans_of_kmeans, "batch"_a, "tokens"_a, "clusters"_a,
         "name -> {grid, block, shared_bytes}");
+  m.def(
+      "plan_linear_assignment",
+      [](int64_t batch, int64_t rows, int64_t columns) {
+        const bool tall = rows > columns;
+        return py::dict("assignment"_a = describe(
+                            plan_assignment(batch, tall ? columns : rows, tall ? rows : columns)));
+      },
+      "batch"_a, "rows"_a, "columns"_a, "name -> {grid, block, shared_bytes}");
   m.def("plan_merge", &plans_of_merge, "batch"_a, "tokens"_a, "num_out"_a,
         "name -> {grid, block, shared_bytes}");
   m.def(

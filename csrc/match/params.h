@@ -39,4 +39,30 @@ struct BipartiteParams {
   int32_t* num_out;    // i32 [B]; null unless by_threshold
 };
 
+// Why an item has no assignment: its pairs are then -1 and its duals NaN.
+struct AssignmentFailure {
+  enum Kind : int32_t { kNone, kInvalid, kInfeasible } kind;
+  int32_t row,
+      column;  // kInvalid: of a cost that is NaN, or inf of the sign that no pair may have.
+               // kInfeasible: a row, or a column (the other is -1), that gets no partner
+};
+
+// One to one, min(N, M) pairs (i, j) of the least total cost; with `maximize` of the greatest,
+// which is the least of -cost. In terms of c = cost or -cost: c = inf forbids a pair; the duals
+// satisfy u_i + v_j <= c_ij, with equality on the pairs (up to the rounding of float64), and are 0
+// for the columns (N < M) or rows (N > M) left over, at most 0 for the others of that side. Duals
+// are written in the sign of `cost`.
+struct LinearAssignmentParams {
+  const void* cost;  // [B, N, M], contiguous columns
+  int64_t stride_batch, stride_row;
+  int64_t batch, rows, columns;
+  DType dtype;
+  bool maximize;
+  int32_t* index;  // i32 [B, N], the column of a row, -1 for none
+  double* row_dual;  // f64 [B, N]
+  double* column_dual;  // f64 [B, M]
+  AssignmentFailure* failure;  // [B] on the host; null where nobody can look at it
+  void* workspace;  // linear_assignment_workspace(params) bytes
+};
+
 }  // namespace tokred

@@ -47,7 +47,8 @@ def _wrapper_on_simt(op: str) -> Callable[..., Any]:
 def move(value: Any, device: str) -> Any:
     """The value with every tensor in it on the device, strides kept."""
     if isinstance(value, tuple | list):
-        return type(value)(move(v, device) for v in value)
+        moved = [move(v, device) for v in value]
+        return moved if isinstance(value, list) else tuple(moved)
     if isinstance(value, PackedKV):
         codes, params = move((value.codes, value.params), device)
         return replace(value, codes=codes, params=params)

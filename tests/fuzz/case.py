@@ -132,7 +132,7 @@ def moved(value: Any, device: str) -> Any:
     if isinstance(value, dict):
         return {name: moved(v, device) for name, v in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(moved(v, device) for v in value)
+        return move(value, device)
     if is_dataclass(value):
         parts = {field.name: moved(getattr(value, field.name), device) for field in fields(value)}
         return replace(value, **parts)

@@ -71,6 +71,12 @@ def test_kmeans() -> None:
             )
 
 
+def test_linear_assignment() -> None:
+    for batch, columns in shapes():
+        for rows in (1, 31, 1000, columns):
+            check(_C.plan_linear_assignment(batch, rows, columns), {"assignment": batch})
+
+
 def test_merge() -> None:
     for batch, tokens in shapes():
         for num_out in {1, (tokens + 1) // 2, tokens}:

@@ -74,4 +74,23 @@ constexpr int64_t map_scratch_bytes(int64_t tokens, int64_t sources) {
   return 8 * sort_length(sources) + round_up(4 * (sources + 2 * tokens), 16);
 }
 
+// A block solves an assignment problem of n <= m lines: five tables of its m columns (two f64, two
+// i32) and of its n rows (three i32), in shared memory where they fit.
+inline constexpr int kAssignmentThreads = 256;
+inline constexpr int64_t kAssignmentScratch = 1024;  // of reductions over the block
+inline constexpr int64_t kMostAssignmentShared = 96 << 10;  // two blocks an H200's multiprocessor
+constexpr int64_t assignment_state_bytes(int64_t n, int64_t m) {
+  return round_up(24 * m + 12 * n, 16);
+}
+constexpr bool assignment_in_shared(int64_t n, int64_t m) {
+  return kAssignmentScratch + assignment_state_bytes(n, m) <= kMostAssignmentShared;
+}
+// Example: B = 64, 256 x 256: 64 blocks of 256 threads with 1 + 9 KiB each.
+constexpr LaunchPlan plan_assignment(int64_t batch, int64_t n, int64_t m) {
+  const int64_t state = assignment_in_shared(n, m) ? assignment_state_bytes(n, m) : 0;
+  return {{batch < kMaxBlocks ? batch : kMaxBlocks, 1, 1},
+          kAssignmentThreads,
+          kAssignmentScratch + state};
+}
+
 }  // namespace tokred::cuda

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["bipartite_soft_matching", "match", "threshold_matching"]
+__all__ = ["bipartite_soft_matching", "linear_assignment", "match", "threshold_matching"]
 
 NORM_EPS = 1e-12
 
@@ -205,3 +205,70 @@ def threshold_matching(
 ) -> tuple[Tensor, Tensor]:
     """See tokred.threshold_matching; sources and destinations go together here."""
     return _plan(metric, None, threshold, num_prefix, mask, order, sources, destinations)
+
+
+def _shortest_path(cost: Tensor, v: Tensor, owner: Tensor, row: int) -> tuple[int, Tensor] | None:
+    """Dijkstra's algorithm from a row of [n, m] costs to a column without an owner.
+
+    Lowers the prices v [m]; returns the column, and the row from which each one was reached.
+    """
+    distance, origin = cost[row] - v, torch.full_like(owner, row)
+    done = torch.zeros_like(owner, dtype=torch.bool)
+    while True:
+        column = int(distance.masked_fill(done, torch.inf).argmin())
+        least = distance[column].clone()
+        if done[column] or least == torch.inf:
+            return None
+        if owner[column] < 0:
+            v += torch.where(done, distance - least, 0)
+            return column, origin
+        done[column] = True
+        row = int(owner[column])
+        reached = least + (cost[row] - v) - (cost[row, column] - v[column])
+        nearer = ~done & (reached < distance)
+        distance, origin = torch.where(nearer, reached, distance), origin.masked_fill(nearer, row)
+
+
+def _assign_item(cost: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The owner [m] of every column, and the duals u [n], v [m], of [n, m] costs with n <= m."""
+    v, owner = cost.new_zeros(cost.shape[1]), torch.full((cost.shape[1],), -1)
+    partner = [-1] * cost.shape[0]
+    for start in range(cost.shape[0]):
+        found = _shortest_path(cost, v, owner, start)
+        if found is None:
+            return None
+        column, origin = found
+        row = -1
+        while row != start:
+            row = int(origin[column])
+            owner[column] = row
+            partner[row], column = column, partner[row]
+    u = cost[torch.arange(len(partner)), partner] - v[partner]
+    return owner, u, v
+
+
+def linear_assignment(
+    cost: Tensor, maximize: bool = False, check: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See tokred.linear_assignment. An error names no row."""
+    sign = -1 if maximize else 1
+    costs = cost.double() * sign
+    batch, rows, columns = cost.shape
+    index = torch.full((batch, rows), -1, dtype=torch.int32)
+    row_dual, column_dual = (torch.full((batch, n), torch.nan).double() for n in (rows, columns))
+    for item in range(batch):
+        wide = costs[item] if rows <= columns else costs[item].T
+        valid = bool((wide > -torch.inf).all())
+        found = _assign_item(wide) if valid else None
+        if found is None:
+            if check:
+                raise RuntimeError(f"cost of item {item} is not valid, or forbids too many pairs")
+            continue
+        owner, u, v = found
+        if rows <= columns:
+            owned = owner >= 0
+            index[item, owner[owned]] = owned.nonzero()[:, 0].int()
+        else:
+            index[item], u, v = owner.int(), v, u
+        row_dual[item], column_dual[item] = sign * u, sign * v
+    return index, row_dual, column_dual

@@ -1,4 +1,4 @@
-"""Bipartite matching: wrappers, fake kernels and flop counts."""
+"""match and the plans built on it: wrappers, fake kernels and flop counts."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .._library import check_tensor
-from .registration import choose, not_differentiable, promote_under_autocast
-from .symbolic import larger, smaller
+from ..._library import check_tensor
+from ..registration import choose, not_differentiable, promote_under_autocast
+from ..symbolic import larger, smaller
 
 __all__ = ["bipartite_soft_matching", "match", "num_out", "threshold_matching"]
 
