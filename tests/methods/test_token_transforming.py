@@ -47,7 +47,7 @@ def test_sizes_and_map() -> None:
     assert torch.equal(done.size[0], counted)
     assert torch.equal(done.tokens[:, 0], x[:, 0])
     torch.testing.assert_close(
-        done.tokens[:, 1:], transform(x[:, 1:], torch.tensor([chosen]) - 1, 0.1, size[:, 1:])
+        done.tokens[:, 1:], transform(x[:, 1:], torch.tensor([chosen]) - 1, 0.01, size[:, 1:])
     )
 
 

@@ -28,13 +28,14 @@ if TYPE_CHECKING:
 
 
 def transform(
-    x: Tensor, chosen: Tensor, temperature: float = 0.1, size: Tensor | None = None
+    x: Tensor, chosen: Tensor, temperature: float = 0.01, size: Tensor | None = None
 ) -> Tensor:
     """Mixtures of all tokens, one around each chosen one.
 
     Args:
         x: [B, N, C]. chosen: i64 [B, M], positions.
-        temperature: above 0; the smaller, the more of the chosen token itself.
+        temperature: above 0; the smaller, the more of the chosen token itself. Tokens of trained
+            encoders are so much alike that at 0.1 each would become the mean of all.
         size: f32 [B, N], how many tokens each stands for.
 
     Returns:
@@ -43,12 +44,13 @@ def transform(
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
-    unit = functional.normalize(x.float() if x.dtype != torch.float64 else x, dim=-1).to(x.dtype)
+    values = x.to(_wide(x))  # in half precision cosines are too coarse for the temperature
+    unit = functional.normalize(values, dim=-1)
     query = unit.gather(1, chosen[..., None].expand(-1, -1, x.shape[2]))
-    bias = None if size is None else size.log()[:, None].to(x.dtype)
+    bias = None if size is None else size.log()[:, None].to(values.dtype)
     return functional.scaled_dot_product_attention(
-        query, unit, x, attn_mask=bias, scale=1 / temperature
-    )
+        query, unit, values, attn_mask=bias, scale=1 / temperature
+    ).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class TokenTransformingOptions(Options):
     """
 
     r: Schedule = 8
-    temperature: float = 0.1
+    temperature: float = 0.01
 
     adapters = ("timm", "transformers")
 
