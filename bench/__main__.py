@@ -25,6 +25,7 @@ BENCHES = (
     "merge",
     "segments",
     "sparse_attn",
+    "linear_attn",
     "overhead",
     "models",
     "cache",

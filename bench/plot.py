@@ -31,6 +31,7 @@ BARS = (
     "match",
     "merge",
     "sparse_attn",
+    "linear_attn",
     "cache",
 )
 

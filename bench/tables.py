@@ -150,6 +150,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "match": op_table,
     "merge": op_table,
     "sparse_attn": op_table,
+    "linear_attn": op_table,
     "models": models_table,
     "cache": cache_table,
     "overhead": overhead_table,

@@ -12,6 +12,7 @@
 #include "ceilings/measure.h"
 #include "cluster/cuda/plan.h"
 #include "kv_pack/cuda/plan.h"
+#include "linear_attn/cuda/plan.h"
 #include "match/cuda/plan.h"
 #include "merge/cuda/plan.h"
 #include "packed_attn/cuda/plan.h"
@@ -309,6 +310,14 @@ PYBIND11_MODULE(_C, m) {
       "group_size"_a = 16, "is_float"_a = false,
       "Of one launch each: plans (name -> {grid, block, shared_bytes}), items and "
       "workspace_bytes.");
+  m.def(
+      "plan_linear_attention",
+      [](int64_t batch, int64_t heads, int64_t head_dim, int64_t value_dim) {
+        return py::dict(
+            "chunks"_a = describe(plan_linear_attention(batch * heads, head_dim, value_dim)),
+            "step"_a = describe(plan_linear_step(batch * heads, value_dim)));
+      },
+      "batch"_a, "heads"_a, "head_dim"_a, "value_dim"_a, "name -> {grid, block, shared_bytes}");
   m.def("plan_topk", &plans_of_topk, "lists"_a, "columns"_a, "k"_a, "has_top_p"_a = false,
         "name -> {grid, block, shared_bytes}");
   m.def("plan_rows", &plans_of_rows, "rows"_a, "columns"_a, "name -> {grid, block, shared_bytes}");

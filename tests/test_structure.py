@@ -14,7 +14,17 @@ from cases.op_calls import CALLS, op_names
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
-FAMILIES = ("topk", "score", "match", "cluster", "merge", "sparse_attn", "kv_pack", "packed_attn")
+FAMILIES = (
+    "topk",
+    "score",
+    "match",
+    "cluster",
+    "merge",
+    "sparse_attn",
+    "kv_pack",
+    "packed_attn",
+    "linear_attn",
+)
 # Rooms that may be included; the front ends' vocabulary in csrc itself is for everyone.
 ALLOWED = {family: {family, "attention", "common"} for family in FAMILIES} | {
     "common": {"common"},

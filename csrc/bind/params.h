@@ -3,6 +3,7 @@
 
 #include "cluster/params.h"
 #include "kv_pack/params.h"
+#include "linear_attn/params.h"
 #include "match/params.h"
 #include "merge/params.h"
 #include "packed_attn/params.h"

@@ -23,7 +23,7 @@ TESTS = ROOT / "tests"
 sys.path[1:1] = [str(TESTS / "fuzz"), str(TESTS), str(ROOT / "python"), str(ROOT)]
 
 # What the suite runs there, and the rehearsal; the wgmma kernel has a step of its own.
-SUITE = ("match", "merge", "topk", "score", "sparse_attn", "kv_pack", "packed_attn")
+SUITE = ("match", "merge", "topk", "score", "sparse_attn", "linear_attn", "kv_pack", "packed_attn")
 REHEARSED = ("sparse_attn/test_combine_states.py", "kv_pack/test_kv_unpack.py")
 
 

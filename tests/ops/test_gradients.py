@@ -48,7 +48,11 @@ def differentiable_calls() -> dict[str, tuple]:
         "biased_attention": (q, k, v, bias, True),
         "sparse_attention": (q, k, v, lists, None, bias, True, None, 3),
         "block_sparse_attention": (q, k, v, blocks, 2, 2, True, None, bias),
-    }
+        "linear_attention": (
+            q, k[:, :, :3].clone(), v[:, :, :3].clone(), floats(2, dtype=WIDE).abs(),
+            floats(2, 2, 4, 3, dtype=WIDE), 0.5, torch.tensor([[True, False, True]]),
+        ),
+    }  # fmt: skip
 
 
 def refused_calls() -> dict[str, tuple]:
@@ -111,11 +115,16 @@ def backward_calls() -> dict[str, tuple]:
     result["block_sparse_attention_backward"] = (
         (*grads, q, k, v, blocks, 2, 2, *state, False, None, bias, None)
     )  # fmt: skip
+    linear = calls["linear_attention"]
+    result["linear_attention_backward"] = (
+        floats(2, 4, 3, 3, dtype=WIDE), floats(2, 2, 4, 3, dtype=WIDE), *linear
+    )  # fmt: skip
     return result
 
 
 DIFFERENTIABLE, REFUSED = differentiable_calls(), refused_calls()
 CHOOSING, BACKWARD = choosing_calls(), backward_calls()
+CONSTANT = {("linear_attention", 3)}  # the decay: an argument of such an op without a gradient
 
 
 def float_arguments(calls: dict[str, tuple]) -> list[tuple[str, int, int | None]]:
@@ -147,7 +156,10 @@ def test_every_op_is_listed() -> None:
     assert names == {*DIFFERENTIABLE, *REFUSED, *CHOOSING, *BACKWARD}
 
 
-@pytest.mark.parametrize(("name", "place", "item"), float_arguments(DIFFERENTIABLE))
+@pytest.mark.parametrize(
+    ("name", "place", "item"),
+    [found for found in float_arguments(DIFFERENTIABLE) if found[:2] not in CONSTANT],
+)
 def test_gradients_are_right(name: str, place: int, item: int | None) -> None:
     args = needing(DIFFERENTIABLE[name], place, item)
 

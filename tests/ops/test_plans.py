@@ -85,6 +85,15 @@ def test_merge() -> None:
             check(plans, {"merge": batch, "unmerge": 1, "compose": 1})
 
 
+def test_linear_attention() -> None:
+    for batch, heads in shapes():
+        for dim in (1, 64, 128, 129, 256):
+            plans = _C.plan_linear_attention(batch, heads, dim, dim)
+            parts = batch * heads * -(-dim // 32)
+            check(plans, {"chunks": parts, "step": parts})
+            assert plans["chunks"]["shared_bytes"] <= 99 * 1024
+
+
 @pytest.mark.parametrize("is_float", [False, True])
 def test_attention(is_float: bool) -> None:
     heads = ((1, 1), (9, 3), (32, 1), (8, 8))

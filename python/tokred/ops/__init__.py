@@ -4,6 +4,8 @@ from .cluster import *
 from .cluster import __all__ as _cluster
 from .kv_pack import *
 from .kv_pack import __all__ as _kv_pack
+from .linear_attn import *
+from .linear_attn import __all__ as _linear_attn
 from .match import *
 from .match import __all__ as _match
 from .merge import *
@@ -17,4 +19,14 @@ from .sparse_attn import __all__ as _sparse_attn
 from .topk import *
 from .topk import __all__ as _topk
 
-__all__ = [*_cluster, *_kv_pack, *_match, *_merge, *_packed_attn, *_score, *_sparse_attn, *_topk]
+__all__ = [
+    *_cluster,
+    *_kv_pack,
+    *_linear_attn,
+    *_match,
+    *_merge,
+    *_packed_attn,
+    *_score,
+    *_sparse_attn,
+    *_topk,
+]
