@@ -1,7 +1,9 @@
 """Pooling over segments of tokens beside index_add, scatter_reduce and loops of torch.
 
 segment_pool: a cache of keys pooled by runs of unequal length, for every mode; segment_weights: the
-weights of the Gaussian kernel alone.
+weights of the Gaussian kernel alone; adjacent_runs: the runs themselves. forest_merge: the trees of
+a video of 32 frames, beside doubling of pointers (forest_roots) and index_add. ema_scan: beside the
+loop over tokens of torch.
 """
 
 from __future__ import annotations
@@ -108,8 +110,101 @@ def weights_case(dtype: str, device: str) -> Case:
                 examine=agreement(TOLERANCE[dtype]))  # fmt: skip
 
 
+def torch_runs(x: Tensor, threshold: float) -> Tensor:
+    unit = torch.nn.functional.normalize(x.float(), dim=-1)
+    joins = (unit[:, :-1] * unit[:, 1:]).sum(-1) >= threshold
+    return torch.nn.functional.pad((~joins).cumsum(1), (1, 0))
+
+
+def runs_case(dtype: str, device: str) -> Case:
+    batch, count, channels = SHAPE
+
+    def build() -> dict[str, Callable]:
+        x = tokens(SHAPE, dtype, device, "correlated")
+        return {
+            "tokred.adjacent_runs": lambda: tokred.adjacent_runs(x, 0.9).ids,
+            "torch": partial(torch_runs, x, 0.9),
+        }
+
+    def examine(outputs: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+        first, second = outputs.values()
+        apart = (first.diff(dim=1) != second.diff(dim=1)).float().mean().item()
+        if apart > 1e-3:
+            raise RuntimeError(f"{apart:.2%} of the boundaries differ")
+        return {}
+
+    moved = batch * count * (channels * DTYPES[dtype].itemsize + 16)
+    return Case("segments", "adjacent_runs", SHAPE, dtype, build, "correlated", bytes_moved=moved,
+                ceiling="read", examine=examine)  # fmt: skip
+
+
+FRAMES, FRAME_TOKENS, FRAME_CHANNELS = 32, 196, 1024
+
+
+def torch_forest(x: Tensor, parent: Tensor) -> Tensor:
+    position = torch.arange(parent.shape[1], device=x.device)
+    root = torch.where(parent < 0, position, parent).long()
+    for _ in range(FRAMES.bit_length()):
+        root = root.gather(1, root)
+    count = torch.zeros(parent.shape, device=x.device).scatter_add_(
+        1, root, torch.ones_like(x[..., 0]).float()
+    )
+    return torch_sums(x, root, parent.shape[1]) / count.clamp_min(1)[..., None].to(x.dtype)
+
+
+def forest_case(dtype: str, device: str) -> Case:
+    shape = (1, FRAMES * FRAME_TOKENS, FRAME_CHANNELS)
+
+    def build() -> dict[str, Callable]:
+        x = tokens(shape, dtype, device)
+        generator = torch.Generator().manual_seed(4)
+        above = torch.randint(0, FRAME_TOKENS, (1, shape[1]), generator=generator)
+        frame = torch.arange(shape[1]) // FRAME_TOKENS
+        joins = (torch.rand(1, shape[1], generator=generator) < 0.7) & (frame > 0)
+        parent = torch.where(joins, (frame - 1) * FRAME_TOKENS + above, -1).int().to(device)
+        return {
+            "tokred.forest_merge": partial(tokred.forest_merge, x, parent),
+            "torch": partial(torch_forest, x, parent),
+        }
+
+    moved = 2 * shape[1] * shape[2] * DTYPES[dtype].itemsize
+    return Case("segments", "forest_merge", shape, dtype, build, bytes_moved=moved, ceiling="copy",
+                examine=agreement(TOLERANCE[dtype]))  # fmt: skip
+
+
+SCAN_SHAPE = (4, 2048, 1024)
+
+
+def torch_scan(c: Tensor, p: Tensor) -> Tensor:
+    z = torch.zeros_like(c[:, 0], dtype=torch.float32)
+    out = torch.empty_like(c)
+    for i in range(c.shape[1]):
+        z = torch.lerp(z, c[:, i].float(), p[:, i, None])
+        out[:, i] = z
+    return out
+
+
+def scan_case(dtype: str, device: str) -> Case:
+    batch, count, channels = SCAN_SHAPE
+
+    def build() -> dict[str, Callable]:
+        c = tokens(SCAN_SHAPE, dtype, device)
+        p = torch.rand(batch, count, generator=torch.Generator().manual_seed(5)).to(device)
+        return {
+            "tokred.ema_scan": partial(tokred.ema_scan, c, p),
+            "torch loop": partial(torch_scan, c, p),
+        }
+
+    moved = 2 * batch * count * channels * DTYPES[dtype].itemsize
+    return Case("segments", "ema_scan", SCAN_SHAPE, dtype, build, bytes_moved=moved, ceiling="copy",
+                examine=agreement(TOLERANCE[dtype]))  # fmt: skip
+
+
 def cases(run: Run) -> Iterator[Case]:
     for dtype in run.dtypes():
         for mode in ("mean", "gaussian") if run.quick else ("mean", "amax", "gaussian"):
             yield pool_case(mode, dtype, run.device)
         yield weights_case(dtype, run.device)
+        yield runs_case(dtype, run.device)
+        yield forest_case(dtype, run.device)
+        yield scan_case(dtype, run.device)

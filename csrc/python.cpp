@@ -66,9 +66,15 @@ py::dict plans_of_kmeans(int64_t batch, int64_t tokens, int64_t clusters) {
                   "nearest"_a = describe(plan_nearest(batch, tokens)));
 }
 
+// The launch of ema_scan; its gradient adds that of compose, over its tokens.
+py::dict plans_of_ema_scan(int64_t batch, int64_t channels) {
+  return py::dict("ema_scan"_a = describe(plan_ema_scan(batch, channels)));
+}
+
 py::dict plans_of_merge(int64_t batch, int64_t tokens, int64_t num_out) {
   py::dict plans("merge"_a = describe(plan_merge(batch, num_out)),
                  "unmerge"_a = describe(plan_merge_rows(batch * tokens)),
+                 "items"_a = describe(plan_item_scan(batch)),
                  "compose"_a = describe(plan_compose(batch * tokens)));
   if (!lists_members_in_block(tokens)) {
     plans["list_members"] = describe(plan_list_members(batch, num_out));
@@ -250,6 +256,8 @@ PYBIND11_MODULE(_C, m) {
                             plan_assignment(batch, tall ? columns : rows, tall ? rows : columns)));
       },
       "batch"_a, "rows"_a, "columns"_a, "name -> {grid, block, shared_bytes}");
+  m.def("plan_ema_scan", &plans_of_ema_scan, "batch"_a, "channels"_a,
+        "name -> {grid, block, shared_bytes}");
   m.def("plan_merge", &plans_of_merge, "batch"_a, "tokens"_a, "num_out"_a,
         "name -> {grid, block, shared_bytes}");
   m.def(

@@ -8,11 +8,12 @@ namespace tokred {
 
 inline MergeMode parse_merge_mode(std::string_view name) {
   constexpr std::string_view kNames[] = {"sum",  "mean",  "plain_mean", "amax",
-                                         "amin", "prune", "maxnorm"};
-  for (int32_t i = 0; i < 7; ++i) {
+                                         "amin", "prune", "maxnorm",    "halving"};
+  for (int32_t i = 0; i < 8; ++i) {
     if (name == kNames[i]) return static_cast<MergeMode>(i);
   }
-  TOKRED_CHECK(false, "mode must be one of sum, mean, plain_mean, amax, amin, prune, maxnorm, ",
+  TOKRED_CHECK(false,
+               "mode must be one of sum, mean, plain_mean, amax, amin, prune, maxnorm, halving, ",
                "got '", std::string(name), "'");
   return MergeMode::sum;
 }

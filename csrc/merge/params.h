@@ -5,7 +5,7 @@
 
 namespace tokred {
 
-enum class MergeMode : int32_t { sum, mean, plain_mean, amax, amin, prune, maxnorm };
+enum class MergeMode : int32_t { sum, mean, plain_mean, amax, amin, prune, maxnorm, halving };
 
 // Slot o of item b holds the tokens i with token_map[b][i] == o, in ascending i. With w = weight
 // and s = size (1 where absent):
@@ -13,6 +13,8 @@ enum class MergeMode : int32_t { sum, mean, plain_mean, amax, amin, prune, maxno
 //   plain_mean  y = sum w x / sum w                  amax, amin: elementwise over members, NaN wins
 //   prune       y = x of the member of maximum w (lowest i on a tie; NaN below all)
 //   maxnorm     y = m / |m| * max |x_i| with m = sum w s x
+//   halving     y starts as the x that prune takes; (y + x_i) / 2 then replaces it, for every other
+//               member in ascending i
 // size_out = sum s. An empty slot, or one whose divisor is 0, has y = 0.
 // Entries of token_map outside [0, num_out) are skipped. Sums run in fp32 in ascending i.
 struct MergeParams {
@@ -89,5 +91,69 @@ struct ComposeParams {
   int32_t* out;                        // i32 [B, N] contiguous
   int64_t batch, tokens, num_out;      // num_out = M
 };
+
+// cosine[b][t] = cos(x[b][t-1], y[b][t]), norms clamped to kNormEps from below; 0 at t = 0 and
+// where t or t - 1 is masked. A token joins the run of the one before it where the cosine is at
+// least `threshold`, neither of both is masked or protected, and the run has fewer than max_length
+// tokens. Protected are the first num_sinks and the last num_locals of the tokens that mask leaves.
+struct AdjacentRunsParams {
+  const void* x;  // [B, N, C], channels contiguous
+  int64_t x_stride_batch, x_stride_token;
+  const void* y;  // [B, N, C], channels contiguous
+  int64_t y_stride_batch, y_stride_token;
+  const bool* mask;  // bool [B, N] or null
+  int64_t mask_stride_batch, mask_stride_token;
+  int32_t* ids;  // i32 [B, N] contiguous: the run of each token, masked -1
+  int32_t* start;  // i32 [B, N] contiguous: first tokens of runs, then -1
+  int32_t* length;  // i32 [B, N] contiguous: tokens of runs, then -1
+  int32_t* count;  // i32 [B]: runs
+  float* cosine;  // f32 [B, N] contiguous
+  int64_t batch, tokens, channels;
+  int64_t max_length, num_sinks, num_locals;  // at most N
+  float threshold;
+  DType dtype;
+};
+
+// The root of every token's tree, parents outside [0, N) being those of roots, and the number of
+// tokens whose parent it is. Tokens that a cycle holds, or that lead into one, have root -1.
+struct ForestRootsParams {
+  const int32_t* parent;  // i32 [B, N]
+  int64_t parent_stride_batch, parent_stride_token;
+  int32_t* root;  // i32 [B, N] contiguous
+  int32_t* children;  // i32 [B, N] contiguous
+  int32_t* scratch;  // i32 [B, N], of devices
+  int64_t batch, tokens;
+};
+
+// z_i = (1 - p_i) z_{i-1} + p_i c_i in Acc, from the initial state, or from 0 where that is null.
+// Rows from lengths[b] on are 0 and do not move the state.
+struct EmaScanParams {
+  const void* c;  // [B, M, C], channels contiguous
+  int64_t c_stride_batch, c_stride_token;
+  TokenTable p;  // Acc [B, M]
+  TokenTable state;  // Acc [B, C] or null
+  const int32_t* lengths;  // i32 [B] or null
+  int64_t lengths_stride;
+  void* z;  // [B, M, C] contiguous
+  void* state_out;  // Acc [B, C] contiguous: the last z of each row
+  int64_t batch, tokens, channels;  // M tokens
+  DType dtype;
+};
+
+// Gradients of EmaScanParams' function. With g_i the gradient that reaches z_i from all that
+// follows, that of c_i is p_i g_i and that of p_i is g_i . (c_i - z_{i-1}), z as it was rounded.
+struct EmaScanBackwardParams {
+  EmaScanParams forward;  // its results are not used
+  const void* z;  // [B, M, C], channels contiguous
+  int64_t z_stride_batch, z_stride_token;
+  const void* grad_z;  // [B, M, C], channels contiguous
+  int64_t grad_z_stride_batch, grad_z_stride_token;
+  TokenTable grad_state_out;  // Acc [B, C]
+  void* grad_c;  // [B, M, C] contiguous
+  void* grad_p;  // Acc [B, M] contiguous
+  void* grad_state;  // Acc [B, C] contiguous
+  void* partial;  // scratch Acc [B, slices, M]: grad_p by slices of channels,
+};  // of kEmaSliceChannels or more
+inline constexpr int64_t kEmaSliceChannels = 32;
 
 }  // namespace tokred

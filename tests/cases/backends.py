@@ -29,7 +29,7 @@ SIMT_LIBRARY = Path(
 
 # Their wrappers take more than the ops do.
 PACKED_OPS = ("kv_pack", "kv_unpack", "kv_append", "packed_attention", "packed_qk_score")
-POOLING_OPS = ("segment_pool", "segment_weights")
+POOLING_OPS = ("segment_pool", "segment_weights", "adjacent_runs", "forest_merge")
 
 
 def _wrapper_on_simt(op: str) -> Callable[..., Any]:

@@ -114,11 +114,12 @@ CALLS = (
     *(Call(f"merge, {mode}", ("merge_kernel",),
            lambda d, mode=mode: tokred.merge(draw((2, 70, 24), d), whole(22, (2, 70), d) - 1, 20,
                                              mode=mode))
-      for mode in ("mean", "amax", "maxnorm", "prune")),
+      for mode in ("mean", "amax", "maxnorm", "prune", "halving")),
     Call("merge, many tokens", ("list_members_kernel", "merge_kernel"),
          lambda d: tokred.merge(draw((1, 1500, 8), d), whole(700, (1, 1500), d), 700)),
     *(Call(f"merge_backward, {mode}", ("merge_backward_kernel", "zero_skipped_kernel"),
-           lambda d, mode=mode: _merge_gradients(d, mode)) for mode in ("mean", "amax", "maxnorm")),
+           lambda d, mode=mode: _merge_gradients(d, mode))
+      for mode in ("mean", "amax", "maxnorm", "halving")),
     Call("unmerge", ("unmerge_kernel",),
          lambda d: tokred.unmerge(draw((2, 20, 24), d), whole(22, (2, 70), d) - 1)),
     Call("compose", ("compose_kernel",),

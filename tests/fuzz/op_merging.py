@@ -12,7 +12,7 @@ from torch import Tensor
 
 import tokred
 
-MODES = ("sum", "mean", "plain_mean", "amax", "amin", "prune", "maxnorm")
+MODES = ("sum", "mean", "plain_mean", "amax", "amin", "prune", "maxnorm", "halving")
 _CHANNELS = (0, 1, 2, 3, 5, 8, 15, 16, 17, 31, 33, 64, 65, 100, 129, 300)
 
 
@@ -45,8 +45,14 @@ def _merged(x: Tensor, size: Tensor, weight: Tensor, mode: str) -> Tensor:
         return x.sum(0)
     if mode in ("amax", "amin"):
         return x.amax(0) if mode == "amax" else x.amin(0)
+    keeper = int(weight.nan_to_num(-torch.inf, torch.inf, -torch.inf).argmax())
     if mode == "prune":
-        return x[int(weight.nan_to_num(-torch.inf, torch.inf, -torch.inf).argmax())]
+        return x[keeper]
+    if mode == "halving":
+        folded = x[keeper]
+        for i in range(len(x)):
+            folded = folded if i == keeper else (folded + x[i]) / 2
+        return folded
     share = weight if mode in ("sum", "plain_mean") else weight * size
     total = share @ x
     if mode == "sum":

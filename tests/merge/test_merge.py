@@ -14,7 +14,7 @@ from cases.compare import assert_as_accurate, assert_bitwise_equal, assert_one_r
 from cases.inputs import FLOATS, generator, label, widened
 from cases.oracle import reference
 
-MODES = ("sum", "mean", "plain_mean", "amax", "amin", "prune", "maxnorm")
+MODES = ("sum", "mean", "plain_mean", "amax", "amin", "prune", "maxnorm", "halving")
 EXTREMES = torch.iinfo(torch.int32)
 
 
@@ -136,6 +136,44 @@ def test_prune_keeps_the_heaviest_and_the_first_of_several(backend: Backend) -> 
         assert y.flatten().tolist() == expected
     y, _ = backend.run("merge", x, token_map, 2, mode="prune")
     assert y.flatten().tolist() == [0, 3]
+
+
+def test_halving_is_the_fold_in_order_of_position(backend: Backend) -> None:
+    """HoliTom: h <- (h + x_i) / 2 for every dropped token i, h being the token that stays."""
+    rng = generator(4)
+    x, weight = torch.randn(1, 12, 5, generator=rng), torch.zeros(1, 12)
+    token_map = torch.tensor([[0, 1, 0, 0, -1, 1, 0, 2, 0, 9, 1, 0]], dtype=torch.int32)
+    kept = {0: 3, 1: 1, 2: 7}
+    weight[0, list(kept.values())] = 1
+    y, size = backend.run("merge", x, token_map, 4, None, weight, "halving")
+    for slot, keeper in kept.items():
+        h = x[0, keeper]
+        for i in range(12):
+            if token_map[0, i] == slot and i != keeper:
+                h = (h + x[0, i]) / 2
+        torch.testing.assert_close(y[0, slot], h)
+    assert (y[0, 3] == 0).all() and size.tolist() == [[6, 3, 1, 0]]
+    first, _ = backend.run("merge", x, token_map, 4, mode="halving")
+    torch.testing.assert_close(first[0, 1], ((x[0, 1] + x[0, 5]) / 2 + x[0, 10]) / 2)
+
+
+def test_a_discard_slot_is_dropped_by_all_three(backend: Backend) -> None:
+    """EMS merges what resembles no centre into a class that is thrown away: entry -1."""
+    x, token_map, *_ = Case(num_out=6).inputs()
+    zero_class = torch.where(token_map == 5, -1, token_map)
+    kept, size = backend.run("merge", x, zero_class, 5)
+    y, all_sizes = backend.run("merge", x, token_map, 6)
+    assert_bitwise_equal((kept, size), (y[:, :5], all_sizes[:, :5]))
+    dropped = (zero_class == -1).nonzero()
+    back = backend.run("unmerge", kept, zero_class)
+    assert len(dropped) and (back[dropped[:, 0], dropped[:, 1]] == 0).all()
+    second = torch.tensor([[0, -1, 1, 0, 2]], dtype=torch.int32).expand(2, 5)
+    both = backend.run("compose", second, zero_class)
+    assert ((both == -1) == ((zero_class == -1) | (zero_class == 1))).all()
+    sums, _ = backend.run("merge", x, zero_class, 5, mode="sum")
+    twice, _ = backend.run("merge", sums, second, 3, mode="sum")
+    once, _ = backend.run("merge", x, both, 3, mode="sum")
+    torch.testing.assert_close(twice, once)
 
 
 def test_equals_gather_and_scatter_reduce(backend: Backend) -> None:

@@ -128,7 +128,7 @@ def test_views_have_the_bits_of_their_copies(library: Any, op: str) -> None:
         modes = [args]
         if "merge" in op:
             modes = [tuple(mode if arg in ("mean", "maxnorm") else arg for arg in args)
-                     for mode in ("sum", "mean", "amax", "prune", "maxnorm")]  # fmt: skip
+                     for mode in ("sum", "mean", "amax", "prune", "maxnorm", "halving")]  # fmt: skip
         for args in modes:
             copies = call(
                 library, op, tuple(a.clone() if isinstance(a, Tensor) else a for a in args)

@@ -237,7 +237,7 @@ def test_refusals_under_compile(compiled: bool) -> None:
         assert_bitwise_equal(run(q.clone().requires_grad_(), k), function(q, k))
 
 
-@pytest.mark.parametrize("mode", ["sum", "mean", "plain_mean", "prune"])
+@pytest.mark.parametrize("mode", ["sum", "mean", "plain_mean", "prune", "halving"])
 def test_second_derivatives_of_linear_merges(mode: str) -> None:
     x, token_map, slots, size, weight, _ = DIFFERENTIABLE["merge"]
     leaf = x.clone().requires_grad_()

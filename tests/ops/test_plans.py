@@ -82,7 +82,12 @@ def test_merge() -> None:
         for num_out in {1, (tokens + 1) // 2, tokens}:
             plans = _C.plan_merge(batch, tokens, num_out)
             assert ("list_members" in plans) == (tokens > 1024)
-            check(plans, {"merge": batch, "unmerge": 1, "compose": 1})
+            check(plans, {"merge": batch, "unmerge": 1, "compose": 1, "items": batch})
+
+
+def test_ema_scan() -> None:
+    for batch, channels in shapes():
+        check(_C.plan_ema_scan(batch, channels), {"ema_scan": batch * -(-channels // 32)})
 
 
 def test_linear_attention() -> None:

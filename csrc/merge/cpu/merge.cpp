@@ -81,9 +81,25 @@ void write_extreme(const MergeParams& p, const Slot<T>& slot, T* y) {
   }
 }
 
+// The keeper, halved with every other member in turn: the last of them has weight 1/2.
+template <class T>
+void write_halves(const MergeParams& p, const Slot<T>& slot, T* y) {
+  const int64_t keeper = slot.heaviest();
+  const auto half = splat(Accumulator<T>(0.5));
+  for (int64_t c = 0; c < p.channels; c += kLanes) {
+    auto total = load_row(slot.x(keeper) + c, p.channels - c);
+    for (int64_t m = 0; m < slot.count; ++m) {
+      const int64_t token = slot.members[m];
+      if (token == keeper) continue;
+      total = fma(half, load_row(slot.x(token) + c, p.channels - c), half * total);
+    }
+    store_row(y + c, total, p.channels - c);
+  }
+}
+
 template <class T>
 void write_zeros(const MergeParams& p, T* y) {
-  for (int64_t c = 0; c < p.channels; ++c) from_float(Accumulator<T>(0), y[c]);
+  fill_zero(y, p.channels * static_cast<int64_t>(sizeof(T)));
 }
 
 // A mean over one member is that member, whatever its weight, unless the weight is no divisor.
@@ -116,6 +132,9 @@ void merge_slot(const MergeParams& p, const Slot<T>& slot, T* y, bool stream) {
     case MergeMode::amax: return write_extreme<T, true>(p, slot, y);
     case MergeMode::amin: return write_extreme<T, false>(p, slot, y);
     case MergeMode::prune: return copy_row(y, slot.x(slot.heaviest()), p.channels, stream);
+    case MergeMode::halving:
+      if (slot.count == 1) return copy_row(y, slot.x(only), p.channels, stream);
+      return write_halves(p, slot, y);
     case MergeMode::maxnorm: {
       const A norm = square_root(squared_norm_of_sum(p, slot));
       if (norm == A(0)) return write_zeros(p, y);

@@ -90,6 +90,22 @@ void prune_backward(const Slot<T>& slot, const Gradients<T>& grad, int64_t chann
   copy_bytes(grad.x(keeper), grad.grad_y, channels * static_cast<int64_t>(sizeof(T)));
 }
 
+// halving: the last member of all but the keeper has weight 1/2, the one before it 1/4, and the
+// keeper what the first of them has.
+template <class T>
+void halving_backward(const Slot<T>& slot, const Gradients<T>& grad, int64_t channels) {
+  using A = Accumulator<T>;
+  const int64_t keeper = slot.heaviest();
+  A share = A(1);
+  for (int64_t m = slot.count - 1; m >= 0; --m) {
+    const int64_t token = slot.members[m];
+    if (token == keeper) continue;
+    share *= A(0.5);
+    scale_into(grad.x(token), grad.grad_y, share, channels);
+  }
+  scale_into(grad.x(keeper), grad.grad_y, share, channels);
+}
+
 template <class T>
 TOKRED_INLINE Vec<Accumulator<T>> sum_of_members(const Slot<T>& slot, int64_t c, int64_t channels) {
   auto total = splat(Accumulator<T>(0));
@@ -152,6 +168,7 @@ void slot_backward(const Slot<T>& slot, const Gradients<T>& grad, int64_t channe
     case MergeMode::amax: return extreme_backward<T, true>(slot, grad, channels);
     case MergeMode::amin: return extreme_backward<T, false>(slot, grad, channels);
     case MergeMode::prune: return prune_backward(slot, grad, channels);
+    case MergeMode::halving: return halving_backward(slot, grad, channels);
     case MergeMode::maxnorm: return maxnorm_backward(slot, grad, channels);
   }
 }

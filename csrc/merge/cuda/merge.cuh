@@ -13,7 +13,8 @@ constexpr MergeKind kind_of(MergeMode mode) {
   switch (mode) {
     case MergeMode::amax:
     case MergeMode::amin:
-    case MergeMode::prune: return MergeKind::extreme;
+    case MergeMode::prune:
+    case MergeMode::halving: return MergeKind::extreme;
     case MergeMode::maxnorm: return MergeKind::maxnorm;
     default: return MergeKind::linear;
   }
@@ -96,6 +97,27 @@ __device__ __forceinline__ bool is_more_extreme(float v, float best, bool is_max
   return (is_max ? v > best : v < best) || v != v;
 }
 
+// The keeper, halved with every other member in turn: the last of them has weight 1/2.
+template <class T, int kWidth>
+__device__ __forceinline__ void merge_halves(const Slot& slot, T* y) {
+  using C = MergeConfig<T, kWidth>;
+  const int64_t channels = slot.p.channels, keeper = slot.heaviest();
+  for (int64_t c = 0; c < channels; c += C::RowPart::kChannels) {
+    typename C::RowPart first;
+    first.load(slot.x<T>(keeper), c, channels);
+    typename C::RowValues value;
+    value.fill([&](int n, int i) { return first.piece[n].get(i); });
+    for (int m = 0; m < slot.count; ++m) {
+      if (slot.members[m] == keeper) continue;
+      typename C::RowPart x;
+      x.load(slot.x<T>(slot.members[m]), c, channels);
+      value.fill(
+          [&](int n, int i) { return fmaf(0.5f, x.piece[n].get(i), 0.5f * value.at[n][i]); });
+    }
+    value.store(y, c, channels);
+  }
+}
+
 template <class T, int kWidth>
 __device__ __forceinline__ void merge_extreme(const Slot& slot, T* y) {
   using C = MergeConfig<T, kWidth>;
@@ -103,6 +125,7 @@ __device__ __forceinline__ void merge_extreme(const Slot& slot, T* y) {
   if (slot.p.mode == MergeMode::prune) {
     return copy_row<kWidth>(y, slot.x<T>(slot.heaviest()), channels);
   }
+  if (slot.p.mode == MergeMode::halving) return merge_halves<T, kWidth>(slot, y);
   const bool is_max = slot.p.mode == MergeMode::amax;
   for (int64_t c = 0; c < channels; c += C::RowPart::kChannels) {
     typename C::RowPart best;

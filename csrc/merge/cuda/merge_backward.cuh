@@ -135,6 +135,32 @@ __device__ __forceinline__ void prune_backward(const Slot& slot, const Gradients
   write_constant_factors(slot, grad);
 }
 
+// halving: the last member of all but the keeper has weight 1/2, the one before it 1/4, and the
+// keeper what the first of them has.
+template <class T, int kWidth>
+__device__ __forceinline__ void halving_backward(const Slot& slot, const Gradients& grad) {
+  using C = MergeConfig<T, kWidth>;
+  const int64_t channels = slot.p.channels, keeper = slot.heaviest();
+  for (int64_t c = 0; c < channels; c += C::RowPart::kChannels) {
+    typename C::RowPart g;
+    g.load(grad.y<T>(), c, channels);
+    const auto write = [&](int64_t token, float share) {
+      typename C::RowValues value;
+      value.fill([&](int n, int i) { return g.piece[n].get(i) * share; });
+      value.store(grad.x<T>(token), c, channels);
+    };
+    float share = 1.0f;
+#pragma unroll 1
+    for (int m = slot.count - 1; m >= 0; --m) {
+      if (slot.members[m] == keeper) continue;
+      share *= 0.5f;
+      write(slot.members[m], share);
+    }
+    write(keeper, share);
+  }
+  write_constant_factors(slot, grad);
+}
+
 // The gradients of one part of the members' rows; see maxnorm_backward.
 template <class T, int kWidth>
 __device__ __forceinline__ void maxnorm_part(const Slot& slot, const Gradients& grad, int64_t first,
@@ -218,6 +244,8 @@ __global__ void __launch_bounds__(kMergeThreads, kKind == MergeKind::linear ? 2 
       maxnorm_backward<T, kWidth>(slot, grad);
     } else if (p.forward.mode == MergeMode::prune) {
       prune_backward<T, kWidth>(slot, grad);
+    } else if (p.forward.mode == MergeMode::halving) {
+      halving_backward<T, kWidth>(slot, grad);
     } else {
       extreme_backward<T, kWidth>(slot, grad);
     }

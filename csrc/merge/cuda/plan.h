@@ -8,6 +8,8 @@ namespace tokred::cuda {
 inline constexpr int kMergeThreads = 256;
 inline constexpr int kMergeSlots = 16;           // slots of a block: two for each of its warps
 inline constexpr int64_t kFusedTokens = 1024;    // up to here every block lists its own members
+inline constexpr int kItemThreads = 512;         // of a block that walks along one item
+inline constexpr int kScanThreads = 512;         // 16 warps, each with 32 tokens of 32 channels
 inline constexpr int kListThreads = 512;
 inline constexpr int kListSlots = 1024;          // slots of a block that only lists members
 
@@ -42,6 +44,15 @@ constexpr LaunchPlan plan_merge_rows(int64_t rows) {
 // A thread for each entry. Example: B = 2, N = 577: 5 blocks.
 constexpr LaunchPlan plan_compose(int64_t entries) {
   return {{divide_up(entries, kMergeThreads), 1, 1}, kMergeThreads, 0};
+}
+
+// A block for each item, with a partial result per warp. Example: B = 32: 32 blocks.
+constexpr LaunchPlan plan_item_scan(int64_t batch) { return {{batch, 1, 1}, kItemThreads, 4 * 32}; }
+
+// A block for 32 channels of an item. Example: B = 4, C = 768: 4 * 24 = 96 blocks of 16 warps.
+constexpr LaunchPlan plan_ema_scan(int64_t batch, int64_t channels) {
+  constexpr int64_t kWarps = kScanThreads / 32;
+  return {{batch * divide_up(channels, 32), 1, 1}, kScanThreads, 4 * kWarps * (32 + 1)};
 }
 
 }  // namespace tokred::cuda

@@ -7,7 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["compose", "merge", "segment_pool", "segment_weights", "unmerge"]
+__all__ = [
+    "adjacent_runs",
+    "compose",
+    "ema_scan",
+    "forest_merge",
+    "forest_roots",
+    "merge",
+    "segment_pool",
+    "segment_weights",
+    "unmerge",
+]
 
 
 def _slots(token_map: Tensor, num_out: int) -> Tensor:
@@ -54,6 +64,18 @@ def _heaviest(x: Tensor, weight: Tensor, slots: Tensor, num_out: int) -> Tensor:
     return rows.gather(1, first.expand(-1, -1, x.shape[2]))
 
 
+def _halves(weight: Tensor, slots: Tensor, num_out: int) -> Tensor:
+    """What every token weighs in the fold of its slot: 1/2 for the last but the keeper."""
+    position = torch.arange(slots.shape[1], device=slots.device).expand_as(slots)
+    keeper = _heaviest(position[..., None].to(torch.float64), weight, slots, num_out)[..., 0]
+    keeper = _pick(keeper, slots)
+    count = _pick(_sum(torch.ones_like(weight), slots, num_out), slots)
+    rank = _rank(slots, num_out)
+    place = torch.where(position > keeper, rank, rank + 1)  # 1, 2, .. of those that are folded in
+    place = torch.where(position == keeper, 1, place)  # the keeper weighs what the first does
+    return torch.exp2(place - count).to(weight.dtype)
+
+
 def merge(
     x: Tensor,
     token_map: Tensor,
@@ -74,6 +96,8 @@ def merge(
         y = _extreme(values, slots, num_out, mode)
     elif mode == "prune":
         y = _heaviest(values, weight, slots, num_out)
+    elif mode == "halving":
+        y = _sum(_halves(weight, slots, num_out)[..., None] * values, slots, num_out)
     else:
         share = {"sum": weight, "plain_mean": weight}.get(mode, weight * size)[..., None]
         y = _sum(share * values, slots, num_out)
@@ -225,3 +249,89 @@ def segment_pool(
     reduce = {"mean": "plain_mean", "amax": "amax", "last": "prune"}.get(mode, "sum")
     y, _ = merge(tokens, rows.int(), num_out, None, factor, reduce)
     return y.reshape(*x.shape[:-2], num_out, x.shape[-1])
+
+
+def adjacent_runs(
+    x: Tensor,
+    threshold: float,
+    y: Tensor | None = None,
+    mask: Tensor | None = None,
+    max_length: int = 0,
+    num_sinks: int = 0,
+    num_locals: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See tokred.adjacent_runs."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    later = (x if y is None else y).to(dtype)
+    live = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device) if mask is None else mask
+    cosine = torch.zeros(x.shape[:-1], dtype=dtype, device=x.device)
+    unit = [torch.nn.functional.normalize(t, dim=-1, eps=1e-12) for t in (x.to(dtype), later)]
+    both = live[..., 1:] & live[..., :-1]
+    cosine[..., 1:] = (unit[0][..., :-1, :] * unit[1][..., 1:, :]).sum(-1).masked_fill(~both, 0)
+    tokens = x.shape[-2]
+    ids, start, length = (torch.full(x.shape[:-1], -1, dtype=torch.int32) for _ in range(3))
+    count = torch.zeros(x.shape[:-2], dtype=torch.int32)
+    folded = (x.shape[:-2].numel(), tokens)
+    rows = [t.reshape(folded) for t in (ids, start, length)]
+    for item, alive in enumerate(live.reshape(folded).cpu()):
+        places = alive.nonzero()[:, 0].tolist()
+        free = set(places[num_sinks : max(len(places) - num_locals, 0)])
+        joins = (cosine.reshape(folded)[item] >= threshold).tolist()
+        runs: list[list[int]] = []
+        for t in places:
+            joined = joins[t] and {t - 1, t} <= free and bool(runs) and runs[-1][-1] == t - 1
+            if joined and not 0 < max_length <= len(runs[-1]):
+                runs[-1].append(t)
+            else:
+                runs.append([t])
+        count.view(-1)[item] = len(runs)
+        for number, run in enumerate(runs):
+            rows[0][item, run] = number
+            rows[1][item, number], rows[2][item, number] = run[0], len(run)
+    ids, start, length = (t.reshape(x.shape[:-1]).to(x.device) for t in rows)
+    return ids, start, length, count.to(x.device), cosine
+
+
+def forest_roots(parent: Tensor) -> tuple[Tensor, Tensor]:
+    """See tokred.forest_roots; cycles get root -1."""
+    tokens = parent.shape[1]
+    is_root = (parent < 0) | (parent >= tokens)
+    position = torch.arange(tokens, device=parent.device).expand_as(parent)
+    above = torch.where(is_root, position, parent)
+    root = above
+    for _ in range(tokens.bit_length()):
+        root = root.gather(1, root)
+    children = torch.zeros_like(position).scatter_add(1, above, (~is_root).long())
+    root = torch.where(is_root.gather(1, root), root, -1)
+    return root.int(), children.int()
+
+
+def forest_merge(
+    x: Tensor, parent: Tensor, size: Tensor | None = None, reference_compat: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See tokred.forest_merge."""
+    root, children = forest_roots(parent)
+    if not reference_compat:
+        return *merge(x, root, x.shape[1], size), root
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    total, members = merge(x.to(dtype), root, x.shape[1], mode="sum")
+    divisor = torch.where(members > 0, 1 + children, 0).to(dtype)
+    return _divide(total, divisor[..., None]).to(x.dtype), divisor, root
+
+
+def ema_scan(
+    c: Tensor, p: Tensor, state: Tensor | None = None, lengths: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """See tokred.ema_scan."""
+    dtype = torch.promote_types(c.dtype, torch.float32)
+    batch, tokens, channels = c.shape
+    z = c.new_zeros(batch, channels, dtype=dtype) if state is None else state.to(dtype)
+    rows = [z.new_zeros(batch, 0, channels)]
+    for i in range(tokens):
+        counts = torch.ones(batch, 1, dtype=torch.bool, device=c.device)
+        if lengths is not None:
+            counts = (i < lengths)[:, None]
+        share = p[:, i, None].to(dtype)
+        z = torch.where(counts, (1 - share) * z + share * c[:, i].to(dtype), z)
+        rows.append(torch.where(counts, z, 0)[:, None])
+    return torch.cat(rows, 1).to(c.dtype), z

@@ -21,7 +21,7 @@ from ..symbolic import check_writable, known
 
 _ops = torch.ops.tokred
 
-LINEAR_MODES = ("sum", "mean", "plain_mean", "prune")
+LINEAR_MODES = ("sum", "mean", "plain_mean", "prune", "halving")
 
 
 def merge(
@@ -46,6 +46,8 @@ def merge(
     "prune"      x of the member of greatest w, the first on a tie; NaN weighs least
     "maxnorm"    m / |m| * max |x_i| with m = sum w s x: norm-preserving, after ToFu
                  (arXiv:2312.01026)
+    "halving"    starts with what "prune" takes, then y <- (y + x) / 2 for every other member in
+                 ascending order: the fold of HoliTom (arXiv:2505.21334), where the last weigh most
     ============ ===================================================================
 
     Entries of token_map outside [0, num_out) are skipped. An empty slot, or one whose divisor is 0,
@@ -67,7 +69,7 @@ def merge(
         y [B, num_out, C] in the dtype of x, and the merged size float32 [B, num_out] = sum s.
         Differentiable in x, size and weight; amax and amin share a gradient between tied members.
         Second derivatives exist in x alone, in the modes that are linear in it ("sum", "mean",
-        "plain_mean", "prune"); others raise a RuntimeError.
+        "plain_mean", "prune", "halving"); others raise a RuntimeError.
 
     Raises:
         RuntimeError: naming the argument whose shape, dtype, device or value does not fit.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from ..._library import check_tensor
 from ..registration import call, differentiable, once_differentiable
+from .folded import fold_table, fold_tokens
 
 _ops = torch.ops.tokred
 
@@ -66,7 +68,7 @@ def segment_pool(
         RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
         ValueError: both or neither of offsets and ids, or an argument that the mode does not take.
 
-    Complexity: O(N (C + log S)) per row; two reads of x in "gaussian", one in the others.
+    Complexity: O(N C + S C) per row; two reads of x in "gaussian", one in the others.
     """
     check_tensor("x", x)
     if mode not in POOL_MODES:
@@ -76,8 +78,8 @@ def segment_pool(
     if sigma is not None and mode != "gaussian":
         raise ValueError(f"sigma is for mode 'gaussian', and not for {mode!r}")
     rows, slots = _segments(offsets, ids, x.shape[-2], num_segments, x.shape[:-2])
-    tokens = _folded(x, "x")
-    factor = None if weight is None else _table(weight, "weight", x.shape[:-1])
+    tokens = fold_tokens(x, "x")
+    factor = None if weight is None else fold_table(weight, "weight", x.shape[:-1])
     if mode in ("amax", "last") and factor is not None:
         raise ValueError(f"weight must be None in mode {mode!r}")
     if mode in ("sqrt", "last"):
@@ -149,8 +151,8 @@ def segment_weights(
     if shape is None:
         raise ValueError("num_tokens must be given beside offsets, where x and weight are not")
     rows, slots = _segments(offsets, ids, shape[-1], num_segments, shape[:-1])
-    table = None if weight is None else _table(weight, "weight", shape)
-    tokens = None if x is None else _folded(x, "x")
+    table = None if weight is None else fold_table(weight, "weight", shape)
+    tokens = None if x is None else fold_tokens(x, "x")
     out = call(_ops.segment_weights.default, rows, slots, mode, table, tokens, sigma)
     return out.view(shape)
 
@@ -169,7 +171,7 @@ def _segments(
         check_tensor("ids", ids)
         if num_segments is None:
             raise ValueError("num_segments must be given beside ids")
-        return _table(ids, "ids", (*leading, tokens)), num_segments
+        return fold_table(ids, "ids", (*leading, tokens)), num_segments
     assert offsets is not None
     check_tensor("offsets", offsets)
     if offsets.dtype != torch.int32:
@@ -183,42 +185,11 @@ def _segments(
     if not shared and offsets.shape[:-1] != torch.Size(leading):
         want = [*leading, "S + 1"]
         raise ValueError(f"offsets must be {want} or [S + 1], got shape {list(offsets.shape)}")
-    positions = torch.arange(tokens, dtype=torch.int32, device=offsets.device)
-    if not shared:
-        positions = positions.expand(*leading, tokens).contiguous()
-    rows = torch.searchsorted(offsets.contiguous(), positions, right=True, out_int32=True) - 1
-    return rows.expand(*leading, tokens).reshape(_count(leading), tokens), slots
-
-
-def _count(leading: tuple[int, ...]) -> int:
-    count = 1
-    for size in leading:
-        count *= size
-    return count
-
-
-def _folded(x: Tensor, name: str) -> Tensor:
-    """x [..., N, C] as [B, N, C], the same memory."""
-    if x.dim() == 3:
-        return x
-    try:
-        return x.view(_count(x.shape[:-2]), *x.shape[-2:])
-    except RuntimeError:
-        raise ValueError(
-            f"the leading dimensions of {name} must fold into one without a copy, and those of "
-            f"shape {list(x.shape)} with strides {x.stride()} do not: call .contiguous() where the "
-            "copy is acceptable"
-        ) from None
-
-
-def _table(table: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
-    """A small table [..., N] as [B, N]."""
-    check_tensor(name, table)
-    if table.dim() == 2 and len(shape) == 2:
-        return table
-    if table.shape != torch.Size(shape):
-        raise ValueError(f"{name} must be {list(shape)}, got shape {list(table.shape)}")
-    return table.reshape(_count(shape[:-1]), shape[-1])
+    # A token's segment is the number of offsets up to its position, less one.
+    begins = offsets.new_zeros((*offsets.shape[:-1], tokens + 1))
+    begins.scatter_add_(-1, offsets.clamp(0, tokens).long(), torch.ones_like(offsets))
+    rows = begins[..., :tokens].cumsum(-1, dtype=torch.int32) - 1
+    return rows.expand(*leading, tokens).reshape(math.prod(leading), tokens), slots
 
 
 @torch.library.register_fake("tokred::segment_weights")
