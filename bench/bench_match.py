@@ -1,9 +1,9 @@
 """Bipartite matching beside its torch formulations, tomesd and flash-kmeans.
 
-match: the best partner of every row of a among the rows of b. plan: the whole ToMe plan with its
-class token, r = N / 4. threshold: a plan of every pair above a threshold. plan_2d: tomesd's plan,
-one destination in every 2x2 cell, half the tokens merged. assignment: exact one-to-one matching,
-beside scipy and, where it is installed, lapx.
+match: the best partner of every row of a among the rows of b; match_8: the eight best. plan: the
+whole ToMe plan with its class token, r = N / 4. threshold: a plan of every pair above a threshold.
+plan_2d: tomesd's plan, one destination in every 2x2 cell, half the tokens merged. assignment: exact
+one-to-one matching, beside scipy and, where it is installed, lapx.
 """
 
 from __future__ import annotations
@@ -86,6 +86,38 @@ def match_case(shape: tuple[int, ...], dtype: str, distribution: str, device: st
         flops=2 * batch * sources * destinations * channels,
         ceiling=f"gemm_{dtype}",
         examine=examine,
+    )
+
+
+def torch_many(a: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    a = a / a.norm(dim=-1, keepdim=True)
+    b = b / b.norm(dim=-1, keepdim=True)
+    score, index = (a @ b.transpose(-1, -2)).topk(k, dim=-1)
+    return score, index
+
+
+def many_case(shape: tuple[int, ...], k: int, dtype: str, device: str) -> Case:
+    batch, count, channels = shape
+    sources, destinations = (count + 1) // 2, count // 2
+
+    def build() -> dict[str, Callable]:
+        x = tokens(shape, dtype, device)
+        a, b = x[:, ::2], x[:, 1::2]
+        return {
+            "tokred.match": partial(tokred.match, a, b, k=k),
+            "torch": partial(torch_many, a, b, k),
+        }
+
+    return Case(
+        "match",
+        f"match_{k}",
+        shape,
+        dtype,
+        build,
+        bytes_moved=batch * (count * channels * DTYPES[dtype].itemsize + sources * 8 * k),
+        flops=2 * batch * sources * destinations * channels,
+        ceiling=f"gemm_{dtype}",
+        examine=agreement(TOLERANCE[dtype]),
     )
 
 
@@ -255,6 +287,7 @@ def cases(run: Run) -> Iterator[Case]:
     for dtype in run.dtypes()[:1] if run.quick else run.dtypes():
         for shape in shapes:
             yield plan_case(shape, dtype, "correlated", run.device)
+        yield many_case(shapes[0], 8, dtype, run.device)
         yield threshold_case(shapes[0], dtype, "correlated", run.device)
         if find_spec("tomesd"):
             yield plan_2d_case((2, 4096, 320), dtype, "randn", run.device)

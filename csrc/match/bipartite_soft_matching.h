@@ -57,6 +57,7 @@ std::pair<Tensor, Tensor> run_bipartite(BipartiteParams& p, const Tensor& metric
   p.order = parse_order(order);
   m.metric = Metric::cosine;
   m.band = -1;
+  m.k = 1;
   m.dtype = float_dtype(metric, "metric", false);
   check_dim(metric, "metric", 3, "[B, N, C]");
   TOKRED_CHECK(p.num_prefix >= 0, "num_prefix must be at least 0, got ", p.num_prefix);

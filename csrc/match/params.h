@@ -10,10 +10,12 @@ enum class Order : int32_t { tome, position };
 // score[b][i] = max_j s(i, j) and index[b][i] = the smallest such j, over the j with mask, with
 // |i - j| <= band (band < 0: no limit) and with s > -inf; NaN never wins. (-inf, -1) where no j is
 // left or a_i itself is skipped. s(i, j) = weight_a[i] * weight_b[j] * metric(a_i, b_j).
+// With k > 1 the k best such j in this order, then (-inf, -1).
 struct MatchParams : TokenPairs {
   int64_t band;
-  float* score;    // f32 [B, a.count]
-  int32_t* index;  // i32 [B, a.count], row number in b
+  int64_t k;
+  float* score;    // f32 [B, a.count, k]
+  int32_t* index;  // i32 [B, a.count, k], row number in b
   void* workspace;  // match_workspace(params) bytes
 };
 

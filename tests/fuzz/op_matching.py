@@ -56,6 +56,8 @@ def match(draw: Draw) -> Case:
             some[f"mask_{name}"] = draw.mask((batch, count))
         if draw.chance(0.3):
             some[f"weight_{name}"] = draw.floats((batch, count))
+    if draw.chance(0.4):
+        some["k"] = draw.choice([2, 3, 8, 16, columns + 2])
     check = _in_range(columns) if spoiled else lambda out: _check_match(some, out)
     extras = ("mask_a", "mask_b", "weight_a", "weight_b")
     return Case("match", some, check=check, batched=("a", "b", *extras), loose=extras)
@@ -64,6 +66,8 @@ def match(draw: Draw) -> Case:
 def _in_range(columns: int) -> Any:
     def check(out: Any) -> None:
         score, index = out
+        if (score.diff(dim=-1).nan_to_num() > 0).any() and score.dim() == 3:
+            raise Mismatch("the k best are not in order")
         if score.isnan().any() or ((index < -1) | (index >= columns)).any():
             raise Mismatch("a NaN score, or an index out of range")
 
@@ -87,20 +91,23 @@ def _check_match(some: dict[str, Any], out: Any) -> None:
         far = (torch.arange(rows)[:, None] - torch.arange(columns)).abs() > some["band"]
         hidden = hidden | far
     scores = scores.masked_fill(hidden, -math.inf)
-    best = torch.nn.functional.pad(scores, (0, 1), value=-math.inf).amax(-1)
-    score, index = out
+    k = some.get("k", 1)
+    best = torch.nn.functional.pad(scores, (0, k), value=-math.inf).topk(k).values
+    score, index = (t.unflatten(-1, (-1, 1)) if k == 1 else t for t in out)
     lonely = best == -math.inf
     if not torch.equal(index == -1, lonely) or not (score[lonely] == -math.inf).all():
         raise Mismatch("rows without a partner are others")
     if lonely.all():
         return
-    chosen = scores.gather(2, index.long().clamp(min=0)[..., None])[..., 0]
+    if (torch.where(index < 0, -1 - torch.arange(k), index).sort().values.diff() == 0).any():
+        raise Mismatch("a partner comes twice")
+    chosen = scores.gather(2, index.long().clamp(min=0))
     errors = [(x - best)[~lonely].abs().max().item() for x in (chosen, score.double())]
     if not max(errors) <= allowed + 1e-30:
         raise Mismatch(f"the chosen is off by {errors[0]:.3g}, its score by {errors[1]:.3g}, "
                        f"allowed {allowed:.3g}")  # fmt: skip
     if channels:
-        _check_ties(some, hidden, index)
+        _check_ties(some, hidden, index[..., 0])
 
 
 def _check_ties(some: dict[str, Any], hidden: Tensor, index: Tensor) -> None:

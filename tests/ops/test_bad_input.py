@@ -26,6 +26,7 @@ MATCH = [
     (tokred.match, (A, B), {"weight_b": torch.ones(2, 4)}, "weight_b must be"),
     (tokred.match, (A, B), {"metric": "manhattan"}, "metric must be one of"),
     (tokred.match, (A, B), {"band": -2}, "band must be"),
+    (tokred.match, (A, B), {"k": 0}, "k must be between 1"),
 ]
 
 M = torch.zeros(2, 6, 8)

@@ -5,6 +5,7 @@
 //
 // [64, 577, 64] in halves: 0.68 GFLOP over 9.5 MB, so the floor is the fp32 FMA rate: 3.4 ms at
 // 200 GFLOP/s. Converting and packing touch each element once per block of rows (< 5 %).
+#include "common/cpu/lanes.h"
 #include "common/cpu/parallel.h"
 #include "common/cpu/row.h"
 #include "common/cpu/workspace.h"
@@ -38,7 +39,7 @@ struct Columns {
 struct Scratch {
   float* panels;  // [block / 16][C][16] source rows, transposed
   float* converted;  // [kChunk][C] destinations as fp32
-  float* best;  // [block]
+  float* best;  // [block]; with k > 1 the last of the k best
   int32_t* index;  // [block]
   float* offset;  // [block] row term of l2
   float* weight;  // [block]
@@ -207,11 +208,53 @@ TOKRED_INLINE f32x16 inside_band(f32x16 score, int64_t row0, int64_t row, int64_
   return load(lane);
 }
 
+// The k best partners of a row, in their place among the results.
+struct BestList {
+  float* score;  // [k]
+  int32_t* index;  // [k]
+  int64_t k;
+
+  BestList(const MatchParams& p, int64_t item, int64_t row)
+      : score(p.score + (item * p.a.count + row) * p.k),
+        index(p.index + (item * p.a.count + row) * p.k), k(p.k) {}
+
+  void clear() {
+    for (int64_t i = 0; i < k; ++i) score[i] = -__builtin_inff();
+    for (int64_t i = 0; i < k; ++i) index[i] = -1;
+  }
+  // Rows come in ascending order, so that a new one ranks behind its equals. Returns the k-th
+  // score. + 0 makes -0 into +0, which compare equal.
+  float insert(float s, int32_t row) {
+    int64_t at = k - 1;
+    for (; at > 0 && s > score[at - 1]; --at) {
+      score[at] = score[at - 1];
+      index[at] = index[at - 1];
+    }
+    score[at] = s + 0.0f;
+    index[at] = row;
+    return score[k - 1];
+  }
+};
+
+// Puts a destination's scores for sixteen source rows into the lists of those that want it.
+TOKRED_INLINE void insert_scores(const MatchParams& p, const Scratch& s, int64_t item,
+                                 int64_t block_row0, int64_t i0, f32x16 score, int32_t row) {
+  uint32_t lanes = greater_lanes(score, load(s.best + i0));
+  if (!lanes) return;
+  float lane[kLanes];
+  store(lane, score);
+  for (; lanes; lanes &= lanes - 1) {
+    const int64_t i = i0 + __builtin_ctz(lanes);
+    if (block_row0 + i >= p.a.count) return;
+    s.best[i] = BestList(p, item, block_row0 + i).insert(lane[i - i0], row);
+  }
+}
+
 // Passes one chunk of destinations by one tile of source rows.
-template <bool kGeneral>
-TOKRED_INLINE void update_best(const MatchParams& p, const Scratch& s, int64_t block_row0,
-                               int64_t i0, const float* const* rows, const Columns& columns,
-                               int64_t column0, int64_t count) {
+template <bool kGeneral, bool kMany>
+TOKRED_INLINE void update_best(const MatchParams& p, const Scratch& s, int64_t item,
+                               int64_t block_row0, int64_t i0, const float* const* rows,
+                               const Columns& columns, int64_t column0, int64_t count) {
   f32x16 best[kPanels];
   i32x16 index[kPanels];
 #pragma GCC unroll 2
@@ -223,6 +266,7 @@ TOKRED_INLINE void update_best(const MatchParams& p, const Scratch& s, int64_t b
     const Tile tile = dot_tile(s.panels + i0 * p.channels, rows + t0, p.channels);
 #pragma GCC unroll 12
     for (int t = 0; t < kTokens; ++t) {
+      if (kMany && t0 + t >= count) break;
       // Past the end the last row comes again, which changes nothing.
       const int64_t j = column0 + (t0 + t < count ? t0 + t : count - 1);
       const i32x16 row = splat(columns.row[j]);
@@ -234,13 +278,17 @@ TOKRED_INLINE void update_best(const MatchParams& p, const Scratch& s, int64_t b
           score = (score + load(s.offset + i)) * (load(s.weight + i) * splat(columns.weight[j]));
           if (p.band >= 0) score = inside_band(score, block_row0 + i, columns.row[j], p.band);
         }
-        index[n] = select_greater(score, best[n], row, index[n]);
-        best[n] = select_greater(score, best[n], score, best[n]);
+        if constexpr (kMany) {
+          insert_scores(p, s, item, block_row0, i0 + n * kLanes, score, columns.row[j]);
+        } else {
+          index[n] = select_greater(score, best[n], row, index[n]);
+          best[n] = select_greater(score, best[n], score, best[n]);
+        }
       }
     }
   }
 #pragma GCC unroll 2
-  for (int n = 0; n < kPanels; ++n) {
+  for (int n = 0; !kMany && n < kPanels; ++n) {
     store(s.best + i0 + n * kLanes, best[n]);
     store(s.index + i0 + n * kLanes, index[n]);
   }
@@ -253,7 +301,8 @@ void match_block(const MatchParams& p, int64_t item, int64_t row0, int64_t block
   const int64_t rows_used = round_up(valid, kRowStep);
   for (int64_t i = 0; i < rows_used; i += kLanes) pack_panel<T>(p, item, row0, i, s);
   const Columns columns = columns_of(p, item);
-  const bool general = p.band >= 0 || p.a.weight || p.b.weight;
+  const bool many = p.k > 1, general = p.band >= 0 || p.a.weight || p.b.weight;
+  for (int64_t i = 0; many && i < valid; ++i) BestList(p, item, row0 + i).clear();
   for (int64_t j0 = 0; j0 < *columns.count; j0 += kChunk) {
     const int64_t count = *columns.count - j0 < kChunk ? *columns.count - j0 : kChunk;
     const float* rows[kChunk];
@@ -263,15 +312,21 @@ void match_block(const MatchParams& p, int64_t item, int64_t row0, int64_t block
       rows[t] = t < count ? as_floats(x, s.converted + t * p.channels, p.channels) : rows[t - 1];
     }
     for (int64_t i0 = 0; i0 < rows_used; i0 += kRowStep) {
-      if (general) {
-        update_best<true>(p, s, row0, i0, rows, columns, j0, count);
+      if (many) {
+        update_best<true, true>(p, s, item, row0, i0, rows, columns, j0, count);
+      } else if (general) {
+        update_best<true, false>(p, s, item, row0, i0, rows, columns, j0, count);
       } else {
-        update_best<false>(p, s, row0, i0, rows, columns, j0, count);
+        update_best<false, false>(p, s, item, row0, i0, rows, columns, j0, count);
       }
     }
   }
   for (int64_t i = 0; i < valid; ++i) {
     const int64_t position = row_position(p.a, item, row0 + i);
+    if (many) {
+      if (position < 0 || row_masked(p.a, item, position)) BestList(p, item, row0 + i).clear();
+      continue;
+    }
     // The weighted score already holds the row term of l2, which may be infinite: no match then.
     const float score = general ? s.best[i] : s.best[i] + s.offset[i];
     const bool found = position >= 0 && !row_masked(p.a, item, position) && s.index[i] >= 0 &&

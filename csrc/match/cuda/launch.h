@@ -14,7 +14,7 @@ inline bool has_aligned_rows(const TokenSet& set) {
 
 inline MatchShape shape_of(const MatchParams& p) {
   return {p.batch, p.a.count, p.dtype == DType::f32, has_aligned_rows(p.a) && has_aligned_rows(p.b),
-          p.band >= 0 || p.a.weight || p.b.weight};
+          p.band >= 0 || p.k > 1 || p.a.weight || p.b.weight};
 }
 
 }  // namespace tokred::cuda::matching

@@ -13,7 +13,11 @@ template <class Config>
 void launch_match(const MatchParams& p, Stream stream) {
   static_assert(sizeof(SimilarityShared<Config>) ==
                 similarity_shared_bytes(Config::kTiles, Config::kPlanes == 3, Config::kAsync));
-  launch(match_kernel<Config>, plan_match(shape_of(p)), stream, p);
+  const LaunchPlan plan = plan_match(shape_of(p));
+  if constexpr (Config::kGeneral) {
+    if (p.k > 1) return launch(match_many_kernel<Config>, plan, stream, p);
+  }
+  launch(match_kernel<Config>, plan, stream, p);
 }
 
 template <class T>

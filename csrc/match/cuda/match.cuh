@@ -46,8 +46,9 @@ struct RowMatcher : SimilarityRows<Config> {
                         int64_t row0)
       : Base(p, s, item, row0), p(p) {}
 
-  __device__ __forceinline__ void update(BestMatch<kRowTiles>& best, const Dots& dots,
-                                         int64_t column0) const {
+  // f(column, scores of this lane's rows) for its columns of a tile.
+  template <class F>
+  __device__ __forceinline__ void each_score(const Dots& dots, int64_t column0, F f) const {
     float scale[kRowTiles][2], add[kRowTiles][2], weight[kRowTiles][2];
 #pragma unroll
     for (int i = 0; i < 2 * kRowTiles; ++i) {
@@ -62,6 +63,7 @@ struct RowMatcher : SimilarityRows<Config> {
       for (int e = 0; e < 2; ++e) {
         const int column = 8 * j + lane_id() % 4 * 2 + e;
         const float column_scale = s.columns.scale[column], column_add = s.columns.add[column];
+        float scores[2 * kRowTiles];
 #pragma unroll
         for (int i = 0; i < 2 * kRowTiles; ++i) {
           const int tile = i / 2, half = i % 2;
@@ -73,13 +75,24 @@ struct RowMatcher : SimilarityRows<Config> {
             const int64_t distance = row0 + row_of(tile, half) - (column0 + column);
             if (p.band >= 0 && (distance > p.band || -distance > p.band)) score = -kInfinity;
           }
-          if (score > best.score[tile][half]) {
-            best.score[tile][half] = score;
-            best.index[tile][half] = static_cast<int>(column0) + column;
-          }
+          scores[i] = score;
         }
+        f(static_cast<int>(column0) + column, scores);
       }
     }
+  }
+
+  __device__ __forceinline__ void update(BestMatch<kRowTiles>& best, const Dots& dots,
+                                         int64_t column0) const {
+    each_score(dots, column0, [&](int column, const float (&scores)[2 * kRowTiles]) {
+#pragma unroll
+      for (int i = 0; i < 2 * kRowTiles; ++i) {
+        if (scores[i] > best.score[i / 2][i % 2]) {
+          best.score[i / 2][i % 2] = scores[i];
+          best.index[i / 2][i % 2] = column;
+        }
+      }
+    });
   }
 
   __device__ __forceinline__ void write(BestMatch<kRowTiles>& best) const {
@@ -107,17 +120,104 @@ struct RowMatcher : SimilarityRows<Config> {
     }
   }
 
-  __device__ __forceinline__ void run() {
+  // f(dots, column0) for the tiles of b that the rows may match.
+  template <class F>
+  __device__ __forceinline__ void sweep_band(F f) {
     int64_t begin = 0, end = p.b.count;
     if (Config::kGeneral && p.band >= 0) {
       begin = max(int64_t{0}, row0 - p.band) / kSimilarityColumns * kSimilarityColumns;
       end = min(end, row0 + Config::kRows + p.band);
     }
+    this->sweep(begin, end, f);
+  }
+
+  __device__ __forceinline__ void run() {
     BestMatch<kRowTiles> best;
     best.clear();
-    this->sweep(begin, end,
-                [&](const Dots& dots, int64_t column0) { update(best, dots, column0); });
+    sweep_band([&](const Dots& dots, int64_t column0) { update(best, dots, column0); });
     write(best);
+  }
+};
+
+// The k best partners of the same rows. Four neighbouring lanes see a row's scores; the first of
+// them keeps its list, in its place among the results, and all of them its k-th score. After the
+// first tiles few scores get past that.
+template <class Config>
+struct RowRanker : RowMatcher<Config> {
+  using Base = RowMatcher<Config>;
+  using Base::a, Base::p, Base::row0, Base::row_of;
+  using Base::kRowTiles;
+  using typename Base::Dots;
+  float last[2 * kRowTiles];  // the k-th score; inf where a row takes none
+
+  using Base::Base;
+
+  __device__ __forceinline__ int64_t list_of(int i) const {
+    return (a.item * p.a.count + row0 + row_of(i / 2, i % 2)) * p.k;
+  }
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < 2 * kRowTiles; ++i) {
+      const int64_t row = row0 + row_of(i / 2, i % 2);
+      const int64_t position = a.position(row);
+      last[i] = position >= 0 && !a.masked(position) ? -kInfinity : kInfinity;
+      if (row >= p.a.count) continue;
+      for (int64_t place = lane_id() % 4; place < p.k; place += 4) {
+        p.score[list_of(i) + place] = -kInfinity;
+        p.index[list_of(i) + place] = -1;
+      }
+    }
+    __syncwarp();
+  }
+
+  // Columns come in ascending order, so that a new one ranks behind its equals.
+  __device__ __forceinline__ float insert(int i, float score, int column) const {
+    float* scores = p.score + list_of(i);
+    int32_t* columns = p.index + list_of(i);
+    int64_t at = p.k - 1;
+    for (; at > 0 && score > scores[at - 1]; --at) {
+      scores[at] = scores[at - 1];
+      columns[at] = columns[at - 1];
+    }
+    scores[at] = score + 0.0f;  // + 0 makes -0 into +0
+    columns[at] = column;
+    return scores[p.k - 1];
+  }
+
+  // Two neighbouring columns of each of four lanes: of the first lane, then of the second, ..
+  __device__ __forceinline__ void rank(const float (&scores)[2][2 * kRowTiles], int column) {
+#pragma unroll
+    for (int i = 0; i < 2 * kRowTiles; ++i) {
+      const bool better = scores[0][i] > last[i] || scores[1][i] > last[i];
+      if (!__any_sync(kAllLanes, better)) continue;
+#pragma unroll 1
+      for (int n = 0; n < 8; ++n) {
+        const int source = lane_id() / 4 * 4 + n / 2;
+        const float even = __shfl_sync(kAllLanes, scores[0][i], source);
+        const float odd = __shfl_sync(kAllLanes, scores[1][i], source);
+        const float score = n % 2 ? odd : even;
+        float kth = last[i];
+        if (score > kth && lane_id() % 4 == 0) kth = insert(i, score, column + n);
+        last[i] = __shfl_sync(kAllLanes, kth, lane_id() / 4 * 4);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void run() {
+    clear();
+    this->sweep_band([&](const Dots& dots, int64_t column0) {
+      float scores[2][2 * kRowTiles];
+      this->each_score(dots, column0, [&](int column, const float (&some)[2 * kRowTiles]) {
+        const int e = column % 2;
+#pragma unroll
+        for (int i = 0; i < 2 * kRowTiles; ++i) {
+          if (e == 0) scores[0][i] = some[i];
+          if (e == 1) scores[1][i] = some[i];
+        }
+        if (e == 1) rank(scores, column - 1 - lane_id() % 4 * 2);
+      });
+    });
   }
 };
 
@@ -128,6 +228,16 @@ __global__ void __launch_bounds__(Config::kThreads)
   const int64_t tiles = (p.a.count + Config::kRows - 1) / Config::kRows;
   for (int64_t block = blockIdx.x; block < p.batch * tiles; block += gridDim.x) {
     RowMatcher<Config>(p, s, block / tiles, block % tiles * Config::kRows).run();
+  }
+}
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    match_many_kernel(const __grid_constant__ MatchParams p) {
+  auto& s = shared_memory<SimilarityShared<Config>>();
+  const int64_t tiles = (p.a.count + Config::kRows - 1) / Config::kRows;
+  for (int64_t block = blockIdx.x; block < p.batch * tiles; block += gridDim.x) {
+    RowRanker<Config>(p, s, block / tiles, block % tiles * Config::kRows).run();
   }
 }
 

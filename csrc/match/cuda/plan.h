@@ -20,7 +20,7 @@ struct MatchShape {
   int64_t batch, rows;  // of a
   bool is_float;  // fp32, else 16-bit
   bool aligned;  // all rows start at multiples of 16 bytes
-  bool general;  // weights or a band
+  bool general;  // weights, a band or k > 1
 
   constexpr bool async() const { return aligned && !is_float; }  // rows are copied asynchronously
 };

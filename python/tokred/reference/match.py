@@ -35,6 +35,7 @@ def match(
     weight_b: Tensor | None = None,
     metric: str = "cosine",
     band: int = -1,
+    k: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """See tokred.match. The score has the precision of the computation."""
     score = similarity(a, b, metric)
@@ -51,6 +52,10 @@ def match(
     if band >= 0:
         skipped = skipped | ((rows[:, None] - columns).abs() > band)
     score = score.masked_fill(skipped, -torch.inf)
+    if k > 1:
+        score = torch.nn.functional.pad(score, (0, k), value=-torch.inf)
+        best, order = (t[..., :k] for t in score.sort(dim=-1, descending=True, stable=True))
+        return best, order.masked_fill(best == -torch.inf, -1).int()
 
     nobody = score.new_full((*score.shape[:2], 1), -torch.inf)
     best = torch.cat([score, nobody], 2).amax(2)

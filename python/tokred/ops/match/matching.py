@@ -26,12 +26,16 @@ def match(
     weight_b: Tensor | None = None,
     metric: str = "cosine",
     band: int = -1,
+    k: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """The best partner in b of every row of a; the similarity matrix never exists in memory.
+    """The best partner in b of every row of a, or the k best; the similarity matrix never exists in memory.
 
     score[i] = max over j of weight_a[i] * weight_b[j] * metric(a_i, b_j), and index[i] is the
     lowest such j. Only pairs with both masks True and |i - j| <= band take part. A NaN score never
     wins. A row with no partner has score -inf and index -1.
+
+    With k > 1 the k best partners of a row stand in falling order, the lowest index first among
+    equals, and (-inf, -1) behind the last.
 
     The multiplicative weights are those of MCTF (arXiv:2403.10030), the band that of local merging;
     rows are normalised in float32 with norms of at least 1e-12, so a zero row has cosine 0.
@@ -44,17 +48,20 @@ def match(
         metric: "cosine", "dot", "l2" (negated squared distance) or "half_cosine"
             ((1 + cosine) / 2, never negative, so that weights keep its order).
         band: greatest |i - j|; -1 for no limit.
+        k: how many partners, at least 1; may exceed Nb.
 
     Returns:
-        score float32 [B, Na] and index int32 [B, Na]. Not differentiable: they never require grad.
-        Under autocast a and b are cast to the wider dtype of the two.
+        score float32 [B, Na] and index int32 [B, Na], or [B, Na, k] where k > 1. Not
+        differentiable: they never require grad. Under autocast a and b are cast to the wider dtype of the two.
 
     Raises:
         RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
 
-    Complexity: 2 B Na Nb C flops in one pass, O(B (Na + Nb) C) memory traffic.
+    Complexity: 2 B Na Nb C flops in one pass, O(B (Na + Nb) C) memory traffic. With k > 1 an
+        insertion into a sorted list for every partner that is among the k best so far: for rows in
+        random order about k log(Nb / k) of them.
     """
-    return choose(_ops.match.default, a, b, mask_a, mask_b, weight_a, weight_b, metric, band)
+    return choose(_ops.match.default, a, b, mask_a, mask_b, weight_a, weight_b, metric, band, k)
 
 
 def bipartite_soft_matching(
@@ -223,13 +230,14 @@ def _match_fake(
     weight_b: Tensor | None = None,
     metric: str = "cosine",
     band: int = -1,
+    k: int = 1,
 ) -> tuple[Tensor, Tensor]:
     torch._check(a.dim() == 3, lambda: f"a must be [B, Na, C], got {a.dim()}-D")
     torch._check(b.dim() == 3, lambda: f"b must be [B, Nb, C], got {b.dim()}-D")
     torch._check(a.shape[0] == b.shape[0], lambda: "b must have the batch size of a")
     torch._check(a.shape[2] == b.shape[2], lambda: "b must have the channels of a")
-    score = a.new_empty(a.shape[:2], dtype=torch.float32)
-    return score, a.new_empty(a.shape[:2], dtype=torch.int32)
+    shape = a.shape[:2] if k == 1 else (*a.shape[:2], k)
+    return a.new_empty(shape, dtype=torch.float32), a.new_empty(shape, dtype=torch.int32)
 
 
 @torch.library.register_fake("tokred::bipartite_soft_matching")
