@@ -28,7 +28,7 @@ def match(
     band: int = -1,
     k: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """The best partner in b of every row of a, or the k best; the similarity matrix never exists in memory.
+    """The best partner in b of every row of a, or the k best, without the similarity matrix.
 
     score[i] = max over j of weight_a[i] * weight_b[j] * metric(a_i, b_j), and index[i] is the
     lowest such j. Only pairs with both masks True and |i - j| <= band take part. A NaN score never
@@ -52,7 +52,8 @@ def match(
 
     Returns:
         score float32 [B, Na] and index int32 [B, Na], or [B, Na, k] where k > 1. Not
-        differentiable: they never require grad. Under autocast a and b are cast to the wider dtype of the two.
+        differentiable: they never require grad. Under autocast a and b are cast to the wider dtype
+        of the two.
 
     Raises:
         RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
