@@ -177,12 +177,15 @@ class DymuOptions(Options):
         if batch == 0:
             return None
         metric, threshold = call.mean_keys, self._at(call.layer)
-        _, counts = tokred.threshold_matching(metric, threshold, call.num_prefix)
-        r = tokens - int(counts.max())
+        token_map, counts = tokred.threshold_matching(metric, threshold, call.num_prefix)
+        fewest, most_left = torch.stack(counts.aminmax()).tolist()
+        r = tokens - most_left
         most = r if self.max_r is None else parse_r(call.num_layers, self.max_r)[call.layer]
         r = min(r, resolve(most, tokens, call.num_prefix))
         if r == 0:
             return None
+        if tokens - r == fewest:  # every image merges as many, so these are the links
+            return token_map, fewest
         return tokred.bipartite_soft_matching(metric, r, call.num_prefix), tokens - r
 
     def _at(self, layer: int) -> float:
