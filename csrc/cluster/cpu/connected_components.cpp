@@ -1,8 +1,8 @@
-// connected_components: the edges of the grid, a task a row; then union by smaller position, an item
-// a task, and one ascending pass that numbers the roots.
+// connected_components: the edges of the grid, a task a row; then union by smaller position, an
+// item a task, and one ascending pass that numbers the roots.
+#include "cluster/params.h"
 #include "common/cpu/parallel.h"
 #include "common/cpu/row.h"
-#include "cluster/params.h"
 
 namespace tokred::TOKRED_ISA {
 namespace {
@@ -102,9 +102,8 @@ void connected_components(const ConnectedComponentsParams& p, const Parallel& pa
       find_edges<T>(p, item, task % p.height, edges + item * tokens);
     });
   });
-  parallel_tasks(parallel, p.batch, [&](int64_t item, int64_t) {
-    label_item(p, item, edges + item * tokens);
-  });
+  parallel_tasks(parallel, p.batch,
+                 [&](int64_t item, int64_t) { label_item(p, item, edges + item * tokens); });
 }
 
 }  // namespace tokred::TOKRED_ISA

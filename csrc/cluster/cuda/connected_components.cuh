@@ -1,5 +1,6 @@
-// connected_components: a warp finds the edges of a token; a block unites the trees of an item under
-// their smallest positions with atomics, whose order never shows, and numbers the roots by a scan.
+// connected_components: a warp finds the edges of a token; a block unites the trees of an item
+// under their smallest positions with atomics, whose order never shows, and numbers the roots by a
+// scan.
 #pragma once
 
 #include "cluster/cuda/plan.h"
