@@ -2,7 +2,8 @@
 
 components: the patches of a screenshot that are nearly equal, beside torch's distances and scipy's
 search for components, which needs the CPU. kmeans: ten rounds from the same start, beside
-scikit-learn, which needs the CPU, and torch's distances.
+scikit-learn, which needs the CPU, and torch's distances. select: greedy selection beside loops in
+torch, by differences and by products, and torch-fps, from the same first token.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,7 +131,86 @@ def kmeans_case(shape: tuple[int, int, int], clusters: int, distribution: str, d
     )
 
 
+def torch_select(x: Tensor, k: int, products: bool) -> Tensor:
+    """Farthest points by l2 from token 0, all items at once."""
+    items = torch.arange(len(x), device=x.device)
+    picked = torch.zeros(len(x), k, dtype=torch.long, device=x.device)
+    nearest = x.new_full(x.shape[:2], torch.inf)
+    norm = x.square().sum(-1)
+    for i in range(1, k):
+        token = picked[:, i - 1]
+        row = x[items, token]
+        if products:
+            dot = torch.bmm(x, row[..., None])[..., 0]
+            apart = norm + norm[items, token][:, None] - 2 * dot
+        else:
+            apart = (x - row[:, None]).square().sum(-1)
+        nearest = torch.minimum(nearest, apart)
+        picked[:, i] = nearest.argmax(-1)
+    return picked
+
+
+def torch_facility(x: Tensor, k: int) -> Tensor:
+    """Facility location with the similarities stored."""
+    unit = torch.nn.functional.normalize(x, dim=-1)
+    similarity = unit @ unit.mT
+    covered = torch.zeros_like(similarity[..., 0])
+    items = torch.arange(len(x), device=x.device)
+    picked = torch.zeros(len(x), k, dtype=torch.long, device=x.device)
+    for i in range(k):
+        gain = (similarity - covered[..., None]).clamp_(min=0).sum(1)
+        picked[:, i] = gain.scatter_(1, picked[:, :i], -1).argmax(-1)
+        covered = torch.maximum(covered, similarity[items, picked[:, i]])
+    return picked
+
+
+def same_picks(outputs: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """How many first picks agree with the first candidate's; rounding may part them later."""
+    expected = next(iter(outputs.values())).long()
+    agree = {name: (out.long() == expected).cumprod(1).float() for name, out in outputs.items()}
+    if any(float(a[:, :4].min()) < 1 for a in agree.values()):
+        raise RuntimeError("the first four picks differ")
+    return {name: {"agreeing": float(a.mean())} for name, a in agree.items()}
+
+
+def select_case(shape: tuple[int, int, int], k: int, rule: str, device: str) -> Case:
+    batch, tokens, channels = shape
+
+    def build() -> dict[str, Callable]:
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+        if rule == "facility":
+            ours = partial(tokred.greedy_select, x, k, rule)
+            return {"tokred.greedy_select": ours, "torch": partial(torch_facility, x, k)}
+        candidates: dict[str, Callable] = {
+            "tokred.greedy_select": partial(tokred.greedy_select, x, k, metric="l2"),
+            "torch loop": partial(torch_select, x, k, False),
+            "torch loop, products": partial(torch_select, x, k, True),
+        }
+        if find_spec("torch_fps"):
+            import torch_fps
+
+            everything = torch.ones(batch, tokens, dtype=torch.bool, device=device)
+            fps = partial(torch_fps.farthest_point_sampling, x, everything, k)
+            candidates["torch-fps"] = fps
+        return candidates
+
+    return Case(
+        "cluster",
+        f"select {rule}",
+        (*shape, k),
+        "float32",
+        build,
+        flops=2 * batch * tokens * k * channels if rule == "kcenter" else 0,
+        ceiling="gemm_float32" if rule == "kcenter" else "",
+        examine=same_picks,
+    )
+
+
 def cases(run: Run) -> Iterator[Case]:
     yield components_case((4, 48, 86, 1176), run.device)
     yield kmeans_case((1, 65536, 64), 256, "randn", run.device)
     yield kmeans_case((16, 1024, 64), 64, "correlated", run.device)
+    yield select_case((16, 1024, 64), 256, "kcenter", run.device)
+    yield select_case((4, 576, 64), 64, "facility", run.device)
+    if not run.quick:
+        yield select_case((1, 65536, 64), 1024, "kcenter", run.device)

@@ -71,6 +71,15 @@ py::dict plans_of_ema_scan(int64_t batch, int64_t channels) {
   return py::dict("ema_scan"_a = describe(plan_ema_scan(batch, channels)));
 }
 
+// The launches of greedy_select, of every step where an item is in parts.
+py::dict plans_of_greedy(int64_t batch, int64_t tokens, int64_t channels) {
+  const int64_t parts = greedy_parts(tokens, channels);
+  return py::dict("prepare"_a = describe(plan_greedy_tokens(batch * tokens)),
+                  "pairs"_a = describe(plan_greedy_blocks(batch * tokens)),
+                  "select"_a = describe(plan_greedy_blocks(batch * parts)),
+                  "facility"_a = describe(plan_greedy_blocks(batch)));
+}
+
 py::dict plans_of_merge(int64_t batch, int64_t tokens, int64_t num_out) {
   py::dict plans("merge"_a = describe(plan_merge(batch, num_out)),
                  "unmerge"_a = describe(plan_merge_rows(batch * tokens)),
@@ -257,6 +266,8 @@ PYBIND11_MODULE(_C, m) {
       },
       "batch"_a, "rows"_a, "columns"_a, "name -> {grid, block, shared_bytes}");
   m.def("plan_ema_scan", &plans_of_ema_scan, "batch"_a, "channels"_a,
+        "name -> {grid, block, shared_bytes}");
+  m.def("plan_greedy_select", &plans_of_greedy, "batch"_a, "tokens"_a, "channels"_a,
         "name -> {grid, block, shared_bytes}");
   m.def("plan_merge", &plans_of_merge, "batch"_a, "tokens"_a, "num_out"_a,
         "name -> {grid, block, shared_bytes}");

@@ -228,6 +228,33 @@ inline const bool* token_mask(const OptionalTensor& mask, const char* name, int6
   return static_cast<const bool*>(mask->const_data_ptr());
 }
 
+// All tokens of x [B, N, C] as a set; callers narrow it to their rows.
+inline TokenSet token_set(const Tensor& x, const char* name, const OptionalTensor& mask,
+                          const char* mask_name, const OptionalTensor& weight,
+                          const char* weight_name) {
+  check_dim(x, name, 3, "[B, N, C]");
+  check_last_contiguous(x, name);
+  TOKRED_CHECK(x.size(1) <= std::numeric_limits<int32_t>::max(), name,
+               " may have at most 2^31 - 1 tokens, got ", x.size(1));
+  TokenSet set{};
+  set.data = x.const_data_ptr();
+  set.stride_batch = x.stride(0);
+  set.stride_token = x.stride(1);
+  set.tokens = set.count = x.size(1);
+  set.step = 1;
+  set.mask = token_mask(mask, mask_name, x.size(0), x.size(1), false, x, name,
+                        set.mask_stride_batch, set.mask_stride_token);
+  if (weight) {
+    check_shape(*weight, weight_name, {x.size(0), x.size(1)}, "[B, N]");
+    check_dtype(*weight, weight_name, ScalarType::Float);
+    check_same_device(*weight, weight_name, x, name);
+    set.weight = static_cast<const float*>(weight->const_data_ptr());
+    set.weight_stride_batch = weight->stride(0);
+    set.weight_stride_token = weight->stride(1);
+  }
+  return set;
+}
+
 // An optional per-token table [B, N] of the accumulator type of `like`.
 inline TokenTable token_table(const OptionalTensor& t, const char* name, const Tensor& like,
                               int64_t batch, int64_t tokens) {

@@ -62,4 +62,34 @@ inline constexpr int64_t kmeans_block(int64_t clusters) {
   return clusters > 32 ? 8 * clusters : 256;
 }
 
+enum class GreedyRule : int32_t { kcenter, maxsum, mmr, facility };
+enum class FirstPick : int32_t { rule, norm, isolated };
+
+// Picks k tokens of every item one after another, each the best one for those picked before (ties:
+// the lowest index), among the tokens that are neither masked nor picked and whose squared norm is
+// finite (in f32). With S the picked ones, w the weights (1 where absent), d the distance (cosine:
+// 1 - cos, l2: |a - b|, dot: -a . b) and s the similarity (cos, -|a - b|, a . b):
+//   kcenter   argmax_j w_j * min_S d(i, j)
+//   maxsum    argmax_j w_j * sum_S d(i, j)
+//   mmr       argmax_j trade_off * w_j - (1 - trade_off) * max_S s(i, j)
+//   facility  argmax_j w_j * sum_i max(0, s(i, j) - max(0, max_S s(i, .))); cosine and dot only
+// The first one is start[b], where that may be picked, or else by `first`:
+//   rule      the largest w_j; facility: as above
+//   norm      the largest norm
+//   isolated  argmax_j w_j * min_{i != j} d(i, j)
+// A token whose score is -inf or NaN is not picked; -1 fills what is left of k.
+struct GreedySelectParams {
+  TokenSet x;  // [B, N, C], its mask and its weights
+  const int32_t* start;  // i32 [B] or null
+  int64_t start_stride;
+  int64_t batch, channels, k;
+  DType dtype;
+  Metric metric;  // cosine, l2 or dot
+  GreedyRule rule;
+  FirstPick first;
+  float trade_off;
+  int32_t* indices;  // i32 [B, k]
+  void* workspace;  // greedy_select_workspace(params) bytes
+};
+
 }  // namespace tokred

@@ -2,39 +2,11 @@
 #pragma once
 
 #include <algorithm>
-#include <limits>
 
 #include "match/params.h"
 #include "tensor.h"
 
 namespace tokred {
-
-// All tokens of x [B, N, C] as a set; callers narrow it to their rows.
-inline TokenSet token_set(const Tensor& x, const char* name, const OptionalTensor& mask,
-                          const char* mask_name, const OptionalTensor& weight,
-                          const char* weight_name) {
-  check_dim(x, name, 3, "[B, N, C]");
-  check_last_contiguous(x, name);
-  TOKRED_CHECK(x.size(1) <= std::numeric_limits<int32_t>::max(), name,
-               " may have at most 2^31 - 1 tokens, got ", x.size(1));
-  TokenSet set{};
-  set.data = x.const_data_ptr();
-  set.stride_batch = x.stride(0);
-  set.stride_token = x.stride(1);
-  set.tokens = set.count = x.size(1);
-  set.step = 1;
-  set.mask = token_mask(mask, mask_name, x.size(0), x.size(1), false, x, name,
-                        set.mask_stride_batch, set.mask_stride_token);
-  if (weight) {
-    check_shape(*weight, weight_name, {x.size(0), x.size(1)}, "[B, N]");
-    check_dtype(*weight, weight_name, ScalarType::Float);
-    check_same_device(*weight, weight_name, x, name);
-    set.weight = static_cast<const float*>(weight->const_data_ptr());
-    set.weight_stride_batch = weight->stride(0);
-    set.weight_stride_token = weight->stride(1);
-  }
-  return set;
-}
 
 // score f32 [B, Na], index i32 [B, Na], with k > 1 [B, Na, k]; see MatchParams.
 template <class Backend>

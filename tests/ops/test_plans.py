@@ -77,6 +77,15 @@ def test_linear_assignment() -> None:
             check(_C.plan_linear_assignment(batch, rows, columns), {"assignment": batch})
 
 
+def test_greedy_select() -> None:
+    for batch, tokens, channels in shapes((1, 64, 1152)):
+        plans = _C.plan_greedy_select(batch, tokens, channels)
+        covered = {"prepare": -(-batch * tokens // 64), "pairs": batch * tokens, "select": batch}
+        check(plans, {name: min(blocks, 2**30) for name, blocks in covered.items()})
+        parts = plans["select"]["grid"][0] // batch
+        assert parts == 1 if tokens * channels <= 2**17 else parts <= 256
+
+
 def test_merge() -> None:
     for batch, tokens in shapes():
         for num_out in {1, (tokens + 1) // 2, tokens}:

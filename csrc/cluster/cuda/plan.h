@@ -47,4 +47,36 @@ constexpr LaunchPlan plan_cluster_items(int64_t batch) {
   return {{batch < kMaxBlocks ? batch : kMaxBlocks, 1, 1}, kRoundThreads, 0};
 }
 
+// greedy_select: eight lanes a token. A block has an item for all steps, or all items are split
+// into parts and every step is a launch.
+inline constexpr int kGreedyThreads = 512;
+inline constexpr int kGreedyLanes = 8;
+inline constexpr int kGreedyGroups = kGreedyThreads / kGreedyLanes;
+inline constexpr int64_t kGreedyItem = 1 << 17;  // numbers that a block passes over at every step
+inline constexpr int64_t kGreedyPart = 1 << 15;
+inline constexpr int64_t kMaxGreedyParts = 256;
+inline constexpr int64_t kGreedySharedBytes = 8 * 32;  // a best score and its token for each warp
+
+// Example: [16, 1024, 64]: 1. [1, 65536, 64]: 128 parts of 512 tokens.
+constexpr int64_t greedy_parts(int64_t tokens, int64_t channels) {
+  if (tokens * channels <= kGreedyItem) return 1;
+  const int64_t parts = divide_up(tokens * channels, kGreedyPart);
+  const int64_t most = tokens < kMaxGreedyParts ? tokens : kMaxGreedyParts;
+  return parts < most ? parts : most;
+}
+// A group of lanes a token. Example: [16, 1024, 64]: 256 blocks.
+constexpr LaunchPlan plan_greedy_tokens(int64_t tokens) {
+  const int64_t blocks = divide_up(tokens, kGreedyGroups);
+  return {{blocks < kMaxBlocks ? blocks : kMaxBlocks, 1, 1}, kGreedyThreads, 0};
+}
+// A block a token that is compared with all others, or a part of an item.
+constexpr LaunchPlan plan_greedy_blocks(int64_t blocks) {
+  return {{blocks < kMaxBlocks ? blocks : kMaxBlocks, 1, 1}, kGreedyThreads, kGreedySharedBytes};
+}
+
+// Three f32 and an i32 of every token, and the best of every part at two steps.
+constexpr int64_t greedy_scratch_bytes(int64_t batch, int64_t tokens, int64_t channels) {
+  return 16 * batch * tokens + 16 * batch * greedy_parts(tokens, channels);
+}
+
 }  // namespace tokred::cuda

@@ -40,12 +40,12 @@ TOKRED_INLINE void tile(const Acc* block, int64_t stride, const Acc* panels, int
   Vec<Acc> sum[kRows][kPanels];
 #pragma GCC unroll 16
   for (int row = 0; row < kRows; ++row) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int panel = 0; panel < kPanels; ++panel) sum[row][panel] = splat(Acc{0});
   }
   for (int64_t step = 0; step < steps; ++step) {
     Vec<Acc> lanes[kPanels];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int panel = 0; panel < kPanels; ++panel) {
       lanes[panel] = load(panels + panel * panel_stride + step * kLanes);
     }
@@ -53,7 +53,7 @@ TOKRED_INLINE void tile(const Acc* block, int64_t stride, const Acc* panels, int
     for (int row = 0; row < kRows; ++row) {
       const Vec<Acc> x = splat(kLayout == Layout::row_step ? block[row * stride + step]
                                                            : block[step * stride + row]);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int panel = 0; panel < kPanels; ++panel) {
         sum[row][panel] = fma(x, lanes[panel], sum[row][panel]);
       }
@@ -61,7 +61,7 @@ TOKRED_INLINE void tile(const Acc* block, int64_t stride, const Acc* panels, int
   }
 #pragma GCC unroll 16
   for (int row = 0; row < kRows; ++row) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int panel = 0; panel < kPanels; ++panel) emit(row, panel, sum[row][panel]);
   }
 }

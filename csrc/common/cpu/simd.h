@@ -174,6 +174,20 @@ TOKRED_INLINE f32x16 min(f32x16 a, f32x16 b) {
   });
 }
 #endif
+// Square roots, correctly rounded.
+TOKRED_INLINE f32x16 sqrt(f32x16 v) {
+  return map<f32x16>([&](int i) {
+#if defined(__AVX512F__)
+    return (f32x16::N)_mm512_sqrt_ps((__m512)v.r[i]);
+#elif defined(__AVX2__)
+    return (f32x16::N)_mm256_sqrt_ps((__m256)v.r[i]);
+#else
+    f32x16::N out;
+    for (int j = 0; j < f32x16::kWidth; ++j) out[j] = __builtin_sqrtf(v.r[i][j]);
+    return out;
+#endif
+  });
+}
 // x where v is a number, y where it is NaN.
 template <class T>
 TOKRED_INLINE Vec<T> select_number(Vec<T> v, Vec<T> x, Vec<T> y) {

@@ -1,6 +1,7 @@
-"""Grouping of tokens: components, and clusters."""
+"""Grouping of tokens, and tokens that stand for others."""
 
 from .connected_components import connected_components
+from .greedy_select import greedy_select
 from .kmeans import kmeans
 
-__all__ = ["connected_components", "kmeans"]
+__all__ = ["connected_components", "greedy_select", "kmeans"]
