@@ -12,7 +12,7 @@ from torch.nn import functional
 import tokred
 from cases.groups import check_in_a_model, groups_of, in_slots, tokens_of
 from cases.tiny_models import tiny_timm
-from tokred.methods.dymu import DymuOptions, batch_plan, calibrate
+from tokred.methods.dymu import Calibration, DymuOptions, batch_plan, calibrate
 from tokred.patching import LayerAttention, ReductionCall
 
 
@@ -104,6 +104,12 @@ def test_refusals() -> None:
         tokred.patch(tiny_timm(), "dymu", threshold=[0.5])
     with pytest.raises(ValueError, match="batches must hold at least one batch"):
         calibrate(tiny_timm(), [], 4)
+    with (
+        torch.no_grad(),
+        tokred.patch(tiny_timm(), "dymu", calibration=Calibration(4), prop_attn=False) as handle,
+        pytest.raises(ValueError, match="patch with prop_attn=True"),
+    ):
+        handle.model(torch.randn(2, 3, 48, 48))
     two = torch.nn.ModuleList([tiny_timm(), tiny_timm()])
     with pytest.raises(ValueError, match="the model has 2 encoders"):
         calibrate(two, [torch.randn(1, 3, 48, 48)], 4)

@@ -92,8 +92,6 @@ def merged(
     Args:
         mode, weight: of `tokred.merge`; sizes are counted in any case, and weigh in "mean" alone.
     """
-    from tokred.patching import Reduced
-
     x = call.tokens.contiguous()
     if weight is not None and x.dtype == torch.float64:
         weight = weight.double()
@@ -102,4 +100,4 @@ def merged(
         # Its direction is that of the sum of weight * size * x: this leaves the plain sum.
         weight = 1 / size if weight is None else weight / size
     y, new_size = tokred.merge(x, token_map, num_out, size, weight, mode)
-    return Reduced(y, new_size, token_map)
+    return call.reduced(y, new_size, token_map)

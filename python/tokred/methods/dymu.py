@@ -69,23 +69,39 @@ def batch_plan(
 
 
 @dataclass
-class _Calibration:
-    """A TokenReducer that merges r tokens an image on average, and notes the layers' thresholds."""
+class Calibration:
+    """Collects the thresholds of the layers at which r tokens of an image merge on average.
+
+    r is a schedule (tokred.schedule.parse_r); seen has the thresholds of every layer, one a batch.
+    For one thread.
+    """
 
     r: Schedule
-    adapters = ("timm", "transformers")
     seen: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def layers(self, num_layers: int) -> list[int]:
+        """The layers whose amount is not 0."""
         return [layer for layer, amount in enumerate(parse_r(num_layers, self.r)) if amount]
 
     def plan(self, call: ReductionCall) -> Reduction:
+        """batch_plan; images that have merged more are padded with tokens of size 0.
+
+        Raises:
+            ValueError: attention that does not leave tokens of size 0 out.
+        """
+        if not call.attends_by_size:
+            raise ValueError("calibration pads its batches: patch with prop_attn=True")
         batch, tokens, _ = call.tokens.shape
         live = None if call.size is None else call.size > 0
         r = resolve(parse_r(call.num_layers, self.r)[call.layer], tokens, call.num_prefix)
         token_map, counts, threshold = batch_plan(call.mean_keys, r * batch, call.num_prefix, live)
         self.seen.setdefault(call.layer, []).append(threshold)
         return token_map, int(counts.max())
+
+    def thresholds(self, num_layers: int) -> list[float]:
+        """The mean of every layer over the batches; 2, above every cosine, where it has none."""
+        means = {layer: torch.stack(seen).mean().item() for layer, seen in self.seen.items()}
+        return [means.get(layer, 2.0) for layer in range(num_layers)]
 
 
 @torch.no_grad()
@@ -112,21 +128,17 @@ def calibrate(
     Raises:
         ValueError: no batch, or a model with several encoders, which need one call each.
     """
-    from tokred.patching import Patch, Settings
-
-    counting = _Calibration(r)
-    # In proportion to sizes: padding has size 0, and gets no attention.
-    settings = Settings(prop_attn=True, num_prefix=num_prefix)
-    with Patch(model, counting, settings) as handle:
-        states = handle.states
-        if len(states) != 1:
-            raise ValueError(f"the model has {len(states)} encoders: calibrate one at a time")
+    calibration = Calibration(r)
+    with tokred.patch(model, "dymu", calibration=calibration, num_prefix=num_prefix) as handle:
+        if len(handle.states) != 1:
+            count = len(handle.states)
+            raise ValueError(f"the model has {count} encoders: calibrate one at a time")
         for batch in batches:
             model(batch) if run is None else run(model, batch)
-    if not counting.seen and counting.layers(states[0].num_layers):
+        num_layers = handle.states[0].num_layers
+    if not calibration.seen and calibration.layers(num_layers):
         raise ValueError("batches must hold at least one batch")
-    means = {layer: torch.stack(seen).mean().item() for layer, seen in counting.seen.items()}
-    return [means.get(layer, 2.0) for layer in range(states[0].num_layers)]
+    return calibration.thresholds(num_layers)
 
 
 @dataclass(frozen=True)
@@ -135,12 +147,14 @@ class DymuOptions(Options):
 
     threshold: links of a greater cosine merge; a number for every layer, or a list with one for
     each, as calibrate returns. max_r: a schedule (tokred.schedule.parse_r) of how many may merge at
-    most, half of the tokens where None. The number of tokens is read from the device once a layer,
+    most, half of the tokens where None. calibration: a Calibration, as calibrate makes it, which
+    then says what merges, and collects. The number of tokens is read from the device once a layer,
     so that the model cannot run under torch.compile or in a CUDA graph.
     """
 
     threshold: float | Sequence[float] = 0.9
     max_r: Schedule | None = None
+    calibration: Calibration | None = None
 
     adapters = ("timm", "transformers")
 
@@ -157,6 +171,8 @@ class DymuOptions(Options):
         Raises:
             ValueError: a list with another number of thresholds.
         """
+        if self.calibration is not None:
+            return self.calibration.layers(num_layers)
         if not isinstance(self.threshold, int | float) and len(self.threshold) != num_layers:
             raise ValueError(
                 f"threshold must have one number for each of {num_layers} layers, got "
@@ -173,6 +189,8 @@ class DymuOptions(Options):
         """
         if torch.compiler.is_compiling():
             raise RuntimeError("dymu merges by content, and cannot be compiled: its shapes differ")
+        if self.calibration is not None:
+            return self.calibration.plan(call)
         batch, tokens, _ = call.tokens.shape
         if batch == 0:
             return None

@@ -82,8 +82,6 @@ class TokenTransformingOptions(Options):
         return self._transformed(call, r) if r else None
 
     def _transformed(self, call: ReductionCall, r: int) -> Reduced:
-        from tokred.patching import Reduced
-
         prefix, x = call.tokens[:, : call.num_prefix], call.tokens[:, call.num_prefix :]
         seen = call.class_attention() if call.num_prefix else call.received_attention()
         _, chosen = tokred.topk(
@@ -103,7 +101,7 @@ class TokenTransformingOptions(Options):
             call.features[..., :1].contiguous(), token_map, call.num_prefix + rows.shape[1],
             None if call.size is None else call.size.float(),
         )  # fmt: skip
-        return Reduced(torch.cat([prefix, mixed], 1), sizes.to(_wide(x)), token_map)
+        return call.reduced(torch.cat([prefix, mixed], 1), sizes.to(_wide(x)), token_map)
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -169,6 +169,10 @@ class ReductionCall:
         assert self.size is not None
         return _single(self.size)
 
+    def reduced(self, tokens: Tensor, size: Tensor, token_map: Tensor) -> Reduced:
+        """What `plan` returns where the method has made the new tokens itself, see Reduced."""
+        return Reduced(tokens, size, token_map)
+
     def _heads(self, name: str) -> Tensor:
         if self.attention is None or name not in self.attention.projections:
             raise ValueError(f"these layers do not offer {name}: only their tokens are known here")
