@@ -29,8 +29,8 @@ template <class Acc>
 struct Buffers {
   Acc* keys;      // [kChunk / 16][D][16]
   Acc* decayed;   // [kChunk][D], keys as they enter the state
-  Acc* queries;   // [kChunk][D]
-  Acc* left;      // [kChunk][D + kChunk]: decayed queries, weights of the chunk's keys
+  Acc* queries;   // [16][D], and
+  Acc* left;      // [16][D + kChunk]: decayed queries, weights of the chunk's keys
   Acc* right;     // [panels][D + kChunk][16]: the state, values of the chunk's keys
   Acc* sums;      // [kChunk][panels][16], where there are several key heads
   Acc* pairs;     // [kChunk][kChunk]: w(t_r - t_c), where there is a mask
@@ -39,8 +39,8 @@ struct Buffers {
     const int64_t steps = p.head_dim + kChunk;
     keys = w.allocate<Acc>(kChunk * p.head_dim);
     decayed = w.allocate<Acc>(kChunk * p.head_dim);
-    queries = w.allocate<Acc>(kChunk * p.head_dim);
-    left = w.allocate<Acc>(kChunk * steps);
+    queries = w.allocate<Acc>(kLanes * p.head_dim);
+    left = w.allocate<Acc>(kLanes * steps);
     right = w.allocate<Acc>(panels * steps * kLanes);
     sums = w.allocate<Acc>(p.key_group > 1 ? kChunk * panels * kLanes : 0);
     pairs = w.allocate<Acc>(p.mask ? kChunk * kChunk : 0);
@@ -57,6 +57,14 @@ TOKRED_INLINE T* row_of(const void* data, int64_t stride_batch, int64_t stride_h
                         int64_t stride_token, int64_t batch, int64_t head, int64_t row) {
   return static_cast<T*>(const_cast<void*>(data)) + batch * stride_batch + head * stride_head +
          row * stride_token;
+}
+
+// `to` = factor * a row.
+template <class T, class Acc>
+TOKRED_INLINE void scale_row(const T* from, int64_t dim, Acc factor, Acc* to) {
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) store(to + d, load_as(from + d) * splat(factor));
+  for (; d < dim; ++d) to[d] = to_float(from[d]) * factor;
 }
 
 // A slice of the value dimensions of one head.
@@ -125,7 +133,6 @@ struct Head {
       for (int64_t share = 0; share < p.key_group; ++share) {
         load_keys(share, row, count);
         for (int64_t query = 0; query < p.query_group; ++query) {
-          load_queries(query, row, count);
           if (share == 0) {
             weigh_and_add<true>(share, query, row, count);
           } else {
@@ -189,14 +196,14 @@ struct Head {
         if (hidden(first + i)) {
           for (int64_t d = 0; d < p.head_dim; ++d) to[d] = 0;
         } else {
-          scale_row(key_row<T>(p.k, batch, key_head, row + first + i), static_cast<Acc>(p.scale_k),
-                    to);
+          scale_row(key_row<T>(p.k, batch, key_head, row + first + i), p.head_dim,
+                    static_cast<Acc>(p.scale_k), to);
         }
       }
       transpose(rows, kLanes, p.head_dim, b.keys + first * p.head_dim);
       for (int64_t i = first; i < min(first + kLanes, count); ++i) {
         Acc* key = b.decayed + i * p.head_dim;
-        scale_row(key, weight[total - clock[i]], key);
+        scale_row(key, p.head_dim, weight[total - clock[i]], key);
       }
     }
     Vec<Acc> wrong = splat(Acc{0});
@@ -213,18 +220,12 @@ struct Head {
     finite = sum(wrong) == 0;
   }
 
-  template <class From>
-  void scale_row(const From* from, Acc factor, Acc* to) const {
-    int64_t d = 0;
-    for (; d + kLanes <= p.head_dim; d += kLanes) store(to + d, load_as(from + d) * splat(factor));
-    for (; d < p.head_dim; ++d) to[d] = to_float(from[d]) * factor;
-  }
-
-  void load_queries(int64_t query, int64_t row, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) {
-      const T* from = q_row(query, row + i);
-      scale_row(from, static_cast<Acc>(p.scale_q), b.queries + i * p.head_dim);
-      scale_row(from, static_cast<Acc>(p.scale_q) * weight[clock[i]], b.left + i * steps);
+  void load_queries(int64_t query, int64_t row, int64_t first, int64_t rows) {
+    for (int64_t i = 0; i < rows; ++i) {
+      const T* from = q_row(query, row + first + i);
+      scale_row(from, p.head_dim, static_cast<Acc>(p.scale_q), b.queries + i * p.head_dim);
+      scale_row(from, p.head_dim, static_cast<Acc>(p.scale_q) * weight[clock[first + i]],
+                b.left + i * steps);
     }
   }
 
@@ -233,13 +234,14 @@ struct Head {
   void weigh_and_add(int64_t share, int64_t query, int64_t row, int64_t count) {
     for (int64_t first = 0; first < count; first += kLanes) {
       const int64_t rows = min(int64_t{kLanes}, count - first);
+      load_queries(query, row, first, rows);
       weigh(first, rows);
       if (finite) {
-        add<kWithState>(share, query, row, first, rows, first + kLanes);
+        add<kWithState>(share, query, row, first, 0, rows, first + kLanes);
       } else {
         // 0 times an infinity of a later row would be NaN.
-        for (int64_t i = first; i < first + rows; ++i) {
-          add<kWithState>(share, query, row, i, 1, i + 1);
+        for (int64_t i = 0; i < rows; ++i) {
+          add<kWithState>(share, query, row, first, i, 1, first + i + 1);
         }
       }
     }
@@ -248,27 +250,28 @@ struct Head {
   void weigh(int64_t first, int64_t rows) {
     const int64_t key_panels = first / kLanes + 1;
     for (int64_t panel = 0; panel < key_panels; panel += kTilePanels<Acc>) {
-      multiply<Layout::row_step>(b.queries + first * p.head_dim, p.head_dim, rows,
-                                 b.keys + panel * p.head_dim * kLanes, p.head_dim * kLanes,
-                                 min(int64_t{kTilePanels<Acc>}, key_panels - panel), p.head_dim,
-                                 [&](int64_t i, int tile_panel, Vec<Acc> dot) {
-                                   const int64_t key = (panel + tile_panel) * kLanes;
-                                   const Vec<Acc> age = load(weights_of(first + i) + key);
-                                   store(b.left + (first + i) * steps + p.head_dim + key,
-                                         select_equal(age, Acc{0}, age, dot * age));
-                                 });
+      multiply<Layout::row_step>(
+          b.queries, p.head_dim, rows, b.keys + panel * p.head_dim * kLanes, p.head_dim * kLanes,
+          min(int64_t{kTilePanels<Acc>}, key_panels - panel), p.head_dim,
+          [&](int64_t i, int tile_panel, Vec<Acc> dot) {
+            const int64_t key = (panel + tile_panel) * kLanes;
+            const Vec<Acc> age = load(weights_of(first + i) + key);
+            store(b.left + i * steps + p.head_dim + key, select_equal(age, Acc{0}, age, dot * age));
+          });
     }
   }
 
+  // Of the rows first + begin .. of the chunk, over its first `keys` keys.
   template <bool kWithState>
-  void add(int64_t share, int64_t query, int64_t row, int64_t first, int64_t rows, int64_t keys) {
+  void add(int64_t share, int64_t query, int64_t row, int64_t first, int64_t begin, int64_t rows,
+           int64_t keys) {
     const int64_t skip = kWithState ? 0 : p.head_dim;
     for (int64_t panel = 0; panel < panels; panel += kTilePanels<Acc>) {
       multiply<Layout::row_step>(
-          b.left + first * steps + skip, steps, rows, right(panel, skip), steps * kLanes,
+          b.left + begin * steps + skip, steps, rows, right(panel, skip), steps * kLanes,
           min(int64_t{kTilePanels<Acc>}, panels - panel), p.head_dim + keys - skip,
           [&](int64_t i, int tile_panel, Vec<Acc> sum) {
-            const int64_t at = panel + tile_panel, local = first + i;
+            const int64_t at = panel + tile_panel, local = first + begin + i;
             if (p.key_group > 1) {
               Acc* sums = b.sums + (local * panels + at) * kLanes;
               if (!kWithState) sum = load(sums) + sum;
