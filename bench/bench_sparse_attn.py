@@ -3,6 +3,7 @@
 biased: one f32 bias per key, as proportional attention needs; SDPA takes it as an additive mask,
 broadcast or written out. SDPA without a mask does less work: a floor, not a peer. plain: no bias
 on either side. backward: the gradients of q, k and v alone. causal_gqa: 32 query heads on 8.
+unmerged: 729 positions of 192 tokens, as DyMU makes them of an image, rotated and causal.
 """
 
 from __future__ import annotations
@@ -168,12 +169,76 @@ def backward_case(shape: Shape, dtype: str, device: str) -> Case:
     )
 
 
+@dataclass(frozen=True)
+class Merged:
+    """Positions of a decoder's visual tokens, most of which share one."""
+
+    heads: int
+    positions: int
+    tokens: int
+    head_dim: int
+
+
+DYMU = Merged(28, 729, 192, 128)
+
+
+def expanded(
+    q: Tensor, k: Tensor, v: Tensor, token_map: Tensor, cos: Tensor, sin: Tensor
+) -> Tensor:
+    """index_select, rotation, SDPA, mean."""
+    rows = token_map[0].long()
+
+    def rotate(x: Tensor) -> Tensor:
+        left, right = x.index_select(2, rows).chunk(2, -1)
+        return torch.cat((left * cos - right * sin, right * cos + left * sin), -1)
+
+    attended = F.scaled_dot_product_attention(
+        rotate(q), rotate(k), v.index_select(2, rows), is_causal=True
+    )
+    count = torch.bincount(rows, minlength=q.shape[2]).clamp(min=1)[:, None]
+    return torch.zeros_like(q).index_add(2, rows, attended) / count
+
+
+def unmerged_case(shape: Merged, dtype: str, device: str) -> Case:
+    def build() -> dict[str, Callable]:
+        generator = torch.Generator().manual_seed(0)
+        size = (1, shape.heads, shape.tokens, shape.head_dim)
+        q, k, v = (
+            torch.randn(size, generator=generator).to(device, DTYPES[dtype]) for _ in range(3)
+        )
+        token_map = torch.randint(0, shape.tokens, (1, shape.positions), generator=generator)
+        inverse = 1e-6 ** (torch.arange(0, shape.head_dim, 2) / shape.head_dim)
+        angles = torch.arange(shape.positions)[None, :, None] * inverse
+        inputs = (q, k, v, token_map.int().to(device))
+        tables = (angles.cos().to(device), angles.sin().to(device))
+        halves = [t.to(DTYPES[dtype]) for t in tables]
+        return {
+            "tokred.unmerged_attention": partial(tokred.unmerged_attention, *inputs, *tables),
+            "expanded, SDPA": partial(expanded, *inputs, *halves),
+        }
+
+    pairs = shape.heads * shape.positions**2 // 2
+    return Case(
+        "sparse_attn",
+        "unmerged",
+        (shape.heads, shape.positions, shape.tokens, shape.head_dim),
+        dtype,
+        build,
+        bytes_moved=4 * shape.heads * shape.tokens * shape.head_dim * DTYPES[dtype].itemsize,
+        flops=2 * (pairs + shape.heads * shape.tokens**2) * shape.head_dim,
+        ceiling="gemm_float32",
+        examine=agreement(TOLERANCE[dtype]),
+    )
+
+
 def cases(run: Run) -> Iterator[Case]:
     for dtype in run.dtypes():
         yield biased_case(DINOV2, dtype, run.device)
     yield plain_case(DINOV2, "float32", run.device)
     yield backward_case(DINOV2, "float32", run.device)
     yield plain_case(DECODER, "float32", run.device, causal=True)
+    for dtype in run.dtypes():
+        yield unmerged_case(DYMU, dtype, run.device)
     if run.quick:
         return
     for dtype in run.dtypes():

@@ -17,6 +17,7 @@
 #include "merge/cuda/plan.h"
 #include "packed_attn/cuda/plan.h"
 #include "score/cuda/plan.h"
+#include "sparse_attn/cuda/plan_unmerged.h"
 #include "topk/cuda/plan.h"
 
 extern "C" const char* tokred_cpu_isa();
@@ -329,6 +330,16 @@ PYBIND11_MODULE(_C, m) {
       "group_size"_a = 16, "is_float"_a = false,
       "Of one launch each: plans (name -> {grid, block, shared_bytes}), items and "
       "workspace_bytes.");
+  m.def(
+      "plan_unmerged_attention",
+      [](int64_t batch, int64_t heads, int64_t positions, int64_t tokens, int64_t head_dim) {
+        return py::dict("rows"_a = describe(plan_unmerged_attention(
+                            batch * heads, positions, unmerged_dim(head_dim, head_dim))),
+                        "list_queries"_a = describe(plan_list_queries(batch)),
+                        "mean"_a = describe(plan_mean_of_queries(batch * heads * tokens)));
+      },
+      "batch"_a, "heads"_a, "positions"_a, "tokens"_a, "head_dim"_a,
+      "name -> {grid, block, shared_bytes}");
   m.def(
       "plan_linear_attention",
       [](int64_t batch, int64_t heads, int64_t head_dim, int64_t value_dim) {

@@ -1,5 +1,5 @@
-// Params of the attention ops beyond those of attention/params.h: gradients, merged results. Acc is
-// float, or double where the dtype is f64.
+// Params of the attention ops beyond those of attention/params.h: gradients, merged results, shared
+// tokens. Acc is float, or double where the dtype is f64.
 #pragma once
 
 #include "attention/params.h"
@@ -38,6 +38,33 @@ struct CombineParams {
   void* lse;  // Acc [B, H, L]
   int64_t batch, heads, queries, dim;
   DType dtype;
+};
+
+// Attention over positions of which many share a token. Position i of the N has the token
+// token_map[b][i] of k and v; a query l of the L last positions, i = N - L + l, has the token
+// query_map[b][l] of q. Entries outside the tokens are skipped. With rows rotated to their
+// positions by cos and sin (x'[d] = x[d] cos - x[d + R] sin, x'[d + R] = x[d + R] cos + x[d] sin, d
+// < R, in f32) and the softmax over the positions j, with causal j <= i,
+//   attended_l = sum_j softmax_j(scale q'_l . k'_j) v[token_map[j]]
+//   out[u] = mean of attended_l over the queries l of token u, 0 where there are none
+struct UnmergedParams {
+  HeadTensor q;  // [B, Hq, Mq, D]
+  HeadTensor k;  // [B, Hkv, M, D]
+  HeadTensor v;  // [B, Hkv, M, Dv]
+  const int32_t* token_map;  // i32 [B, N]
+  int64_t token_map_stride_batch, token_map_stride_token;
+  const int32_t* query_map;  // i32 [B, L]
+  int64_t query_map_stride_batch, query_map_stride_token;
+  const float* cos;  // f32 [B | 1, N, R], the last dimension contiguous, or null
+  const float* sin;
+  int64_t cos_stride_batch, cos_stride_token, sin_stride_batch, sin_stride_token;
+  void* out;  // [B, Hq, Mq, Dv] contiguous
+  int64_t batch, heads_q, heads_kv, query_tokens, tokens, positions, queries;  // Mq, M, N, L
+  int64_t head_dim, value_dim, rotated;  // R, 0 where nothing is rotated
+  DType dtype;
+  bool causal;
+  double scale;
+  void* workspace;  // unmerged_attention_workspace(params) bytes
 };
 
 }  // namespace tokred

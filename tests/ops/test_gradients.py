@@ -63,6 +63,9 @@ def refused_calls() -> dict[str, tuple]:
     return {
         "merge_out": (x, MAP, x[..., 0].abs(), x[..., 1].abs(), "sum", floats(2, 3, 8), lse[:, 0]),
         "combine_states": (q, lse, q.flip(0), lse.flip(0)),
+        "unmerged_attention": (
+            q, k, floats(2, 2, 5, 3), MAP, floats(1, 6, 4).cos(), floats(1, 6, 4).sin(),
+        ),
         "gather_tokens": ([x, x[..., 0].contiguous()], MAP, [1, 1]),
         "qk_score": (q, k),
         "block_pool": (k, 2),
@@ -78,7 +81,7 @@ def refused_calls() -> dict[str, tuple]:
         "kv_append": (window, *packed[:2], floats(2, 2, 4, 16), 2, *packed[2:]),
         "packed_attention": (query, *packed, *packed, window, window, None, None, None, bias),
         "packed_qk_score": (query, *packed, window),
-    }
+    }  # fmt: skip
 
 
 def choosing_calls() -> dict[str, tuple]:

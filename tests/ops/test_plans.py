@@ -99,6 +99,15 @@ def test_ema_scan() -> None:
         check(_C.plan_ema_scan(batch, channels), {"ema_scan": batch * -(-channels // 32)})
 
 
+def test_unmerged_attention() -> None:
+    for batch, positions in shapes():
+        for dim in (1, 64, 128, 256):
+            plans = _C.plan_unmerged_attention(batch, 7, positions, 100, dim)
+            rows = batch * 7 * -(-positions // 32)
+            check(plans, {"rows": rows, "list_queries": batch, "mean": batch * 7 * 100 // 8})
+            assert plans["rows"]["shared_bytes"] <= 99 * 1024
+
+
 def test_linear_attention() -> None:
     for batch, heads in shapes():
         for dim in (1, 64, 128, 129, 256):

@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["biased_attention", "block_sparse_attention", "combine_states", "sparse_attention"]
+__all__ = [
+    "biased_attention",
+    "block_sparse_attention",
+    "combine_states",
+    "sparse_attention",
+    "unmerged_attention",
+]
 
 
 def biased_attention(
@@ -166,3 +172,49 @@ def combine_states(
     parts = zip(weights, (out_a, out_b), strict=True)
     out = sum((w * x.to(w.dtype)).masked_fill(w == 0, 0) for w, x in parts) / total
     return out.masked_fill(total == 0, 0).to(out_a.dtype), base + total[..., 0].log()
+
+
+def unmerged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    token_map: Tensor,
+    rope_cos: Tensor | None = None,
+    rope_sin: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    query_map: Tensor | None = None,
+) -> Tensor:
+    """See tokred.unmerged_attention: expanded, rotated, attended, averaged. Differentiable."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    maps = token_map if query_map is None else query_map
+    positions, queries = token_map.shape[1], maps.shape[1]
+
+    def expanded(t: Tensor, to: Tensor) -> Tensor:
+        """[B, H, tokens, C] to [B, H, positions, C], zeros where there is none."""
+        padded = torch.nn.functional.pad(t.to(dtype), (0, 0, 0, 1))
+        rows = to.where((to >= 0) & (to < t.shape[2]), t.shape[2]).long()
+        shape = (t.shape[0], t.shape[1], to.shape[1], t.shape[3])
+        return padded.gather(2, rows[:, None, :, None].expand(shape))
+
+    def rotated(t: Tensor, first: int) -> Tensor:
+        if rope_cos is None or rope_sin is None:
+            return t
+        cos, sin = (table[:, None, first:].to(dtype) for table in (rope_cos, rope_sin))
+        width = rope_cos.shape[2]
+        left, right = t[..., :width], t[..., width : 2 * width]
+        turned = (left * cos - right * sin, right * cos + left * sin)
+        return torch.cat((*turned, t[..., 2 * width :]), -1)
+
+    present = (token_map >= 0) & (token_map < k.shape[2])
+    rows = rotated(expanded(q, maps), positions - queries)
+    keys = rotated(expanded(k, token_map), 0)
+    attended, _ = biased_attention(
+        rows, keys, expanded(v, token_map), None, causal,
+        q.shape[3] ** -0.5 if scale is None else scale, present[:, None, None],
+    )  # fmt: skip
+    belongs = (maps[..., None] == torch.arange(q.shape[2], device=q.device)).to(dtype)
+    share = belongs / belongs.sum(1, keepdim=True).clamp(min=1)
+    mine = share.mT[:, None]
+    spread = torch.where(mine[..., None] == 0, 0, mine[..., None] * attended[:, :, None])
+    return spread.sum(3).to(q.dtype)
