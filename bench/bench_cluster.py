@@ -190,8 +190,10 @@ def select_case(shape: tuple[int, int, int], k: int, rule: str, device: str) -> 
             import torch_fps
 
             everything = torch.ones(batch, tokens, dtype=torch.bool, device=device)
-            fps = partial(torch_fps.farthest_point_sampling, x, everything, k)
-            candidates["torch-fps"] = fps
+            first = torch.zeros(batch, dtype=torch.long, device=device)
+            candidates["torch-fps"] = partial(
+                torch_fps.farthest_point_sampling, x, everything, k, start_idx=first
+            )
         return candidates
 
     return Case(
