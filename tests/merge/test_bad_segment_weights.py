@@ -52,6 +52,7 @@ test_bad_input_names_the_argument = names_the_argument(
         ({"offsets": OFFSETS, **BY}, "by offsets or by ids"),
         ({"ids": IDS}, "num_segments must be given"),
         ({"offsets": OFFSETS.long()}, "offsets must be int32"),
+        ({"offsets": OFFSETS.flip(0)}, "offsets must ascend"),
         ({"offsets": OFFSETS[:0]}, "offsets must be"),
         ({"offsets": OFFSETS.expand(3, 3)}, r"offsets must be \[2, 'S \+ 1'\] or"),
         ({"offsets": OFFSETS, "num_segments": 5}, "num_segments must be 2"),

@@ -50,7 +50,8 @@ def segment_pool(
         x: [..., N, C] float32, float16, bfloat16, or float64 on the CPU; channels contiguous. The
             leading dimensions, any number of them, must fold into one without a copy.
         offsets: int32 [..., S + 1] or [S + 1] for all, ascending: segment s is the tokens from
-            offsets[s] to offsets[s + 1] - 1. Others are in no segment.
+            offsets[s] to offsets[s + 1] - 1. Others are in no segment. Looked at on the CPU only:
+            elsewhere a token's segment is the number of offsets up to its position, less one.
         ids: int32 [..., N], beside num_segments: the segment of each token, in any order. Entries
             outside [0, num_segments) are in no segment.
         num_segments: S, beside ids.
@@ -66,7 +67,8 @@ def segment_pool(
 
     Raises:
         RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
-        ValueError: both or neither of offsets and ids, or an argument that the mode does not take.
+        ValueError: both or neither of offsets and ids, offsets that descend, or an argument that the
+            mode does not take.
 
     Complexity: O(N C + S C) per row; two reads of x in "gaussian", one in the others.
     """
@@ -185,6 +187,9 @@ def _segments(
     if not shared and offsets.shape[:-1] != torch.Size(leading):
         want = [*leading, "S + 1"]
         raise ValueError(f"offsets must be {want} or [S + 1], got shape {list(offsets.shape)}")
+    readable = type(offsets) is Tensor and not torch.compiler.is_compiling()
+    if readable and offsets.device.type == "cpu" and (offsets.diff() < 0).any():
+        raise ValueError("offsets must ascend, and do not")
     # A token's segment is the number of offsets up to its position, less one.
     begins = offsets.new_zeros((*offsets.shape[:-1], tokens + 1))
     begins.scatter_add_(-1, offsets.clamp(0, tokens).long(), torch.ones_like(offsets))
