@@ -278,6 +278,49 @@ def assignment_case(shape: tuple[int, ...], distribution: str, device: str) -> C
     )
 
 
+def torch_sinkhorn(x: Tensor, anchors: Tensor, steps: int) -> Tensor:
+    """Scaling vectors of a kernel matrix, and the plan, as AOT and PLOT write it."""
+    unit = [torch.nn.functional.normalize(t.float(), dim=-1) for t in (x, anchors)]
+    kernel = torch.exp((unit[0] @ unit[1].mT - 1) / 0.1)
+    batch, sources, targets = kernel.shape
+    c = torch.ones(batch, targets, 1, device=x.device)
+    for _ in range(steps):
+        r = 1 / sources / (kernel @ c)
+        c = 1 / targets / (kernel.mT @ r)
+    return (r * kernel * c.mT).mT @ x.float()
+
+
+def sinkhorn_case(
+    shape: tuple[int, ...], anchors: int, steps: int, dtype: str, device: str
+) -> Case:
+    batch, sources, channels = shape
+
+    def build() -> dict[str, Callable]:
+        x = tokens(shape, dtype, device)
+        some = x[:, :: sources // anchors][:, :anchors]
+
+        def ours() -> Tensor:
+            return tokred.sinkhorn(x, some, iterations=steps, tolerance=0).aggregation
+
+        return {"tokred.sinkhorn": ours, "torch": partial(torch_sinkhorn, x, some, steps)}
+
+    def examine(outputs: dict) -> dict:
+        torch.testing.assert_close(*outputs.values(), rtol=1e-3, atol=1e-5)
+        return {}
+
+    return Case(
+        "match",
+        "sinkhorn",
+        (batch, sources, anchors, channels),
+        dtype,
+        build,
+        bytes_moved=batch * channels * ((sources + anchors) * DTYPES[dtype].itemsize + anchors * 4),
+        flops=4 * batch * sources * anchors * channels,
+        ceiling=f"gemm_{dtype}",
+        examine=examine,
+    )
+
+
 def cases(run: Run) -> Iterator[Case]:
     shapes = SHAPES if run.quick else SHAPES + MORE_SHAPES
     for dtype in run.dtypes():
@@ -294,3 +337,5 @@ def cases(run: Run) -> Iterator[Case]:
     for distribution in ("uniform", "cosine", "integers"):
         yield assignment_case((1, 1024, 1024), distribution, run.device)
     yield assignment_case((64, 256, 256), "uniform", run.device)
+    for dtype in run.dtypes():
+        yield sinkhorn_case((8, 603, 1152), 126, 10, dtype, run.device)

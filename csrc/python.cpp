@@ -259,6 +259,18 @@ PYBIND11_MODULE(_C, m) {
   m.def("plan_kmeans", &plans_of_kmeans, "batch"_a, "tokens"_a, "clusters"_a,
         "name -> {grid, block, shared_bytes}");
   m.def(
+      "plan_sinkhorn",
+      [](int64_t batch, int64_t sources, int64_t anchors, int64_t channels, bool is_float,
+         bool aligned) {
+        const bool is_async = aligned && !is_float;
+        return py::dict(
+            "costs"_a = describe(plan_sinkhorn_costs(batch, sources, is_float, is_async)),
+            "steps"_a = describe(plan_sinkhorn(batch)),
+            "aggregation"_a = describe(plan_sinkhorn_aggregation(batch, anchors, channels)));
+      },
+      "batch"_a, "sources"_a, "anchors"_a, "channels"_a, "is_float"_a = false, "aligned"_a = true,
+      "name -> {grid, block, shared_bytes}");
+  m.def(
       "plan_linear_assignment",
       [](int64_t batch, int64_t rows, int64_t columns) {
         const bool tall = rows > columns;

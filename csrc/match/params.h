@@ -67,4 +67,30 @@ struct LinearAssignmentParams {
   void* workspace;  // linear_assignment_workspace(params) bytes
 };
 
+// Entropic optimal transport from sources a = x [B, M, C] to anchors b [B, N, C], in the log
+// domain: T_ij = exp(log_u_i + log_v_j - cost_ij / eps), whose rows sum to 1 / M' and columns to 1
+// / N' (M' and N' count the rows with mask; the others take no part), and
+//   cost_ij = (1 - cos_ij - offset + position_weight |position_i - position_j|)
+//             * (1 - exp(-(time_i - time_j)^2 / (2 time_scale^2))),
+// parts without their tensors left out. From log_v = 0, a step makes the rows right and then the
+// columns; an item stops where mean_i |exp(log_u_i) - (the same a step ago, at first 1)| <
+// tolerance.
+struct SinkhornParams : TokenPairs {
+  const float *position_a, *position_b;  // f32 [B, M, 2] and [B, N, 2], or null
+  int64_t position_a_stride[2], position_b_stride[2];  // batch, token
+  const float *time_a, *time_b;  // f32 [B, M] and [B, N], or null
+  int64_t time_a_stride[2], time_b_stride[2];
+  const float* offset;  // f32 [B] or null
+  int64_t offset_stride;
+  float position_weight, time_scale, eps, tolerance;
+  int64_t iterations;  // at most
+  float* aggregation;  // f32 [B, N, C] sum_i T_ij x_i
+  float* load;  // f32 [B, N] sum_i T_ij
+  float* peak;  // f32 [B, M] max_j T_ij / sum_j T_ij; 0 where skipped
+  float* log_u;  // f32 [B, M]; -inf where skipped
+  float* log_v;  // f32 [B, N]; -inf where skipped
+  int32_t* steps;  // i32 [B]
+  void* workspace;  // sinkhorn_workspace(params) bytes
+};
+
 }  // namespace tokred

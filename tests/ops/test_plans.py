@@ -86,6 +86,16 @@ def test_greedy_select() -> None:
         assert parts == 1 if tokens * channels <= 2**17 else parts <= 256
 
 
+@pytest.mark.parametrize("is_float", [False, True])
+@pytest.mark.parametrize("aligned", [False, True])
+def test_sinkhorn(is_float: bool, aligned: bool) -> None:
+    for batch, sources, anchors, channels in shapes((1, 126), (1, 64, 1152)):
+        most = {"costs": batch * -(-sources // 64), "steps": batch}
+        most["aggregation"] = batch * -(-anchors // 32) * -(-channels // 64)
+        plans = _C.plan_sinkhorn(batch, sources, anchors, channels, is_float, aligned)
+        check(plans, {name: min(blocks, 2**30) for name, blocks in most.items()})
+
+
 def test_merge() -> None:
     for batch, tokens in shapes():
         for num_out in {1, (tokens + 1) // 2, tokens}:

@@ -93,4 +93,29 @@ constexpr LaunchPlan plan_assignment(int64_t batch, int64_t n, int64_t m) {
           kAssignmentScratch + state};
 }
 
+// sinkhorn: costs by tiles of 64 sources; a block an item for the steps; tiles of 32 anchors by 64
+// channels for the aggregation, over 32 sources at a time.
+inline constexpr int kSinkhornThreads = 256;
+inline constexpr int64_t kSinkhornShared = 4 * (32 + 32 + 2 * kSinkhornThreads);
+inline constexpr int kAggregationSources = 32, kAggregationAnchors = 32, kAggregationChannels = 64;
+inline constexpr int64_t kAggregationShared =
+    4 * kAggregationSources * (kAggregationAnchors + kAggregationChannels);
+
+constexpr LaunchPlan plan_sinkhorn_costs(int64_t batch, int64_t sources, bool is_float,
+                                         bool is_async) {
+  const int64_t blocks = batch * divide_up(sources, kNarrowTiles.rows());
+  return {{blocks < kMaxBlocks ? blocks : kMaxBlocks, 1, 1},
+          kNarrowTiles.threads(),
+          similarity_shared_bytes(kNarrowTiles, is_float, is_async)};
+}
+constexpr LaunchPlan plan_sinkhorn(int64_t batch) {
+  return {{batch < kMaxBlocks ? batch : kMaxBlocks, 1, 1}, kSinkhornThreads, kSinkhornShared};
+}
+// Example: B = 32, 126 anchors, C = 1152: 32 * 4 * 18 = 2304 blocks of 12 KiB.
+constexpr LaunchPlan plan_sinkhorn_aggregation(int64_t batch, int64_t anchors, int64_t channels) {
+  const int64_t blocks =
+      batch * divide_up(anchors, kAggregationAnchors) * divide_up(channels, kAggregationChannels);
+  return {{blocks < kMaxBlocks ? blocks : kMaxBlocks, 1, 1}, kSinkhornThreads, kAggregationShared};
+}
+
 }  // namespace tokred::cuda

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["bipartite_soft_matching", "linear_assignment", "match", "threshold_matching"]
+__all__ = [
+    "bipartite_soft_matching",
+    "linear_assignment",
+    "match",
+    "sinkhorn",
+    "threshold_matching",
+]
 
 NORM_EPS = 1e-12
 
@@ -277,3 +283,76 @@ def linear_assignment(
             index[item], u, v = owner.int(), v, u
         row_dual[item], column_dual[item] = sign * u, sign * v
     return index, row_dual, column_dual
+
+
+def transport_cost(
+    x: Tensor,
+    anchors: Tensor,
+    positions: tuple[Tensor | None, Tensor | None],
+    times: tuple[Tensor | None, Tensor | None],
+    offset: Tensor | None,
+    position_weight: float,
+    time_scale: float,
+) -> Tensor:
+    """The costs of all pairs, [B, M, N]."""
+    cost = 1 - similarity(x, anchors, "cosine")
+    if offset is not None:
+        cost = cost - offset[:, None, None]
+    if positions[0] is not None and positions[1] is not None:
+        apart = positions[0][:, :, None] - positions[1][:, None]
+        cost = cost + position_weight * apart.square().sum(-1).sqrt()
+    if times[0] is not None and times[1] is not None:
+        apart = times[0][:, :, None] - times[1][:, None]
+        cost = cost * (1 - torch.exp(-apart.square() / (2 * time_scale**2)))
+    return cost
+
+
+def sinkhorn(
+    x: Tensor,
+    anchors: Tensor,
+    position_x: Tensor | None = None,
+    position_anchors: Tensor | None = None,
+    time_x: Tensor | None = None,
+    time_anchors: Tensor | None = None,
+    mask_x: Tensor | None = None,
+    mask_anchors: Tensor | None = None,
+    offset: Tensor | None = None,
+    position_weight: float = 0.5,
+    time_scale: float = 1.5,
+    eps: float = 0.1,
+    iterations: int = 100,
+    tolerance: float = 0.01,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See tokred.sinkhorn."""
+    positions, times = (position_x, position_anchors), (time_x, time_anchors)
+    cost = transport_cost(x, anchors, positions, times, offset, position_weight, time_scale)
+    batch, sources, targets = cost.shape
+    masks = [
+        torch.ones(batch, n, dtype=torch.bool, device=x.device) if mask is None else mask
+        for n, mask in ((sources, mask_x), (targets, mask_anchors))
+    ]
+    pairs = masks[0][:, :, None] & masks[1][:, None]
+    score = torch.where(pairs, -cost / eps, -torch.inf)
+    log_a, log_b = (-mask.sum(1, keepdim=True).to(cost.dtype).log() for mask in masks)
+    log_u = cost.new_full((batch, sources), -torch.inf)
+    log_v = cost.new_zeros(batch, targets).masked_fill(~masks[1], -torch.inf)
+    solvable = pairs.flatten(1).any(1)
+    log_v = log_v.masked_fill(~solvable[:, None], -torch.inf)
+    u, steps = masks[0].to(cost.dtype), torch.zeros(batch, dtype=torch.int32, device=x.device)
+    running = solvable
+    for _ in range(iterations):
+        if not running.any():
+            break
+        rows = (score + log_v[:, None]).logsumexp(2)
+        log_u = torch.where(running[:, None] & masks[0], log_a - rows, log_u)
+        columns = (score + log_u[:, :, None]).logsumexp(1)
+        log_v = torch.where(running[:, None] & masks[1], log_b - columns, log_v)
+        steps = steps + running
+        moved = (log_u.exp() - u).abs().sum(1) / masks[0].sum(1).clamp(min=1)
+        u, running = log_u.exp(), running & ~(moved < tolerance)
+    plan = torch.where(pairs, (score + log_u[:, :, None] + log_v[:, None]).exp(), 0)
+    tokens = torch.where(masks[0][..., None], x.to(cost.dtype), 0)
+    total = plan.sum(2)
+    most = torch.nn.functional.pad(plan, (0, 1)).amax(2)
+    peak = torch.where(masks[0] & solvable[:, None], most / total, 0)
+    return plan.transpose(1, 2) @ tokens, plan.sum(1), peak, log_u, log_v, steps
