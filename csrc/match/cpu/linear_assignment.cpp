@@ -2,37 +2,19 @@
 // short lists of every row's cheapest columns.
 //
 // A problem is solved wide, with n <= m (a tall one is transposed): every row gets a column. Prices
-// v only fall, so the reduced costs c_ij - v_j only rise, and a list of a row's smallest ones with
-// a bound below all the others stays true to the end. Paths look at lists; at a whole row only
+// v only fall, so that the lists stay true to the end. Paths look at lists; at a whole row only
 // where its bound is reached. That leaves two or three passes over the costs, which set the time:
 // of 1024 x 1024 in fp32 4 MB a pass.
 //
 // Arithmetic is float64 on the costs as they are stored: the duals prove the result up to its
 // rounding, and exactly for integers. Every choice is made in a fixed order.
-#include "common/cpu/lanes.h"
 #include "common/cpu/parallel.h"
-#include "common/cpu/row.h"
 #include "common/cpu/workspace.h"
+#include "match/cpu/cheap_columns.h"
 #include "match/params.h"
 
 namespace tokred::TOKRED_ISA {
 namespace {
-
-constexpr int kListed = 32;  // columns in a list at most; half of them after it overflowed
-constexpr int kRowBlock = 32, kColumnBlock = 16 * kLanes;  // of a task
-constexpr double kMostCost = 0x1p960;  // keeps sums of float64 costs finite
-constexpr double kMostRough = 0x1p100;  // prices up to it are compared with costs in fp32
-constexpr double kRoughness = 0x1p-21;  // of that, relative to price and reduced cost
-constexpr double kMostFinite = 0x1.fffffffffffffp1023;
-
-// The smallest reduced costs of a row, in no order; `bound` is below those of all other columns.
-struct List {
-  int32_t column[kListed];
-  double cost[kListed];
-  double bound;
-  int32_t count;
-  int32_t built;  // number of the search before which it was made
-};
 
 // Columns, and rows whose bound is ahead, by their distance.
 struct Node {
@@ -41,11 +23,8 @@ struct Node {
 };
 
 // One item's state. Sizes in brackets.
-struct State {
+struct State : CheapColumnsState {
   void* transposed;  // [n][m] the costs of a tall problem, in their accumulator type
-  List* list;  // [n]
-  double* v;  // [m, padded] prices
-  float* rough;  // [m, padded] the same in fp32
   double* distance;  // [m, padded] of the search; -inf where done
   double* matched;  // [n] cost of a row's pair
   double* offset;  // [n] of a row visited: what its reduced costs are added to
@@ -58,7 +37,6 @@ struct State {
   int32_t* done;  // [m] columns done
   int32_t* touched;  // [m] columns whose distance is finite
   int32_t* waiting;  // [2][n] rows without a column
-  int32_t* invalid;  // [n] column of a cost that is not a number, or -1
 };
 
 int64_t accumulator_bytes(DType dtype) { return dtype == DType::f64 ? 8 : 4; }
@@ -69,7 +47,7 @@ State allocate_state(Workspace& memory, const LinearAssignmentParams& p) {
   const int64_t padded = round_up(m, kLanes);
   State s;
   s.transposed = memory.allocate<char>(tall ? n * m * accumulator_bytes(p.dtype) : 0);
-  s.list = memory.allocate<List>(n);
+  s.list = memory.allocate<CheapList>(n);
   s.v = memory.allocate<double>(padded);
   s.rough = memory.allocate<float>(padded);
   s.distance = memory.allocate<double>(padded);
@@ -93,40 +71,11 @@ int64_t state_bytes(const LinearAssignmentParams& p) {
 
 // A wide problem whose costs are of type T.
 template <class T>
-class Solver {
+class Solver : public CheapColumns<T> {
  public:
   Solver(const T* costs, int64_t stride, int64_t rows, int64_t columns, bool maximize,
          const State& s)
-      : s_(s), costs_(costs), stride_(stride), n_(rows), m_(columns), sign_(maximize ? -1 : 1) {}
-
-  // Prices of a block of columns: their smallest costs where every column gets a row, else 0.
-  void price_columns(int64_t block) {
-    const int64_t first = block * kColumnBlock, last = min(first + kColumnBlock, m_);
-    alignas(64) Acc least[kColumnBlock];
-    for (Acc& x : least) x = kInfinity<Acc>;
-    constexpr int kRows = 4;
-    for (int64_t i = 0; n_ == m_ && i < n_; i += kRows) {
-      for (int64_t j = first; j < last; j += kLanes) {
-        Vec<Acc> cost = load(least + j - first);
-        for (int64_t k = i; k < min(i + kRows, n_); ++k) {
-          cost = min(load_columns(k, j) * splat(static_cast<Acc>(sign_)), cost);
-        }
-        store(least + j - first, cost);
-      }
-    }
-    for (int64_t j = first; j < round_up(last, kLanes); ++j) {
-      const double price = static_cast<double>(least[j - first]);
-      set_price(j, j < m_ && price < kInfinity<double> ? price : 0.0);
-    }
-  }
-
-  void list_rows(int64_t block) {
-    measure_prices();
-    for (int64_t i = block * kRowBlock; i < min((block + 1) * kRowBlock, n_); ++i) {
-      s_.invalid[i] = first_invalid(i);
-      build_list(i, 0);
-    }
-  }
+      : CheapColumns<T>(costs, stride, rows, columns, maximize, s), s_(s) {}
 
   // The pairs and the duals, once all columns are priced and all rows listed.
   AssignmentFailure solve() {
@@ -148,133 +97,9 @@ class Solver {
   double row_dual(int64_t i) const { return s_.matched[i] - s_.v[s_.partner[i]]; }
 
  private:
-  using Acc = Accumulator<T>;
-
-  const T* row(int64_t i) const { return costs_ + i * stride_; }
-  double cost(int64_t i, int64_t j) const {
-    return sign_ * static_cast<double>(to_float(row(i)[j]));
-  }
-  // Sixteen stored costs; where columns end, such that their sign times them is inf.
-  __attribute__((always_inline)) Vec<Acc> load_columns(int64_t i, int64_t j) const {
-    const T* p = row(i) + j;
-    if (j + kLanes <= m_) return load_as(p);
-    Acc lane[kLanes];
-    for (int64_t k = 0; k < kLanes; ++k) {
-      lane[k] = j + k < m_ ? to_float(p[k]) : static_cast<Acc>(sign_) * kInfinity<Acc>;
-    }
-    return load(lane);
-  }
-  // The costs in float64 or, where they are stored in no more, fp32.
-  template <class F>
-  __attribute__((always_inline)) Vec<F> costs(int64_t i, int64_t j) const {
-    if constexpr (sizeof(F) == sizeof(Acc)) {
-      return load_columns(i, j) * splat(static_cast<F>(sign_));
-    } else {
-      return widen(load_columns(i, j)) * splat(sign_);
-    }
-  }
-
-  // The first column whose cost is NaN, -inf or too large, or -1.
-  int32_t first_invalid(int64_t i) const {
-    for (int64_t j = 0; j < m_; j += kLanes) {
-      const Vec<Acc> c = costs<Acc>(i, j);
-      uint32_t invalid = 0;
-      if constexpr (sizeof(T) == 8) {
-        invalid = ~greater_lanes(c, splat(-kMostCost)) & 0xffffu;
-        invalid |= ~greater_lanes(splat(kMostCost), c) & greater_lanes(splat(kInfinity<Acc>), c);
-      } else {
-        invalid = ~greater_lanes(c, splat(-kInfinity<Acc>)) & 0xffffu;
-      }
-      if (invalid) return static_cast<int32_t>(j + __builtin_ctz(invalid));
-    }
-    return -1;
-  }
-
-  void set_price(int64_t j, double price) {
-    s_.v[j] = price;
-    s_.rough[j] = static_cast<float>(price);
-    if (price > most_) most_ = price;
-    if (-price > most_) most_ = -price;
-  }
-  void measure_prices() {
-    f64x16 most = splat(0.0);
-    for (int64_t j = 0; j < m_; j += kLanes) {
-      const f64x16 v = load(s_.v + j);
-      most = max(max(v, splat(0.0) - v), most);
-    }
-    most_ = max_lane(most);
-  }
-
-  // Lists the columns with the smallest reduced costs of row i.
-  void build_list(int64_t i, int32_t search) {
-    s_.list[i].built = search;
-    if constexpr (sizeof(Acc) == 4) {
-      if (most_ < kMostRough) return collect<float>(i, s_.rough);
-    }
-    collect<double>(i, s_.v);
-  }
-  // At least seven columns, if there are so many: those up to the second largest of the minima over
-  // eighths of the row, about fourteen. That bound, and which columns to look at, is found in F.
-  template <class F>
-  void collect(int64_t i, const F* prices) {
-    List& list = s_.list[i];
-    Vec<F> least = splat(kInfinity<F>);
-    for (int64_t j = 0; j < m_; j += kLanes) least = min(costs<F>(i, j) - load(prices + j), least);
-    double bound = static_cast<double>(second_of_eight(least));
-    bound += kRoughness * ((bound < 0 ? -bound : bound) + most_);
-    const F rough = static_cast<F>(bound + 2 * kRoughness * ((bound < 0 ? -bound : bound) + most_));
-    double most = bound < kMostFinite ? bound : kMostFinite;
-    list.count = 0;
-    for (int64_t j = 0; j < m_; j += kLanes) {
-      uint32_t lanes = ~greater_lanes(costs<F>(i, j), load(prices + j) + splat(rough)) & 0xffffu;
-      for (; lanes; lanes &= lanes - 1) {
-        const int64_t column = j + __builtin_ctz(lanes);
-        if (column >= m_) break;
-        const double c = cost(i, column);
-        if (!(c - s_.v[column] <= most)) continue;
-        if (list.count == kListed) {
-          bound = halve(list);
-          most = __builtin_nextafter(bound, -kInfinity<double>);
-          if (!(c - s_.v[column] <= most)) continue;
-        }
-        list.column[list.count] = static_cast<int32_t>(column);
-        list.cost[list.count++] = c;
-      }
-    }
-    list.bound = bound;
-  }
-  template <class F>
-  static F second_of_eight(Vec<F> v) {
-    v = min(v, exchange_lanes<8>(v));
-    Vec<F> first = v, second = splat(-kInfinity<F>);
-    const auto fold = [&](Vec<F> other_first, Vec<F> other_second) {
-      second = max(min(first, other_first), max(second, other_second));
-      first = max(first, other_first);
-    };
-    fold(exchange_lanes<4>(first), exchange_lanes<4>(second));
-    fold(exchange_lanes<2>(first), exchange_lanes<2>(second));
-    fold(exchange_lanes<1>(first), exchange_lanes<1>(second));
-    return second.r[0][0];
-  }
-  // Keeps the smaller half of a full list; returns the smallest reduced cost that it drops.
-  double halve(List& list) const {
-    double reduced[kListed];
-    for (int k = 0; k < kListed; ++k) {
-      const double value = list.cost[k] - s_.v[list.column[k]], cost = list.cost[k];
-      const int32_t column = list.column[k];
-      int at = k;
-      for (; at > 0 && value < reduced[at - 1]; --at) {
-        reduced[at] = reduced[at - 1];
-        list.cost[at] = list.cost[at - 1];
-        list.column[at] = list.column[at - 1];
-      }
-      reduced[at] = value;
-      list.cost[at] = cost;
-      list.column[at] = column;
-    }
-    list.count = kListed / 2;
-    return reduced[kListed / 2];
-  }
+  using Base = CheapColumns<T>;
+  using Base::build_list, Base::cost, Base::measure_prices, Base::set_price;
+  using Base::n_, Base::m_;
 
   void clear() {
     for (int64_t i = 0; i < n_; ++i) s_.partner[i] = -1;
@@ -294,7 +119,7 @@ class Solver {
   int64_t assign_cheapest() {
     int64_t count = 0;
     for (int64_t i = 0; i < n_; ++i) {
-      const List& list = s_.list[i];
+      const CheapList& list = s_.list[i];
       int32_t cheapest = 0;
       for (int32_t k = 0; n_ == m_ && k < list.count; ++k) {
         const int32_t j = list.column[k];
@@ -318,7 +143,7 @@ class Solver {
     double reduced[2];  // inf where there is none
     int32_t column[2];
   };
-  TwoSmallest two_listed(const List& list) const {
+  TwoSmallest two_listed(const CheapList& list) const {
     TwoSmallest two{{kInfinity<double>, kInfinity<double>}, {-1, -1}};
     for (int32_t k = 0; k < list.count; ++k) {
       const double reduced = list.cost[k] - s_.v[list.column[k]];
@@ -413,7 +238,7 @@ class Solver {
 
   // Reaches the listed columns of row i, at `offset` + their reduced costs.
   void visit(int32_t i, double offset) {
-    const List& list = s_.list[i];
+    const CheapList& list = s_.list[i];
     for (int32_t k = 0; k < list.count; ++k) {
       reach(list.column[k], i, offset + (list.cost[k] - s_.v[list.column[k]]));
     }
@@ -429,7 +254,7 @@ class Solver {
       if (offset + s_.list[i].bound > distance) return visit(i, offset);
     }
     for (int64_t j = 0; j < m_; j += kLanes) {
-      const f64x16 reached = splat(offset) + (costs<double>(i, j) - load(s_.v + j));
+      const f64x16 reached = splat(offset) + (this->template costs<double>(i, j) - load(s_.v + j));
       const f64x16 best = min(load(s_.distance + j), splat(end_distance_));
       for (uint32_t lanes = greater_lanes(best, reached); lanes; lanes &= lanes - 1) {
         const int64_t column = j + __builtin_ctz(lanes);
@@ -476,10 +301,6 @@ class Solver {
   }
 
   const State& s_;
-  const T* costs_;
-  int64_t stride_, n_, m_;
-  double sign_;
-  double most_ = 0.0;  // at least every |v|
   // Of the current search.
   int32_t search_ = 0, end_ = -1;  // the free column that was reached
   double end_distance_ = 0.0;
@@ -572,7 +393,8 @@ void assign_all(const LinearAssignmentParams& p, const Parallel& parallel) {
   const int64_t bytes = state_bytes(p);
   const int64_t n = min(p.rows, p.columns), m = max(p.rows, p.columns);
   const int64_t strips = p.rows > p.columns ? divide_up(p.columns, kLanes) : 0;
-  const int64_t column_blocks = divide_up(m, kColumnBlock), row_blocks = divide_up(n, kRowBlock);
+  const int64_t column_blocks = divide_up(m, kPricedColumns),
+                row_blocks = divide_up(n, kListedRows);
   const auto memory = [&](int64_t slot) { return static_cast<char*>(p.workspace) + slot * bytes; };
   if (many_items(p, parallel)) {
     parallel_tasks(parallel, p.batch, [&](int64_t index, int64_t worker) {
