@@ -59,12 +59,13 @@ py::dict plans_of_components(int64_t batch, int64_t tokens) {
                   "labels"_a = describe(plan_grid_labels(batch)));
 }
 
-// The launches of kmeans.
+// The launches of kmeans, and of the sums of distances of kmedoids.
 py::dict plans_of_kmeans(int64_t batch, int64_t tokens, int64_t clusters) {
   return py::dict("clusters"_a = describe(plan_cluster_rows(batch * clusters)),
                   "tokens"_a = describe(plan_cluster_rows(batch * tokens)),
                   "round"_a = describe(plan_cluster_items(batch)),
-                  "nearest"_a = describe(plan_nearest(batch, tokens)));
+                  "nearest"_a = describe(plan_nearest(batch, tokens)),
+                  "distances"_a = describe(plan_distance_sums(batch, tokens)));
 }
 
 // The launch of ema_scan; its gradient adds that of compose, over its tokens.

@@ -92,4 +92,22 @@ struct GreedySelectParams {
   void* workspace;  // greedy_select_workspace(params) bytes
 };
 
+// k-medoids (CenterCLIP's, arXiv:2205.00823): a round gives every token to its nearest medoid, as
+// kmeans does with the medoids for centroids, but a medoid to itself, and makes the member of the
+// smallest sum of distances to all members, the lowest of equals, the medoid. Distances are
+// |a - b| (l2) or |a / |a| - b / |b||^2 / 2 = 1 - cosine. An item ends after `iterations` rounds,
+// or when its medoids stay.
+//
+// The sum of a member: distances to the members whose rank in the cluster is lane + 16 i, by
+// ascending i, then the sixteen sums as in common/cpu/simd.h.
+struct KmedoidsParams : ClusterTokens {
+  int64_t iterations;
+  // i32 [B, K] token numbers; out of range, masked, not finite or a second time: no cluster.
+  const int32_t* start;
+  int64_t start_stride_batch, start_stride_cluster;
+  int32_t* medoids;  // i32 [B, K] ascending, then -1 for those that are no cluster
+  int32_t* assignment;  // i32 [B, N] places in medoids
+  void* workspace;  // kmedoids_workspace(params) bytes
+};
+
 }  // namespace tokred

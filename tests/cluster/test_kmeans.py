@@ -40,6 +40,14 @@ class Case:
             x = torch.ones_like(x)
         elif self.distribution == "zeros":
             x[:, ::3] = 0
+        elif self.distribution == "clusters":
+            x = x / 20 + x[:, torch.randint(0, 60, (self.tokens,), generator=rng)]
+        elif self.distribution == "far":
+            x += 100
+        elif self.distribution == "tiny":
+            x *= 1e-20
+        elif self.distribution == "spoiled":
+            x[:, ::50, 0] = torch.tensor([torch.nan, torch.inf, 1e30, -1e18]).repeat(2)
         some: dict[str, Any] = {
             "x": x.to(self.dtype),
             "num_clusters": self.clusters,
@@ -282,6 +290,33 @@ def test_batch_and_backend_do_not_matter(kernels: Backend, case: Case, dtype: to
 def test_isa_and_threads_do_not_matter(on_every_cpu, case: Case, dtype: torch.dtype) -> None:
     some = replace(case, dtype=dtype).inputs()
     assert_one_result(on_every_cpu(lambda: tokred.kmeans(iterations=4, **some)))
+
+
+MANY = [
+    Case(1, 700, 6, 70),
+    Case(2, 400, 20, 300, masked=True),
+    Case(1, 500, 70, 50, distribution="clusters"),
+    Case(1, 500, 8, 64, distribution="far"),
+    Case(1, 300, 5, 90, distribution="duplicates"),
+    Case(1, 400, 7, 64, distribution="tiny"),
+    Case(1, 400, 7, 64, distribution="spoiled"),
+]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("case", MANY, ids=label)
+def test_many_rounds_are_single_rounds(
+    kernels: Backend, case: Case, dtype: torch.dtype
+) -> None:
+    """What bounds pass over in later rounds would not have won: bit by bit the same."""
+    if kernels.name == "simt" and dtype != torch.float32:
+        pytest.skip("has no bounds")
+    some = replace(case, dtype=dtype).inputs()
+    many = kernels.run("kmeans", iterations=9, **some)
+    single = kernels.run("kmeans", iterations=1, **some)
+    for _ in range(8):
+        single = kernels.run("kmeans", iterations=1, **some | {"start": single[0]})
+    assert_bitwise_equal(many, single)
 
 
 def test_the_sum_of_squares_falls(backend: Backend) -> None:

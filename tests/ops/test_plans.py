@@ -64,6 +64,7 @@ def test_kmeans() -> None:
     for batch, tokens in shapes():
         for clusters in {1, 256, tokens}:
             blocks = {"round": batch, "nearest": batch * -(-tokens // 128)}
+            blocks["distances"] = batch * -(-tokens // 64)
             blocks |= {"clusters": batch * clusters // 8, "tokens": batch * tokens // 8}
             check(
                 _C.plan_kmeans(batch, tokens, clusters),

@@ -4,40 +4,51 @@
 //
 // [1, 65536, 64], K = 256: 2.1 GFLOP a round over 17 MB of tokens, so the floor is the fp32 FMA
 // rate: 24 ms at 90 GFLOP/s. The sums are 4 MFLOP.
-#include "cluster/cpu/nearest.h"
+#include "cluster/cpu/bounds.h"
 #include "common/cpu/parallel.h"
 
 namespace tokred::TOKRED_ISA {
 namespace {
+
+constexpr int64_t kFewestGroups = 4;
 
 enum class State : int32_t { moving, last_assignment, done };
 
 // One batch item's memory.
 struct Item {
   CentroidPanels panels;
-  float* shift;  // [ceil(K / 16)] the largest squared move of a panel's centroids
+  float* way;  // [panels] the largest squared move of a panel's centroids
+  float* length;  // [panels] the largest squared length
   int32_t* start;  // [K] token numbers of the start
   float* sums;  // [blocks][K][C]
   int32_t* counts;  // [blocks][K]
   State* state;  // [1]
+  Bounds bounds;  // of l2
 };
 
 struct Rounds {
   const KmeansParams& p;
   int64_t block, blocks, panels;  // tokens of a block; blocks and panels of an item
+  BoundShape shape;
+  bool bounded;  // whether there are enough groups and rounds for bounds to pay
 
   explicit Rounds(const KmeansParams& p)
       : p(p), block(kmeans_block(p.clusters)), blocks(divide_up(p.tokens, block)),
-        panels(divide_up(p.clusters, kLanes)) {}
+        panels(divide_up(p.clusters, kLanes)), shape(p.clusters, p.channels, block),
+        bounded(p.metric == Metric::l2 && shape.groups >= kFewestGroups && p.iterations > 2) {}
 
   Item allocate(Workspace& memory) const {
     Item item;
     item.panels = allocate_panels(memory, p.clusters, p.channels);
-    item.shift = memory.allocate<float>(panels);
+    item.way = memory.allocate<float>(panels);
+    item.length = memory.allocate<float>(panels);
     item.start = memory.allocate<int32_t>(p.clusters);
     item.sums = memory.allocate<float>(blocks * p.clusters * p.channels);
     item.counts = memory.allocate<int32_t>(blocks * p.clusters);
     item.state = memory.allocate<State>(1);
+    item.bounds.below = memory.allocate<float>(bounded ? blocks * shape.numbers_of_block() : 0);
+    item.bounds.fall = memory.allocate<float>(shape.groups);
+    item.bounds.largest = memory.allocate<float>(1);
     return item;
   }
   int64_t item_bytes() const {
@@ -91,12 +102,16 @@ void pack_panel(const Rounds& r, int64_t b, int64_t panel, const Item& item) {
   const KmeansParams& p = r.p;
   const int64_t k0 = panel * kLanes, count = min(p.clusters - k0, kLanes);
   pack_centroids(r.centroid(b, k0), count, p.channels, item.panels.lanes + k0 * p.channels);
+  float longest = 0.0f;
   for (int64_t lane = 0; lane < kLanes; ++lane) {
     const bool usable = lane < count && (p.start || item.start[k0 + lane] >= 0);
-    item.panels.offset[k0 + lane] =
-        usable ? centroid_offset(r.centroid(b, k0 + lane), p.channels, p.metric)
-               : -kInfinity<float>;
+    const float offset = usable ? centroid_offset(r.centroid(b, k0 + lane), p.channels, p.metric)
+                                : -kInfinity<float>;
+    item.panels.offset[k0 + lane] = offset;
+    // One that is not finite is nobody's.
+    if (offset > -kInfinity<float> && -2.0f * offset > longest) longest = -2.0f * offset;
   }
+  item.length[panel] = longest;
 }
 
 template <class T>
@@ -129,19 +144,28 @@ TOKRED_INLINE void add_token(const float* row, float scale, bool first, int64_t 
 }
 
 template <class T>
-void assign_block(const Rounds& r, int64_t b, int64_t block, const NearestScratch& scratch) {
+void assign_block(const Rounds& r, int64_t b, int64_t block, int64_t round,
+                  const NearestScratch& scratch) {
   const KmeansParams& p = r.p;
   const Item item = r.item(b);
   int32_t* counts = item.counts + block * p.clusters;
   float* sums = item.sums + block * p.clusters * p.channels;
   for (int64_t k = 0; k < p.clusters; ++k) counts[k] = 0;
-  const int64_t last = min(p.tokens, (block + 1) * r.block);
-  for (int64_t i0 = block * r.block; i0 < last; i0 += kNearestRows) {
-    const int64_t count = min(last - i0, kNearestRows);
+  const int64_t first = block * r.block, last = min(p.tokens, first + r.block);
+  for (int64_t i0 = first; i0 < last; i0 += r.shape.rows) {
+    const int64_t count = min(last - i0, r.shape.rows);
     int32_t* assignment = p.assignment + b * p.tokens + i0;
     int64_t stride;
-    const float* rows =
-        assign_nearest<T>(p, b, i0, count, item.panels, scratch, assignment, stride);
+    const float* rows;
+    if (r.bounded && round > 0) {  // the first move is too far for bounds
+      const int64_t chunk = (i0 - first) / r.shape.rows;
+      float* below = item.bounds.below + block * r.shape.numbers_of_block() +
+                     chunk * r.shape.groups * r.shape.rows;
+      rows = assign_bounded<T>(p, b, i0, count, item.panels, r.centroid(b, 0), r.shape, item.bounds,
+                               below, round > 1, scratch, assignment, stride);
+    } else {
+      rows = assign_nearest<T>(p, b, i0, count, item.panels, scratch, assignment, stride);
+    }
     for (int64_t i = 0; i < count; ++i) {
       const int64_t k = assignment[i];
       if (k < 0) continue;
@@ -205,8 +229,23 @@ void move_panel(const Rounds& r, int64_t b, int64_t panel) {
     // A way that is no number is far.
     furthest = way <= furthest ? furthest : way == way ? way : kInfinity<float>;
   }
-  item.shift[panel] = furthest;
+  item.way[panel] = furthest;
   pack_panel(r, b, panel, item);
+}
+
+// What the bounds need of the centroids that have moved.
+void measure_moves(const Rounds& r, const Item& item) {
+  float longest = 0.0f;
+  for (int64_t g = 0; g < r.shape.groups; ++g) {
+    float way = 0.0f;
+    for (int64_t panel = g * r.shape.panels; panel < min(r.panels, (g + 1) * r.shape.panels);
+         ++panel) {
+      if (item.way[panel] > way) way = item.way[panel];
+      if (item.length[panel] > longest) longest = item.length[panel];
+    }
+    item.bounds.fall[g] = bound_fall(way);
+  }
+  *item.bounds.largest = __builtin_sqrtf(longest) * 1.0001f;
 }
 
 // What an item does in the next round.
@@ -214,8 +253,9 @@ State next_state(const Rounds& r, const Item& item, int64_t round) {
   if (*item.state != State::moving) return State::done;
   float furthest = 0.0f;
   for (int64_t panel = 0; panel < r.panels; ++panel) {
-    if (item.shift[panel] > furthest) furthest = item.shift[panel];
+    if (item.way[panel] > furthest) furthest = item.way[panel];
   }
+  if (r.bounded) measure_moves(r, item);
   if (furthest == 0.0f) return State::done;  // the assignment is that of these centroids already
   const bool stays = furthest <= r.p.tolerance * r.p.tolerance;
   return stays || round + 1 >= r.p.iterations ? State::last_assignment : State::moving;
@@ -234,7 +274,7 @@ void kmeans_all(const KmeansParams& p, const Parallel& parallel) {
   for (int64_t round = 0;; ++round) {
     parallel_tasks(parallel, p.batch * r.blocks, [&](int64_t task, int64_t worker) {
       if (*r.item(task / r.blocks).state == State::done) return;
-      assign_block<T>(r, task / r.blocks, task % r.blocks, r.worker(worker));
+      assign_block<T>(r, task / r.blocks, task % r.blocks, round, r.worker(worker));
     });
     parallel_tasks(parallel, p.batch * r.panels, [&](int64_t task, int64_t) {
       if (*r.item(task / r.panels).state != State::moving) return;

@@ -10,7 +10,8 @@
 
 namespace tokred::TOKRED_ISA {
 
-inline constexpr int64_t kNearestRows = 48;  // tokens that pass all panels together
+// Tokens that pass all panels together: what fits an L1 at 64 channels, and enough to share panels.
+inline constexpr int64_t nearest_rows(int64_t channels) { return channels <= 64 ? 96 : 48; }
 
 // Centroids of one item, padded to whole panels.
 struct CentroidPanels {
@@ -27,15 +28,31 @@ TOKRED_INLINE CentroidPanels allocate_panels(Workspace& memory, int64_t clusters
 
 // One worker's memory.
 struct NearestScratch {
-  float* rows;  // [kNearestRows][C] tokens as fp32, of 16-bit tokens only
-  float* best;  // [kNearestRows][16]
-  int32_t* panel;  // [kNearestRows][16]
+  float* rows;  // [rows][C] tokens as fp32, of 16-bit tokens only
+  float* best;  // [rows][16]
+  int32_t* panel;  // [rows][16]
+  // Of tokens that have bounds:
+  float* squared;  // [rows] |x|^2
+  float* slack;  // [rows] what rounding may add
+  float* limit;  // [rows] the distance of the centroid that it has
+  int32_t* row;  // [rows] those that a group is multiplied with,
+  float* gathered;  // [rows][C] their numbers,
+  float* product;  // [rows][16] their products with a panel, and
+  float* top;  // [rows][16] their largest scores in the group
 };
 TOKRED_INLINE NearestScratch allocate_nearest(Workspace& memory, const ClusterTokens& t) {
+  const int64_t rows = nearest_rows(t.channels);
   NearestScratch s;
-  s.rows = memory.allocate<float>(t.dtype == DType::f32 ? 0 : kNearestRows * t.channels);
-  s.best = memory.allocate<float>(kNearestRows * kLanes);
-  s.panel = memory.allocate<int32_t>(kNearestRows * kLanes);
+  s.rows = memory.allocate<float>(t.dtype == DType::f32 ? 0 : rows * t.channels);
+  s.best = memory.allocate<float>(rows * kLanes);
+  s.panel = memory.allocate<int32_t>(rows * kLanes);
+  s.squared = memory.allocate<float>(rows);
+  s.slack = memory.allocate<float>(rows);
+  s.limit = memory.allocate<float>(rows);
+  s.row = memory.allocate<int32_t>(rows);
+  s.gathered = memory.allocate<float>(rows * t.channels);
+  s.product = memory.allocate<float>(rows * kLanes);
+  s.top = memory.allocate<float>(rows * kLanes);
   return s;
 }
 
@@ -84,24 +101,30 @@ TOKRED_INLINE int32_t best_cluster(f32x16 score, i32x16 panel) {
       map<i32x16>([&](int i) { return score.r[i] == top.r[i] ? cluster.r[i] : last.r[i]; }));
 }
 
-// assignment[i] of `count` <= kNearestRows tokens from `first` on; returns the tokens as fp32, in
+// Tokens from `first` on as fp32, in rows `stride` apart; fp32 tokens where they are.
+template <class T>
+TOKRED_INLINE const float* token_rows(const ClusterTokens& t, int64_t item, int64_t first,
+                                      int64_t count, const NearestScratch& s, int64_t& stride) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    stride = t.stride_token;
+    return token_row<float>(t, item, first);
+  } else {
+    for (int64_t i = 0; i < count; ++i) {
+      pack_row(token_row<T>(t, item, first + i), t.channels, s.rows + i * t.channels);
+    }
+    stride = t.channels;
+    return s.rows;
+  }
+}
+
+// assignment[i] of `count` <= nearest_rows tokens from `first` on; returns the tokens as fp32, in
 // rows `stride` apart.
 template <class T>
 TOKRED_INLINE const float* assign_nearest(const ClusterTokens& t, int64_t item, int64_t first,
                                           int64_t count, const CentroidPanels& panels,
                                           const NearestScratch& s, int32_t* assignment,
                                           int64_t& stride) {
-  const float* rows;
-  if constexpr (sizeof(T) == sizeof(float)) {
-    rows = token_row<float>(t, item, first);
-    stride = t.stride_token;
-  } else {
-    for (int64_t i = 0; i < count; ++i) {
-      pack_row(token_row<T>(t, item, first + i), t.channels, s.rows + i * t.channels);
-    }
-    rows = s.rows;
-    stride = t.channels;
-  }
+  const float* rows = token_rows<T>(t, item, first, count, s, stride);
   for (int64_t i = 0; i < count; ++i) {
     store(s.best + i * kLanes, splat(-kInfinity<float>));
     store(s.panel + i * kLanes, splat(0));

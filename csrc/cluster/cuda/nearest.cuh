@@ -19,6 +19,8 @@ struct NearestParams : ClusterTokens {
   const float* centroids;  // f32 [B, K, C]
   const float* offset;  // f32 [B, K] added to the products: -|c|^2 / 2 or 0; -inf: never chosen
   const int32_t* round;  // i32 [B] a Round, or null
+  const int32_t* owner;  // i32 [B, N] clusters that tokens belong to whatever is nearest, or -1;
+                         // or null
   int32_t* assignment;  // i32 [B, N]
   int32_t* counts;  // i32 [B, K] to add to, or null
 };
@@ -150,6 +152,9 @@ struct NearestTile {
       const int64_t i = token0 + static_cast<int>(threadIdx.x);
       int cluster = -1;
       if (i < p.tokens && !is_masked(p, item, i)) cluster = assigned[threadIdx.x];
+      if (p.owner && i < p.tokens && p.owner[item * p.tokens + i] >= 0) {
+        cluster = p.owner[item * p.tokens + i];
+      }
       if (i < p.tokens) p.assignment[item * p.tokens + i] = cluster;
       if (p.counts) {
         const unsigned peers = __match_any_sync(kAllLanes, cluster);

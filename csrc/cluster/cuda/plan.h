@@ -42,6 +42,16 @@ constexpr LaunchPlan plan_cluster_rows(int64_t rows) {
   const int64_t blocks = divide_up(rows, kClusterThreads / 32);
   return {{blocks < kMaxBlocks ? blocks : kMaxBlocks, 1, 1}, kClusterThreads, 0};
 }
+inline constexpr int kDistanceThreads = 256;
+inline constexpr int kDistanceMembers = 64;   // rows and columns of a tile
+inline constexpr int kDistanceChannels = 16;  // of a tile
+constexpr int64_t kDistanceBytes = int64_t{8} * kDistanceChannels * raw_pitch(kDistanceMembers);
+
+// Example: B = 16, N = 588: 160 blocks of 64 members.
+constexpr LaunchPlan plan_distance_sums(int64_t batch, int64_t tokens) {
+  const int64_t blocks = batch * divide_up(tokens, kDistanceMembers);
+  return {{blocks < kMaxBlocks ? blocks : kMaxBlocks, 1, 1}, kDistanceThreads, kDistanceBytes};
+}
 // A block an item.
 constexpr LaunchPlan plan_cluster_items(int64_t batch) {
   return {{batch < kMaxBlocks ? batch : kMaxBlocks, 1, 1}, kRoundThreads, 0};

@@ -1,0 +1,35 @@
+// Front end of kmedoids: checks, allocation, parameters.
+#pragma once
+
+#include "cluster/kmeans.h"
+
+namespace tokred {
+
+// medoids i32 [B, K], assignment i32 [B, N]; see KmedoidsParams.
+template <class Backend>
+std::tuple<Tensor, Tensor> kmedoids(const Tensor& x, int64_t num_clusters, const Tensor& start,
+                                    int64_t iterations, const OptionalTensor& mask,
+                                    const Text& metric) {
+  KmedoidsParams p{};
+  cluster_tokens(p, x, num_clusters, mask, metric);
+  check_shape(start, "start", {p.batch, p.clusters}, "[B, num_clusters]");
+  check_dtype(start, "start", ScalarType::Int);
+  check_same_device(start, "start", x, "x");
+  TOKRED_CHECK(iterations >= 0, "iterations must be at least 0, got ", iterations);
+  p.iterations = iterations;
+  p.start = static_cast<const int32_t*>(start.const_data_ptr());
+  p.start_stride_batch = start.stride(0);
+  p.start_stride_cluster = start.stride(1);
+
+  Backend backend(x);
+  Tensor medoids = allocate(x, {p.batch, p.clusters}, ScalarType::Int);
+  Tensor assignment = allocate(x, {p.batch, p.tokens}, ScalarType::Int);
+  Scratch workspace(x, backend.kmedoids_workspace(p), Backend::kHost);
+  p.medoids = static_cast<int32_t*>(medoids.mutable_data_ptr());
+  p.assignment = static_cast<int32_t*>(assignment.mutable_data_ptr());
+  p.workspace = workspace.data();
+  if (p.batch > 0) backend.kmedoids(p);
+  return {medoids, assignment};
+}
+
+}  // namespace tokred
