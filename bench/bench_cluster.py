@@ -3,7 +3,9 @@
 components: the patches of a screenshot that are nearly equal, beside torch's distances and scipy's
 search for components, which needs the CPU. kmeans: ten rounds from the same start, beside
 scikit-learn, which needs the CPU, and torch's distances. select: greedy selection beside loops in
-torch, by differences and by products, and torch-fps, from the same first token.
+torch, by differences and by products, and torch-fps, from the same first token. kmedoids: three
+rounds beside the sums of a masked [B, K, N, N]. local_soft_kmeans, knn_reconstruct: features of 64
+by 64 patches to 20 by 20 centroids and back, beside all distances in torch.
 """
 
 from __future__ import annotations
@@ -208,6 +210,104 @@ def select_case(shape: tuple[int, int, int], k: int, rule: str, device: str) -> 
     )
 
 
+def masked_product(x: Tensor, start: Tensor, rounds: int) -> Tensor:
+    """CenterCLIP's k-medoids: negative distances, and sums over a masked [B, K, N, N]."""
+    distance = torch.cdist(x, x)
+    distance = distance - (distance.amax() + 1) - torch.eye(x.shape[1], device=x.device)
+    medoids = start.long()
+    for _ in range(rounds):
+        nearest = distance.gather(2, medoids[:, None].expand(-1, x.shape[1], -1)).argmin(-1)
+        member = torch.nn.functional.one_hot(nearest, medoids.shape[1]).mT.to(x.dtype)
+        product = member[..., None] * member[:, :, None] * distance[:, None]
+        medoids = product.sum(-2).argmin(-1)
+    return medoids
+
+
+def kmedoids_case(shape: tuple[int, int, int], clusters: int, device: str) -> Case:
+    batch, count, channels = shape
+    rounds = 3
+
+    def build() -> dict[str, Callable]:
+        x = tokens(shape, "float32", device, "correlated")
+        start = torch.arange(clusters, device=device).int().expand(batch, clusters) * 4
+        return {
+            "tokred.kmedoids": partial(tokred.kmedoids, x, clusters, rounds, start),
+            "torch, masked product": partial(masked_product, x, start, rounds),
+        }
+
+    return Case(
+        "cluster",
+        "kmedoids",
+        (*shape, clusters),
+        "float32",
+        build,
+        "correlated",
+        bytes_moved=batch * count * channels * 4 * (rounds + 1),
+        flops=batch * count * channels * (2 * clusters * (rounds + 1) + 3 * count // clusters),
+        ceiling="gemm_float32",
+    )
+
+
+def expedite_case(side: int, cells: int, channels: int, device: str) -> Iterator[Case]:
+    """Clustering of a grid of features, and their reconstruction, as the release computes them."""
+    grid, clusters, count = (side, side), (cells, cells), side * side
+    pairs = count * cells * cells
+
+    def visible(x: Tensor) -> Tensor:
+        cell = torch.arange(side, device=x.device) * cells // side
+        near = (cell[:, None] - torch.arange(cells, device=x.device)).abs() <= 3
+        return (near[:, None, :, None] & near[None, :, None, :]).reshape(count, cells * cells)
+
+    def torch_clusters(x: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        image = x.mT.reshape(1, channels, *grid)
+        centroids = torch.nn.functional.adaptive_avg_pool2d(image, clusters).flatten(2).mT
+        for _ in range(5):
+            distance = torch.cdist(x, centroids).square() + hidden
+            weight = (-0.05 * distance).softmax(-1)
+            centroids = weight.mT @ x / weight.sum(1).clamp(min=1e-16)[..., None]
+        return centroids, torch.cdist(x, centroids).argmin(-1)
+
+    def torch_reconstruction(deep: Tensor, x: Tensor, centroids: Tensor) -> Tensor:
+        weight = (-0.05 * torch.cdist(x, centroids).square()).exp()
+        kept = torch.where(weight >= weight.topk(3, dim=-1).values[..., -1:], weight, 0)
+        return torch.nn.functional.normalize(kept, dim=2) @ deep
+
+    def build_clusters() -> dict[str, Callable]:
+        x = tokens((1, count, channels), "float32", device, "correlated")
+        hidden = (~visible(x)).float() * 1e16
+        return {
+            "tokred.local_soft_kmeans": partial(tokred.local_soft_kmeans, x, grid, clusters),
+            "torch": partial(torch_clusters, x, hidden),
+        }
+
+    def build_reconstruction() -> dict[str, Callable]:
+        x = tokens((1, count, channels), "float32", device, "correlated")
+        deep = tokens((1, cells * cells, channels), "float32", device, seed=1)
+        centroids, _ = tokred.local_soft_kmeans(x, grid, clusters)
+        return {
+            "tokred.knn_reconstruct": partial(tokred.knn_reconstruct, deep, x, centroids),
+            "torch": partial(torch_reconstruction, deep, x, centroids),
+        }
+
+    shape = (1, count, channels, cells * cells)
+    for name, build, flops in (
+        ("local_soft_kmeans", build_clusters, channels * (5 * 5 * count * 49 + 2 * pairs)),
+        ("knn_reconstruct", build_reconstruction, channels * (3 * pairs + 6 * count)),
+    ):
+        moved = count * channels * (24 if name == "local_soft_kmeans" else 8)
+        yield Case(
+            "cluster",
+            name,
+            shape,
+            "float32",
+            build,
+            "correlated",
+            bytes_moved=moved,
+            flops=flops,
+            ceiling="gemm_float32",
+        )
+
+
 def cases(run: Run) -> Iterator[Case]:
     yield components_case((4, 48, 86, 1176), run.device)
     yield kmeans_case((1, 65536, 64), 256, "randn", run.device)
@@ -216,3 +316,5 @@ def cases(run: Run) -> Iterator[Case]:
     yield select_case((4, 576, 64), 64, "facility", run.device)
     if not run.quick:
         yield select_case((1, 65536, 64), 1024, "kcenter", run.device)
+    yield kmedoids_case((4, 588, 512), 49, run.device)
+    yield from expedite_case(64, 20, 256, run.device)

@@ -1,21 +1,28 @@
 // Front end of kmedoids: checks, allocation, parameters.
 #pragma once
 
+#include "cluster/greedy_select.h"
 #include "cluster/kmeans.h"
 
 namespace tokred {
 
 // medoids i32 [B, K], assignment i32 [B, N]; see KmedoidsParams.
 template <class Backend>
-std::tuple<Tensor, Tensor> kmedoids(const Tensor& x, int64_t num_clusters, const Tensor& start,
-                                    int64_t iterations, const OptionalTensor& mask,
+std::tuple<Tensor, Tensor> kmedoids(const Tensor& x, int64_t num_clusters, int64_t iterations,
+                                    const OptionalTensor& given_start, const OptionalTensor& mask,
                                     const Text& metric) {
   KmedoidsParams p{};
   cluster_tokens(p, x, num_clusters, mask, metric);
-  check_shape(start, "start", {p.batch, p.clusters}, "[B, num_clusters]");
-  check_dtype(start, "start", ScalarType::Int);
-  check_same_device(start, "start", x, "x");
   TOKRED_CHECK(iterations >= 0, "iterations must be at least 0, got ", iterations);
+  if (given_start) {
+    check_shape(*given_start, "start", {p.batch, p.clusters}, "[B, num_clusters]");
+    check_dtype(*given_start, "start", ScalarType::Int);
+    check_same_device(*given_start, "start", x, "x");
+  }
+  // KKZ: the longest token first, then always the furthest.
+  const Tensor start = given_start ? *given_start
+                                   : greedy_select<Backend>(x, num_clusters, Text{"kcenter"}, {},
+                                                            {}, mask, metric, Text{"norm"}, 0.5);
   p.iterations = iterations;
   p.start = static_cast<const int32_t*>(start.const_data_ptr());
   p.start_stride_batch = start.stride(0);

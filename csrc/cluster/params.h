@@ -110,4 +110,57 @@ struct KmedoidsParams : ClusterTokens {
   void* workspace;  // kmedoids_workspace(params) bytes
 };
 
+// Soft clusters of a grid of tokens, h by w of them over H by W tokens (Expediting ViT,
+// arXiv:2210.01035, after superpixel sampling). Centroid (r, s) starts at the mean of the rows
+// [floor(r H / h), ceil((r + 1) H / h)) and of such columns. Token (y, x) stands in cell
+// (floor(y h / H), floor(x w / W)), and belongs to the centroids at most `radius` cells away:
+//   q_k = softmax over them of -temperature |x - c_k|^2, c_k = sum q_k x / max(sum q_k, 1e-16).
+// The assignment is the nearest of all centroids at the end, the lowest of equals. A token with a
+// number that is not finite belongs to none, and a centroid that no token belongs to stays.
+struct LocalSoftKmeansParams : ClusterTokens {
+  int64_t height, width;  // of the grid; N = H * W, row by row
+  int64_t rows, columns;  // of the centroids; K = rows * columns
+  int64_t iterations, radius;
+  float temperature;
+  float* centroids;  // f32 [B, K, C]
+  int32_t* assignment;  // i32 [B, N]
+  void* workspace;  // local_soft_kmeans_workspace(params) bytes
+};
+
+// A range of rows or columns.
+struct GridRange {
+  int64_t begin, end;
+};
+// The tokens whose mean centroid `at` of `clusters` starts at, of `tokens`.
+constexpr GridRange pooled_tokens(int64_t at, int64_t clusters, int64_t tokens) {
+  return {at * tokens / clusters, ((at + 1) * tokens + clusters - 1) / clusters};
+}
+// The tokens in the cells at most `radius` from `at`.
+constexpr GridRange tokens_around(int64_t at, int64_t radius, int64_t clusters, int64_t tokens) {
+  const int64_t first = at > radius ? at - radius : 0;
+  const int64_t end = at + radius + 1 < clusters ? at + radius + 1 : clusters;
+  return {(first * tokens + clusters - 1) / clusters, (end * tokens + clusters - 1) / clusters};
+}
+
+// y_i = sum of w_ij * deep_j over the k nearest centroids of token i (by |x_i - c_j|^2, the lowest
+// j of equals), where w_ij is exp(-temperature |x_i - c_j|^2) over the sum of the k (l1) or over
+// the root of the sum of their squares (l2). A centroid whose distance is not finite is no
+// neighbour; without one, y_i is 0.
+struct KnnReconstructParams {
+  const void* deep;  // deep_dtype [B, M, D], channels contiguous
+  const void* x;  // dtype [B, N, C], channels contiguous
+  const float* centroids;  // f32 [B, M, C], channels contiguous
+  int64_t deep_stride_batch, deep_stride_cluster;
+  int64_t stride_batch, stride_token;
+  int64_t centroid_stride_batch, centroid_stride_cluster;
+  int64_t batch, tokens, clusters, channels, deep_channels;
+  int64_t k;  // at most M and kMostNeighbours
+  DType deep_dtype, dtype;
+  float temperature;
+  bool l2;
+  void* y;  // deep_dtype [B, N, D]
+  void* workspace;  // knn_reconstruct_workspace(params) bytes
+};
+inline constexpr int64_t kMostNeighbours = 64;
+
 }  // namespace tokred

@@ -305,9 +305,7 @@ MANY = [
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("case", MANY, ids=label)
-def test_many_rounds_are_single_rounds(
-    kernels: Backend, case: Case, dtype: torch.dtype
-) -> None:
+def test_many_rounds_are_single_rounds(kernels: Backend, case: Case, dtype: torch.dtype) -> None:
     """What bounds pass over in later rounds would not have won: bit by bit the same."""
     if kernels.name == "simt" and dtype != torch.float32:
         pytest.skip("has no bounds")

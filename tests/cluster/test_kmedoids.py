@@ -236,9 +236,7 @@ BITWISE = [
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("case", BITWISE, ids=label)
-def test_batch_and_backend_do_not_matter(
-    kernels: Backend, case: Case, dtype: torch.dtype
-) -> None:
+def test_batch_and_backend_do_not_matter(kernels: Backend, case: Case, dtype: torch.dtype) -> None:
     """The same choices alone, and on every device: sums and ties have one order everywhere."""
     some = replace(case, dtype=dtype).inputs()
     whole = kernels.run("kmedoids", **some)

@@ -3,6 +3,7 @@
 // taken from differences, so near tokens lose no digits; the distances of a round are never stored.
 //
 // N = 588, K = 49, C = 512: 30 MFLOP to assign, and 3 C flops for each of N^2 / K pairs, 11 MFLOP.
+#include "cluster/cpu/distance.h"
 #include "cluster/cpu/nearest.h"
 #include "common/cpu/parallel.h"
 
@@ -13,7 +14,6 @@ enum class State : int32_t { moving, last_assignment, done };
 
 constexpr int64_t kBlock = 192;  // tokens that a task assigns
 constexpr int64_t kMembers = 48;  // members whose sums a task computes
-constexpr int kRows = 4;  // of a register tile
 
 // One batch item's memory.
 struct Item {
@@ -153,20 +153,6 @@ void list_members(const Rounds& r, int64_t b) {
   }
 }
 
-// Squared distances of kRows rows to sixteen columns.
-TOKRED_INLINE void squared_distances(const float* const (&row)[kRows], const float* columns,
-                                     int64_t channels, f32x16 (&squared)[kRows]) {
-  for (int i = 0; i < kRows; ++i) squared[i] = splat(0.0f);
-  for (int64_t c = 0; c < channels; ++c) {
-    const f32x16 column = load(columns + c * kLanes);
-#pragma GCC unroll 4
-    for (int i = 0; i < kRows; ++i) {
-      const f32x16 difference = splat(row[i][c]) - column;
-      squared[i] = fma(difference, difference, squared[i]);
-    }
-  }
-}
-
 TOKRED_INLINE f32x16 distances(f32x16 squared, Metric metric) {
   if (metric == Metric::cosine) return squared * splat(0.5f);
   float lane[kLanes];
@@ -195,12 +181,12 @@ void sum_distances(const Rounds& r, int64_t b, int64_t begin, int64_t end, int64
     }
     pack_centroids(w.gather, columns, p.channels, w.columns);
     const f32x16 beyond = splat(static_cast<float>(columns));
-    for (int64_t i0 = 0; i0 < count; i0 += kRows) {
-      const float* row[kRows];
-      for (int i = 0; i < kRows; ++i) row[i] = w.rows + min(i0 + i, count - 1) * p.channels;
-      f32x16 squared[kRows];
+    for (int64_t i0 = 0; i0 < count; i0 += kDistanceRows) {
+      const float* row[kDistanceRows];
+      for (int i = 0; i < kDistanceRows; ++i) row[i] = w.rows + min(i0 + i, count - 1) * p.channels;
+      f32x16 squared[kDistanceRows];
       squared_distances(row, w.columns, p.channels, squared);
-      for (int i = 0; i < min(count - i0, kRows); ++i) {
+      for (int i = 0; i < min(count - i0, kDistanceRows); ++i) {
         float* sum = w.sums + (i0 + i) * kLanes;
         const f32x16 distance = distances(squared[i], p.metric);
         store(sum, load(sum) + select_greater(beyond, load(number), distance, splat(0.0f)));

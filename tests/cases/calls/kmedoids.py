@@ -8,7 +8,7 @@ from ..sizes import random, whole
 
 CALLS = {
     "kmedoids": lambda s: (
-        random(s.b, s.n, s.c), s.m, whole(s.n, s.b, s.m), 3, torch.ones(s.b, s.n, dtype=torch.bool),
+        random(s.b, s.n, s.c), s.m, 3, whole(s.n, s.b, s.m), torch.ones(s.b, s.n, dtype=torch.bool),
         "l2",
     ),
 }  # fmt: skip

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..registration import choose, not_differentiable
-from .greedy_select import greedy_select
 
 _ops = torch.ops.tokred
 
@@ -52,17 +51,15 @@ def kmedoids(
     Complexity: 2 B N K C flops a round, and 3 C for every pair of a cluster: 3 B N^2 C / K where
     clusters are of one size. O(B (N + K C)) numbers of workspace.
     """
-    if start is None:
-        start = greedy_select(x, num_clusters, mask=mask, metric=metric, first="norm")
-    return choose(_ops.kmedoids.default, x, num_clusters, start, iterations, mask, metric)
+    return choose(_ops.kmedoids.default, x, num_clusters, iterations, start, mask, metric)
 
 
 @torch.library.register_fake("tokred::kmedoids")
 def _kmedoids_fake(
     x: Tensor,
     num_clusters: int,
-    start: Tensor,
     iterations: int = 100,
+    start: Tensor | None = None,
     mask: Tensor | None = None,
     metric: str = "l2",
 ) -> tuple[Tensor, Tensor]:
@@ -78,7 +75,7 @@ not_differentiable("kmedoids")
 
 @register_flop_formula(_ops.kmedoids)
 def _kmedoids_flops(
-    x: Any, num_clusters: Any, start: Any, iterations: Any = 100, *args: Any, **kwargs: Any
+    x: Any, num_clusters: Any, iterations: Any = 100, *args: Any, **kwargs: Any
 ) -> int:
     """The assignments of all rounds; an item may end sooner."""
     batch, tokens, channels = x

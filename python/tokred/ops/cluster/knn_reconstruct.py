@@ -1,0 +1,76 @@
+"""Tokens from the features of their nearest centroids: wrapper, fake kernel and flop count."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from ..registration import call, without_gradient
+
+_ops = torch.ops.tokred
+
+
+def knn_reconstruct(
+    deep: Tensor,
+    x: Tensor,
+    centroids: Tensor,
+    k: int = 3,
+    temperature: float = 0.05,
+    norm: str = "l2",
+) -> Tensor:
+    """Gives every token a weighted sum of what its nearest centroids have become.
+
+    Token reconstruction of Expediting ViT (arXiv:2210.01035): x and centroids are those of the time
+    of clustering, deep the centroids after the layers in between. A token weighs its k nearest
+    centroids (the lowest of equals) by exp(-temperature |x - c|^2). The release scales the weights
+    by the root of the sum of their squares ("l2"), so they sum to more than 1; "l1" is their mean.
+    The release also keeps centroids as far as the k-th; here they are always k. Weights are scaled
+    from the nearest one, so they never all vanish. Tokens by centroids never exist in memory.
+
+    Args:
+        deep: [B, M, D] float32, float16 or bfloat16, channels contiguous.
+        x: [B, N, C] float32, float16 or bfloat16, channels contiguous.
+        centroids: float32 [B, M, C], as `local_soft_kmeans` returns them.
+        k: between 1 and 64; more than M are M.
+        temperature: at least 0.
+        norm: "l2" or "l1".
+
+    Returns:
+        [B, N, D] of the dtype of deep. A centroid at a distance that is not finite is no neighbour;
+        a token without neighbours is 0.
+
+    Raises:
+        RuntimeError: naming the argument whose shape, dtype, device or value does not fit; where
+            an argument requires grad while gradients are recorded.
+
+    Complexity: 3 B N M C + 2 B N k D flops.
+    """
+    return call(_ops.knn_reconstruct.default, deep, x, centroids, k, temperature, norm)
+
+
+@torch.library.register_fake("tokred::knn_reconstruct")
+def _knn_reconstruct_fake(
+    deep: Tensor,
+    x: Tensor,
+    centroids: Tensor,
+    k: int = 3,
+    temperature: float = 0.05,
+    norm: str = "l2",
+) -> Tensor:
+    torch._check(deep.dim() == 3, lambda: f"deep must be [B, M, D], got {deep.dim()}-D")
+    torch._check(x.dim() == 3, lambda: f"x must be [B, N, C], got {x.dim()}-D")
+    return deep.new_empty((x.shape[0], x.shape[1], deep.shape[2]))
+
+
+without_gradient("knn_reconstruct")
+
+
+@register_flop_formula(_ops.knn_reconstruct)
+def _knn_reconstruct_flops(
+    deep: Any, x: Any, centroids: Any, k: Any = 3, *args: Any, **kwargs: Any
+) -> int:
+    batch, tokens, channels = x
+    return batch * tokens * (3 * deep[1] * channels + 2 * min(k, deep[1]) * deep[2])
