@@ -17,8 +17,9 @@ std::tuple<Tensor, Tensor> local_soft_kmeans(const Tensor& x, const std::vector<
                clusters.size());
   const int64_t height = grid[0], width = grid[1], rows = clusters[0], columns = clusters[1];
   check_dim(x, "x", 3, "[B, H * W, C]");
-  TOKRED_CHECK(height >= 0 && width >= 0 && height <= x.size(1) && width <= x.size(1) &&
-                   height * width == x.size(1),
+  int64_t tokens = 0;
+  const bool overflows = __builtin_mul_overflow(height, width, &tokens);
+  TOKRED_CHECK(height >= 0 && width >= 0 && !overflows && tokens == x.size(1),
                "grid must have as many tokens as x (", x.size(1), "), got ", height, " x ", width);
   TOKRED_CHECK(rows >= 0 && rows <= height && columns >= 0 && columns <= width,
                "clusters must be between 0 and the grid (", height, " x ", width, "), got ", rows,

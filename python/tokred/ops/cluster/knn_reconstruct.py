@@ -43,8 +43,8 @@ def knn_reconstruct(
         a token without neighbours is 0.
 
     Raises:
-        RuntimeError: naming the argument whose shape, dtype, device or value does not fit; where
-            an argument requires grad while gradients are recorded.
+        RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
+        ValueError: an argument requires grad while gradients are recorded.
 
     Complexity: 3 B N M C + 2 B N k D flops.
     """
