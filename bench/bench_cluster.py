@@ -5,7 +5,8 @@ search for components, which needs the CPU. kmeans: ten rounds from the same sta
 scikit-learn, which needs the CPU, and torch's distances. select: greedy selection beside loops in
 torch, by differences and by products, and torch-fps, from the same first token. kmedoids: three
 rounds beside the sums of a masked [B, K, N, N]. local_soft_kmeans, knn_reconstruct: features of 64
-by 64 patches to 20 by 20 centroids and back, beside all distances in torch.
+by 64 patches to 20 by 20 centroids and back, beside all distances in torch. dpc_knn: beside
+torch with the matrix of distances.
 """
 
 from __future__ import annotations
@@ -308,10 +309,59 @@ def expedite_case(side: int, cells: int, channels: int, device: str) -> Iterator
         )
 
 
+def torch_dpc_knn(x: Tensor, clusters: int, k: int) -> tuple[Tensor, Tensor]:
+    """As published, with the matrix of distances stored, but without noise."""
+    distance = torch.cdist(x, x) / x.shape[2] ** 0.5
+    density = (-distance.topk(k, largest=False).values.square().mean(-1)).exp()
+    denser = density[:, None] > density[:, :, None]
+    furthest = distance.flatten(1).amax(1)[:, None, None]
+    delta = torch.where(denser, distance, furthest).amin(-1)
+    centers = (density * delta).topk(clusters).indices
+    columns = centers[:, None].expand(-1, x.shape[1], -1)
+    assignment = distance.gather(2, columns).argmin(2)
+    places = torch.arange(clusters, device=x.device).expand(len(x), -1)
+    return centers, assignment.scatter_(1, centers, places)
+
+
+def same_centers(outputs: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The share of centres that agree with the first candidate's."""
+    expected = next(iter(outputs.values()))[0].long()
+    agree = {
+        name: float((out[0][..., None] == expected[:, None]).any(2).float().mean())
+        for name, out in outputs.items()
+    }
+    if min(agree.values()) < 0.9:
+        raise RuntimeError(f"the centres differ: {agree}")
+    return {name: {"agreeing": share} for name, share in agree.items()}
+
+
+def dpc_knn_case(shape: tuple[int, int, int], clusters: int, device: str) -> Case:
+    batch, tokens, channels = shape
+
+    def build() -> dict[str, Callable]:
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+        return {
+            "tokred.dpc_knn": partial(tokred.dpc_knn, x, clusters, 5),
+            "torch": partial(torch_dpc_knn, x, clusters, 5),
+        }
+
+    return Case(
+        "cluster",
+        "dpc_knn",
+        (*shape, clusters),
+        "float32",
+        build,
+        flops=batch * tokens * channels * (tokens + 2 * clusters),
+        ceiling="gemm_float32",
+        examine=same_centers,
+    )
+
+
 def cases(run: Run) -> Iterator[Case]:
     yield components_case((4, 48, 86, 1176), run.device)
     yield kmeans_case((1, 65536, 64), 256, "randn", run.device)
     yield kmeans_case((16, 1024, 64), 64, "correlated", run.device)
+    yield dpc_knn_case((32, 729, 1152), 128, run.device)
     yield select_case((16, 1024, 64), 256, "kcenter", run.device)
     yield select_case((4, 576, 64), 64, "facility", run.device)
     if not run.quick:

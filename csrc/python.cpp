@@ -73,6 +73,16 @@ py::dict plans_of_ema_scan(int64_t batch, int64_t channels) {
   return py::dict("ema_scan"_a = describe(plan_ema_scan(batch, channels)));
 }
 
+// The launches of dpc_knn.
+py::dict plans_of_dpc_knn(int64_t batch, int64_t tokens, int64_t clusters, bool is_float,
+                          bool aligned) {
+  const int64_t places = batch * round_up(tokens, kPlaceThreads);
+  return py::dict(
+      "pairs"_a = describe(plan_distance_rows(batch, tokens, is_float, aligned && !is_float)),
+      "clear"_a = describe(plan_places(batch * clusters)),
+      "place"_a = describe(plan_places(places)));
+}
+
 // The launches of greedy_select, of every step where an item is in parts.
 py::dict plans_of_greedy(int64_t batch, int64_t tokens, int64_t channels) {
   const int64_t parts = greedy_parts(tokens, channels);
@@ -281,6 +291,8 @@ PYBIND11_MODULE(_C, m) {
       "batch"_a, "rows"_a, "columns"_a, "name -> {grid, block, shared_bytes}");
   m.def("plan_ema_scan", &plans_of_ema_scan, "batch"_a, "channels"_a,
         "name -> {grid, block, shared_bytes}");
+  m.def("plan_dpc_knn", &plans_of_dpc_knn, "batch"_a, "tokens"_a, "clusters"_a, "is_float"_a,
+        "aligned"_a, "name -> {grid, block, shared_bytes}");
   m.def("plan_greedy_select", &plans_of_greedy, "batch"_a, "tokens"_a, "channels"_a,
         "name -> {grid, block, shared_bytes}");
   m.def("plan_merge", &plans_of_merge, "batch"_a, "tokens"_a, "num_out"_a,

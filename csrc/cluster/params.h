@@ -163,4 +163,20 @@ struct KnnReconstructParams {
 };
 inline constexpr int64_t kMostNeighbours = 64;
 
+// Clustering by density peaks among the k nearest neighbours, of the tokens that are neither masked
+// nor have a squared norm that is not finite (in f32). With D(i, j) = |x_i - x_j|^2 / C:
+//   m_i      the mean of the min(k, tokens) smallest D(i, .), that of i itself included
+//   denser   the density of i is exp(-m_i): j is denser where m_j < m_i, or equal and j < i
+//   delta_i  the square root of the least D(i, j) of a denser j; infinite for the densest
+// centers[b] are the M tokens of the greatest log delta_i - m_i, which orders like density * delta,
+// the greatest first (ties: the lower index), and -1 behind the last token. assignment[b][i] is the
+// place in centers of the nearest centre, the first of equals; of a centre its own; -1 for tokens
+// that do not take part.
+struct DpcKnnParams : TokenPairs {  // a and b are both x [B, N, C] and its mask; the metric is l2
+  int64_t clusters, k;  // M, and k >= 1
+  int32_t* centers;  // i32 [B, M]
+  int32_t* assignment;  // i32 [B, N]
+  void* workspace;  // dpc_knn_workspace(params) bytes
+};
+
 }  // namespace tokred

@@ -78,6 +78,15 @@ def test_linear_assignment() -> None:
             check(_C.plan_linear_assignment(batch, rows, columns), {"assignment": batch})
 
 
+@pytest.mark.parametrize("is_float", [False, True])
+@pytest.mark.parametrize("aligned", [False, True])
+def test_dpc_knn(is_float: bool, aligned: bool) -> None:
+    for batch, tokens in shapes():
+        blocks = min(batch * -(-tokens // 64), 2**30)
+        plans = _C.plan_dpc_knn(batch, tokens, 100, is_float, aligned)
+        check(plans, {"pairs": blocks, "place": batch * -(-tokens // 256), "clear": batch // 3})
+
+
 def test_greedy_select() -> None:
     for batch, tokens, channels in shapes((1, 64, 1152)):
         plans = _C.plan_greedy_select(batch, tokens, channels)

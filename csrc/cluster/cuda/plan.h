@@ -1,7 +1,7 @@
 // Tiles and launch plans of the cluster ops.
 #pragma once
 
-#include "common/cuda/plan.h"
+#include "common/cuda/similarity_plan.h"
 
 namespace tokred::cuda {
 
@@ -87,6 +87,25 @@ constexpr LaunchPlan plan_greedy_blocks(int64_t blocks) {
 // Three f32 and an i32 of every token, and the best of every part at two steps.
 constexpr int64_t greedy_scratch_bytes(int64_t batch, int64_t tokens, int64_t channels) {
   return 16 * batch * tokens + 16 * batch * greedy_parts(tokens, channels);
+}
+
+// dpc_knn: blocks of 64 rows against all tokens, with room for a tile of their distances.
+inline constexpr int kPlaceThreads = 256;
+constexpr int64_t distance_shared_bytes(bool is_float, bool async) {
+  return similarity_shared_bytes(kNarrowTiles, is_float, async) +
+         int64_t{4} * kNarrowTiles.rows() * (kSimilarityColumns + 1);
+}
+// Example: [32, 729, C]: 384 blocks of four warps.
+constexpr LaunchPlan plan_distance_rows(int64_t batch, int64_t tokens, bool is_float, bool async) {
+  const int64_t blocks = batch * divide_up(tokens, kNarrowTiles.rows());
+  return {{blocks < kMaxBlocks ? blocks : kMaxBlocks, 1, 1},
+          kNarrowTiles.threads(),
+          distance_shared_bytes(is_float, async)};
+}
+// A thread an entry.
+constexpr LaunchPlan plan_places(int64_t entries) {
+  const int64_t blocks = divide_up(entries, kPlaceThreads);
+  return {{blocks < kMaxBlocks ? blocks : kMaxBlocks, 1, 1}, kPlaceThreads, 0};
 }
 
 }  // namespace tokred::cuda

@@ -1,6 +1,7 @@
 """Grouping of tokens, and tokens that stand for others."""
 
 from .connected_components import connected_components
+from .dpc_knn import dpc_knn
 from .greedy_select import greedy_select
 from .kmeans import kmeans
 from .kmedoids import kmedoids
@@ -9,6 +10,7 @@ from .local_soft_kmeans import local_soft_kmeans
 
 __all__ = [
     "connected_components",
+    "dpc_knn",
     "greedy_select",
     "kmeans",
     "kmedoids",
