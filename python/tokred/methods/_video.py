@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,3 +46,12 @@ def frame_maps_in_a_row(token_map: Tensor, num_out: int, frames: int) -> Tensor:
     first = torch.arange(frames, dtype=torch.int32, device=token_map.device) * num_out
     maps = token_map.unflatten(0, (-1, frames))
     return torch.where(maps >= 0, maps + first[:, None], -1).flatten(1)
+
+
+def padded_map(
+    slots: Sequence[np.ndarray], total: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(token_map i32 [B, total], lengths i32 [B]) of the slots of every video, an array of each."""
+    table = np.array(slots, np.int32).reshape(len(slots), total)
+    lengths = table.max(1, initial=-1) + 1
+    return torch.from_numpy(table).to(device), torch.from_numpy(lengths).to(device)
