@@ -31,6 +31,13 @@ inline void cluster_tokens(ClusterTokens& params, const Tensor& x, int64_t num_c
   params.clusters = num_clusters;
 }
 
+// Every iteration is launches on a device, whether or not anything still moves.
+inline void check_iterations(int64_t iterations) {
+  constexpr int64_t kMost = 100000;
+  TOKRED_CHECK(iterations >= 0 && iterations <= kMost, "iterations must be between 0 and ", kMost,
+               ", got ", iterations);
+}
+
 // start: int32 token numbers [B, K], or float32 centroids [B, K, C].
 inline void kmeans_start(KmeansParams& p, const Tensor& start, const Tensor& x) {
   const bool tokens = start.scalar_type() == ScalarType::Int;
@@ -57,7 +64,7 @@ std::tuple<Tensor, Tensor, Tensor> kmeans(const Tensor& x, int64_t num_clusters,
                                           const Text& metric, double tolerance) {
   KmeansParams p{};
   cluster_tokens(p, x, num_clusters, mask, metric);
-  TOKRED_CHECK(iterations >= 0, "iterations must be at least 0, got ", iterations);
+  check_iterations(iterations);
   TOKRED_CHECK(std::isfinite(tolerance) && tolerance >= 0,
                "tolerance must be finite and at least 0, got ", tolerance);
   p.iterations = iterations;

@@ -13,7 +13,7 @@ std::tuple<Tensor, Tensor> kmedoids(const Tensor& x, int64_t num_clusters, int64
                                     const Text& metric) {
   KmedoidsParams p{};
   cluster_tokens(p, x, num_clusters, mask, metric);
-  TOKRED_CHECK(iterations >= 0, "iterations must be at least 0, got ", iterations);
+  check_iterations(iterations);
   if (given_start) {
     check_shape(*given_start, "start", {p.batch, p.clusters}, "[B, num_clusters]");
     check_dtype(*given_start, "start", ScalarType::Int);

@@ -24,10 +24,11 @@ std::tuple<Tensor, Tensor> local_soft_kmeans(const Tensor& x, const std::vector<
   TOKRED_CHECK(rows >= 0 && rows <= height && columns >= 0 && columns <= width,
                "clusters must be between 0 and the grid (", height, " x ", width, "), got ", rows,
                " x ", columns);
-  TOKRED_CHECK(iterations >= 0, "iterations must be at least 0, got ", iterations);
+  check_iterations(iterations);
   TOKRED_CHECK(std::isfinite(temperature) && temperature >= 0,
                "temperature must be finite and at least 0, got ", temperature);
-  TOKRED_CHECK(window > 0 && window % 2 == 1, "window must be odd and positive, got ", window);
+  TOKRED_CHECK(window > 0 && window < 256 && window % 2 == 1,
+               "window must be odd and between 1 and 255, got ", window);
   cluster_tokens(p, x, rows * columns, std::nullopt, Text{"l2"});
   p.height = height;
   p.width = width;

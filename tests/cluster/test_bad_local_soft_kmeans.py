@@ -19,10 +19,15 @@ test_bad_input_names_the_argument = names_the_argument(
         (soft, (X, (-3, -4), CLUSTERS), {}, "grid must have"),
         (soft, (X, GRID, (4, 2)), {}, "clusters must be between 0 and the grid"),
         (soft, (X, GRID, (2, -1)), {}, "clusters must be between"),
-        (soft, (X, GRID, CLUSTERS, -1), {}, "iterations must be at least 0, got -1"),
+        (soft, (X, GRID, CLUSTERS, -1), {}, "iterations must be between 0 and 100000, got -1"),
         (soft, (X, GRID, CLUSTERS), {"temperature": float("nan")}, "temperature must be finite"),
         (soft, (X, GRID, CLUSTERS), {"temperature": -0.5}, "temperature must be finite"),
-        (soft, (X, GRID, CLUSTERS), {"window": 4}, "window must be odd and positive, got 4"),
+        (
+            soft,
+            (X, GRID, CLUSTERS),
+            {"window": 4},
+            "window must be odd and between 1 and 255, got 4",
+        ),
         (soft, (X, GRID, CLUSTERS), {"window": -1}, "window must be odd"),
     ]
 )

@@ -42,7 +42,7 @@ def kmeans(
     Args:
         x: [B, N, C] float32, float16 or bfloat16, channels contiguous.
         num_clusters: K, at least 0; may exceed N.
-        iterations: rounds at most; with 0 tokens are only given to the start.
+        iterations: rounds at most, up to 100000; with 0 tokens are only given to the start.
         start: int32 [B, K] numbers of tokens, where -1 or any other number out of range, or a
             masked token, makes a cluster that stays empty, its centroid 0; or float32 [B, K, C]
             centroids. None spreads the start evenly over the n unmasked tokens: centroid k is the

@@ -32,7 +32,7 @@ def kmedoids(
     Args:
         x: [B, N, C] float32, float16 or bfloat16, channels contiguous.
         num_clusters: K, at least 0; may exceed N.
-        iterations: rounds at most; with 0 tokens are only given to the start.
+        iterations: rounds at most, up to 100000; with 0 tokens are only given to the start.
         start: int32 [B, K] numbers of tokens; one that is out of range, masked, not finite, or
             there already makes no cluster. None is KKZ: the longest token, then always the one that
             is furthest from its nearest medoid (`greedy_select` with first="norm").

@@ -34,9 +34,9 @@ def local_soft_kmeans(
         x: [B, H * W, C] float32, float16 or bfloat16, row by row, channels contiguous.
         grid: (H, W).
         clusters: (h, w), at most (H, W).
-        iterations: at least 0.
+        iterations: between 0 and 100000.
         temperature: at least 0; 0 weighs all centroids of the window alike.
-        window: odd; cells of centroids along a side.
+        window: odd, between 1 and 255; cells of centroids along a side.
 
     Returns:
         centroids float32 [B, h * w, C], and assignment int32 [B, H * W], the nearest of all
