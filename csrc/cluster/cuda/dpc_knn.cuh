@@ -80,7 +80,7 @@ __device__ __forceinline__ void insert(float* list, int64_t length, float x) {
 }
 
 template <class Config>
-__global__ void __launch_bounds__(Config::kThreads)
+__global__ void __launch_bounds__(Config::kThreads, 2)
     knn_density_kernel(const __grid_constant__ DpcKnnParams p,
                        const __grid_constant__ Scratch out) {
   auto& shared = shared_memory<Shared<Config>>();
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(Config::kThreads)
 
 // Scores: the nearest denser token, and what the density adds.
 template <class Config>
-__global__ void __launch_bounds__(Config::kThreads)
+__global__ void __launch_bounds__(Config::kThreads, 2)
     density_peaks_kernel(const __grid_constant__ DpcKnnParams p,
                          const __grid_constant__ Scratch out) {
   auto& shared = shared_memory<Shared<Config>>();
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kPlaceThreads)
 
 // The nearest centre, the first of equals. `pairs.b` is the list of centres.
 template <class Config>
-__global__ void __launch_bounds__(Config::kThreads)
+__global__ void __launch_bounds__(Config::kThreads, 2)
     assign_centers_kernel(const __grid_constant__ DpcKnnParams p,
                           const __grid_constant__ TokenPairs pairs,
                           const __grid_constant__ Scratch out) {

@@ -141,7 +141,7 @@ struct Rows {
 
 // Squared norms, and scores as first picks.
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kGreedyThreads)
+__global__ void __launch_bounds__(kGreedyThreads, 1)
     greedy_prepare_kernel(const __grid_constant__ GreedySelectParams p,
                           const __grid_constant__ Scratch s) {
   const int64_t tokens = p.batch * p.x.tokens, group = threadIdx.x / kGreedyLanes;
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kGreedyThreads)
 
 // Scores as first picks by the distance to the nearest other token, a block a token.
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kGreedyThreads)
+__global__ void __launch_bounds__(kGreedyThreads, 1)
     greedy_isolated_kernel(const __grid_constant__ GreedySelectParams p,
                            const __grid_constant__ Scratch s) {
   auto& scratch = shared_memory<BestScratch>();
@@ -201,7 +201,7 @@ __device__ __forceinline__ int start_of(const GreedySelectParams& p, const Scrat
 // Step 0 ranks the first picks; step i > 0 picks token i - 1, the best of all parts, and ranks what
 // is left. Blocks have an item each for all of the steps, or a part of one for one step.
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kGreedyThreads)
+__global__ void __launch_bounds__(kGreedyThreads, 1)
     greedy_select_kernel(const __grid_constant__ GreedySelectParams p,
                          const __grid_constant__ Scratch s, int64_t first_step, int64_t steps) {
   auto& scratch = shared_memory<BestScratch>();
@@ -281,7 +281,7 @@ __device__ __forceinline__ bool starts_by_gain(const GreedySelectParams& p, cons
 
 // The first pick of every item that is not chosen by gain.
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kGreedyThreads)
+__global__ void __launch_bounds__(kGreedyThreads, 1)
     facility_start_kernel(const __grid_constant__ GreedySelectParams p,
                           const __grid_constant__ Scratch s) {
   auto& scratch = shared_memory<BestScratch>();
@@ -302,7 +302,7 @@ __global__ void __launch_bounds__(kGreedyThreads)
 
 // The gains of all tokens, a block a token.
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kGreedyThreads)
+__global__ void __launch_bounds__(kGreedyThreads, 1)
     facility_gains_kernel(const __grid_constant__ GreedySelectParams p,
                           const __grid_constant__ Scratch s) {
   auto& scratch = shared_memory<BlockScratch<float>>();
@@ -320,7 +320,7 @@ __global__ void __launch_bounds__(kGreedyThreads)
 
 // All other picks of an item, by one block.
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kGreedyThreads)
+__global__ void __launch_bounds__(kGreedyThreads, 1)
     facility_select_kernel(const __grid_constant__ GreedySelectParams p,
                            const __grid_constant__ Scratch s) {
   auto& scratch = shared_memory<BestScratch>();
