@@ -29,15 +29,14 @@ def attend(
 
     A key that a query meets 0 times, or whose bias is -inf, adds nothing, whatever it holds.
     """
-    (batch, heads, queries, dim), keys = q.shape, k.shape[2]
-    group = heads // max(k.shape[1], 1)
+    (batch, heads, queries, dim), (key_heads, keys) = q.shape, k.shape[1:3]
+    group = heads // max(key_heads, 1)
     k, v = (t.repeat_interleave(group, 1) for t in (k, v))
     logits = (q @ k.mT) * (max(dim, 1) ** -0.5 if scale is None else scale)
     times = times.expand(batch, heads, queries, keys)
     seen = times > 0
     if key_bias is not None:
-        bias = key_bias.expand(-1, heads // group if group else 0, -1)
-        bias = bias.repeat_interleave(group, 1)[:, :, None]
+        bias = key_bias.expand(-1, key_heads, -1).repeat_interleave(group, 1)[:, :, None]
         seen = seen & (bias > -torch.inf)
         logits = logits + bias
     logits = logits.masked_fill(~seen, -torch.inf)
