@@ -106,7 +106,7 @@ def lists(
     listed = listed.repeat_interleave(min(block_q, max(queries, 1)), 2)[:, :, :queries]
     valid = (listed >= 0) & (listed < keys)
     seen = seen_by(queries, keys, **some).expand(batch, heads, queries, keys)
-    if rope_cos is None:
+    if rope_cos is None or keys == 0:
         times = torch.zeros(batch, heads, queries, keys + 1, dtype=q.dtype)
         times.scatter_add_(3, torch.where(valid, listed, keys), valid.to(q.dtype))
         return attend(q, k, v, times[..., :keys] * seen, **how)
