@@ -114,6 +114,27 @@ def draw_image(
     return entries
 
 
+def draw_video(name: str, photographs: list[Photograph], keep: float, output: Path) -> None:
+    """Runs every method for video on the frames; writes NAME_gallery.png and .json."""
+    from . import video
+
+    with torch.inference_mode():
+        frames = video.encode(load_dinov2(), photographs)
+        tokens = frames.x.shape[1] * frames.x.shape[2]
+        rows: list[list[Panel]] = [[(p.name, p.image) for p in photographs]]
+        entries = []
+        for method in video.VIDEO:
+            entry, token_map = video.measure(frames, method, keep)
+            entries.append(entry)
+            rows.append(video.panels(frames, entry, token_map))
+            print(", ".join(entry.facts(tokens)), flush=True)
+    picture = output / f"{name}_gallery.png"
+    save_panels(picture, f"{name}: what is left of {len(photographs)} frames", rows)
+    report = {"origin": asdict(origin(True)), "keep": keep}
+    report["entries"] = [asdict(entry) for entry in entries]
+    picture.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
+
+
 def _measured(
     model: nn.Module, photograph: Photograph, name: str, options: dict[str, Any], repeats: int
 ) -> tuple[Entry, torch.Tensor]:
@@ -140,6 +161,10 @@ def main(arguments: Sequence[str] = ()) -> int:
     """Draws the gallery; the exit code is 2 for what cannot be drawn."""
     parser = argparse.ArgumentParser(prog="python -m tokred gallery", description=__doc__)
     parser.add_argument("--image", help=f"a photograph; by default scikit-image's {SAMPLE}")
+    parser.add_argument(
+        "--video", type=Path, help="a folder of frames, in order of name"
+    )
+    parser.add_argument("--frames", type=int, default=4, help="of the video, at even distances, 4")
     parser.add_argument("--output", type=Path, default=Path("gallery_output"))
     parser.add_argument("--keep", type=float, default=0.5, help="the share of tokens left, 0.5")
     parser.add_argument("--size", type=int, default=IMAGE_SIZE, help="pixels of the square, 518")
@@ -154,13 +179,28 @@ def main(arguments: Sequence[str] = ()) -> int:
             raise ValueError(f"--size must be a multiple of {PATCH_SIZE}, got {options.size}")
         if options.repeats < 1:
             raise ValueError(f"--repeats must be at least 1, got {options.repeats}")
-        chosen = mergers(options.methods)
-        photograph = _photograph(options.image, options.size)
-        draw_image(photograph, chosen, options.keep, options.repeats, options.output)
+        if options.frames < 1:
+            raise ValueError(f"--frames must be at least 1, got {options.frames}")
+        if options.video is not None:
+            _video(options)
+        else:
+            chosen = mergers(options.methods)
+            photograph = _photograph(options.image, options.size)
+            draw_image(photograph, chosen, options.keep, options.repeats, options.output)
     except (MissingModelError, OSError, ValueError) as error:
         print(f"tokred gallery: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _video(options: argparse.Namespace) -> None:
+    from .video import frame_paths
+
+    if options.image is not None or options.methods:
+        raise ValueError("--video takes neither --image nor --methods")
+    paths = frame_paths(options.video, options.frames)
+    photographs = [_photograph(str(path), options.size) for path in paths]
+    draw_video(options.video.resolve().name, photographs, options.keep, options.output)
 
 
 def _photograph(path: str | None, size: int) -> Photograph:
