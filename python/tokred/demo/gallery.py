@@ -206,11 +206,13 @@ def _video(options: argparse.Namespace) -> None:
 def _photograph(path: str | None, size: int) -> Photograph:
     if path is None:
         return next(photographs_in((SAMPLE,), size))
-    from skimage import color, io, util
+    from skimage.color import gray2rgb
+    from skimage.io import imread
+    from skimage.util import img_as_ubyte
 
-    image = util.img_as_ubyte(io.imread(path))
+    image = img_as_ubyte(imread(path))
     if image.ndim == 2:
-        image = color.gray2rgb(image)
+        image = gray2rgb(image)
     if image.ndim != 3 or image.shape[2] not in (3, 4):
         raise ValueError(f"{path} must be a grey, RGB or RGBA image, got shape {image.shape}")
     return photograph_of(Path(path).stem, image[..., :3], size)
