@@ -127,8 +127,10 @@ def test_views_have_the_bits_of_their_copies(library: Any, op: str) -> None:
         args = CALLS[op](sizes)
         modes = [args]
         if "merge" in op:
-            modes = [tuple(mode if arg in ("mean", "maxnorm") else arg for arg in args)
-                     for mode in ("sum", "mean", "amax", "prune", "maxnorm", "halving")]  # fmt: skip
+            modes = [
+                tuple(mode if arg in ("mean", "maxnorm") else arg for arg in args)
+                for mode in ("sum", "mean", "amax", "prune", "maxnorm", "halving")
+            ]
         for args in modes:
             copies = call(
                 library, op, tuple(a.clone() if isinstance(a, Tensor) else a for a in args)

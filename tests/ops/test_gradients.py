@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 import tokred
 from cases.compare import assert_bitwise_equal, flat
 from cases.inputs import generator
+from cases.op_calls import CALLS, Sizes
 from cases.oracle import reference
 from tokred import PackFormat
 
@@ -32,6 +33,12 @@ def whole(*rows: list[int]) -> Tensor:
 
 
 MAP = whole([0, 1, -1, 2, 0, 2], [2, 1, 0, 9, 0, 1])
+
+
+CHOICES = (
+    "linear_assignment", "forest_roots", "connected_components", "dpc_knn", "greedy_select",
+    "kmeans", "kmedoids", "local_soft_kmeans",
+)  # fmt: skip
 
 
 def differentiable_calls() -> dict[str, tuple]:
@@ -52,6 +59,8 @@ def differentiable_calls() -> dict[str, tuple]:
             q, k[:, :, :3].clone(), v[:, :, :3].clone(), floats(2, dtype=WIDE).abs(),
             floats(2, 2, 4, 3, dtype=WIDE), 0.5, torch.tensor([[True, False, True]]),
         ),
+        "segment_weights": (MAP, 3, "softmax", weight),
+        "ema_scan": (x, floats(2, 6, dtype=WIDE).sigmoid(), x[:, 0].clone()),
     }  # fmt: skip
 
 
@@ -81,6 +90,7 @@ def refused_calls() -> dict[str, tuple]:
         "kv_append": (window, *packed[:2], floats(2, 2, 4, 16), 2, *packed[2:]),
         "packed_attention": (query, *packed, *packed, window, window, None, None, None, bias),
         "packed_qk_score": (query, *packed, window),
+        **{op: CALLS[op](Sizes()) for op in ("sinkhorn", "knn_reconstruct", "adjacent_runs")},
     }  # fmt: skip
 
 
@@ -95,6 +105,7 @@ def choosing_calls() -> dict[str, tuple]:
         "topk": (scores, 3),
         "compact": (scores, 0.1),
         "inverse_transform_sample": (scores.abs(), 3),
+        **{op: CALLS[op](Sizes()) for op in CHOICES},
     }
 
 
@@ -122,6 +133,14 @@ def backward_calls() -> dict[str, tuple]:
     result["linear_attention_backward"] = (
         floats(2, 4, 3, 3, dtype=WIDE), floats(2, 2, 4, 3, dtype=WIDE), *linear
     )  # fmt: skip
+    token_map, segments, mode, weight = calls["segment_weights"]
+    weights = OPS.segment_weights(token_map, segments, mode, weight)
+    result["segment_weights_backward"] = (
+        floats(2, 6, dtype=WIDE), weights, token_map, segments, mode, weight, None, None
+    )  # fmt: skip
+    c, p, before = calls["ema_scan"]
+    z, _ = OPS.ema_scan(c, p, before)
+    result["ema_scan_backward"] = (floats(2, 6, 3, dtype=WIDE), before, c, p, before, None, z)
     return result
 
 

@@ -161,9 +161,7 @@ def main(arguments: Sequence[str] = ()) -> int:
     """Draws the gallery; the exit code is 2 for what cannot be drawn."""
     parser = argparse.ArgumentParser(prog="python -m tokred gallery", description=__doc__)
     parser.add_argument("--image", help=f"a photograph; by default scikit-image's {SAMPLE}")
-    parser.add_argument(
-        "--video", type=Path, help="a folder of frames, in order of name"
-    )
+    parser.add_argument("--video", type=Path, help="a folder of frames, in order of name")
     parser.add_argument("--frames", type=int, default=4, help="of the video, at even distances, 4")
     parser.add_argument("--output", type=Path, default=Path("gallery_output"))
     parser.add_argument("--keep", type=float, default=0.5, help="the share of tokens left, 0.5")

@@ -38,7 +38,7 @@ class Frames:
 
 @dataclass(frozen=True)
 class VideoEntry:
-    """One method on one video; cosine: of each token to what stands for it, 0 where nothing does."""
+    """One method on one video; cosine: of each token to what stands for it, else 0."""
 
     method: str
     slots: int

@@ -67,7 +67,7 @@ def segment_pool(
 
     Raises:
         RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
-        ValueError: both or neither of offsets and ids, offsets that descend, or an argument that the
+        ValueError: both or neither of offsets and ids, descending offsets, or an argument that the
             mode does not take.
 
     Complexity: O(N C + S C) per row; two reads of x in "gaussian", one in the others.
