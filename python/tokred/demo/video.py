@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import tokred
-from tokred.methods import aim, center_clip, holitom, storm, ts_llava
+from tokred.methods import aim, center_clip, flashvid, holitom, storm, ts_llava
 
 from .figures import Panel, merged_regions
 from .images import Photograph
@@ -69,6 +69,10 @@ def _center_clip(frames: Frames, keep: float) -> Any:
     return center_clip.cluster_segments(frames.x, 1, max(int(count * tokens * keep), 1), 0)
 
 
+def _flashvid(frames: Frames, keep: float) -> Any:
+    return flashvid.merge_video(frames.x, frames.attention, keep)
+
+
 def _holitom(frames: Frames, keep: float) -> Any:
     return holitom.merge_video(frames.x, frames.attention, keep)
 
@@ -85,6 +89,7 @@ def _ts_llava(frames: Frames, keep: float) -> Any:
 VIDEO: dict[str, Callable[[Frames, float], Any]] = {
     "aim": _aim,
     "center_clip": _center_clip,
+    "flashvid": _flashvid,
     "holitom": _holitom,
     "storm": _storm,
     "ts_llava": _ts_llava,
