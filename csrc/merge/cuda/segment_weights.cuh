@@ -80,7 +80,7 @@ static __global__ void __launch_bounds__(kMergeThreads)
 }
 
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kMergeThreads)
+__global__ void __launch_bounds__(kMergeThreads, 2)
     gaussian_weights_kernel(const __grid_constant__ SegmentWeightsParams p) {
   const SlotBlock block(p.segments, shared_memory<MergeShared>());
   float* out = static_cast<float*>(p.out) + block.item * p.segments.tokens;
