@@ -61,13 +61,13 @@ struct AssignmentSolver {
   AssignmentScratch& s;
   const T* costs;
   double sign;
-  double* v;         // [columns] prices
+  double* v;  // [columns] prices
   double* distance;  // [columns] of a search
-  int* owner;        // [columns] row, or -1
-  int* from;         // [columns] row from which it was reached; ~row once it is done
-  int* partner;      // [rows] column, or -1
-  int* waiting;      // [rows] rows without a column
-  int* later;        // [rows] the same for the next pass
+  int* owner;  // [columns] row, or -1
+  int* from;  // [columns] row from which it was reached; ~row once it is done
+  int* partner;  // [rows] column, or -1
+  int* waiting;  // [rows] rows without a column
+  int* later;  // [rows] the same for the next pass
 
   __device__ AssignmentSolver(const LinearAssignmentParams& p, int64_t item, AssignmentScratch& s,
                               char* state)
