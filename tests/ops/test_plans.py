@@ -133,7 +133,7 @@ def test_linear_attention() -> None:
         for dim in (1, 64, 128, 129, 256):
             plans = _C.plan_linear_attention(batch, heads, dim, dim)
             parts = batch * heads * -(-dim // 32)
-            check(plans, {"chunks": parts, "step": parts})
+            check(plans, dict.fromkeys(("chunks", "step"), min(parts, 2**30)))
             assert plans["chunks"]["shared_bytes"] <= 99 * 1024
 
 

@@ -8,16 +8,19 @@
 
 namespace tokred::cuda::linear {
 
+__device__ __forceinline__ int64_t parts_of_head(const LinearAttentionParams& p) {
+  return (p.value_dim + kLinearValues - 1) / kLinearValues;
+}
+
 // 32 value dimensions of a head of an item.
 struct Part {
   int64_t item, head, first;
 
-  __device__ explicit Part(const LinearAttentionParams& p) {
-    const int64_t parts = (p.value_dim + kLinearValues - 1) / kLinearValues;
-    const int64_t flat = blockIdx.x / parts;
+  __device__ Part(const LinearAttentionParams& p, int64_t number) {
+    const int64_t parts = parts_of_head(p), flat = number / parts;
     item = flat / p.heads;
     head = flat % p.heads;
-    first = blockIdx.x % parts * kLinearValues;
+    first = number % parts * kLinearValues;
   }
 };
 
@@ -62,8 +65,8 @@ struct Chunks {
   int* clock;  // of the chunk's rows, then their total
   float sum[kOwn][kColumns];
 
-  __device__ Chunks(const LinearAttentionParams& params, float* memory)
-      : p(params), part(params), dim(static_cast<int>(params.head_dim)),
+  __device__ Chunks(const LinearAttentionParams& params, int64_t number, float* memory)
+      : p(params), part(params, number), dim(static_cast<int>(params.head_dim)),
         pitch(static_cast<int>(linear_pitch(params.head_dim))),
         y(static_cast<int>(threadIdx.x) / 8), x(static_cast<int>(threadIdx.x) % 8) {
     q = memory;
@@ -269,17 +272,19 @@ struct Chunks {
 template <class T, int kRows>
 __global__ void __launch_bounds__(kLinearThreads, 4)  // four fill the shared memory of an H200
     linear_attention_kernel(const __grid_constant__ LinearAttentionParams p) {
-  Chunks<T, kRows>(p, &shared_memory<float>()).run();
+  const int64_t parts = p.batch * p.heads * parts_of_head(p);
+  for (int64_t number = blockIdx.x; number < parts; number += gridDim.x) {
+    Chunks<T, kRows>(p, number, &shared_memory<float>()).run();
+    __syncthreads();  // the next part takes the shared memory
+  }
 }
 
 // One visible row: state_out = w(1) state + k v^T and its products with up to four queries at a
 // time; the next four read what was written. Lanes are value dimensions, warps share the rows.
 template <class T>
-__global__ void __launch_bounds__(kLinearStepThreads)
-    linear_step_kernel(const __grid_constant__ LinearAttentionParams p) {
+__device__ __forceinline__ void step(const LinearAttentionParams& p, const Part& part,
+                                     float* partial) {
   constexpr int kWarps = kLinearStepThreads / kWarp;
-  float* partial = &shared_memory<float>();  // [warp][query][32]
-  const Part part(p);
   const int column = lane_id();
   const bool mine = part.first + column < p.value_dim;
   const float decay = expf(-rate_of(p, part.head));
@@ -320,6 +325,16 @@ __global__ void __launch_bounds__(kLinearStepThreads)
           from_float<T>(total * static_cast<float>(p.scale_q));
     }
     __syncthreads();
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kLinearStepThreads)
+    linear_step_kernel(const __grid_constant__ LinearAttentionParams p) {
+  float* partial = &shared_memory<float>();  // [warp][query][32]
+  const int64_t parts = p.batch * p.heads * parts_of_head(p);
+  for (int64_t number = blockIdx.x; number < parts; number += gridDim.x) {
+    step<T>(p, Part(p, number), partial);
   }
 }
 

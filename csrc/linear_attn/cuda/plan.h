@@ -24,17 +24,20 @@ constexpr int64_t linear_shared_bytes(int64_t head_dim) {
               rows * (rows + 1) + (rows + 1) + (rows + 1));
 }
 
+constexpr int64_t linear_blocks(int64_t heads, int64_t value_dim) {
+  const int64_t blocks = heads * divide_up(value_dim, kLinearValues);
+  return blocks < kMaxBlocks ? blocks : kMaxBlocks;
+}
+
 // A block takes 32 value dimensions of a head through all chunks. Example: B = 1, 32 heads, D =
 // Dv = 128: 32 * 4 = 128 blocks of 128 threads and 57 KB.
 constexpr LaunchPlan plan_linear_attention(int64_t heads, int64_t head_dim, int64_t value_dim) {
-  return {{heads * divide_up(value_dim, kLinearValues), 1, 1},
-          kLinearThreads,
-          linear_shared_bytes(head_dim)};
+  return {{linear_blocks(heads, value_dim), 1, 1}, kLinearThreads, linear_shared_bytes(head_dim)};
 }
 
 // One row: 32 value dimensions by eight warps. Example: B = 4, 32 heads, Dv = 128: 512 blocks.
 constexpr LaunchPlan plan_linear_step(int64_t heads, int64_t value_dim) {
-  return {{heads * divide_up(value_dim, kLinearValues), 1, 1},
+  return {{linear_blocks(heads, value_dim), 1, 1},
           kLinearStepThreads,
           int64_t{4} * kLinearStepThreads * kLinearStepQueries};
 }
