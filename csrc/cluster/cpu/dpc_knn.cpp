@@ -4,6 +4,7 @@
 //
 // [32, 729, 1152]: half of all pairs are 19.6 GFLOP, 0.4 s at 50 GFLOP/s; the matrices of
 // distances, 68 MB in fp32, are never stored.
+#include "cluster/cpu/items.h"
 #include "cluster/cpu/panels.h"
 #include "cluster/params.h"
 #include "common/cpu/lanes.h"
@@ -54,10 +55,10 @@ Item carve(const DpcKnnParams& p, int64_t threads, Workspace& workspace) {
   return s;
 }
 
-bool is_wide(const DpcKnnParams& p, const Parallel& parallel) {
+ItemThreads item_threads(const DpcKnnParams& p, const Parallel& parallel) {
   const auto tokens = static_cast<double>(p.a.tokens);
-  return p.batch < parallel.threads &&
-         tokens * tokens * static_cast<double>(p.channels) >= kWideWork;
+  const double work = tokens * tokens * static_cast<double>(p.channels);
+  return ItemThreads(parallel, p.batch, work >= kWideWork);
 }
 
 const float* panel_of(const DpcKnnParams& p, const Item& s, int64_t tile) {
@@ -280,25 +281,22 @@ void cluster_item(const DpcKnnParams& p, const Item& s, const Parallel& parallel
 }  // namespace
 
 int64_t dpc_knn_workspace(const DpcKnnParams& p, const Parallel& parallel) {
-  const bool wide = is_wide(p, parallel);
-  const int64_t threads = wide ? parallel.threads : 1;
-  const int64_t items = wide ? 1 : min(p.batch, parallel.threads);
-  return items * workspace_bytes([&](Workspace& workspace) { carve(p, threads, workspace); });
+  return item_threads(p, parallel).bytes([&](int64_t threads, Workspace& workspace) {
+    return carve(p, threads, workspace);
+  });
 }
 
 void dpc_knn(const DpcKnnParams& p, const Parallel& parallel) {
-  const bool wide = is_wide(p, parallel);
-  const Parallel inside = wide ? parallel : Parallel{1, nullptr};
-  const Parallel outside = wide ? Parallel{1, nullptr} : parallel;
-  const int64_t bytes =
-      workspace_bytes([&](Workspace& workspace) { carve(p, inside.threads, workspace); });
+  const auto memory = [&](int64_t threads, Workspace& workspace) {
+    return carve(p, threads, workspace);
+  };
   visit_f32(p.dtype, [&]<class T>() {
-    parallel_tasks(outside, p.batch, [&](int64_t number, int64_t worker) {
-      Workspace workspace(static_cast<char*>(p.workspace) + worker * bytes);
-      Item item = carve(p, inside.threads, workspace);
-      item.number = number;
-      cluster_item<T>(p, item, inside);
-    });
+    item_threads(p, parallel)
+        .for_each(p.batch, p.workspace, memory,
+                  [&](int64_t number, Item item, const Parallel& inside) {
+                    item.number = number;
+                    cluster_item<T>(p, item, inside);
+                  });
   });
 }
 

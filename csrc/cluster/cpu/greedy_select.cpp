@@ -6,6 +6,7 @@
 // [16, 1024, 64], k = 256: all pairs of a token and a picked one are 0.54 GFLOP, 11 ms at 50
 // GFLOP/s; where a loop reads all tokens at every step, a twentieth of them is read. Sums of
 // distances rise, and so may scores with negative weights: those meet every picked token at once.
+#include "cluster/cpu/items.h"
 #include "cluster/cpu/panels.h"
 #include "cluster/params.h"
 #include "common/cpu/parallel.h"
@@ -37,8 +38,8 @@ struct Item {
   int32_t* wave;   // i32 [kWave * threads]: tiles or tokens that are met next
 };
 
-bool is_wide(const GreedySelectParams& p, const Parallel& parallel) {
-  return p.batch < parallel.threads && p.x.tokens * p.channels >= kWideWork;
+ItemThreads item_threads(const GreedySelectParams& p, const Parallel& parallel) {
+  return ItemThreads(parallel, p.batch, p.x.tokens * p.channels >= kWideWork);
 }
 
 Item carve(const GreedySelectParams& p, int64_t threads, Workspace& workspace) {
@@ -332,25 +333,22 @@ void select_from_item(const GreedySelectParams& p, Item s, const Parallel& paral
 }  // namespace
 
 int64_t greedy_select_workspace(const GreedySelectParams& p, const Parallel& parallel) {
-  const bool wide = is_wide(p, parallel);
-  const int64_t threads = wide ? parallel.threads : 1;
-  const int64_t items = wide ? 1 : min(p.batch, parallel.threads);
-  return items * workspace_bytes([&](Workspace& workspace) { carve(p, threads, workspace); });
+  return item_threads(p, parallel).bytes([&](int64_t threads, Workspace& workspace) {
+    return carve(p, threads, workspace);
+  });
 }
 
 void greedy_select(const GreedySelectParams& p, const Parallel& parallel) {
-  const bool wide = is_wide(p, parallel);
-  const Parallel inside = wide ? parallel : Parallel{1, nullptr};
-  const Parallel outside = wide ? Parallel{1, nullptr} : parallel;
-  const int64_t bytes =
-      workspace_bytes([&](Workspace& workspace) { carve(p, inside.threads, workspace); });
+  const auto memory = [&](int64_t threads, Workspace& workspace) {
+    return carve(p, threads, workspace);
+  };
   visit_f32(p.dtype, [&]<class T>() {
-    parallel_tasks(outside, p.batch, [&](int64_t number, int64_t worker) {
-      Workspace workspace(static_cast<char*>(p.workspace) + worker * bytes);
-      Item item = carve(p, inside.threads, workspace);
-      item.number = number;
-      select_from_item<T>(p, item, inside);
-    });
+    item_threads(p, parallel)
+        .for_each(p.batch, p.workspace, memory,
+                  [&](int64_t number, Item item, const Parallel& inside) {
+                    item.number = number;
+                    select_from_item<T>(p, item, inside);
+                  });
   });
 }
 
