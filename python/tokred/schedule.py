@@ -70,3 +70,8 @@ def _checked(amount: Amount, r: Schedule) -> Amount:
     if amount < 0 or (isinstance(amount, float) and not amount < 1):
         raise ValueError(f"r = {r!r} gives a layer {amount}: ints must be >= 0, floats in [0, 1)")
     return amount
+
+
+def reducing_layers(num_layers: int, r: Schedule) -> list[int]:
+    """The layers whose amount is not 0; r as in parse_r."""
+    return [layer for layer, amount in enumerate(parse_r(num_layers, r)) if amount]

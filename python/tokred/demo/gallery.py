@@ -106,11 +106,8 @@ def draw_image(
             print(entry.caption().replace("\n", ", "), flush=True)
     title = f"{photograph.name}: what is left of {grid * grid} patches of DINOv2 ViT-S/14"
     rows = [panels[i : i + COLUMNS] for i in range(0, len(panels), COLUMNS)]
-    picture_path = output / f"{photograph.name}_gallery.png"
-    save_panels(picture_path, title, rows)
-    report = {"origin": asdict(origin(True)), "keep": keep, "repeats": repeats}
-    report["entries"] = [asdict(entry) for entry in entries]
-    picture_path.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
+    save_panels(output / f"{photograph.name}_gallery.png", title, rows)
+    _save_entries(output, photograph.name, {"keep": keep, "repeats": repeats}, entries)
     return entries
 
 
@@ -128,11 +125,17 @@ def draw_video(name: str, photographs: list[Photograph], keep: float, output: Pa
             entries.append(entry)
             rows.append(video.panels(frames, entry, token_map))
             print(", ".join(entry.facts(tokens)), flush=True)
-    picture = output / f"{name}_gallery.png"
-    save_panels(picture, f"{name}: what is left of {len(photographs)} frames", rows)
-    report = {"origin": asdict(origin(True)), "keep": keep}
+    title = f"{name}: what is left of {len(photographs)} frames"
+    save_panels(output / f"{name}_gallery.png", title, rows)
+    _save_entries(output, name, {"keep": keep}, entries)
+
+
+def _save_entries(
+    output: Path, name: str, settings: dict[str, Any], entries: Sequence[Any]
+) -> None:
+    report = {"origin": asdict(origin(True)), **settings}
     report["entries"] = [asdict(entry) for entry in entries]
-    picture.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
+    (output / f"{name}_gallery.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
 def _measured(

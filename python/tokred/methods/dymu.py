@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import tokred
-from tokred.schedule import Schedule, parse_r, resolve
+from tokred.schedule import Schedule, parse_r, reducing_layers, resolve
 
 from ._maps import identity, map_of_links
 from ._method import Family, Method, Needs, Options
@@ -81,7 +81,7 @@ class Calibration:
 
     def layers(self, num_layers: int) -> list[int]:
         """The layers whose amount is not 0."""
-        return [layer for layer, amount in enumerate(parse_r(num_layers, self.r)) if amount]
+        return reducing_layers(num_layers, self.r)
 
     def plan(self, call: ReductionCall) -> Reduction:
         """batch_plan; images that have merged more are padded with tokens of size 0.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import tokred
-from tokred.schedule import Schedule, parse_r, resolve
+from tokred.schedule import Schedule, parse_r, reducing_layers, resolve
 
 from ._lists import check_least
 from ._maps import identity, link_best, map_of_links
@@ -83,7 +83,7 @@ class MergeDnaOptions(Options):
 
     def layers(self, num_layers: int) -> list[int]:
         """The layers whose amount is not 0."""
-        return [layer for layer, amount in enumerate(parse_r(num_layers, self.r)) if amount]
+        return reducing_layers(num_layers, self.r)
 
     def plan(self, call: ReductionCall) -> Reduction:
         """local_plan of the mean keys, by the layer's amount."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import tokred
-from tokred.schedule import Schedule, parse_r, resolve
+from tokred.schedule import Schedule, parse_r, reducing_layers, resolve
 
 from ._maps import drop_sources, every_second, merged
 from ._method import Family, Method, Needs, Options
@@ -43,7 +43,7 @@ class TofuOptions(Options):
 
     def layers(self, num_layers: int) -> list[int]:
         """The layers whose amount is not 0."""
-        return [layer for layer, amount in enumerate(parse_r(num_layers, self.r)) if amount]
+        return reducing_layers(num_layers, self.r)
 
     def plan(self, call: ReductionCall) -> Reduction:
         """ToMe's groups of the mean keys, dropped or fused."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import tokred
-from tokred.schedule import Schedule, parse_r, resolve
+from tokred.schedule import Schedule, parse_r, reducing_layers, resolve
 
 from ._method import Family, Method, Needs, Options
 
@@ -73,7 +73,7 @@ class TokenTransformingOptions(Options):
 
     def layers(self, num_layers: int) -> list[int]:
         """The layers whose amount is not 0."""
-        return [layer for layer, amount in enumerate(parse_r(num_layers, self.r)) if amount]
+        return reducing_layers(num_layers, self.r)
 
     def plan(self, call: ReductionCall) -> Reduction:
         """Transforms the tokens after the prefix; sizes count each with the one it is most like."""

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 import tokred
-from tokred.schedule import Amount, Schedule, parse_r, resolve
+from tokred.schedule import Amount, Schedule, parse_r, reducing_layers, resolve
 
+from ._maps import identity
 from ._method import Family, Method, Needs, Options
 
 if TYPE_CHECKING:
@@ -63,11 +64,9 @@ def tome_step(
     """
     plan = tome_plan(metric.detach(), num_prefix, r, order)
     if plan is None:
-        batch, tokens, _ = x.shape
-        identity = torch.arange(tokens, dtype=torch.int32, device=x.device).repeat(batch, 1)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        ones = torch.ones(batch, tokens, dtype=wide, device=x.device)
-        return x, ones if size is None else size, identity
+        ones = torch.ones(x.shape[:2], dtype=wide, device=x.device)
+        return x, ones if size is None else size, identity(x)
     token_map, num_out = plan
     x, size = tokred.merge(x, token_map, num_out, size)
     return x, size, token_map
@@ -88,7 +87,7 @@ class TomeOptions(Options):
 
     def layers(self, num_layers: int) -> list[int]:
         """The layers whose amount is not 0."""
-        return [layer for layer, amount in enumerate(parse_r(num_layers, self.r)) if amount]
+        return reducing_layers(num_layers, self.r)
 
     def plan(self, call: ReductionCall) -> tuple[torch.Tensor, int] | None:
         """tome_plan of the mean keys, by the layer's amount."""
