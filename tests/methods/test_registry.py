@@ -87,15 +87,18 @@ def test_options_refuse_other_types(method: Method) -> None:
 
 @pytest.mark.parametrize("method", PATCHED, ids=id_of)
 def test_what_can_be_patched_is_swept(method: Method) -> None:
-    """Over the models of test_model_sweep_encoders, test_model_sweep_decoders or test_diffusers."""
+    """Over the models of test_model_sweep_encoders, test_model_sweep_decoders, test_diffusers or
+    test_vision_language."""
     swept = {
         Needs.VISION_ENCODER: {"timm", "transformers"},
         Needs.LANGUAGE_MODEL: {"causal_lm"},
+        Needs.VISION_LANGUAGE_MODEL: {"vision_language"},
         Needs.IMAGE_DIFFUSION: {"diffusers"},
     }
     known = [need for need in method.needs if need in swept]
     assert known, f"no sweep has models for {method.name}, which needs {method.needs_in_words}"
-    assert {*method.options.adapters} <= swept[known[0]], f"not what {method.name} needs"
+    fitting = set.union(*(swept[need] for need in known))
+    assert {*method.options.adapters} <= fitting, f"not what {method.name} needs"
 
 
 # The registry.

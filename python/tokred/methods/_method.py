@@ -33,6 +33,7 @@ class Needs(Enum):
     VISION_ENCODER = "a vision encoder"
     IMAGE_DIFFUSION = "an image diffusion model"
     VIDEO_DIFFUSION = "a video diffusion model"
+    VISION_LANGUAGE_MODEL = "a vision-language model"
     LANGUAGE_MODEL = "a causal language model"
     DIFFUSION_LANGUAGE_MODEL = "a diffusion language model"
     CALIBRATION = "a calibration pass"

@@ -4,24 +4,35 @@ methods and patches say to each other."""
 from .attention_call import AttentionCall
 from .handle import Patch, apply, patch
 from .overrides import Overrides
-from .protocols import KeySelector, TokenReducer
+from .prompt_call import LayerStates, PromptCall
+from .protocols import KeySelector, PromptPruner, TokenReducer, VisualReducer
 from .reduction_call import LatentCall, LayerAttention, Reduced, Reduction, ReductionCall
 from .settings import Settings
 from .token_state import TokenState
+from .visual_call import EncoderStates, Layout, VisualCall, VisualReduction, VisualTokens
 
 __all__ = [
     "AttentionCall",
+    "EncoderStates",
     "KeySelector",
     "LatentCall",
     "LayerAttention",
+    "LayerStates",
+    "Layout",
     "Overrides",
     "Patch",
+    "PromptCall",
+    "PromptPruner",
     "Reduced",
     "Reduction",
     "ReductionCall",
     "Settings",
     "TokenReducer",
     "TokenState",
+    "VisualCall",
+    "VisualReducer",
+    "VisualReduction",
+    "VisualTokens",
     "apply",
     "patch",
 ]

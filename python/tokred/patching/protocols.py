@@ -1,4 +1,4 @@
-"""What a method gives a patch: a TokenReducer, or a KeySelector.
+"""What a method gives a patch: a TokenReducer, a KeySelector, a VisualReducer or a PromptPruner.
 
 A method is put into a model as an object of its options class. Its `adapters` name the integrations
 (tokred.integrations) whose layers it is for.
@@ -7,12 +7,14 @@ A method is put into a model as an object of its options class. Its `adapters` n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 from torch import Tensor
 
 from .attention_call import AttentionCall
+from .prompt_call import LayerStates, PromptCall
 from .reduction_call import Reduction, ReductionCall
+from .visual_call import VisualCall, VisualReduction
 
 
 class TokenReducer(Protocol):
@@ -50,3 +52,64 @@ class KeySelector(Protocol):
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         """(out [B, Hq, L, Dv], lse f32 [B, Hq, L]) of one layer; call.dense() where it is dense."""
+
+
+class VisualReducer(Protocol):
+    """A method that gives a language model fewer visual tokens: an object of its options.
+
+    Its adapters are ("vision_language",). One object serves all images, threads and forward passes,
+    so it keeps no state.
+
+    positions: whether the tokens that stay keep the positions they had in the prompt, or are
+        numbered anew; "auto" keeps positions of several dimensions (M-RoPE) and renumbers others.
+    newlines: whether tokens at the ends of rows of patches (image_newline), of which the method
+        knows nothing, are kept or dropped.
+    """
+
+    adapters: ClassVar[tuple[str, ...]]
+    positions: Literal["auto", "kept", "renumbered"]
+    newlines: Literal["keep", "drop"]
+
+    def encoder_layers(self, num_layers: int) -> Sequence[int]:
+        """The layers of the vision encoder, of num_layers, whose attention or keys it reads.
+
+        Negative ones count from the last. Layers that are not named cost nothing.
+        """
+
+    def reduce_visual(self, call: VisualCall) -> VisualReduction:
+        """The tokens of an image that stay, or new ones, see VisualReduction.
+
+        Their number K follows from shapes and options alone, never from values; rows with fewer end
+        in -1.
+        """
+
+
+class PromptPruner(Protocol):
+    """A method that prunes visual tokens between layers of the language model: an object of its
+    options, with adapters ("vision_language",) and without state, as a VisualReducer.
+
+    A method may have both `reduce_visual` and `prune`. Where its options have `watch(num_layers)`,
+    which names layers, `observe(states: LayerStates)` is called after each of these in a prompt.
+
+    positions, newlines: see VisualReducer.
+    """
+
+    adapters: ClassVar[tuple[str, ...]]
+    positions: Literal["auto", "kept", "renumbered"]
+    newlines: Literal["keep", "drop"]
+
+    def prune_layers(self, num_layers: int) -> Sequence[int]:
+        """The layers, of num_layers, before which tokens are pruned.
+
+        Raises:
+            ValueError: options that do not fit the number of layers.
+        """
+
+    def prune(self, call: PromptCall) -> Tensor | None:
+        """i32 [B, K]: which of the V visual slots stay, in any order, -1 for none; None: all."""
+
+    def watch(self, num_layers: int) -> Sequence[int]:
+        """The layers, of num_layers, that `observe` is called for."""
+
+    def observe(self, states: LayerStates) -> None:
+        """What a layer has done; what later calls need of it goes into states.carried."""
