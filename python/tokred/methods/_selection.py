@@ -1,0 +1,462 @@
+"""What the methods that select tokens share: budgets, picks in order, grids, thresholds, rounds."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import tokred
+from tokred.selection import block_mask
+
+Order: TypeAlias = Literal["position", "score"]
+Rounding: TypeAlias = Literal["floor", "nearest", "ceil"]
+Spare: TypeAlias = Literal["lost", "remainder", "weight"]
+
+# Arguments.
+
+
+def check_order(order: str) -> None:
+    """Refuses what is no order of the kept tokens."""
+    if order not in ("position", "score"):
+        raise ValueError(f'order must be "position" or "score", got {order!r}')
+
+
+def check_features(
+    name: str, x: Tensor, batch: int | None = None, tokens: int | None = None
+) -> None:
+    """Refuses what is not [B, N, C], or has another B or N than asked for."""
+    wanted = f"[{'B' if batch is None else batch}, {'N' if tokens is None else tokens}, C]"
+    fits = isinstance(x, Tensor) and x.dim() == 3
+    fits = fits and batch in (None, x.shape[0]) and tokens in (None, x.shape[1])
+    if not fits:
+        got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{name} must be {wanted}, got {got}")
+
+
+def head_mean(attention: Tensor, name: str = "attention") -> Tensor:
+    """f32 [B, N]: attention [B, H, N] averaged over its heads; [B, N] as it is.
+
+    Raises:
+        ValueError: another number of dimensions.
+    """
+    if not isinstance(attention, Tensor) or attention.dim() not in (2, 3):
+        got = list(attention.shape) if isinstance(attention, Tensor) else type(attention).__name__
+        raise ValueError(f"{name} must be [B, H, N] or [B, N], got {got}")
+    attention = attention.detach()
+    return attention.float() if attention.dim() == 2 else attention.mean(1, dtype=torch.float32)
+
+
+def features_of(x: Tensor) -> Tensor:
+    """x for the ops that compare tokens: detached, rows in memory, float32 instead of float64."""
+    x = x.detach()
+    return (x.float() if x.dtype == torch.float64 else x).contiguous()
+
+
+# Budgets.
+
+
+def keep_count(
+    tokens: int, keep: int | None = None, ratio: float | None = None, rounding: Rounding = "floor"
+) -> int:
+    """How many of `tokens` tokens stay: ratio of them where it is given, otherwise keep.
+
+    Args:
+        keep: at least 0; more than there are tokens means all of them.
+        ratio: in [0, 1].
+        rounding: of ratio * tokens; "nearest" takes the even one of two, as Python's round.
+
+    Raises:
+        ValueError: neither or a value outside.
+    """
+    if ratio is not None:
+        if not 0 <= ratio <= 1:
+            raise ValueError(f"ratio must be in [0, 1], got {ratio}")
+        if rounding not in ("floor", "nearest", "ceil"):
+            raise ValueError(f'rounding must be "floor", "nearest" or "ceil", got {rounding!r}')
+        share = round(ratio * tokens, 9)  # the last bit of 0.1 * 30 and the like must not decide
+        if rounding == "nearest":
+            return round(share)
+        return math.floor(share) if rounding == "floor" else math.ceil(share)
+    if keep is None or keep < 0:
+        raise ValueError(f"keep must be at least 0, got {keep}")
+    return min(keep, tokens)
+
+
+def check_budget(keep: int | None, ratio: float | None) -> None:
+    """Refuses the options keep below 1 and ratio outside (0, 1]."""
+    if keep is not None and keep < 1:
+        raise ValueError(f"keep must be at least 1, got {keep}")
+    if ratio is not None and not 0 < ratio <= 1:
+        raise ValueError(f"ratio must be in (0, 1], got {ratio}")
+    if keep is None and ratio is None:
+        raise ValueError("keep must be at least 1 where ratio is None, got None")
+
+
+def allocate(
+    weight: Tensor,
+    budget: int | Tensor,
+    cap: int | Tensor | None = None,
+    spare: Spare = "lost",
+    redistribute: bool = False,
+) -> Tensor:
+    """Splits a budget over groups in proportion to their weights.
+
+    Every group gets floor(budget * weight / sum of weights), at most its cap. What rounding leaves
+    is lost, or goes, one each, to the groups of largest remainder or of largest weight (the lower
+    index on a tie). In float64; without any weight all groups weigh the same.
+
+    Args:
+        weight: [..., G], negative and NaN count as 0.
+        budget: an int, or integers [...].
+        cap: the size of every group, an int or integers broadcast to [..., G].
+        redistribute: what the caps cut off goes to the other groups, in proportion to their
+            weights, so that min(budget, sum of caps) is given out with a spare that is not lost.
+
+    Returns:
+        i32 [..., G].
+
+    Complexity: O(G log G), or O(G^2 log G) with redistribute.
+    """
+    if spare not in ("lost", "remainder", "weight"):
+        raise ValueError(f'spare must be "lost", "remainder" or "weight", got {spare!r}')
+    weight = weight.detach().double().nan_to_num(0.0).clamp(min=0)
+    groups = weight.shape[-1]
+    weight = torch.where(weight.sum(-1, keepdim=True) > 0, weight, 1.0)
+    total = torch.as_tensor(budget, dtype=torch.float64, device=weight.device)
+    total = total.expand(weight.shape[:-1])[..., None]
+    if cap is None:
+        limit = torch.full_like(weight, torch.inf)
+    else:
+        limit = torch.as_tensor(cap, device=weight.device).to(torch.float64).expand_as(weight)
+    if redistribute:
+        # A group whose share exceeds its cap is full: the others share the rest, until none is.
+        full = torch.zeros_like(weight, dtype=torch.bool)
+        for _ in range(groups):
+            full = full | (_shares(weight, total, limit, full) > limit)
+        share = torch.where(full, limit, _shares(weight, total, limit, full))
+    else:
+        share = weight * total / weight.sum(-1, keepdim=True)
+    given = torch.minimum(share.floor(), limit)
+    if spare != "lost":
+        left = (total - share.floor().sum(-1, keepdim=True)).clamp(min=0)
+        rank_by = share - share.floor() if spare == "remainder" else weight
+        if redistribute:
+            rank_by = rank_by.masked_fill(given >= limit, -1.0)
+        order = rank_by.argsort(dim=-1, descending=True, stable=True)
+        rank = torch.empty_like(order).scatter_(
+            -1, order, torch.arange(groups, device=order.device).expand_as(order)
+        )
+        given = torch.minimum(given + (rank < left), limit)
+    return given.to(torch.int32)
+
+
+def _shares(weight: Tensor, total: Tensor, limit: Tensor, full: Tensor) -> Tensor:
+    """What the groups that are not full get of what the full ones leave; 0 for these."""
+    rest = total - torch.where(full, limit, 0.0).sum(-1, keepdim=True)
+    open_weight = weight.masked_fill(full, 0.0)
+    among = open_weight.sum(-1, keepdim=True)
+    # Groups without weight share alike once all others are full.
+    open_weight = torch.where(among > 0, open_weight, (~full).double())
+    return rest.clamp(min=0) * open_weight / open_weight.sum(-1, keepdim=True).clamp(min=1e-300)
+
+
+# Picks.
+
+
+def best(
+    scores: Tensor,
+    k: int | Tensor,
+    valid: Tensor | None = None,
+    order: str = "position",
+    must_keep: Tensor | None = None,
+) -> Tensor:
+    """The k best tokens of every row: the lower index on a tie; NaN and -inf are never kept.
+
+    Args:
+        scores: [..., N].
+        k: an int, or integers [...], the budget of every row; more than N means all.
+        valid: bool [..., N]; False (padding) is never kept.
+        order: "position", ascending, or "score", best first.
+        must_keep: bool [..., N]; these come first, and count against k.
+
+    Returns:
+        i32 [..., k], or [..., N] for a k of each row; -1 behind the last.
+
+    Raises:
+        ValueError: another order.
+    """
+    check_order(order)
+    scores = scores.detach()
+    scores = scores.float() if scores.dtype == torch.float64 else scores
+    if valid is not None:
+        scores = scores.masked_fill(~valid, -torch.inf)
+        must_keep = None if must_keep is None else must_keep & valid
+    if isinstance(k, Tensor):
+        row_k = k.to(torch.int32).expand(scores.shape[:-1]).contiguous()
+        places = scores.shape[-1]
+    else:
+        row_k, places = None, k
+    must_keep = None if must_keep is None else must_keep.expand_as(scores).contiguous()
+    _, indices = tokred.topk(
+        scores.contiguous(), places, order=order, row_k=row_k, must_keep=must_keep
+    )
+    return indices
+
+
+def in_order(picks: Tensor, order: str) -> Tensor:
+    """Picks i32 [..., k] as they are for "score"; for "position" ascending, -1 behind the last."""
+    check_order(order)
+    if order == "score":
+        return picks
+    last = torch.iinfo(torch.int32).max
+    ascending = torch.where(picks < 0, last, picks).sort(-1).values
+    return torch.where(ascending == last, -1, ascending).to(torch.int32)
+
+
+def mask_of(picks: Tensor, tokens: int) -> Tensor:
+    """bool [..., N]: which of `tokens` tokens the picks i32 [..., k] list; -1 lists none."""
+    return block_mask(picks, tokens)
+
+
+def positions_of(keep: Tensor, k: int | None = None) -> Tensor:
+    """i32 [..., k], N places where None: where bool [..., N] is True, ascending, then -1."""
+    return tokred.compact(keep, capacity=k)[0]
+
+
+def spaced_picks(rank: Tensor, count: Tensor, picks: Tensor) -> Tensor:
+    """Whether the member of that rank is one of evenly spaced picks of its group.
+
+    Pick i of `picks` is member floor(i (count - 1) / (picks - 1)), the first one where picks is 1.
+
+    Args:
+        rank, count, picks: integers that broadcast; ranks are from 0 to count - 1.
+
+    Returns:
+        bool, False where picks is below 1.
+    """
+    rank, count, picks = rank.long(), count.long(), picks.long()
+    steps, last = (picks - 1).clamp(min=1), (count - 1).clamp(min=1)
+    # The first pick at this rank or behind it.
+    pick = (rank * steps + last - 1).div(last, rounding_mode="floor")
+    hit = (pick * last).div(steps, rounding_mode="floor") == rank
+    several = hit & (pick < picks)
+    return (picks >= 1) & torch.where((picks == 1) | (count <= 1), rank == 0, several)
+
+
+# Grids.
+
+
+def check_grid(tokens: int, grid: tuple[int, int]) -> None:
+    """Refuses a grid (H, W) that has another number of tokens."""
+    if min(grid) < 1 or grid[0] * grid[1] != tokens:
+        raise ValueError(f"grid must have {tokens} tokens, got {grid[0]} x {grid[1]}")
+
+
+def cells_of(
+    grid: tuple[int, int], cells: tuple[int, int], device: torch.device | None = None
+) -> Tensor:
+    """i64 [H * W]: the cell of every token when cells (rows, columns) divide the grid (H, W).
+
+    Cells are H // rows tokens high and W // columns wide, the last ones take what is left.
+
+    Raises:
+        ValueError: more cells than tokens along an axis.
+    """
+    if min(cells) < 1 or cells[0] > grid[0] or cells[1] > grid[1]:
+        raise ValueError(
+            f"cells must be from 1 x 1 to the grid's {grid[0]} x {grid[1]}, got "
+            f"{cells[0]} x {cells[1]}"
+        )
+    rows, columns = (
+        (torch.arange(size, device=device) // (size // parts)).clamp(max=parts - 1)
+        for size, parts in zip(grid, cells, strict=True)
+    )
+    return (rows[:, None] * cells[1] + columns).flatten()
+
+
+def bin_sum(values: Tensor, cell: Tensor, cells: int) -> Tensor:
+    """f32 [..., cells]: the sum over every cell of values [..., N], cell i64 [N] (cells_of)."""
+    sums = values.new_zeros(*values.shape[:-1], cells, dtype=torch.float32)
+    return sums.index_add_(-1, cell.long(), values.float())
+
+
+def dilate(selected: Tensor, grid: tuple[int, int]) -> Tensor:
+    """bool [..., H * W]: selected and their neighbours above, below, left and right in the grid."""
+    check_grid(selected.shape[-1], grid)
+    image = selected.unflatten(-1, grid)
+    wide = functional.pad(image, (1, 1, 1, 1))
+    grown = image | wide[..., :-2, 1:-1] | wide[..., 2:, 1:-1]
+    return (grown | wide[..., 1:-1, :-2] | wide[..., 1:-1, 2:]).flatten(-2)
+
+
+def resize(values: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """f32 [..., H' * W']: a map [..., H * W] resized bilinearly, corners not aligned."""
+    check_grid(values.shape[-1], grid)
+    rows = values.float().reshape(-1, 1, *grid)
+    out = functional.interpolate(rows, size, mode="bilinear", align_corners=False)
+    return out.reshape(*values.shape[:-1], size[0] * size[1])
+
+
+def content_mask(
+    image: tuple[int, int], grid: tuple[int, int], threshold: float = 0.5, device: str = "cpu"
+) -> Tensor:
+    """bool [H * W]: the patches of a letter-boxed image that show some of it.
+
+    The image (width, height) is scaled to fit the square or rectangle of the grid (H, W), centred,
+    and padded; a patch counts where at most `threshold` of its area is padding.
+    """
+    width, height = image
+    if min(width, height) < 1:
+        raise ValueError(f"image must be (width, height) of at least 1, got {image}")
+    rows, columns = grid
+    scale = min(columns / width, rows / height)
+
+    def covered(size: int, patches: int) -> Tensor:
+        """How much of every patch along an axis lies in the image."""
+        margin = (patches - size * scale) / 2
+        place = torch.arange(patches, dtype=torch.float64, device=device)
+        return ((place + 1).clamp(max=patches - margin) - place.clamp(min=margin)).clamp(min=0)
+
+    area = covered(height, rows)[:, None] * covered(width, columns)
+    return (1 - area <= threshold + 1e-9).flatten()
+
+
+# Thresholds, one a row.
+
+
+def unit_range(values: Tensor, valid: Tensor | None = None, eps: float = 1e-12) -> Tensor:
+    """f32 [..., N]: values - least, divided by (greatest - least + eps), over the valid ones.
+
+    Equal values give 0.
+    """
+    values = values.float()
+    low, high = values, values
+    if valid is not None:
+        low, high = (values.masked_fill(~valid, bound) for bound in (torch.inf, -torch.inf))
+    least, most = low.amin(-1, keepdim=True), high.amax(-1, keepdim=True)
+    return (values - least) / (most - least + eps)
+
+
+def percentile(values: Tensor, q: float, valid: Tensor | None = None) -> Tensor:
+    """f32 [..., 1]: the q-th percentile of every row, q in [0, 100], linear between two values.
+
+    Rows without a valid value give NaN.
+    """
+    if not 0 <= q <= 100:
+        raise ValueError(f"q must be in [0, 100], got {q}")
+    values = values.float()
+    if values.shape[-1] == 0:
+        return values.new_full((*values.shape[:-1], 1), torch.nan)
+    if valid is None:
+        count = torch.full_like(values[..., :1], values.shape[-1], dtype=torch.float64)
+    else:
+        values = values.masked_fill(~valid, torch.inf)
+        count = valid.expand_as(values).sum(-1, keepdim=True).double()
+    ascending = values.sort(-1).values
+    place = (count - 1).clamp(min=0) * (q / 100)
+    low = place.floor()
+    below = ascending.gather(-1, low.long())
+    above = ascending.gather(-1, torch.minimum(low + 1, (count - 1).clamp(min=0)).long())
+    found = torch.where(above > below, below + (above - below) * (place - low).float(), below)
+    return torch.where(count > 0, found, torch.nan)
+
+
+def elbow(values: Tensor, valid: Tensor | None = None) -> Tensor:
+    """f32 [..., 1]: the value at the elbow of every row's descending values.
+
+    That is the point (rank, value) farthest from the chord between the first and the last point,
+    the first of several. Rows without a valid value give inf.
+    """
+    values = values.float()
+    if values.shape[-1] == 0:
+        return values.new_full((*values.shape[:-1], 1), torch.inf)
+    if valid is None:
+        last = torch.full_like(values[..., :1], values.shape[-1] - 1, dtype=torch.int64)
+    else:
+        values = values.masked_fill(~valid, -torch.inf)
+        last = valid.expand_as(values).sum(-1, keepdim=True) - 1
+    falling = values.sort(-1, descending=True).values
+    rank = torch.arange(values.shape[-1], device=values.device)
+    end = falling.gather(-1, last.clamp(min=0))
+    rise = (end - falling[..., :1]).double()
+    # Up to the chord's length, which is the same for all points of a row.
+    away = (rise * rank - last * (falling - falling[..., :1]).double()).abs()
+    place = away.masked_fill(rank > last, -1.0).argmax(-1, keepdim=True)
+    return torch.where(last >= 0, falling.gather(-1, place), torch.inf)
+
+
+def soft_topk(scores: Tensor, k: int | Tensor, iterations: int = 64) -> Tensor:
+    """f32 [..., N]: sigmoid(scores + t) with the t of every row at which they sum to k.
+
+    VisionSelector's relaxation of the k best, by bisection. k is an int from 0 to N, or such [...].
+    """
+    scores = scores.double()
+    total = torch.as_tensor(k, dtype=torch.float64, device=scores.device)
+    total = total.expand(scores.shape[:-1])[..., None]
+    low = -scores.amax(-1, keepdim=True) - 10 - math.log(max(scores.shape[-1], 1))
+    high = -scores.amin(-1, keepdim=True) + 10 + math.log(max(scores.shape[-1], 1))
+    for _ in range(iterations):
+        middle = (low + high) / 2
+        below = torch.sigmoid(scores + middle).sum(-1, keepdim=True) < total
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return torch.sigmoid(scores + (low + high) / 2).float()
+
+
+# Rounds of pruning.
+
+
+def prune_in_rounds(
+    x: Tensor, rest: Tensor, keep: int, step: int = 8, by_similarity: bool = True
+) -> Tensor:
+    """VisPruner's duplicates: every round drops those of every second token most like the others.
+
+    Of a list of R tokens those at even places are compared with those at odd places, by cosine;
+    the min(step, R - keep, even places) with the most similar partner are dropped (the earlier
+    place on a tie), until `keep` are left.
+
+    Args:
+        x: [B, N, C].
+        rest: i32 [B, R], the list of every row, -1 behind the last.
+        by_similarity: the list of the next round has the even ones that stay by falling similarity,
+            then the odd ones; False leaves the list in its order.
+
+    Returns:
+        i32 [B, min(keep, R)], -1 behind the last.
+
+    Complexity: R^2 C / 2 flops a round, (R - keep) / step rounds; no R x R matrix.
+    """
+    if step < 1:
+        raise ValueError(f"step must be at least 1, got {step}")
+
+    def dropped(length: int) -> int:
+        return min(step, length - keep, (length + 1) // 2)
+
+    while (drop := dropped(rest.shape[1])) > 0:
+        even, odd = rest[:, ::2].contiguous(), rest[:, 1::2].contiguous()
+        there = rest >= 0
+        length = there.sum(1)
+        # Rows that began shorter have fewer rounds.
+        row_drop = torch.minimum((length - keep).clamp(0, step), (length + 1) // 2)[:, None]
+        masks = there[:, ::2].contiguous(), there[:, 1::2].contiguous()
+        score, _ = tokred.match(rows_of(x, even), rows_of(x, odd), *masks)
+        falling = score.argsort(dim=1, descending=True, stable=True)
+        rank = torch.arange(even.shape[1], device=x.device)
+        survives = masks[0].gather(1, falling) & (rank >= row_drop)
+        if by_similarity:
+            stays = torch.cat([survives, masks[1]], 1)
+            listed = torch.cat([even.gather(1, falling), odd], 1)
+        else:
+            stays, listed = there.scatter(1, falling * 2, survives), rest
+        places = positions_of(stays, rest.shape[1] - drop)
+        left = torch.where(places >= 0, listed.gather(1, places.clamp(min=0).long()), -1)
+        rest = torch.where(row_drop > 0, left, rest[:, : left.shape[1]]).to(torch.int32)
+    return rest.contiguous()
+
+
+def rows_of(x: Tensor, picks: Tensor) -> Tensor:
+    """[B, k, C]: the rows of x [B, N, C] that picks i32 [B, k] list, zeros for -1."""
+    return tokred.gather_tokens([x], picks.contiguous(), [1])[0]
