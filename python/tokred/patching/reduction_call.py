@@ -144,11 +144,12 @@ class ReductionCall:
             )
         return self.attention_rows(slice(0, 1))[:, :, 0]
 
-    def received_attention(self, reduce: str = "mean") -> Tensor:
+    def received_attention(self, reduce: str = "mean", weight: Tensor | None = None) -> Tensor:
         """How much attention every token receives from all of them: f32 [B, H, N].
 
         Args:
             reduce: "sum", "mean" or "max" over the queries.
+            weight: f32 [B | 1, H | 1, N], what the attention of each query counts; 1 where None.
 
         O(B H N^2 D) time, memory linear in N: no attention matrix is stored.
         """
@@ -156,7 +157,7 @@ class ReductionCall:
             raise ValueError(f'reduce must be "sum", "mean" or "max", got {reduce!r}')
         q, k, lse = _single(self.q), _single(self.k), self._lse
         lse = None if lse is None else _single(lse.detach())
-        columns = tokred.attention_columns(q, k, lse, reduce, scale=self.scale)
+        columns = tokred.attention_columns(q, k, lse, reduce, weight, scale=self.scale)
         return columns if lse is None else columns * self._proportion[:, None]
 
     @property
