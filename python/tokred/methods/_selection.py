@@ -331,12 +331,11 @@ def content_mask(
 def unit_range(values: Tensor, valid: Tensor | None = None, eps: float = 1e-12) -> Tensor:
     """f32 [..., N]: values - least, divided by (greatest - least + eps), over the valid ones.
 
-    Equal values give 0.
+    NaN stays, and bounds nothing. Equal values give 0.
     """
     values = values.float()
-    low, high = values, values
-    if valid is not None:
-        low, high = (values.masked_fill(~valid, bound) for bound in (torch.inf, -torch.inf))
+    bounds = ~values.isnan() if valid is None else valid & ~values.isnan()
+    low, high = (values.masked_fill(~bounds, bound) for bound in (torch.inf, -torch.inf))
     least, most = low.amin(-1, keepdim=True), high.amax(-1, keepdim=True)
     return (values - least) / (most - least + eps)
 

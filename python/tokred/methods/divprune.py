@@ -1,0 +1,70 @@
+"""DivPrune: keep the visual tokens whose least distance to each other is as large as greed gets it.
+
+DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models (arXiv 2503.02175).
+
+Distances are measured in float32 whatever the tokens' dtype, where the published code measures
+them in that dtype; picks of bfloat16 differ for this reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+import tokred
+
+from ._method import Family, Method, Needs
+from ._selection import check_features, features_of, in_order
+from ._visual import VisualOptions
+
+if TYPE_CHECKING:
+    from tokred.patching import VisualCall
+
+
+def select_tokens(
+    x: Tensor, k: int, valid: Tensor | None = None, order: str = "position"
+) -> Tensor:
+    """Max-min diversity by cosine distance, from the token that is farthest from its nearest.
+
+    Args:
+        x: [B, N, C], the visual tokens as the language model would read them.
+        valid: bool [B, N]; padding, which is False, is not kept, nor is a token that is not finite.
+        order: "position", as published, or "score", the order of picking.
+
+    Returns:
+        i32 [B, k], -1 behind the last.
+
+    Raises:
+        ValueError: another shape or order.
+
+    O(B N (N + k) C) time: the first pick compares all pairs. O(B N C) memory.
+    """
+    check_features("x", x)
+    picks = tokred.greedy_select(features_of(x), k, mask=valid, first="isolated")
+    return in_order(picks, order)
+
+
+@dataclass(frozen=True)
+class DivpruneOptions(VisualOptions):
+    """Options of tokred.patch(model, "divprune", ...).
+
+    keep: visual tokens kept per image. ratio: the share kept instead.
+    positions, newlines: as VisualOptions has them.
+    """
+
+    def reduce_visual(self, call: VisualCall) -> Tensor:
+        """select_tokens of the whole image."""
+        return select_tokens(call.features, self.count(call.tokens.shape[1]))
+
+
+METHOD = Method(
+    title="DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models",
+    arxiv="2503.02175",
+    family=Family.PRUNE,
+    needs=(Needs.VISION_LANGUAGE_MODEL,),
+    status="exact",
+    summary="keep visual tokens far from each other: max-min diversity",
+    options=DivpruneOptions,
+)
