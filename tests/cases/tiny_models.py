@@ -110,6 +110,7 @@ def reducers() -> dict[str, dict[str, Any]]:
         "pitome": dict(ratio=0.75),
         "mctf": dict(r=3, min_tokens=1),
         "dymu": dict(threshold=-1.0),
+        "tca_condensation": dict(ratio=0.7),
     }
     return _patched(Needs.VISION_ENCODER, small)
 
