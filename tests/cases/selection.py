@@ -45,10 +45,8 @@ def check_rows(
     """
     found = select(*inputs, valid=valid, **options)
     assert found.dtype == torch.int32
-    batch, tokens = len(inputs[0]), inputs[0].shape[-1 if inputs[0].dim() < 3 else 1]
-    if valid is not None:
-        tokens = valid.shape[1]
-    for row in range(batch):
+    tokens = inputs[-1].shape[-1]
+    for row in range(len(found)):
         here = list(range(tokens)) if valid is None else valid[row].nonzero()[:, 0].tolist()
         expected = transcription(*(x[row] for x in inputs), here, **options)
         assert picked(found[row]) == list(expected), f"row {row}"

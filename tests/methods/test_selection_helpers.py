@@ -104,6 +104,9 @@ def test_picks() -> None:
     mask = selection.mask_of(picks, 6)
     assert mask.nonzero().tolist() == [[0, 0], [0, 3], [0, 5], [1, 2]]
     assert selection.positions_of(mask, 2).tolist() == [[0, 3], [2, -1]]
+    gaps = torch.tensor([[-1, 4, -1, 0, 2]], dtype=torch.int32)
+    assert selection.close_gaps(gaps).tolist() == [[4, 0, 2, -1, -1]]
+    assert selection.close_gaps(gaps, 2).tolist() == [[4, 0]]
 
 
 def test_spaced_picks() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ._selection import head_mean, in_order
+from ._selection import close_gaps, head_mean, in_order
 
 if TYPE_CHECKING:
     from tokred.patching import VisualCall
@@ -39,12 +39,16 @@ class Crops:
         """bool [B * M, P]."""
         return (self.token >= 0).repeat(batch, 1)
 
-    def tokens(self, picks: Tensor) -> Tensor:
-        """Places i32 [B * M, k] of every crop -> tokens i32 [B, M * k], ascending, then -1."""
+    def tokens(self, picks: Tensor, order: str = "position") -> Tensor:
+        """Places i32 [B * M, k] of every crop -> tokens i32 [B, M * k], then -1.
+
+        Ascending, or for order "score" as they are, crop after crop.
+        """
         picks = picks.unflatten(0, (-1, self.number))
         crop = torch.arange(self.number, device=picks.device)[:, None].expand_as(picks)
         found = self.token[crop, picks.clamp(min=0).long()]
-        return in_order(torch.where(picks >= 0, found, -1).flatten(1), "position")
+        listed = torch.where(picks >= 0, found, -1).flatten(1)
+        return close_gaps(listed) if order == "score" else in_order(listed, order)
 
 
 def crops_of(call: VisualCall) -> Crops:

@@ -173,6 +173,7 @@ def best(
     valid: Tensor | None = None,
     order: str = "position",
     must_keep: Tensor | None = None,
+    places: int | None = None,
 ) -> Tensor:
     """The k best tokens of every row: the lower index on a tie; NaN and -inf are never kept.
 
@@ -182,9 +183,10 @@ def best(
         valid: bool [..., N]; False (padding) is never kept.
         order: "position", ascending, or "score", best first.
         must_keep: bool [..., N]; these come first, and count against k.
+        places: of the result, beside a k of each row; N where None.
 
     Returns:
-        i32 [..., k], or [..., N] for a k of each row; -1 behind the last.
+        i32 [..., k], or [..., places] for a k of each row; -1 behind the last.
 
     Raises:
         ValueError: another order.
@@ -197,7 +199,7 @@ def best(
         must_keep = None if must_keep is None else must_keep & valid
     if isinstance(k, Tensor):
         row_k = k.to(torch.int32).expand(scores.shape[:-1]).contiguous()
-        places = scores.shape[-1]
+        places = scores.shape[-1] if places is None else places
     else:
         row_k, places = None, k
     must_keep = None if must_keep is None else must_keep.expand_as(scores).contiguous()
@@ -215,6 +217,13 @@ def in_order(picks: Tensor, order: str) -> Tensor:
     last = torch.iinfo(torch.int32).max
     ascending = torch.where(picks < 0, last, picks).sort(-1).values
     return torch.where(ascending == last, -1, ascending).to(torch.int32)
+
+
+def close_gaps(picks: Tensor, k: int | None = None) -> Tensor:
+    """i32 [..., k], as wide as the picks i32 [..., M] where None: their first k, then the -1."""
+    places = positions_of(picks >= 0, k)
+    found = picks.gather(-1, places.clamp(min=0).long())
+    return torch.where(places >= 0, found, -1).to(torch.int32)
 
 
 def mask_of(picks: Tensor, tokens: int) -> Tensor:

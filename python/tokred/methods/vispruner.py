@@ -21,10 +21,10 @@ from ._selection import (
     best,
     check_features,
     check_order,
+    close_gaps,
     features_of,
     head_mean,
     in_order,
-    positions_of,
     prune_in_rounds,
 )
 from ._visual import VisualOptions
@@ -80,11 +80,8 @@ def select_tokens(
     others = prune_in_rounds(features_of(x), rest, k - first, step, residual == "score")
     picks = torch.cat([ranked[:, :first], others], 1)
     picks = torch.nn.functional.pad(picks, (0, k - picks.shape[1]), value=-1)
-    if order == "position":
-        return in_order(picks, order)
     # Where a row is short its -1 stand between the two parts.
-    places = positions_of(picks >= 0)
-    return torch.where(places >= 0, picks.gather(1, places.clamp(min=0).long()), -1)
+    return in_order(picks, order) if order == "position" else close_gaps(picks)
 
 
 @dataclass(frozen=True)
