@@ -92,7 +92,7 @@ def test_skipped_tokens_pass_a_layer_by() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(2, 9, 4).to(dtype).requires_grad_()
         indices = torch.tensor([[0, 3, 8], [2, 5, -1]], dtype=torch.int32)
-        out = run_on(x, indices, lambda tokens: tokens * 3)
+        out = run_on(x, indices, lambda tokens, _: tokens * 3)
         factor = torch.ones(2, 9, 1)
         factor[0, [0, 3, 8]] = 3
         factor[1, [2, 5]] = 3

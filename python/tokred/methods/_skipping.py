@@ -26,15 +26,15 @@ def scatter_back(x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
     return spare.scatter(1, place, y.to(x.dtype))[:, :-1]
 
 
-def run_on(x: Tensor, indices: Tensor, layer: Callable[[Tensor], Tensor]) -> Tensor:
+def run_on(x: Tensor, indices: Tensor, layer: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """What a layer gives that sees the listed tokens alone; the others pass it by.
 
     Args:
         x: [B, N, C]. indices: i32 [B, K]; the layer gets zeros for -1, which it must mask.
-        layer: [B, K, C] -> [B, K, C]. Positions, rotations and masks are gathered by `indices`,
+        layer: ([B, K, C], indices) -> [B, K, C]. Positions, rotations and masks are gathered by `indices`,
             as by tokred.gather_tokens.
 
     Returns:
         [B, N, C]; differentiable.
     """
-    return scatter_back(x, layer(tokred.unmerge(x, indices)), indices)
+    return scatter_back(x, layer(tokred.unmerge(x, indices), indices), indices)
