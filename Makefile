@@ -9,7 +9,12 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 LOCKED = $(PIP) --no-deps --requirement
 # Tests need all that there is. A demo runs the CPU kernels, and those for CUDA only where a device
 # is found, where `make demo CUDA=1` asks for them, or where they have been built already.
-LIBRARIES = -DTOKRED_CUDA=ON -DTOKRED_SIMT=ON
+# Machine code for CUDA takes three times as long to build as PTX, which shows that the kernels
+# compile: it is made where a device is found, or asked for by `make build` and `make device-pack`.
+MACHINE_CODE = $(DEVICE)$(filter build device-pack,$(MAKECMDGOALS))
+ARCHITECTURES = $(if $(MACHINE_CODE),80;90a-real,$(if $(BUILT),,80-virtual;90a-virtual))
+LIBRARIES = -DTOKRED_CUDA=ON -DTOKRED_SIMT=ON \
+            $(addprefix -DTOKRED_CUDA_ARCHITECTURES=,$(ARCHITECTURES))
 DEVICE = $(CUDA)$(shell nvidia-smi --list-gpus 2> /dev/null)
 BUILT = $(wildcard build/libtokred_cuda.so)
 demo: LIBRARIES = $(if $(DEVICE),-DTOKRED_CUDA=ON,$(if $(BUILT),,-DTOKRED_CUDA=OFF))
