@@ -37,7 +37,7 @@ constexpr LaunchPlan plan_score_elements(int64_t count) {
 
 // A block for each row of a softmax, and one partial result a warp.
 constexpr LaunchPlan plan_softmax_rows(int64_t rows) {
-  return {{rows < kMaxBlocks ? rows : kMaxBlocks, 1, 1}, kSoftmaxThreads, 4 * 32};
+  return {{capped(rows), 1, 1}, kSoftmaxThreads, 4 * 32};
 }
 
 }  // namespace tokred::cuda

@@ -11,11 +11,11 @@ inline constexpr int kLabelThreads = 512;
 // Example: B = 1, 24 x 24 tokens: 72 blocks of eight warps, a warp a token.
 constexpr LaunchPlan plan_grid_edges(int64_t tokens) {
   const int64_t blocks = divide_up(tokens, kEdgeThreads / 32);
-  return {{blocks < kMaxBlocks ? blocks : kMaxBlocks, 1, 1}, kEdgeThreads, 0};
+  return {{capped(blocks), 1, 1}, kEdgeThreads, 0};
 }
 // Example: B = 16: 16 blocks, an item each; room for a partial sum of each warp.
 constexpr LaunchPlan plan_grid_labels(int64_t batch) {
-  return {{batch < kMaxBlocks ? batch : kMaxBlocks, 1, 1}, kLabelThreads, 4 * 32};
+  return {{capped(batch), 1, 1}, kLabelThreads, 4 * 32};
 }
 
 // Edges u8 and numbers of the roots i32, of all tokens. 16 grids of 576: 45 KiB.
@@ -35,12 +35,12 @@ constexpr int64_t kNearestBytes =
 // Example: B = 1, N = 65536: 512 blocks of 128 tokens.
 constexpr LaunchPlan plan_nearest(int64_t batch, int64_t tokens) {
   const int64_t blocks = batch * divide_up(tokens, kNearestTokens);
-  return {{blocks < kMaxBlocks ? blocks : kMaxBlocks, 1, 1}, kNearestThreads, kNearestBytes};
+  return {{capped(blocks), 1, 1}, kNearestThreads, kNearestBytes};
 }
 // A warp for each of `rows` rows. Example: B = 1, K = 256: 32 blocks of eight warps.
 constexpr LaunchPlan plan_cluster_rows(int64_t rows) {
   const int64_t blocks = divide_up(rows, kClusterThreads / 32);
-  return {{blocks < kMaxBlocks ? blocks : kMaxBlocks, 1, 1}, kClusterThreads, 0};
+  return {{capped(blocks), 1, 1}, kClusterThreads, 0};
 }
 inline constexpr int kDistanceThreads = 256;
 inline constexpr int kDistanceMembers = 64;   // rows and columns of a tile
@@ -50,11 +50,11 @@ constexpr int64_t kDistanceBytes = int64_t{8} * kDistanceChannels * raw_pitch(kD
 // Example: B = 16, N = 588: 160 blocks of 64 members.
 constexpr LaunchPlan plan_distance_sums(int64_t batch, int64_t tokens) {
   const int64_t blocks = batch * divide_up(tokens, kDistanceMembers);
-  return {{blocks < kMaxBlocks ? blocks : kMaxBlocks, 1, 1}, kDistanceThreads, kDistanceBytes};
+  return {{capped(blocks), 1, 1}, kDistanceThreads, kDistanceBytes};
 }
 // A block an item.
 constexpr LaunchPlan plan_cluster_items(int64_t batch) {
-  return {{batch < kMaxBlocks ? batch : kMaxBlocks, 1, 1}, kRoundThreads, 0};
+  return {{capped(batch), 1, 1}, kRoundThreads, 0};
 }
 
 // greedy_select: eight lanes a token. A block has an item for all steps, or all items are split
@@ -77,11 +77,11 @@ constexpr int64_t greedy_parts(int64_t tokens, int64_t channels) {
 // A group of lanes a token. Example: [16, 1024, 64]: 256 blocks.
 constexpr LaunchPlan plan_greedy_tokens(int64_t tokens) {
   const int64_t blocks = divide_up(tokens, kGreedyGroups);
-  return {{blocks < kMaxBlocks ? blocks : kMaxBlocks, 1, 1}, kGreedyThreads, 0};
+  return {{capped(blocks), 1, 1}, kGreedyThreads, 0};
 }
 // A block a token that is compared with all others, or a part of an item.
 constexpr LaunchPlan plan_greedy_blocks(int64_t blocks) {
-  return {{blocks < kMaxBlocks ? blocks : kMaxBlocks, 1, 1}, kGreedyThreads, kGreedySharedBytes};
+  return {{capped(blocks), 1, 1}, kGreedyThreads, kGreedySharedBytes};
 }
 
 // Three f32 and an i32 of every token, and the best of every part at two steps.
@@ -98,14 +98,12 @@ constexpr int64_t distance_shared_bytes(bool is_float, bool async) {
 // Example: [32, 729, C]: 384 blocks of four warps.
 constexpr LaunchPlan plan_distance_rows(int64_t batch, int64_t tokens, bool is_float, bool async) {
   const int64_t blocks = batch * divide_up(tokens, kNarrowTiles.rows());
-  return {{blocks < kMaxBlocks ? blocks : kMaxBlocks, 1, 1},
-          kNarrowTiles.threads(),
-          distance_shared_bytes(is_float, async)};
+  return {{capped(blocks), 1, 1}, kNarrowTiles.threads(), distance_shared_bytes(is_float, async)};
 }
 // A thread an entry.
 constexpr LaunchPlan plan_places(int64_t entries) {
   const int64_t blocks = divide_up(entries, kPlaceThreads);
-  return {{blocks < kMaxBlocks ? blocks : kMaxBlocks, 1, 1}, kPlaceThreads, 0};
+  return {{capped(blocks), 1, 1}, kPlaceThreads, 0};
 }
 
 }  // namespace tokred::cuda

@@ -12,6 +12,7 @@ struct LaunchPlan {
 };
 
 inline constexpr int64_t kMaxBlocks = 1 << 30;  // of a launch; blocks loop over what is left
+constexpr int64_t capped(int64_t blocks) { return blocks < kMaxBlocks ? blocks : kMaxBlocks; }
 
 constexpr int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 constexpr int64_t round_up(int64_t n, int64_t to) { return divide_up(n, to) * to; }

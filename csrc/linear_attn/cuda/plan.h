@@ -25,8 +25,7 @@ constexpr int64_t linear_shared_bytes(int64_t head_dim) {
 }
 
 constexpr int64_t linear_blocks(int64_t heads, int64_t value_dim) {
-  const int64_t blocks = heads * divide_up(value_dim, kLinearValues);
-  return blocks < kMaxBlocks ? blocks : kMaxBlocks;
+  return capped(heads * divide_up(value_dim, kLinearValues));
 }
 
 // A block takes 32 value dimensions of a head through all chunks. Example: B = 1, 32 heads, D =

@@ -39,7 +39,7 @@ constexpr SimilarityTiles match_tiles(const MatchShape& s) {
 constexpr LaunchPlan plan_match(const MatchShape& s) {
   const SimilarityTiles tiles = match_tiles(s);
   const int64_t blocks = s.batch * divide_up(s.rows, tiles.rows());
-  return {{blocks < kMaxBlocks ? blocks : kMaxBlocks, 1, 1},
+  return {{capped(blocks), 1, 1},
           tiles.threads(),
           similarity_shared_bytes(tiles, s.is_float, s.async())};
 }
@@ -54,12 +54,12 @@ constexpr SimilarityTiles item_tiles(const MatchShape& s) {
 // Example: B = 64, 577 tokens in bf16: 64 blocks of 384 threads, each passing once over its item.
 constexpr LaunchPlan plan_small_items(const MatchShape& s) {
   const SimilarityTiles tiles = item_tiles(s);
-  return {{s.batch < kMaxBlocks ? s.batch : kMaxBlocks, 1, 1},
+  return {{capped(s.batch), 1, 1},
           tiles.threads(),
           similarity_shared_bytes(tiles, s.is_float, s.async()) + kSmallMapBytes};
 }
 constexpr LaunchPlan plan_large_items(int64_t batch) {
-  return {{batch < kMaxBlocks ? batch : kMaxBlocks, 1, 1}, kMapThreads, kLargeMapBytes};
+  return {{capped(batch), 1, 1}, kMapThreads, kLargeMapBytes};
 }
 
 constexpr int64_t sort_length(int64_t count) {
@@ -88,9 +88,7 @@ constexpr bool assignment_in_shared(int64_t n, int64_t m) {
 // Example: B = 64, 256 x 256: 64 blocks of 256 threads with 1 + 9 KiB each.
 constexpr LaunchPlan plan_assignment(int64_t batch, int64_t n, int64_t m) {
   const int64_t state = assignment_in_shared(n, m) ? assignment_state_bytes(n, m) : 0;
-  return {{batch < kMaxBlocks ? batch : kMaxBlocks, 1, 1},
-          kAssignmentThreads,
-          kAssignmentScratch + state};
+  return {{capped(batch), 1, 1}, kAssignmentThreads, kAssignmentScratch + state};
 }
 
 // sinkhorn: costs by tiles of 64 sources; a block an item for the steps; tiles of 32 anchors by 64
@@ -104,18 +102,18 @@ inline constexpr int64_t kAggregationShared =
 constexpr LaunchPlan plan_sinkhorn_costs(int64_t batch, int64_t sources, bool is_float,
                                          bool is_async) {
   const int64_t blocks = batch * divide_up(sources, kNarrowTiles.rows());
-  return {{blocks < kMaxBlocks ? blocks : kMaxBlocks, 1, 1},
+  return {{capped(blocks), 1, 1},
           kNarrowTiles.threads(),
           similarity_shared_bytes(kNarrowTiles, is_float, is_async)};
 }
 constexpr LaunchPlan plan_sinkhorn(int64_t batch) {
-  return {{batch < kMaxBlocks ? batch : kMaxBlocks, 1, 1}, kSinkhornThreads, kSinkhornShared};
+  return {{capped(batch), 1, 1}, kSinkhornThreads, kSinkhornShared};
 }
 // Example: B = 32, 126 anchors, C = 1152: 32 * 4 * 18 = 2304 blocks of 12 KiB.
 constexpr LaunchPlan plan_sinkhorn_aggregation(int64_t batch, int64_t anchors, int64_t channels) {
   const int64_t blocks =
       batch * divide_up(anchors, kAggregationAnchors) * divide_up(channels, kAggregationChannels);
-  return {{blocks < kMaxBlocks ? blocks : kMaxBlocks, 1, 1}, kSinkhornThreads, kAggregationShared};
+  return {{capped(blocks), 1, 1}, kSinkhornThreads, kAggregationShared};
 }
 
 }  // namespace tokred::cuda

@@ -67,13 +67,13 @@ constexpr int64_t at_most(int64_t n, int64_t limit) { return n < limit ? n : lim
 
 // Example: [18432, 289]: 2304 blocks of eight warps.
 constexpr LaunchPlan plan_topk_warps(int64_t segments) {
-  return {{at_most(divide_up(segments, kTopkWarps), kMaxBlocks), 1, 1},
+  return {{capped(divide_up(segments, kTopkWarps)), 1, 1},
           32 * kTopkWarps,
           8 * kTopkWarps * kTopkWarpChosen};
 }
 // Example: [256, 131072], k = 2048: 256 blocks of 512 threads, two an SM, all at once.
 constexpr LaunchPlan plan_topk_blocks(int64_t segments, const TopkTiles& tiles) {
-  return {{at_most(segments, kMaxBlocks), 1, 1}, tiles.threads, tiles.shared_bytes()};
+  return {{capped(segments), 1, 1}, tiles.threads, tiles.shared_bytes()};
 }
 
 // Example: [8, 131072]: 16 parts of 8192 columns, 128 blocks. [1, 1048576]: 128 blocks as well.
@@ -91,7 +91,7 @@ constexpr LaunchPlan plan_topk_parts(const TopkShape& s) {
 // Example: [4, 131072], k = 16384: 4 * 32 blocks sort 4096 keys each; then five times 4 * 64 or
 // fewer merge, as runs of more than k are cut.
 constexpr LaunchPlan plan_sort_chunks(int64_t segments, int64_t columns) {
-  return {{at_most(segments * divide_up(columns, kSortChunkKeys), kMaxBlocks), 1, 1},
+  return {{capped(segments * divide_up(columns, kSortChunkKeys)), 1, 1},
           kSortThreads,
           16 * kSortChunkKeys};
 }
@@ -102,12 +102,10 @@ constexpr int64_t merge_sort_tiles(int64_t run, int64_t wanted) {
 constexpr LaunchPlan plan_merge_runs(int64_t segments, int64_t columns, int64_t run,
                                      int64_t wanted) {
   const int64_t pairs = divide_up(columns, 2 * run);
-  return {{at_most(segments * pairs * merge_sort_tiles(run, wanted), kMaxBlocks), 1, 1},
-          kMergeSortThreads,
-          0};
+  return {{capped(segments * pairs * merge_sort_tiles(run, wanted)), 1, 1}, kMergeSortThreads, 0};
 }
 constexpr LaunchPlan plan_sorted(int64_t segments) {
-  return {{at_most(segments, kMaxBlocks), 1, 1}, kSortedThreads, (8 + 4) * 32};
+  return {{capped(segments), 1, 1}, kSortedThreads, (8 + 4) * 32};
 }
 
 // Scratch in bytes. Split: the keys handed on, how many, and the guess they were found with.
@@ -131,8 +129,7 @@ constexpr int64_t compact_parts(int64_t rows, int64_t columns) {
   return parts;
 }
 constexpr LaunchPlan plan_compact(int64_t rows, int64_t columns) {
-  return {
-      {at_most(rows * compact_parts(rows, columns), kMaxBlocks), 1, 1}, kCompactThreads, 4 * 32};
+  return {{capped(rows * compact_parts(rows, columns)), 1, 1}, kCompactThreads, 4 * 32};
 }
 
 // gather_tokens: lanes enough for a row, 2 to 32, share its copy; grid row i has item i. Example:
@@ -146,7 +143,7 @@ constexpr int gather_lanes(int64_t units) {
   return lanes;
 }
 constexpr int64_t gather_blocks(int64_t rows, int64_t units) {
-  return at_most(divide_up(rows, kGatherThreads / gather_lanes(units)), kMaxBlocks);
+  return capped(divide_up(rows, kGatherThreads / gather_lanes(units)));
 }
 constexpr LaunchPlan plan_gather(int64_t blocks, int64_t items) {
   return {{blocks, items, 1}, kGatherThreads, 0};
@@ -156,7 +153,7 @@ constexpr LaunchPlan plan_gather(int64_t blocks, int64_t items) {
 inline constexpr int kSampleThreads = 256;
 
 constexpr LaunchPlan plan_sample(int64_t rows) {
-  return {{at_most(rows, kMaxBlocks), 1, 1}, kSampleThreads, (8 + 4) * 32};
+  return {{capped(rows), 1, 1}, kSampleThreads, (8 + 4) * 32};
 }
 
 }  // namespace tokred::cuda
