@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 Amount: TypeAlias = int | float
 Schedule: TypeAlias = Amount | tuple[int, float] | Sequence[Amount]
@@ -75,3 +76,67 @@ def _checked(amount: Amount, r: Schedule) -> Amount:
 def reducing_layers(num_layers: int, r: Schedule) -> list[int]:
     """The layers whose amount is not 0; r as in parse_r."""
     return [layer for layer, amount in enumerate(parse_r(num_layers, r)) if amount]
+
+
+KeepKind: TypeAlias = Literal["linear", "sigmoid", "pyramid"]
+
+
+def keep_schedule(
+    num_layers: int,
+    tokens: int,
+    end: int,
+    kind: KeepKind = "linear",
+    first: int = 1,
+    centre: float = 0.5,
+    width: float = 0.1,
+    stages: int = 3,
+) -> list[int]:
+    """How many of `tokens` tokens every layer works on: never more than the layer before it.
+
+    Args:
+        num_layers: how many layers there are.
+        tokens: what the layers before `first` work on. end: what is left at the end.
+        kind: "linear" or "sigmoid": end + (tokens - end) keep_share(depth), the depth from 0 in
+            layer `first` to 1 in the last. "pyramid": by the same factor at each of `stages`
+            layers, which divide all layers into stages + 1 parts.
+        centre, width: of the sigmoid. stages: of the pyramid.
+
+    Returns:
+        num_layers ints, rounded down.
+
+    Raises:
+        ValueError: another kind, end outside [0, tokens], first outside [0, num_layers], a width
+            that is not above 0, or stages below 1.
+
+    Source: P-Sigmoid of Accelerating Multimodal Large Language Models by Searching Optimal Vision
+    Token Reduction (arXiv 2412.00556), whose parameters that searches for; the pyramid of
+    PyramidDrop (arXiv 2410.17247).
+    """
+    if not 0 <= end <= tokens:
+        raise ValueError(f"end must be from 0 to {tokens} tokens, got {end}")
+    if not 0 <= first <= num_layers:
+        raise ValueError(f"first must be one of {num_layers} layers, got {first}")
+    if kind == "pyramid":
+        if stages < 1:
+            raise ValueError(f"stages must be at least 1, got {stages}")
+        passed = [min(layer * (stages + 1) // num_layers, stages) for layer in range(num_layers)]
+        return [int(tokens ** (1 - s / stages) * end ** (s / stages) + 1e-9) for s in passed]
+    if kind not in ("linear", "sigmoid"):
+        raise ValueError(f'kind must be "linear", "sigmoid" or "pyramid", got {kind!r}')
+    last = max(num_layers - 1 - first, 1)
+    shares = [keep_share(i / last, kind, centre, width) for i in range(num_layers - first)]
+    return [tokens] * first + [int(end + (tokens - end) * share + 1e-9) for share in shares]
+
+
+def keep_share(
+    depth: float, kind: Literal["linear", "sigmoid"], centre: float = 0.5, width: float = 0.1
+) -> float:
+    """What share of the tokens that a schedule drops is still there: 1 - depth in a straight line,
+    or sigmoid((centre - depth) / width).
+
+    Raises:
+        ValueError: a width that is not above 0.
+    """
+    if not width > 0:
+        raise ValueError(f"width must be above 0, got {width}")
+    return 1 - depth if kind == "linear" else 0.5 * (1 + math.tanh((centre - depth) / width / 2))

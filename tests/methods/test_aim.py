@@ -7,7 +7,17 @@ import torch
 
 from cases.dense_tome import mean_of, tome_groups, tome_links
 from cases.groups import tokens_of
-from tokred.methods.aim import importance, keep, keep_rate, merge_frames
+from cases.prompts import attention_of, cut, picks_of, prompt_call, ranked
+from tokred.methods.aim import (
+    AimOptions,
+    first_members,
+    importance,
+    keep,
+    keep_rate,
+    merge_frames,
+    merge_to,
+)
+from tokred.patching import VisualCall
 
 
 @pytest.mark.parametrize("tokens", (16, 19))
@@ -73,3 +83,65 @@ def test_refusals() -> None:
         merge_frames(torch.zeros(1, 1, 4, 2), (1.5,))
     with pytest.raises(ValueError, match=r"got \[4, 2\]"):
         merge_frames(torch.zeros(4, 2))
+
+
+@pytest.mark.parametrize("k", (20, 11, 10, 3, 1))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64))
+def test_merge_to(k: int, dtype: torch.dtype) -> None:
+    """Every slot is a mean of means of the tokens that went to it."""
+    x = tokens_of(2, 20).to(dtype)
+    tokens, token_map = merge_to(x, k)
+    assert tokens.shape == (2, k, 16) and tokens.dtype == dtype
+    for item in range(2):
+        assert {*token_map[item].tolist()} == {*range(k)}
+        for slot in range(k):
+            group = x[item, token_map[item] == slot].double()
+            low, high = group.amin(0), group.amax(0)
+            assert (tokens[item, slot] >= low - 0.02).all() and (
+                tokens[item, slot] <= high + 0.02
+            ).all()
+    if k == 11:  # one step, of means of two and more
+        rows = torch.stack(
+            [mean_of(x[0], (token_map[0] == s).nonzero()[:, 0].tolist()) for s in range(k)]
+        )
+        torch.testing.assert_close(tokens[0], rows.to(dtype), rtol=1e-2, atol=1e-2)
+    first = first_members(token_map, k)
+    for item, slots in enumerate(first.tolist()):
+        assert slots == [token_map[item].tolist().index(slot) for slot in range(k)]
+    assert first_members(torch.tensor([[-1, 1, 1]]).int(), 3).tolist() == [[-1, 1, -1]]
+    for wrong in (0, 21):
+        with pytest.raises(ValueError, match=f"k must be from 1 to 20, got {wrong}"):
+            merge_to(x, wrong)
+
+
+def test_stages_in_a_prompt() -> None:
+    method = AimOptions()
+    assert method.prune_layers(32) == list(range(14, 22))
+    call = prompt_call(num_layers=32)
+    for layer in (14, 15, 20, 21):
+        call.layer = layer
+        (q, k), matrix = call.previous(), attention_of(call, "previous")
+        logits = q.double() @ k.double().repeat_interleave(2, 1).transpose(2, 3) * call.scale / 0.1
+        attention = logits.masked_fill(matrix == 0, -torch.inf).softmax(-1).nan_to_num()
+        rank, wanted = torch.full((3, 4, 1, matrix.shape[-1]), 1.0, dtype=torch.float64), []
+        for _ in range(5):
+            rank = rank @ attention
+        scores = rank[:, :, 0].square().mean(1).sqrt()
+        for row, count in enumerate((24, 17, 0)):
+            slots = [s for s in call.slots[row].tolist() if s >= 0]
+            wanted.append(ranked(scores[row, slots].tolist(), int(count * keep_rate(layer))))
+        chosen = method.prune(call)
+        assert picks_of(chosen) == wanted
+        call = cut(call, chosen)
+    assert chosen.shape == (3, 0)
+    assert AimOptions(last=1.0).left(24.0, 7, 8) == 24
+    with pytest.raises(ValueError, match=r"last must be in \[0, 1\], got 2"):
+        AimOptions(last=2)
+
+
+def test_the_tokens_of_an_image_are_merged() -> None:
+    call = VisualCall(tokens_of(2, 20))
+    done = AimOptions(ratio=0.25).reduce_visual(call)
+    tokens, token_map = merge_to(call.tokens, 5)
+    assert torch.equal(done.tokens, tokens) and torch.equal(done.token_map, token_map)
+    assert torch.equal(done.indices, first_members(token_map, 5))

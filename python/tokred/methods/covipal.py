@@ -1,0 +1,89 @@
+"""CoViPAL: a small module that has seen image and text scores visual tokens before a layer.
+
+CoViPAL: Layer-wise Contextualized Visual Token Pruning for Large Vision-Language Models (arXiv
+2508.17243).
+
+The module is learned: its scores are an argument, and what it is taught is `attention_target`. An
+approximate version: how attention is summed into what is taught follows a description.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import tokred
+
+from ._method import Family, Method, Needs
+from ._prompts import best_share
+from ._selection import best
+
+
+def covipal(
+    scores: Tensor,
+    ratio: float = 0.25,
+    keep: int | None = None,
+    valid: Tensor | None = None,
+    order: str = "position",
+) -> Tensor:
+    """The visual tokens of highest score: int(ratio * N) of them.
+
+    Args:
+        scores: [B, N], of the module, before a layer.
+        ratio: the share that stays, in [0, 1]. keep: their number, in place of ratio.
+        valid: bool [B, N]; of a row with padding int(ratio * its tokens) stay.
+        order: "position" or "score".
+
+    Returns:
+        i32 [B, k], -1 behind the last.
+
+    Raises:
+        ValueError: a ratio outside [0, 1], keep below 0, or another order.
+    """
+    return best_share(scores, ratio, keep, valid, order)
+
+
+def attention_target(
+    q: Tensor,
+    k: Tensor,
+    text: Tensor,
+    num_chosen: int,
+    visual: Tensor,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """What the module is taught: 1 for the visual tokens that a deep layer's text attends to most.
+
+    Args:
+        q: [B, Hq, L, D], k: [B, Hkv, L, D], of that layer, causal.
+        text: bool [B, L], the queries; visual: bool [B, L], the tokens that are scored.
+        num_chosen: how many of a row are 1. scale: 1 / sqrt(D) where None.
+        mask: bool [B, L], False for padding.
+
+    Returns:
+        f32 [B, L].
+    """
+    queries = (text if mask is None else text & mask).float()[:, None]
+    columns = tokred.attention_columns(
+        q.detach(),
+        k.detach(),
+        weight=queries,
+        causal=True,
+        scale=scale,
+        mask=None if mask is None else mask[:, None, None],
+    )
+    chosen = best(columns.sum(1), num_chosen, visual if mask is None else visual & mask)
+    target = torch.zeros(visual.shape[0], visual.shape[1] + 1, device=visual.device)
+    return target.scatter(1, torch.where(chosen < 0, visual.shape[1], chosen).long(), 1)[:, :-1]
+
+
+METHOD = Method(
+    title=(
+        "CoViPAL: Layer-wise Contextualized Visual Token Pruning for Large Vision-Language Models"
+    ),
+    arxiv="2508.17243",
+    family=Family.PRUNE,
+    needs=(Needs.VISION_LANGUAGE_MODEL, Needs.TRAINING),
+    status="approximate",
+    summary="keep the visual tokens that a small learned module scores highest before a layer",
+)
