@@ -44,11 +44,17 @@ class Crops:
 
         Ascending, or for order "score" as they are, crop after crop.
         """
+        first = torch.arange(self.number, device=picks.device)[:, None] * self.token.shape[1]
         picks = picks.unflatten(0, (-1, self.number))
-        crop = torch.arange(self.number, device=picks.device)[:, None].expand_as(picks)
-        found = self.token[crop, picks.clamp(min=0).long()]
-        listed = torch.where(picks >= 0, found, -1).flatten(1)
-        return close_gaps(listed) if order == "score" else in_order(listed, order)
+        return self.of_flat(torch.where(picks >= 0, picks + first, -1).flatten(1), order)
+
+    def of_flat(self, picks: Tensor, order: str = "position") -> Tensor:
+        """Places in all crops i32 [B, k], crop * P + place -> tokens i32 [B, k], then -1.
+
+        Ascending, or for order "score" as they are.
+        """
+        found = torch.where(picks >= 0, self.token.flatten()[picks.clamp(min=0).long()], -1)
+        return close_gaps(found) if order == "score" else in_order(found, order)
 
 
 def crops_of(call: VisualCall) -> Crops:
@@ -65,19 +71,24 @@ def crops_of(call: VisualCall) -> Crops:
 
 
 def select_in_crops(
-    call: VisualCall, count: int, select: Callable[..., Tensor], *x: Tensor
+    call: VisualCall,
+    count: int,
+    select: Callable[..., Tensor],
+    *x: Tensor,
+    order: str = "position",
 ) -> Tensor:
-    """The tokens, ascending, that a rule keeps when every crop gets an equal part of the count.
+    """The tokens that a rule keeps when every crop gets an equal part of the count.
 
     Args:
         count: tokens that an image keeps; what does not divide is lost, but a crop keeps one.
         select: called as select(*x, k, valid=...), x [B, N, ...] by crops as [B * M, P, ...], and
             returns places i32 [B * M, k].
+        order: "position": ascending; "score": as the rule has them, crop after crop.
     """
     crops = crops_of(call)
     k = max(1, count // crops.number)
     picks = select(*map(crops.values, x), k, valid=crops.valid(call.tokens.shape[0]))
-    return crops.tokens(picks)
+    return crops.tokens(picks, order)
 
 
 def encoder_attention(call: VisualCall, layer: int) -> Tensor:

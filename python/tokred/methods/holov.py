@@ -1,0 +1,183 @@
+"""HoloV: share the budget over runs of visual tokens by attention and variety, then by attention.
+
+Don't Just Chase "Highlighted Tokens" in MLLMs: Revisiting Visual Holistic Context Retention (arXiv
+2510.02912).
+
+The published code gives a run no more than it has tokens, and fills what is left over with rows of
+zeros: here with -1, or with redistribute=True other runs get it. Of an image of several crops every
+crop keeps as many. Encoders without a class token, which the paper does not have, are ranked by the
+mean attention that a token receives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+import tokred
+
+from ._crops import encoder_attention, select_in_crops
+from ._method import Family, Method, Needs
+from ._selection import (
+    allocate,
+    best,
+    check_features,
+    close_gaps,
+    features_of,
+    head_mean,
+    in_order,
+    rows_of,
+)
+from ._visual import VisualOptions
+
+if TYPE_CHECKING:
+    from tokred.patching import VisualCall
+
+
+def runs_of(tokens: int, number: int, device: torch.device | None = None) -> Tensor:
+    """i32 [number, ceil(N / number)]: the tokens of runs as even as possible, -1 behind the last.
+
+    The first N % number runs are longer by one.
+    """
+    size, longer = divmod(tokens, number)
+    run = torch.arange(number, dtype=torch.int32, device=device)[:, None]
+    place = torch.arange(size + (longer > 0), dtype=torch.int32, device=device)
+    first = run * size + run.clamp(max=longer)
+    return torch.where(place < size + (run < longer).int(), first + place, -1)
+
+
+def run_scores(x: Tensor, attention: Tensor, runs: Tensor, beta: float, valid: Tensor) -> Tensor:
+    """f32 [B, P]: the mean over each run of 1000 attention + beta * scale * variety.
+
+    The variety of a token is the variance of its cosines to the others of its run, its own cosine
+    counting as 0 beside their mean; scale = mean |1000 attention| / mean |variety|, of the run. A
+    run of one token has its attention alone.
+    """
+    batch, (number, width) = x.shape[0], runs.shape
+    picks = runs.flatten().expand(batch, -1).contiguous()
+    there = ((runs >= 0) & valid[:, runs.clamp(min=0).long()]).flatten(0, 1)
+    rows = rows_of(x, picks).view(batch * number, width, -1)
+    seen = rows_of(attention[..., None], picks).view(batch * number, width)
+    seen = seen.masked_fill(~there, 0.0)
+    count = there.sum(1)
+    stats = tokred.similarity_stats(rows, exclude_self=True, mask_a=there.contiguous())
+    others = (count - 1).clamp(min=1)[:, None]
+    variety = (stats.variance + stats.mean.square() / others).masked_fill(~there, 0.0)
+    present = count.clamp(min=1)
+    strong = 1000 * seen.sum(1) / present
+    scale = 1000 * seen.abs().sum(1) / present / (variety.abs().sum(1) / present + 1e-6)
+    score = torch.where(
+        count > 1, strong + beta * scale * variety.sum(1) / present, seen.sum(1) / present
+    )
+    return score.view(batch, number)
+
+
+def select_tokens(
+    x: Tensor,
+    attention: Tensor,
+    k: int,
+    valid: Tensor | None = None,
+    order: str = "score",
+    runs: int = 16,
+    beta: float = 0.09,
+    redistribute: bool = False,
+) -> Tensor:
+    """Every run of neighbouring tokens gets its part of k by score, and keeps the most attended.
+
+    What rounding leaves goes to the runs of highest score, one each.
+
+    Args:
+        x: [B, N, C], the visual tokens. attention: [B, H, N] or [B, N], of the class token.
+        valid: bool [B, N]; padding, which is False, is not kept.
+        order: "score", as published: run after run, by falling attention in each; or "position".
+        runs: how many, at most N.
+        beta: how much variety counts.
+        redistribute: see the module; a k of N or more keeps all in any case.
+
+    Returns:
+        i32 [B, k], -1 behind the last.
+
+    Raises:
+        ValueError: another shape or order, or no run.
+
+    O(B N^2 C / runs) time, O(B N C) memory.
+    """
+    check_features("x", x)
+    if runs < 1:
+        raise ValueError(f"runs must be at least 1, got {runs}")
+    batch, tokens = x.shape[:2]
+    attention = head_mean(attention)
+    valid = torch.ones_like(attention, dtype=torch.bool) if valid is None else valid
+    if tokens == 0:
+        return torch.full((batch, k), -1, dtype=torch.int32, device=x.device)
+    members = runs_of(tokens, min(runs, tokens), x.device)
+    scores = run_scores(features_of(x), attention.contiguous(), members, beta, valid)
+    inside = members.clamp(min=0).long()
+    there = (members >= 0) & valid[:, inside]
+    shares = allocate(scores, k, there.sum(-1), "weight", redistribute or k >= tokens)
+    width = min(k, members.shape[1])
+    places = best(attention[:, inside], shares, there, "score", places=width)
+    tokens_of_run = members.expand(batch, -1, -1).gather(2, places.clamp(min=0).long())
+    picks = torch.where(places >= 0, tokens_of_run, -1).flatten(1)
+    picks = torch.nn.functional.pad(picks, (0, max(0, k - picks.shape[1])), value=-1)
+    return in_order(close_gaps(picks, k), order)
+
+
+@dataclass(frozen=True)
+class HolovOptions(VisualOptions):
+    """Options of tokred.patch(model, "holov", ...).
+
+    keep: visual tokens kept per image. ratio: the share kept instead.
+    runs: parts of the row of tokens that share the budget. beta: how much variety counts.
+    redistribute: give what a short run cannot use to others. layer: of the encoder, whose attention
+    is read. positions, newlines: as VisualOptions has them.
+    """
+
+    runs: int = 16
+    beta: float = 0.09
+    redistribute: bool = False
+    layer: int = -2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.runs < 1:
+            raise ValueError(f"runs must be at least 1, got {self.runs}")
+
+    def encoder_layers(self, num_layers: int) -> list[int]:
+        """The one that is read."""
+        return [self.layer]
+
+    def reduce_visual(self, call: VisualCall) -> Tensor:
+        """select_tokens in every crop."""
+
+        def select(x: Tensor, attention: Tensor, k: int, valid: Tensor) -> Tensor:
+            return select_tokens(
+                x,
+                attention,
+                k,
+                valid,
+                runs=self.runs,
+                beta=self.beta,
+                redistribute=self.redistribute,
+            )
+
+        attention = encoder_attention(call, self.layer)
+        count = self.count(call.tokens.shape[1])
+        return select_in_crops(call, count, select, call.features, attention, order="score")
+
+
+METHOD = Method(
+    title=(
+        'Don\'t Just Chase "Highlighted Tokens" in MLLMs: Revisiting Visual Holistic Context '
+        "Retention"
+    ),
+    arxiv="2510.02912",
+    family=Family.PRUNE,
+    needs=(Needs.VISION_LANGUAGE_MODEL,),
+    status="exact",
+    summary="share the budget over runs of visual tokens, of which the most attended are kept",
+    options=HolovOptions,
+)
