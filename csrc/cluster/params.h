@@ -161,6 +161,16 @@ struct KnnReconstructParams {
   void* y;  // deep_dtype [B, N, D]
   void* workspace;  // knn_reconstruct_workspace(params) bytes
 };
+
+// grad_deep_j = sum over the tokens i, ascending, that have j as a neighbour of w_ij * grad_y_i.
+// The weights are constants, made again as the op makes them.
+struct KnnReconstructBackwardParams {
+  KnnReconstructParams forward;  // its deep, y and workspace are null, its strides of deep 0
+  const void* grad_y;  // deep_dtype [B, N, D], channels contiguous
+  int64_t grad_stride_batch, grad_stride_token;
+  void* grad_deep;  // deep_dtype [B, M, D]
+  void* workspace;  // knn_reconstruct_backward_workspace(params) bytes
+};
 inline constexpr int64_t kMostNeighbours = 64;
 
 // Clustering by density peaks among the k nearest neighbours, of the tokens that are neither masked

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import tokred
-from cases.backends import Backend
+from cases.backends import Backend, move
 from cases.compare import assert_as_accurate, assert_bitwise_equal, assert_one_result
 from cases.inputs import FLOATS, generator, label, widened
 from cases.oracle import reference
@@ -138,10 +138,84 @@ def test_isa_and_threads_do_not_matter(on_every_cpu, dtype: torch.dtype) -> None
     assert_one_result(on_every_cpu(lambda: tokred.knn_reconstruct(**some)))
 
 
-def test_gradients_are_refused() -> None:
+def gradient(backend: Backend, some: dict[str, Any], grad_y: Tensor) -> Tensor:
+    """Of deep."""
+    if backend.name == "simt":
+        weighs = (some[name] for name in ("x", "centroids", "k", "temperature", "norm"))
+        return torch.ops.tokred_simt.knn_reconstruct_backward(grad_y, *weighs)
+    moved = {name: move(value, backend.device) for name, value in some.items()}
+    moved["deep"] = moved["deep"].detach().requires_grad_()
+    y = backend.function("knn_reconstruct")(**moved)
+    if not y.requires_grad:  # the oracle, without centroids
+        return torch.zeros_like(some["deep"])
+    return torch.autograd.grad(y, moved["deep"], move(grad_y, backend.device))[0].cpu()
+
+
+def output_gradient(some: dict[str, Any]) -> Tensor:
+    shape = (*some["x"].shape[:2], some["deep"].shape[2])
+    return torch.randn(shape, generator=generator(3)).to(some["deep"].dtype)
+
+
+GRADIENT_CASES = [
+    *(replace(case, dtype=dtype) for dtype in FLOATS for case in (
+        Case(), Case(1, 130, 100, 65, 17, 36), Case(1, 400, 3, 9, 70, 2, norm="l1"), Case(k=64),
+    )),
+    Case(1, 1, 1, 1, 1, 1), Case(temperature=50.0), Case(tokens=0), Case(batch=0),
+    Case(clusters=0), Case(channels=0), Case(deep=0), Case(deep=1100), Case(tokens=900, clusters=2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", GRADIENT_CASES, ids=label)
+def test_gradient_against_float64(kernels: Backend, case: Case) -> None:
+    some = case.inputs()
+    grad_y = output_gradient(some)
+    found = gradient(kernels, some, grad_y)
+    assert found.dtype == case.dtype and found.shape == some["deep"].shape
+    oracle = Backend("reference")
+    wide = dict(zip(some, widened(tuple(some.values())), strict=True))
+    exact = gradient(oracle, wide, grad_y.double())
+    plain = gradient(oracle, some, grad_y)
+    assert_as_accurate(found, exact, plain, 2e-5 * (1 + case.temperature))
+
+
+def test_a_centroid_without_tokens_has_no_gradient(kernels: Backend) -> None:
+    deep, x = torch.ones(1, 3, 2), torch.zeros(1, 4, 1)
+    centroids = torch.tensor([[[1.0], [torch.nan], [9.0]]])
+    x[0, 3] = torch.inf  # no neighbours: what comes back to it goes nowhere
+    grad_y = torch.tensor([[[1.0, 2], [3, 4], [5, 6], [torch.nan, torch.nan]]])
+    some = {"deep": deep, "x": x, "centroids": centroids, "k": 1, "temperature": 1.0, "norm": "l1"}
+    assert gradient(kernels, some, grad_y).tolist() == [[[9, 12], [0, 0], [0, 0]]]
+
+
+def test_batch_and_strides_do_not_matter_to_the_gradient(kernels: Backend) -> None:
+    some = Case(3, 130, 21, dtype=torch.bfloat16).inputs()
+    grad_y = output_gradient(some)
+    whole = gradient(kernels, some, grad_y)
+    for item in range(3):
+        part = {n: t[item : item + 1] if isinstance(t, Tensor) else t for n, t in some.items()}
+        alone = gradient(kernels, part, grad_y[item : item + 1])
+        assert_bitwise_equal(alone, whole[item : item + 1])
+    padded = torch.zeros(130, 3, 50, dtype=torch.bfloat16).transpose(0, 1)
+    padded[..., 3:43] = grad_y
+    assert_bitwise_equal(gradient(kernels, some, padded[..., 3:43]), whole)
+    if kernels.name != "simt":
+        shared = grad_y[:1, :1, :1].expand_as(grad_y)
+        again = gradient(kernels, some, shared.contiguous())
+        assert_bitwise_equal(gradient(kernels, some, shared), again)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_isa_and_threads_do_not_matter_to_the_gradient(on_every_cpu, dtype: torch.dtype) -> None:
+    some = Case(2, 130, 70, 33, 90, 9, dtype).inputs()
+    grad_y = output_gradient(some)
+    assert_one_result(on_every_cpu(lambda: gradient(Backend("cpu"), some, grad_y)))
+
+
+@pytest.mark.parametrize("name", ["x", "centroids"])
+def test_weights_are_constants(name: str) -> None:
     some = Case().inputs()
-    some["deep"].requires_grad_()
-    with pytest.raises(ValueError, match="deep requires grad"):
+    some[name].requires_grad_()
+    with pytest.raises(ValueError, match=f"gradients in deep alone, but {name} requires grad"):
         tokred.knn_reconstruct(**some)
     with torch.no_grad():
         tokred.knn_reconstruct(**some)

@@ -1,14 +1,16 @@
-"""Cases of knn_reconstruct."""
+"""Cases of knn_reconstruct and its gradient."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from case import Case, op_case
+from case import Case, namespace, op_case
 from compare import Mismatch
 from draw import Draw
 from torch import Tensor
+
+import tokred
 
 _CHANNELS = (0, 1, 2, 3, 8, 15, 16, 17, 33, 64)
 
@@ -24,8 +26,8 @@ def _check(some: dict[str, Any], y: Tensor) -> None:
         raise Mismatch("a mean outside of its rows")
 
 
-@op_case
-def knn_reconstruct(draw: Draw) -> Case:
+def _arguments(draw: Draw) -> tuple[dict[str, Any], bool]:
+    """And whether they hold what is not finite."""
     batch, tokens, channels = draw.batch(), draw.size(), draw.choice(_CHANNELS)
     clusters = draw.choice([0, 1, 2, 5, 31, 32, 33, 70])
     x = draw.floats((batch, tokens, channels), draw.dtype(), plain=True)
@@ -41,9 +43,44 @@ def knn_reconstruct(draw: Draw) -> Case:
         "temperature": draw.choice([0.0, 0.05, 1.0]),
         "norm": draw.choice(["l1", "l2"]),
     }
+    return some, spoiled
+
+
+@op_case
+def knn_reconstruct(draw: Draw) -> Case:
+    some, spoiled = _arguments(draw)
     return Case(
         "knn_reconstruct",
         some,
         check=None if spoiled else lambda out: _check(some, out),
         batched=("deep", "x", "centroids"),
+    )
+
+
+def _check_adjoint(deep: Tensor, grad_y: Tensor, options: dict[str, Any], found: Tensor) -> None:
+    """<found, deep> is <grad_y, y>, up to the rounding of found and y."""
+    y = tokred.knn_reconstruct(deep, **options)
+    ours, theirs = found.double() * deep.double(), grad_y.double() * y.double()
+    unit = max(torch.finfo(deep.dtype).eps, 1e-5)
+    slack = unit * (1 + float(ours.abs().sum() + theirs.abs().sum()))
+    if abs(float(ours.sum() - theirs.sum())) > slack:
+        raise Mismatch("not the adjoint")
+
+
+@op_case
+def knn_reconstruct_backward(draw: Draw) -> Case:
+    some, spoiled = _arguments(draw)
+    deep = some.pop("deep")
+    shape = (*some["x"].shape[:2], deep.shape[2])
+    grad_y = draw.floats(shape, deep.dtype, plain=True)
+
+    def call(grad_y: Tensor, **inputs: Any) -> Tensor:
+        return namespace().knn_reconstruct_backward.default(grad_y, *inputs.values())
+
+    return Case(
+        "knn_reconstruct_backward",
+        {"grad_y": grad_y} | some,
+        check=None if spoiled else lambda out: _check_adjoint(deep, grad_y, some, out),
+        call=call,
+        batched=("grad_y", "x", "centroids"),
     )

@@ -90,8 +90,12 @@ def refused_calls() -> dict[str, tuple]:
         "kv_append": (window, *packed[:2], floats(2, 2, 4, 16), 2, *packed[2:]),
         "packed_attention": (query, *packed, *packed, window, window, None, None, None, bias),
         "packed_qk_score": (query, *packed, window),
-        **{op: CALLS[op](Sizes()) for op in ("sinkhorn", "knn_reconstruct", "adjacent_runs")},
+        **{op: CALLS[op](Sizes()) for op in ("sinkhorn", "adjacent_runs")},
     }  # fmt: skip
+
+
+# Differentiable ops whose kernels have no float64: the arguments that have a gradient.
+NARROW = {"knn_reconstruct": ("deep",)}
 
 
 def choosing_calls() -> dict[str, tuple]:
@@ -110,7 +114,7 @@ def choosing_calls() -> dict[str, tuple]:
 
 
 def backward_calls() -> dict[str, tuple]:
-    """What the differentiable ops call, in float64."""
+    """What the differentiable ops call, in float64 where they have it."""
     calls = differentiable_calls()
     x, token_map, slots, size, weight, mode = calls["merge"]
     grad_y, grad_size = floats(2, slots, 3, dtype=WIDE), floats(2, slots, dtype=WIDE)
@@ -141,6 +145,7 @@ def backward_calls() -> dict[str, tuple]:
     c, p, before = calls["ema_scan"]
     z, _ = OPS.ema_scan(c, p, before)
     result["ema_scan_backward"] = (floats(2, 6, 3, dtype=WIDE), before, c, p, before, None, z)
+    result |= {f"{op}_backward": CALLS[f"{op}_backward"](Sizes()) for op in NARROW}
     return result
 
 
@@ -175,7 +180,7 @@ def argument(name: str, place: int) -> str:
 
 def test_every_op_is_listed() -> None:
     names = {n.partition("::")[2] for n in torch._C._dispatch_get_all_op_names() if "tokred::" in n}
-    assert names == {*DIFFERENTIABLE, *REFUSED, *CHOOSING, *BACKWARD}
+    assert names == {*DIFFERENTIABLE, *NARROW, *REFUSED, *CHOOSING, *BACKWARD}
 
 
 @pytest.mark.parametrize(
@@ -190,6 +195,31 @@ def test_gradients_are_right(name: str, place: int, item: int | None) -> None:
         return tuple(r for r in flat(results) if r.requires_grad)
 
     assert torch.autograd.gradcheck(function, (args[place],))
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "item"), float_arguments({op: CALLS[op](Sizes()) for op in NARROW})
+)
+def test_gradients_without_float64(name: str, place: int, item: int | None) -> None:
+    call, label = CALLS[name](Sizes()), argument(name, place)
+    args = needing(call, place, item)
+    if label not in NARROW[name]:
+        with pytest.raises(ValueError, match=f"gradients in .* alone, but {label} requires grad"):
+            getattr(OPS, name)(*args)
+        return
+    wide = [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in call]
+    wide[place].requires_grad_()
+    found = [r for r in flat(getattr(OPS, name)(*args)) if r.requires_grad]
+    expected = flat(getattr(reference, name)(*wide))[: len(found)]
+    weights = [floats(*r.shape) for r in found]
+    losses = [
+        sum((r * w.to(r.dtype)).sum() for r, w in zip(results, weights, strict=True))
+        for results in (found, expected)
+    ]
+    actual, exact = (torch.autograd.grad(loss, given[place])[0] for loss, given in
+                     zip(losses, (args, wide), strict=True))  # fmt: skip
+    assert actual.abs().sum() > 0
+    torch.testing.assert_close(actual.double(), exact, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(("name", "place", "item"), float_arguments(REFUSED))

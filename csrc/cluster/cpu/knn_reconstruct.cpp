@@ -1,5 +1,7 @@
 // knn_reconstruct: distances of 48 tokens to all centroids, sixteen at a time, the k nearest by
-// insertion, and the weighted sum of their rows. Distances live in a task's memory only.
+// insertion, and the weighted sum of their rows. Distances live in a task's memory only. Its
+// gradient finds the neighbours in the same way, sorts them by centroid (counting, so tokens stay
+// in order), and sums the rows that a centroid has.
 //
 // N = 4096, M = 256, C = D = 256: 0.8 GFLOP of distances; the sums read k rows a token.
 #include "cluster/cpu/distance.h"
@@ -76,6 +78,9 @@ struct Plan {
   int64_t worker_bytes() const {
     return workspace_bytes([&](Workspace& memory) { allocate_worker(memory); });
   }
+  int64_t bytes(const Parallel& parallel) const {
+    return p.batch * item_bytes() + parallel.threads * worker_bytes();
+  }
   float* item(int64_t b) const {
     Workspace memory(static_cast<char*>(p.workspace) + b * item_bytes());
     return allocate_panels(memory);
@@ -135,8 +140,9 @@ void write_sum(const Plan& plan, int64_t b, int64_t i, const Neighbours& near) {
   }
 }
 
-template <class T>
-void reconstruct_block(const Plan& plan, int64_t b, int64_t block, const Worker& w) {
+// use(token, its neighbours) for the tokens of a block.
+template <class T, class Use>
+void each_token(const Plan& plan, int64_t b, int64_t block, const Worker& w, Use use) {
   const KnnReconstructParams& p = plan.p;
   const int64_t first = block * kTokens, count = min(p.tokens - first, kTokens);
   measure_distances<T>(plan, b, first, count, w);
@@ -147,26 +153,141 @@ void reconstruct_block(const Plan& plan, int64_t b, int64_t block, const Worker&
       near.insert(distance[m], static_cast<int32_t>(m), p.k);
     }
     near.make_weights(p.temperature, p.l2);
-    visit_f32(p.deep_dtype, [&]<class D>() { write_sum<D>(plan, b, first + i, near); });
+    use(first + i, near);
   }
+}
+
+// use(item, token, its neighbours) for every token.
+template <class Use>
+void each_token(const Plan& plan, const Parallel& parallel, Use use) {
+  const KnnReconstructParams& p = plan.p;
+  parallel_tasks(parallel, p.batch * plan.panels, [&](int64_t task, int64_t worker) {
+    pack_panel(plan, task / plan.panels, task % plan.panels, plan.worker(worker));
+  });
+  parallel_tasks(parallel, p.batch * plan.blocks, [&](int64_t task, int64_t worker) {
+    const int64_t b = task / plan.blocks;
+    visit_f32(p.dtype, [&]<class T>() {
+      each_token<T>(plan, b, task % plan.blocks, plan.worker(worker),
+                    [&](int64_t i, const Neighbours& near) { use(b, i, near); });
+    });
+  });
+}
+
+// Gradient ---------------------------------------------------------------------------------------
+
+struct Neighbour {
+  int32_t cluster;  // -1 for none
+  float weight;
+};
+struct Member {
+  int32_t token;
+  float weight;
+};
+
+// The neighbours of every token, and then the members of every centroid.
+struct Members {
+  Neighbour* neighbours;  // [B][N][k]
+  Member* members;        // [B][N * k], by centroid and token
+  int64_t* end;           // [B][M] of a centroid's members
+};
+
+Members allocate_members(Workspace& memory, const KnnReconstructParams& p) {
+  Members m;
+  m.neighbours = memory.allocate<Neighbour>(p.batch * p.tokens * p.k);
+  m.members = memory.allocate<Member>(p.batch * p.tokens * p.k);
+  m.end = memory.allocate<int64_t>(p.batch * p.clusters);
+  return m;
+}
+int64_t members_bytes(const KnnReconstructParams& p) {
+  return workspace_bytes([&](Workspace& memory) { allocate_members(memory, p); });
+}
+
+void sort_members(const KnnReconstructParams& p, int64_t b, const Members& m) {
+  const int64_t entries = p.tokens * p.k;
+  const Neighbour* neighbours = m.neighbours + b * entries;
+  Member* members = m.members + b * entries;
+  int64_t* end = m.end + b * p.clusters;
+  for (int64_t j = 0; j < p.clusters; ++j) end[j] = 0;
+  for (int64_t e = 0; e < entries; ++e) {
+    if (neighbours[e].cluster >= 0) ++end[neighbours[e].cluster];
+  }
+  int64_t start = 0;
+  for (int64_t j = 0; j < p.clusters; ++j) {
+    const int64_t count = end[j];
+    end[j] = start;
+    start += count;
+  }
+  for (int64_t i = 0; i < p.tokens; ++i) {
+    for (const Neighbour* n = neighbours + i * p.k; n < neighbours + (i + 1) * p.k; ++n) {
+      if (n->cluster >= 0) members[end[n->cluster]++] = {static_cast<int32_t>(i), n->weight};
+    }
+  }
+}
+
+// kWide * 16 channels of a centroid's gradient, from channel c on.
+template <int kWide, class D>
+void sum_members(const KnnReconstructBackwardParams& p, int64_t b, const Member* from,
+                 const Member* end, int64_t c, D* to) {
+  const D* grad = static_cast<const D*>(p.grad_y) + b * p.grad_stride_batch + c;
+  const int64_t left = p.forward.deep_channels - c;
+  f32x16 total[kWide];
+  for (f32x16& t : total) t = splat(0.0f);
+  for (; from < end; ++from) {
+    const D* row = grad + from->token * p.grad_stride_token;
+    const f32x16 weight = splat(from->weight);
+    for (int v = 0; v < kWide; ++v) {
+      total[v] = fma(weight, load_row(row + v * kLanes, left - v * kLanes), total[v]);
+    }
+  }
+  for (int v = 0; v < kWide; ++v) store_row(to + c + v * kLanes, total[v], left - v * kLanes);
+}
+
+template <class D>
+void write_gradient(const KnnReconstructBackwardParams& p, int64_t b, int64_t j, const Members& m) {
+  const KnnReconstructParams& f = p.forward;
+  const int64_t* end = m.end + b * f.clusters;
+  const Member* members = m.members + b * f.tokens * f.k;
+  const Member *first = members + (j > 0 ? end[j - 1] : 0), *last = members + end[j];
+  D* to = static_cast<D*>(p.grad_deep) + (b * f.clusters + j) * f.deep_channels;
+  int64_t c = 0;
+  for (; c + 4 * kLanes <= f.deep_channels; c += 4 * kLanes)
+    sum_members<4>(p, b, first, last, c, to);
+  for (; c < f.deep_channels; c += kLanes) sum_members<1>(p, b, first, last, c, to);
 }
 
 }  // namespace
 
 int64_t knn_reconstruct_workspace(const KnnReconstructParams& p, const Parallel& parallel) {
-  const Plan plan(p);
-  return p.batch * plan.item_bytes() + parallel.threads * plan.worker_bytes();
+  return Plan(p).bytes(parallel);
 }
 
 void knn_reconstruct(const KnnReconstructParams& p, const Parallel& parallel) {
   const Plan plan(p);
-  parallel_tasks(parallel, p.batch * plan.panels, [&](int64_t task, int64_t worker) {
-    pack_panel(plan, task / plan.panels, task % plan.panels, plan.worker(worker));
+  each_token(plan, parallel, [&](int64_t b, int64_t i, const Neighbours& near) {
+    visit_f32(p.deep_dtype, [&]<class D>() { write_sum<D>(plan, b, i, near); });
   });
-  parallel_tasks(parallel, p.batch * plan.blocks, [&](int64_t task, int64_t worker) {
-    visit_f32(p.dtype, [&]<class T>() {
-      reconstruct_block<T>(plan, task / plan.blocks, task % plan.blocks, plan.worker(worker));
-    });
+}
+
+int64_t knn_reconstruct_backward_workspace(const KnnReconstructBackwardParams& p,
+                                           const Parallel& parallel) {
+  return members_bytes(p.forward) + Plan(p.forward).bytes(parallel);
+}
+
+void knn_reconstruct_backward(const KnnReconstructBackwardParams& p, const Parallel& parallel) {
+  KnnReconstructParams f = p.forward;
+  f.workspace = static_cast<char*>(p.workspace) + members_bytes(f);
+  Workspace memory(p.workspace);
+  const Members m = allocate_members(memory, f);
+  each_token(Plan(f), parallel, [&](int64_t b, int64_t i, const Neighbours& near) {
+    Neighbour* to = m.neighbours + (b * f.tokens + i) * f.k;
+    for (int64_t n = 0; n < f.k; ++n) {
+      to[n] = n < near.count ? Neighbour{near.cluster[n], near.weight[n]} : Neighbour{-1, 0.0f};
+    }
+  });
+  parallel_tasks(parallel, f.batch, [&](int64_t b, int64_t) { sort_members(f, b, m); });
+  parallel_tasks(parallel, f.batch * f.clusters, [&](int64_t task, int64_t) {
+    visit_f32(f.deep_dtype,
+              [&]<class D>() { write_gradient<D>(p, task / f.clusters, task % f.clusters, m); });
   });
 }
 

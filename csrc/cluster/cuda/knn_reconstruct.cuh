@@ -1,9 +1,12 @@
 // knn_reconstruct: a warp a token: distances to 32 centroids at a time, the k nearest in a sorted
-// list in registers, two places a lane, then the weighted sum of their rows.
+// list in registers, two places a lane, then the weighted sum of their rows. Its gradient writes
+// the lists down; then a block a centroid looks through the lists of its item for its own tokens,
+// which it finds in order, and sums their rows, four channels a thread.
 #pragma once
 
 #include "cluster/cuda/plan.h"
 #include "cluster/params.h"
+#include "common/cuda/block.cuh"
 #include "common/cuda/row_io.cuh"
 
 namespace tokred::cuda::clustering {
@@ -84,42 +87,146 @@ __device__ __forceinline__ NearestList nearest_centroids(const KnnReconstructPar
   return list;
 }
 
-template <class T, class D>
-__global__ void __launch_bounds__(kClusterThreads)
-    knn_reconstruct_kernel(const __grid_constant__ KnnReconstructParams p) {
-  const int64_t step = int64_t{gridDim.x} * (kClusterThreads / kWarp);
-  for (int64_t token = int64_t{blockIdx.x} * (kClusterThreads / kWarp) + warp_id();
-       token < p.batch * p.tokens; token += step) {
-    const int64_t item = token / p.tokens, i = token % p.tokens;
-    const T* x = static_cast<const T*>(p.x) + item * p.stride_batch + i * p.stride_token;
-    NearestList list;
-    if (p.k > 0) list = nearest_centroids(p, item, x);
-    const float least = list.at(0);
+// The nearest centroids of a token: `count` of them, with their weights in the place of distances.
+struct WeightedList : NearestList {
+  int count = 0;
+
+  template <class T>
+  __device__ WeightedList(const KnnReconstructParams& p, int64_t item, const T* x) {
+    if (p.k > 0) static_cast<NearestList&>(*this) = nearest_centroids(p, item, x);
+    const float least = at(0);
     float total = 0.0f;
-    int count = 0;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const bool there = half * kWarp + lane_id() < p.k && list.distance[half] < kInfinity;
-      const float w = there ? expf(-p.temperature * (list.distance[half] - least)) : 0.0f;
-      list.distance[half] = w;
+      const bool there = half * kWarp + lane_id() < p.k && distance[half] < kInfinity;
+      const float w = there ? expf(-p.temperature * (distance[half] - least)) : 0.0f;
+      distance[half] = w;
       total += p.l2 ? w * w : w;
       count += __popc(__ballot_sync(kAllLanes, there));
     }
     total = warp_sum(total);
     const float norm = p.l2 ? sqrtf(total) : total;
-    const D* deep = static_cast<const D*>(p.deep) + item * p.deep_stride_batch;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) distance[half] /= norm;
+  }
+};
+
+// use(token of all items, its list), a warp a token.
+template <class T, class Use>
+__device__ __forceinline__ void each_token(const KnnReconstructParams& p, Use use) {
+  const int64_t step = int64_t{gridDim.x} * (kClusterThreads / kWarp);
+  for (int64_t token = int64_t{blockIdx.x} * (kClusterThreads / kWarp) + warp_id();
+       token < p.batch * p.tokens; token += step) {
+    const int64_t item = token / p.tokens, i = token % p.tokens;
+    const T* x = static_cast<const T*>(p.x) + item * p.stride_batch + i * p.stride_token;
+    use(token, WeightedList(p, item, x));
+  }
+}
+
+template <class T, class D>
+__global__ void __launch_bounds__(kClusterThreads)
+    knn_reconstruct_kernel(const __grid_constant__ KnnReconstructParams p) {
+  each_token<T>(p, [&](int64_t token, const WeightedList& list) {
+    const D* deep = static_cast<const D*>(p.deep) + token / p.tokens * p.deep_stride_batch;
     D* y = static_cast<D*>(p.y) + token * p.deep_channels;
     for (int64_t c0 = 0; c0 < p.deep_channels; c0 += kWarp) {
       const int64_t c = c0 + lane_id();
       float sum = 0.0f;
-      for (int j = 0; j < count; ++j) {
-        const float w = list.at(j) / norm;
+      for (int j = 0; j < list.count; ++j) {
+        const float w = list.at(j);
         const int64_t m = list.cluster_at(j);
         if (c < p.deep_channels) {
           sum = fmaf(w, to_float(deep[m * p.deep_stride_cluster + c]), sum);
         }
       }
       if (c < p.deep_channels) y[c] = from_float<D>(sum);
+    }
+  });
+}
+
+// Gradient ---------------------------------------------------------------------------------------
+
+// The lists of all tokens in the workspace.
+struct Neighbours {
+  int32_t* cluster;  // [B, N, k], -1 for none
+  float* weight;     // [B, N, k]
+
+  __device__ explicit Neighbours(const KnnReconstructBackwardParams& p)
+      : cluster(static_cast<int32_t*>(p.workspace)),
+        weight(
+            reinterpret_cast<float*>(cluster + p.forward.batch * p.forward.tokens * p.forward.k)) {}
+};
+
+template <class T>
+__global__ void __launch_bounds__(kClusterThreads)
+    knn_neighbours_kernel(const __grid_constant__ KnnReconstructBackwardParams p) {
+  const Neighbours to(p);
+  const int64_t k = p.forward.k;
+  each_token<T>(p.forward, [&](int64_t token, const WeightedList& list) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int place = half * kWarp + lane_id();
+      if (place >= k) continue;
+      to.cluster[token * k + place] = place < list.count ? list.cluster[half] : -1;
+      to.weight[token * k + place] = list.distance[half];
+    }
+  });
+}
+
+struct MembersShared {
+  int32_t token[kMemberEntries];
+  float weight[kMemberEntries];
+  BlockScratch<int> scratch;
+};
+
+template <class D>
+__global__ void __launch_bounds__(kClusterThreads)
+    knn_reconstruct_backward_kernel(const __grid_constant__ KnnReconstructBackwardParams p) {
+  auto& s = shared_memory<MembersShared>();
+  const KnnReconstructParams& f = p.forward;
+  constexpr int kEach = kMemberEntries / kClusterThreads;
+  const int64_t slabs = (f.deep_channels + kMemberChannels - 1) / kMemberChannels;
+  const int64_t entries = f.tokens * f.k;
+  for (int64_t block = blockIdx.x; block < f.batch * f.clusters * slabs; block += gridDim.x) {
+    const int64_t row = block / slabs, item = row / f.clusters, cluster = row % f.clusters;
+    const int64_t c0 = block % slabs * kMemberChannels + threadIdx.x;
+    const Neighbours all(p);
+    const int32_t* clusters = all.cluster + item * entries;
+    const float* weights = all.weight + item * entries;
+    const D* grad = static_cast<const D*>(p.grad_y) + item * p.grad_stride_batch;
+    float sum[4] = {};
+    for (int64_t base = 0; base < entries; base += kMemberEntries) {
+      const int64_t first = base + int64_t{threadIdx.x} * kEach;
+      int mine = 0, members;
+#pragma unroll
+      for (int e = 0; e < kEach; ++e) {
+        mine += first + e < entries && clusters[first + e] == cluster;
+      }
+      int place = block_exclusive_sum<kClusterThreads>(mine, s.scratch, members);
+      if (mine > 0) {
+#pragma unroll
+        for (int e = 0; e < kEach; ++e) {
+          if (first + e >= entries || clusters[first + e] != cluster) continue;
+          s.token[place] = static_cast<int32_t>((first + e) / f.k);
+          s.weight[place++] = weights[first + e];
+        }
+      }
+      __syncthreads();
+      for (int m = 0; m < members; ++m) {
+        const D* from = grad + s.token[m] * p.grad_stride_token;
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          const int64_t c = c0 + n * kClusterThreads;
+          if (c < f.deep_channels) sum[n] = fmaf(s.weight[m], to_float(from[c]), sum[n]);
+        }
+      }
+      __syncthreads();
+    }
+    D* to = static_cast<D*>(p.grad_deep) + row * f.deep_channels;
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      const int64_t c = c0 + n * kClusterThreads;
+      if (c < f.deep_channels) to[c] = from_float<D>(sum[n]);
     }
   }
 }

@@ -42,6 +42,16 @@ constexpr LaunchPlan plan_cluster_rows(int64_t rows) {
   const int64_t blocks = divide_up(rows, kClusterThreads / 32);
   return {{capped(blocks), 1, 1}, kClusterThreads, 0};
 }
+// A block for each centroid and 1024 channels; it looks through 1024 neighbours at a time.
+// Example: B = 1, M = 256, D = 256: 256 blocks of 8 KiB.
+inline constexpr int kMemberEntries = 4 * kClusterThreads;
+inline constexpr int kMemberChannels = 4 * kClusterThreads;
+constexpr LaunchPlan plan_members(int64_t clusters, int64_t channels) {
+  const int64_t blocks = clusters * divide_up(channels, kMemberChannels);
+  return {{blocks < kMaxBlocks ? blocks : kMaxBlocks, 1, 1},
+          kClusterThreads,
+          int64_t{8} * kMemberEntries + 4 * 32};
+}
 inline constexpr int kDistanceThreads = 256;
 inline constexpr int kDistanceMembers = 64;   // rows and columns of a tile
 inline constexpr int kDistanceChannels = 16;  // of a tile

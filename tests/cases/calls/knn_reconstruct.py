@@ -1,4 +1,4 @@
-"""A call of knn_reconstruct."""
+"""A call of knn_reconstruct and of its gradient."""
 
 from __future__ import annotations
 
@@ -7,5 +7,8 @@ from ..sizes import random
 CALLS = {
     "knn_reconstruct": lambda s: (
         random(s.b, s.m, s.d), random(s.b, s.n, s.c), random(s.b, s.m, s.c), 3, 0.1, "l1",
+    ),
+    "knn_reconstruct_backward": lambda s: (
+        random(s.b, s.n, s.d), random(s.b, s.n, s.c), random(s.b, s.m, s.c), 3, 0.1, "l1",
     ),
 }  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..registration import call, without_gradient
+from ..registration import call, differentiable, once_differentiable
 
 _ops = torch.ops.tokred
 
@@ -40,13 +40,15 @@ def knn_reconstruct(
 
     Returns:
         [B, N, D] of the dtype of deep. A centroid at a distance that is not finite is no neighbour;
-        a token without neighbours is 0.
+        a token without neighbours is 0. Differentiable in deep, once: weights are constants, and
+        the gradient of a centroid sums those of its tokens in order, without N x M in memory.
 
     Raises:
         RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
-        ValueError: an argument requires grad while gradients are recorded.
+        ValueError: x or centroids requires grad while gradients are recorded.
 
-    Complexity: 3 B N M C + 2 B N k D flops.
+    Complexity: 3 B N M C + 2 B N k D flops, and as many for the gradient, which finds the
+    neighbours again; it keeps 16 B N k bytes of them.
     """
     return call(_ops.knn_reconstruct.default, deep, x, centroids, k, temperature, norm)
 
@@ -65,7 +67,29 @@ def _knn_reconstruct_fake(
     return deep.new_empty((x.shape[0], x.shape[1], deep.shape[2]))
 
 
-without_gradient("knn_reconstruct")
+@torch.library.register_fake("tokred::knn_reconstruct_backward")
+def _knn_reconstruct_backward_fake(
+    grad_y: Tensor, x: Tensor, centroids: Tensor, k: int, temperature: float, norm: str
+) -> Tensor:
+    return grad_y.new_empty((grad_y.shape[0], centroids.shape[1], grad_y.shape[2]))
+
+
+def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    _, x, centroids, *ctx.options = inputs
+    ctx.save_for_backward(x, centroids)
+
+
+def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    if grad_y.stride(-1) != 1:
+        grad_y = grad_y.clone(memory_format=torch.contiguous_format)
+    grad_deep = call(
+        _ops.knn_reconstruct_backward.default, grad_y, *ctx.saved_tensors, *ctx.options
+    )
+    return grad_deep, None, None, None, None, None
+
+
+differentiable("knn_reconstruct", ("deep",), _backward, _setup)
+once_differentiable("knn_reconstruct_backward", "knn_reconstruct")
 
 
 @register_flop_formula(_ops.knn_reconstruct)
@@ -74,3 +98,10 @@ def _knn_reconstruct_flops(
 ) -> int:
     batch, tokens, channels = x
     return batch * tokens * (3 * deep[1] * channels + 2 * min(k, deep[1]) * deep[2])
+
+
+@register_flop_formula(_ops.knn_reconstruct_backward)
+def _knn_reconstruct_backward_flops(
+    grad_y: Any, x: Any, centroids: Any, k: Any, *args: Any, **kwargs: Any
+) -> int:
+    return _knn_reconstruct_flops((x[0], centroids[1], grad_y[2]), x, centroids, k)
