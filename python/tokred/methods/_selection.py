@@ -256,6 +256,26 @@ def spaced_picks(rank: Tensor, count: Tensor, picks: Tensor) -> Tensor:
     return (picks >= 1) & torch.where((picks == 1) | (count <= 1), rank == 0, several)
 
 
+def ranks_in_groups(group: Tensor) -> tuple[Tensor, Tensor]:
+    """The rank of every token among the tokens of its group, by position, and the group's size.
+
+    Args:
+        group: integers [B, N], from 0 to N - 1; those below 0 are one group of their own.
+
+    Returns:
+        (rank i64 [B, N], size i64 [B, N]).
+    """
+    batch, tokens = group.shape
+    slot = (group.long() + 1).clamp(min=0)
+    count = torch.zeros(batch, tokens + 1, dtype=torch.int64, device=group.device)
+    count = count.scatter_add(1, slot, torch.ones_like(slot))
+    first = count.cumsum(1) - count
+    order = slot.argsort(dim=1, stable=True)
+    place = torch.arange(tokens, device=group.device).expand_as(order)
+    rank = torch.empty_like(order).scatter(1, order, place)
+    return rank - first.gather(1, slot), count.gather(1, slot)
+
+
 # Grids.
 
 

@@ -31,8 +31,8 @@ def run_on(x: Tensor, indices: Tensor, layer: Callable[[Tensor, Tensor], Tensor]
 
     Args:
         x: [B, N, C]. indices: i32 [B, K]; the layer gets zeros for -1, which it must mask.
-        layer: ([B, K, C], indices) -> [B, K, C]. Positions, rotations and masks are gathered by `indices`,
-            as by tokred.gather_tokens.
+        layer: ([B, K, C], indices) -> [B, K, C]. It gathers positions, rotations and masks by the
+            indices, as tokred.gather_tokens does.
 
     Returns:
         [B, N, C]; differentiable.

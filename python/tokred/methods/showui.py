@@ -7,13 +7,12 @@ The evenly spaced picks are exact, where the authors' code rounds them in float3
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 import tokred
 
 from ._method import Family, Method, Needs
-from ._selection import positions_of, spaced_picks
+from ._selection import positions_of, ranks_in_groups, spaced_picks
 
 
 def ui_patches(pixels: Tensor, patch: int = 28, frames: int = 2) -> Tensor:
@@ -65,16 +64,7 @@ def ui_select(labels: Tensor, ratio: float = 0.5) -> Tensor:
     """
     if not 0 <= ratio <= 1:
         raise ValueError(f"ratio must be in [0, 1], got {ratio}")
-    batch, tokens = labels.shape
-    # Slot 0 counts what has no component.
-    slot = (labels.long() + 1).clamp(min=0)
-    order = slot.argsort(dim=1, stable=True)
-    places = torch.arange(tokens, device=labels.device)
-    count = torch.zeros(batch, tokens + 1, dtype=torch.int64, device=labels.device)
-    count = count.scatter_add(1, slot, torch.ones_like(slot))
-    first = count.cumsum(1) - count
-    rank = torch.empty_like(order).scatter(1, order, places.expand_as(order))
-    rank, count = rank - first.gather(1, slot), count.gather(1, slot)
+    rank, count = ranks_in_groups(labels)
     picks = (count - (count.double() * ratio).round().long()).clamp(min=1)
     return spaced_picks(rank, count, picks) | (labels < 0)
 
