@@ -1,0 +1,88 @@
+"""EmbedLens: drop the visual tokens that are nearest to words which only sinks and dead ones are.
+
+What Do Visual Tokens Really Encode? Uncovering Sparsity and Redundancy in Multimodal Large Language
+Models (arXiv 2603.00510).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+import tokred
+
+from ._method import Family, Method, Needs
+from ._selection import check_features, check_order, features_of, in_order, positions_of
+
+VIT_SINK, LLM_SINK, DEAD = 1141, 26673, 30296  # of the vocabulary of LLaVA-1.5
+
+
+def nearest_words(x: Tensor, vocabulary: Tensor, number: int = 3) -> Tensor:
+    """i32 [B, N, number]: the words whose embeddings have the largest cosine to a token.
+
+    Best first, the lower word on a tie, -1 behind the last.
+
+    Args:
+        x: [B, N, C], the visual tokens as the language model reads them.
+        vocabulary: [V, C], its input embeddings.
+
+    O(B N V C) time; of the N x V cosines only the best are in memory.
+    """
+    check_features("x", x)
+    if number < 1:
+        raise ValueError(f"number must be at least 1, got {number}")
+    if vocabulary.dim() != 2 or vocabulary.shape[1] != x.shape[2]:
+        raise ValueError(f"vocabulary must be [V, {x.shape[2]}], got {list(vocabulary.shape)}")
+    rows = features_of(x).flatten(0, 1)[None]
+    _, words = tokred.match(rows, features_of(vocabulary).to(rows.dtype)[None], k=number)
+    return words.reshape(*x.shape[:2], number)
+
+
+def alive(words: Tensor, useless: Sequence[int] = (VIT_SINK, LLM_SINK, DEAD)) -> Tensor:
+    """bool [B, N]: the tokens none of whose nearest words i32 [B, N, n] is a useless one."""
+    targets = torch.tensor(useless, dtype=words.dtype, device=words.device)
+    return ~torch.isin(words, targets).any(-1)
+
+
+def select_tokens(
+    x: Tensor,
+    vocabulary: Tensor,
+    valid: Tensor | None = None,
+    order: str = "position",
+    useless: Sequence[int] = (VIT_SINK, LLM_SINK, DEAD),
+    number: int = 3,
+) -> Tensor:
+    """The tokens that are alive.
+
+    Args:
+        x: [B, N, C], the visual tokens as the language model reads them.
+        vocabulary: [V, C], its input embeddings.
+        valid: bool [B, N]; padding, which is False, is not kept.
+        order: "position", as published; there are no scores.
+        useless: words that mark a token of the encoder's sinks, of the language model's, or a dead
+            one. number: how many of the nearest words must be none of them.
+
+    Returns:
+        i32 [B, N], -1 behind the last.
+
+    Raises:
+        ValueError: another shape or order.
+    """
+    check_order(order)
+    keep = alive(nearest_words(x, vocabulary, number), useless)
+    return in_order(positions_of(keep if valid is None else keep & valid), order)
+
+
+METHOD = Method(
+    title=(
+        "What Do Visual Tokens Really Encode? Uncovering Sparsity and Redundancy in Multimodal "
+        "Large Language Models"
+    ),
+    arxiv="2603.00510",
+    family=Family.PRUNE,
+    needs=(Needs.VISION_LANGUAGE_MODEL,),
+    status="exact",
+    summary="drop visual tokens whose nearest words mark them as sinks or as dead",
+)
