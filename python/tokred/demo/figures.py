@@ -1,4 +1,4 @@
-"""Pictures of which patches of an image were merged."""
+"""Pictures of which patches of an image were merged or dropped."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ Panel: TypeAlias = tuple[str, np.ndarray]
 # Borders are a darker shade of the region, or a lighter one where it is nearly black.
 _BORDER_SHADE = 0.62
 _BORDER_LIGHT = 44.0
+DROPPED_SHADE = 0.15  # of a dropped patch's grey value
 
 
 def merged_regions(image: np.ndarray, groups: np.ndarray, side: int = 518) -> np.ndarray:
@@ -21,7 +22,8 @@ def merged_regions(image: np.ndarray, groups: np.ndarray, side: int = 518) -> np
 
     Args:
         image: uint8 [S, S, 3], the square the model saw.
-        groups: int [G, G], the group of each patch; patches of one group need not touch.
+        groups: int [G, G], the group of each patch; patches of one group need not touch. Those
+            below 0 were dropped: they are drawn nearly black, each by itself.
         side: the picture's height and width in pixels, rounded to a multiple of G.
 
     Returns:
@@ -29,11 +31,15 @@ def merged_regions(image: np.ndarray, groups: np.ndarray, side: int = 518) -> np
     """
     grid = groups.shape[0]
     cell = max(round(side / grid), 4)
+    dropped = groups < 0
+    groups = np.where(dropped, -1 - np.arange(groups.size).reshape(groups.shape), groups)
     labels = np.unique(groups, return_inverse=True)[1].reshape(groups.shape)
-    colours = _patch_colours(image, grid).reshape(-1, 3)
+    colours = patch_colours(image, grid).reshape(-1, 3)
     count = np.bincount(labels.ravel())
     means = [np.bincount(labels.ravel(), colours[:, c]) / count for c in range(3)]
-    picture = np.stack(means, -1)[labels].repeat(cell, 0).repeat(cell, 1)
+    shown = np.stack(means, -1)[labels]
+    shown[dropped] = shown[dropped].mean(-1, keepdims=True) * DROPPED_SHADE
+    picture = shown.repeat(cell, 0).repeat(cell, 1)
     border = _borders(labels, cell)
     colour = picture[border]
     dark = colour.mean(-1, keepdims=True) < _BORDER_LIGHT
@@ -61,7 +67,7 @@ def save_panels(path: Path, title: str, rows: Sequence[Sequence[Panel]]) -> None
     figure.savefig(path, dpi=150)
 
 
-def _patch_colours(image: np.ndarray, grid: int) -> np.ndarray:
+def patch_colours(image: np.ndarray, grid: int) -> np.ndarray:
     """float [G, G, 3]: the mean colour of each cell of the grid."""
     size = image.shape[0] // grid
     square = image[: size * grid, : size * grid].astype(np.float64)

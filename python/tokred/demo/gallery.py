@@ -1,8 +1,9 @@
-"""python -m tokred gallery: what each merging method joins in one photograph, or keeps of a video.
+"""python -m tokred gallery: what each method joins or drops in one photograph, or keeps of a video.
 
 Every method gets the same budget: the same share of the tokens is left behind the last layer of
-DINOv2 ViT-S/14, and all layers give up some. One PNG has the methods side by side, each with its
-time beside the unpatched model's and the cosine of its features to that model's.
+DINOv2 ViT-S/14. Merging methods give up some in all layers, dropping ones where they were published
+to. One PNG has the methods side by side, each with its time beside the unpatched model's and the
+cosine of its features to that model's; --html writes a page with a slider over several budgets.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -27,8 +28,14 @@ from .images import Photograph, photograph_of, photographs_in, turn
 from .offline import MissingModelError, require_packages
 from .report import origin
 
+if TYPE_CHECKING:
+    import numpy as np
+
 COLUMNS = 4
+MODEL = "DINOv2 ViT-S/14"
 SAMPLE = "astronaut"  # of scikit-image
+NO_SHARE = ("tca_condensation",)  # whose ratio is not the share of the tokens that is left
+BUDGETS = (0.15, 0.25, 0.4, 0.5, 0.6, 0.75)  # of the page
 
 
 @dataclass(frozen=True)
@@ -51,8 +58,8 @@ class Entry:
         )
 
 
-def mergers(names: Sequence[str] = ()) -> list[Method]:
-    """The methods that merge a fixed number of tokens inside transformers' vision encoders.
+def reducers(names: Sequence[str] = ()) -> list[Method]:
+    """The methods that merge or drop a fixed number of tokens in transformers' vision encoders.
 
     Args:
         names: only these.
@@ -63,7 +70,7 @@ def mergers(names: Sequence[str] = ()) -> list[Method]:
     found = {
         method.name: method
         for method in METHODS.values()
-        if method.family is Family.MERGE
+        if method.family in (Family.MERGE, Family.PRUNE)
         and Needs.VISION_ENCODER in method.needs
         and "transformers" in getattr(method.options, "adapters", ())
         and budget(method, 1, 2, 0.5) is not None
@@ -77,14 +84,18 @@ def mergers(names: Sequence[str] = ()) -> list[Method]:
 def budget(method: Method, layers: int, tokens: int, keep: float) -> dict[str, Any] | None:
     """The options with which a share `keep` of the tokens is left behind the last of the layers.
 
-    None for a method whose amount follows from what the tokens are.
+    Methods with a `ratio` give up the same share in each of their layers. None for a method whose
+    amount follows from what the tokens are.
     """
     assert method.options is not None
     names = {field.name for field in fields(method.options)}
     if "r" in names:
         total = round(tokens * (1 - keep))
         return {"r": [total * (i + 1) // layers - total * i // layers for i in range(layers)]}
-    return {"ratio": keep ** (1 / layers)} if "ratio" in names else None
+    if "ratio" not in names or method.name in NO_SHARE:
+        return None
+    reducer: Any = method.options(ratio=0.5)
+    return {"ratio": keep ** (1 / max(len(reducer.layers(layers)), 1))}
 
 
 def draw_image(
@@ -92,23 +103,56 @@ def draw_image(
 ) -> list[Entry]:
     """Runs every method on the photograph; writes NAME_gallery.png and .json into the folder."""
     model = load_dinov2()
-    layers, grid = model.config.num_hidden_layers, photograph.image.shape[0] // PATCH_SIZE
-    entries: list[Entry] = []
+    grid = _grid(photograph)
+    drawn = _drawn(model, photograph, chosen, keep, repeats)
     panels: list[Panel] = [(f"{grid * grid} patches", photograph.image)]
+    panels += [(e.caption(), merged_regions(photograph.image, groups)) for e, groups in drawn]
+    title = f"{photograph.name}: what is left of {grid * grid} patches of {MODEL}"
+    rows = [panels[i : i + COLUMNS] for i in range(0, len(panels), COLUMNS)]
+    save_panels(output / f"{photograph.name}_gallery.png", title, rows)
+    entries = [entry for entry, _ in drawn]
+    _save_entries(output, photograph.name, {"keep": keep, "repeats": repeats}, entries)
+    return entries
+
+
+def draw_page(
+    photograph: Photograph,
+    chosen: Sequence[Method],
+    keeps: Sequence[float],
+    repeats: int,
+    page: Path,
+) -> None:
+    """Runs every method at every budget on the photograph; writes the page."""
+    from .page import Budget, write_page
+
+    model = load_dinov2()
+    budgets = [
+        Budget(keep, _drawn(model, photograph, chosen, keep, repeats)) for keep in sorted(keeps)
+    ]
+    made = origin(True)
+    facts = {"cpu": made.cpu, "threads": f"{made.threads} threads", "torch": f"torch {made.torch}"}
+    facts |= {"tokred": f"tokred {made.tokred} {made.revision}", "date": made.date}
+    write_page(page, photograph, MODEL, _grid(photograph), budgets, facts)
+
+
+def _grid(photograph: Photograph) -> int:
+    return photograph.image.shape[0] // PATCH_SIZE
+
+
+def _drawn(
+    model: nn.Module, photograph: Photograph, chosen: Sequence[Method], keep: float, repeats: int
+) -> list[tuple[Entry, np.ndarray]]:
+    """The entry of every method, and the group of each patch, int [G, G], -1 where dropped."""
+    layers, grid = model.config.num_hidden_layers, _grid(photograph)
+    drawn = []
     with torch.inference_mode():
         for method in chosen:
             options = budget(method, layers, grid * grid, keep)
             assert options is not None
             entry, groups = _measured(model, photograph, method.name, options, repeats)
-            picture = merged_regions(photograph.image, groups.reshape(grid, grid).numpy())
-            entries.append(entry)
-            panels.append((entry.caption(), picture))
+            drawn.append((entry, groups.reshape(grid, grid).numpy()))
             print(entry.caption().replace("\n", ", "), flush=True)
-    title = f"{photograph.name}: what is left of {grid * grid} patches of DINOv2 ViT-S/14"
-    rows = [panels[i : i + COLUMNS] for i in range(0, len(panels), COLUMNS)]
-    save_panels(output / f"{photograph.name}_gallery.png", title, rows)
-    _save_entries(output, photograph.name, {"keep": keep, "repeats": repeats}, entries)
-    return entries
+    return drawn
 
 
 def draw_video(name: str, photographs: list[Photograph], keep: float, output: Path) -> None:
@@ -168,6 +212,10 @@ def main(arguments: Sequence[str] = ()) -> int:
     parser.add_argument("--frames", type=int, default=4, help="of the video, at even distances, 4")
     parser.add_argument("--output", type=Path, default=Path("gallery_output"))
     parser.add_argument("--keep", type=float, default=0.5, help="the share of tokens left, 0.5")
+    parser.add_argument("--html", type=Path, help="write one page of several budgets instead")
+    parser.add_argument(
+        "--budgets", type=float, nargs="+", default=BUDGETS, help="shares left, of the page"
+    )
     parser.add_argument("--size", type=int, default=IMAGE_SIZE, help="pixels of the square, 518")
     parser.add_argument("--repeats", type=int, default=3, help="turns that are timed, 3")
     parser.add_argument("--methods", nargs="+", default=(), help="only these")
@@ -176,6 +224,9 @@ def main(arguments: Sequence[str] = ()) -> int:
         require_packages()
         if not 0 < options.keep <= 1:
             raise ValueError(f"--keep must be in (0, 1], got {options.keep}")
+        for keep in options.budgets:
+            if not 0 < keep <= 1:
+                raise ValueError(f"--budgets must be in (0, 1], got {keep}")
         if options.size < PATCH_SIZE or options.size % PATCH_SIZE:
             raise ValueError(f"--size must be a multiple of {PATCH_SIZE}, got {options.size}")
         if options.repeats < 1:
@@ -185,9 +236,12 @@ def main(arguments: Sequence[str] = ()) -> int:
         if options.video is not None:
             _video(options)
         else:
-            chosen = mergers(options.methods)
+            chosen = reducers(options.methods)
             photograph = _photograph(options.image, options.size)
-            draw_image(photograph, chosen, options.keep, options.repeats, options.output)
+            if options.html is not None:
+                draw_page(photograph, chosen, options.budgets, options.repeats, options.html)
+            else:
+                draw_image(photograph, chosen, options.keep, options.repeats, options.output)
     except (MissingModelError, OSError, ValueError) as error:
         print(f"tokred gallery: {error}", file=sys.stderr)
         return 2
@@ -197,8 +251,8 @@ def main(arguments: Sequence[str] = ()) -> int:
 def _video(options: argparse.Namespace) -> None:
     from .video import frame_paths
 
-    if options.image is not None or options.methods:
-        raise ValueError("--video takes neither --image nor --methods")
+    if options.image is not None or options.html is not None or options.methods:
+        raise ValueError("--video takes neither --image nor --html nor --methods")
     paths = frame_paths(options.video, options.frames)
     photographs = [_photograph(str(path), options.size) for path in paths]
     draw_video(options.video.resolve().name, photographs, options.keep, options.output)

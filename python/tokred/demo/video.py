@@ -20,7 +20,6 @@ from .figures import Panel, merged_regions
 from .images import Photograph
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
-DROPPED_SHADE = 0.15  # of a dropped patch's grey value
 
 
 @dataclass(frozen=True)
@@ -137,13 +136,7 @@ def panels(frames: Frames, entry: VideoEntry, token_map: Tensor) -> list[Panel]:
     row: list[Panel] = []
     for photograph, slots in zip(frames.photographs, token_map.numpy(), strict=True):
         caption = "\n".join(facts[len(row) * each : (len(row) + 1) * each])
-        dropped = np.flatnonzero(slots < 0)
-        groups = slots.astype(np.int64)
-        groups[dropped] = -1 - dropped  # each a region of its own
-        picture = merged_regions(photograph.image, groups.reshape(grid, grid))
-        cell = picture.shape[0] // grid
-        hidden = (slots < 0).reshape(grid, grid).repeat(cell, 0).repeat(cell, 1)
-        picture[hidden] = (picture[hidden].mean(-1, keepdims=True) * DROPPED_SHADE).astype(np.uint8)
+        picture = merged_regions(photograph.image, slots.astype(np.int64).reshape(grid, grid))
         row.append((caption, picture))
     return row
 
