@@ -24,7 +24,7 @@ def full_attention(model: nn.Module) -> dict[str, nn.Module]:
     Raises:
         ValueError: tokred's attention lacks something that a module beside them needs.
     """
-    causal = {name: m for name, m in model.named_modules() if _is_causal(m) and _dispatches(m)}
+    causal = {name: m for name, m in model.named_modules() if _is_causal(m) and dispatches(m)}
     found = {name: module for name, module in causal.items() if _limit(module) is None}
     configs = {id(module.config) for module in found.values()}
     for module in causal.values():
@@ -43,7 +43,7 @@ def explain(model: nn.Module) -> str:
     for module in model.modules():
         if _is_causal(module):
             limit = _limit(module)
-            if not _dispatches(module):
+            if not dispatches(module):
                 limit = "does not call transformers' attention interface"
             reasons[f"{type(module).__name__} {limit}"] = None
     return ", ".join(reasons) or "no causal attention calls transformers' attention interface"
@@ -68,7 +68,7 @@ def _forwards(module: nn.Module) -> Iterator[FunctionType]:
             yield function
 
 
-def _dispatches(module: nn.Module) -> bool:
+def dispatches(module: nn.Module) -> bool:
     """Whether its forward calls what is registered with transformers."""
     interface = modeling_utils.ALL_ATTENTION_FUNCTIONS
     return any(
