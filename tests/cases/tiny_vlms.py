@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 transformers = pytest.importorskip("transformers")
 
@@ -87,20 +87,15 @@ def _idefics(name: str) -> nn.Module:
 
 
 PINPOINTS = [[96, 48], [48, 96], [96, 96]]
-SIZES = [(90, 96), (48, 96), (40, 96)]  # of images of any resolution: height, width
-
-
-def _crops(pixels: Tensor, sizes: Tensor) -> Tensor:
-    """[n, 5, 3, 48, 48], as the processors of any-resolution models pad them."""
-    return torch.randn(len(sizes), 5, 3, 48, 48)
+SIZES = [(90, 96), (48, 96), (20, 96)]  # of images of any resolution: height, width
 
 
 @dataclass(frozen=True)
 class Family:
     """A family of models.
 
-    tokens: of the i-th image in the prompt. kind: how its images are given. vision_tokens: around
-    each image. has_class_token: whether its encoder has one.
+    tokens: of the i-th image in the prompt. kind: how its images are given. has_class_token:
+    whether its encoder has one.
     """
 
     name: str
@@ -139,9 +134,9 @@ class Family:
         blank = [[PAD] * (length - len(ids)) for ids in rows]
         order = (lambda ids, pad: pad + ids) if padding == "left" else (lambda ids, pad: ids + pad)
         inputs: dict[str, Any] = {
-            "input_ids": torch.tensor([order(ids, pad) for ids, pad in zip(rows, blank)]),
+            "input_ids": torch.tensor([order(*pair) for pair in zip(rows, blank, strict=True)]),
             "attention_mask": torch.tensor(
-                [order([1] * len(ids), [0] * len(pad)) for ids, pad in zip(rows, blank)]
+                [order([1] * len(ids), pad) for ids, pad in zip(rows, blank, strict=True)]
             ),
         }
         types = (inputs["input_ids"] == IMAGE).long()

@@ -76,7 +76,9 @@ def rows_of(model: nn.Module, name: str, inputs: dict[str, Any]) -> list[Row]:
     positions = positions.expand(*positions.shape[:-2], *ids.shape)
     deep = None
     if seen.get("deepstack_visual_embeds") is not None:
-        deep = torch.zeros(len(seen["deepstack_visual_embeds"]), *ids.shape, seen["inputs_embeds"].shape[-1])
+        deep = torch.zeros(
+            len(seen["deepstack_visual_embeds"]), *ids.shape, seen["inputs_embeds"].shape[-1]
+        )
         for level, x in enumerate(seen["deepstack_visual_embeds"]):
             deep[level][seen["visual_pos_masks"]] = x
     rows = []
@@ -121,10 +123,8 @@ def logits_of(
         if kind == "sliding_attention":
             visible = visible & (place[:, None] - place < config.sliding_window)
         positions = row.positions
-        if positions.dim() == 2:
-            positions = positions[-3:, None]  # the first of four planes is not for rotation
-        else:
-            positions = positions[None]
+        # The first of four planes is not for rotation.
+        positions = positions[-3:, None] if positions.dim() == 2 else positions[None]
         args = (kind,) if "sliding_attention" in (kinds or []) else ()
         tables = language.rotary_emb(row.x[None], positions, *args)
         x = layer(row.x[None], attention_mask=visible[None, None], position_embeddings=tables,
@@ -162,5 +162,5 @@ def kept_places(row: Row, choose: Callable[[int], Tensor]) -> Tensor:
             values = there[choose(len(there))]
             keys = values.sort().values
         pieces.append((keys, values))
-    keys, values = (torch.cat(part) for part in zip(*pieces))
+    keys, values = (torch.cat(part) for part in zip(*pieces, strict=True))
     return values[keys.argsort()]

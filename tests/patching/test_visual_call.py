@@ -91,6 +91,8 @@ def test_what_is_not_there_is_refused() -> None:
     for read in (lambda: bare.grid, bare.received_attention, lambda: bare.encoder_features):
         with pytest.raises(ValueError, match="not known: as it is"):
             read()
+    made = bare.made(torch.zeros(1, 2, 2), torch.tensor([[0, 3]]))
+    assert made.tokens.shape == (1, 2, 2) and made.token_map is None
     with pytest.raises(ValueError, match="one by one"):
         call.project(torch.zeros(1, 1))
 

@@ -6,9 +6,10 @@ Dominant tokens are those to which the class token attends most in the layer bef
 last; in encoders without one, those that receive most attention. Of the others every n-th is a
 contextual token, into which those of the most similar keys (mean over the heads) merge.
 
-An approximate version: here tokens merge after the projector, as equal means of their group. The
-authors merge before it, in images of one crop, and also keep the class token, which models of
-transformers drop. Contextual tokens take the place of the token they are made around.
+An approximate version: here tokens merge after the projector, as equal means of their group, over
+all crops of an image. The authors merge before it, crop by crop, and also keep the class token,
+which models of transformers drop. Contextual tokens take the place of the token they are made
+around.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from torch import Tensor
 
 import tokred
 
+from ._crops import encoder_attention
+from ._maps import identity, map_of_links
 from ._method import Family, Method, Needs
 from ._visual import VisualOptions
 
@@ -44,16 +47,16 @@ def visionzip_map(importance: Tensor, keys: Tensor, dominant: int, contextual: i
     """
     batch, tokens = importance.shape
     device = importance.device
-    own = torch.arange(tokens, dtype=torch.int32, device=device).expand(batch, -1)
-    _, kept = tokred.topk(importance, dominant)
+    own = identity(keys)
+    lowest = torch.finfo(torch.float32).min
+    _, kept = tokred.topk(importance.nan_to_num(lowest, None, lowest), dominant)
     is_rest = torch.ones(batch, tokens, dtype=torch.bool, device=device)
     is_rest.scatter_(1, kept.long(), False)
     links = torch.where(is_rest, -1, own)
     if contextual == 0:
         return links
     count = tokens - dominant
-    rest, _ = tokred.compact(is_rest)
-    rest = rest[:, :count]
+    rest, _ = tokred.compact(is_rest, capacity=count)
     step = count // contextual
     is_target = torch.zeros(count, dtype=torch.bool, device=device)
     is_target[torch.arange(contextual, device=device) * step] = True
@@ -61,7 +64,7 @@ def visionzip_map(importance: Tensor, keys: Tensor, dominant: int, contextual: i
     links = links.scatter(1, targets.long(), targets)
     if others.shape[1] == 0:
         return links
-    b, a = tokred.gather_tokens(keys, targets), tokred.gather_tokens(keys, others)
+    (a,), (b,) = tokred.gather_tokens([keys], others), tokred.gather_tokens([keys], targets)
     _, best = tokred.match(a, b)
     # A key without direction is similar to none, and goes to the first.
     return links.scatter(1, others.long(), targets.gather(1, best.clamp(min=0).long()))
@@ -90,28 +93,18 @@ class VisionzipOptions(VisualOptions):
 
     def reduce_visual(self, call: VisualCall) -> VisualTokens | None:
         """visionzip_map, and the means of its groups."""
-        from tokred.patching import VisualTokens
-
         tokens = call.tokens.shape[1]
         keep = self.count(tokens)
         if keep == tokens:
             return None
-        contextual = round(keep * self.contextual_share)
-        if call.has_class_token:
-            importance = call.class_attention(self.layer).mean(1)
-        else:
-            importance = call.received_attention(self.layer).mean(1)
+        contextual = min(round(keep * self.contextual_share), keep - 1)
+        importance = encoder_attention(call, self.layer)
         keys = call.keys(self.layer).mean(1)
         links = visionzip_map(importance, keys, keep - contextual, contextual)
-        own = torch.arange(tokens, dtype=torch.int32, device=links.device)
-        stays, _ = tokred.compact(links == own)
-        stays = stays[:, :keep]
-        slots = torch.full_like(links, -1).scatter(
-            1, stays.long(), torch.arange(keep, dtype=torch.int32, device=links.device)[None]
-        )
-        token_map = tokred.compose(slots, links)
+        stays, _ = tokred.compact(links == identity(call.tokens), capacity=keep)
+        token_map, _ = map_of_links(links)
         merged, _ = tokred.merge(call.tokens.contiguous(), token_map, keep)
-        return VisualTokens(merged, stays, token_map)
+        return call.made(merged, stays, token_map)
 
 
 METHOD = Method(

@@ -154,6 +154,12 @@ class VisualCall:
         with torch.no_grad():
             return states.project(encoder_features)
 
+    def made(
+        self, tokens: Tensor, indices: Tensor, token_map: Tensor | None = None
+    ) -> VisualTokens:
+        """What `reduce_visual` returns where the method has made new tokens, see VisualTokens."""
+        return VisualTokens(tokens, indices, token_map)
+
     def class_attention(self, layer: int = -2, softmax: bool = True) -> Tensor:
         """The attention of the class token in a layer of the encoder: f32 [B, H, N].
 

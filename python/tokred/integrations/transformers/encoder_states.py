@@ -53,7 +53,9 @@ class Seen:
     window_index: Tensor | None = None
 
 
-def pack_maps(core: nn.Module, pack: Callable[..., Any], args: Any, kwargs: Any, seen: Seen) -> None:
+def pack_maps(
+    core: nn.Module, pack: Callable[..., Any], args: Any, kwargs: Any, seen: Seen
+) -> None:
     """Runs the model's packing of crops on numbers in place of features, and keeps what comes out.
 
     seen.packed gets i64 [tokens] for each image: crop * P + patch, -1 for a newline; or None where
@@ -263,10 +265,11 @@ def _row_states(
             continue
         if any(call.masked for call in calls):
             return None, "the vision encoder attends under a mask"
+        both = [(call.q, call.k) for call in calls]
 
-        def heads(calls: list[Attended] = calls) -> tuple[Tensor, Tensor]:
-            q, k = (torch.cat(x, 2)[:, None, :, part] for x in zip(*((c.q, c.k) for c in calls)))
-            return q, k
+        def heads(both: list[tuple[Tensor, Tensor]] = both) -> tuple[Tensor, Tensor]:
+            q, k = (torch.cat([x[i] for x in both], 2) for i in (0, 1))
+            return q[:, None, :, part], k[:, None, :, part]
 
         states.heads[layer] = heads
         states.scale[layer] = calls[0].scale

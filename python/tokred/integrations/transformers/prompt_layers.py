@@ -223,9 +223,11 @@ class _InPrompt:
         if tables is not None:
             kwargs["position_embeddings"] = self._once(
                 tables[0],
-                lambda: self._renumbered(tables[0])
-                if new
-                else tuple(kept.gather(table, dim=1) for table in tables),
+                lambda: (
+                    self._renumbered(tables[0])
+                    if new
+                    else tuple(kept.gather(table, dim=1) for table in tables)
+                ),
             )
         return kwargs
 
@@ -334,8 +336,9 @@ class _Behind:
             mask = kwargs["attention_mask"]
             key = number, id(mask)
             if key not in self.narrowed:
-                self.narrowed[key] = mask, extend_mask(
-                    mask, stage.kept, prompt.places, tail, self.queries
+                self.narrowed[key] = (
+                    mask,
+                    extend_mask(mask, stage.kept, prompt.places, tail, self.queries),
                 )
             kwargs["attention_mask"] = self.narrowed[key][1]
         if stage.last is not None:

@@ -67,10 +67,8 @@ def keep_in_order(keys: Tensor, left_padded: bool) -> Kept:
     counts = (keys < length).sum(1)
     longest, shortest = (int(x) for x in torch.stack([counts.amax(), counts.amin()]).tolist())
     place = torch.arange(longest, device=keys.device)
-    if left_padded:
-        place = place - (longest - counts[:, None])
-    else:
-        place = place.expand(len(counts), -1)
+    shift = longest - counts[:, None] if left_padded else torch.zeros_like(counts[:, None])
+    place = place - shift
     valid = (place >= 0) & (place < counts[:, None])
     source = order.gather(1, place.clamp(min=0))
     return Kept(source, valid, longest == shortest)
