@@ -146,6 +146,32 @@ class Family:
             inputs["token_type_ids"] = types
         return inputs | (self.pixels(images) if count else {})
 
+    def alone(self, inputs: dict[str, Any], images: Sequence[int], row: int) -> dict[str, Any]:
+        """One row of prompt(images), without its padding."""
+        there = inputs["attention_mask"][row].bool()
+        first, count = sum(images[:row]), images[row]
+        found = {
+            name: inputs[name][row, there][None]
+            for name in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+            if name in inputs
+        }
+        if not count:
+            return found
+        mine = slice(first, first + count)
+        if self.kind == "grid":
+            patches = inputs["image_grid_thw"].prod(-1)
+            start, stop = int(patches[:first].sum()), int(patches[: first + count].sum())
+            pixels = inputs["pixel_values"][start:stop]
+            return found | {
+                "pixel_values": pixels,
+                "image_grid_thw": inputs["image_grid_thw"][mine],
+            }
+        if self.kind == "anyres":
+            found["image_sizes"] = inputs["image_sizes"][mine]
+        if self.kind == "rows":
+            return found | {"pixel_values": inputs["pixel_values"][row : row + 1, :count]}
+        return found | {"pixel_values": inputs["pixel_values"][mine]}
+
     def pixels(self, images: Sequence[int]) -> dict[str, Any]:
         """The images of rows with so many each."""
         count = sum(images)

@@ -206,12 +206,6 @@ class VisualCall:
         flat = k.transpose(2, 3).reshape(batch, crops, patches, heads * dim)
         return self._means(flat.unsqueeze(2))[:, 0].unflatten(-1, (heads, dim)).transpose(1, 2)
 
-    def made(
-        self, tokens: Tensor, indices: Tensor, token_map: Tensor | None = None
-    ) -> VisualTokens:
-        """What `reduce_visual` returns where the method has made the tokens, see VisualTokens."""
-        return VisualTokens(tokens, indices, token_map)
-
     def _layout(self) -> Layout:
         if self.layout is None:
             raise ValueError(f"the layout of the visual tokens is not known: {self.why_not}")

@@ -164,6 +164,29 @@ class Prompt:
         return self.kept.source.shape[1]
 
 
+def fold(prompt: Prompt, last: Tensor) -> None:
+    """Makes tokens that no layer has seen tokens that the prompt does not have.
+
+    Args:
+        last: i64 [B] or [planes, B], the positions of the rows' last tokens before they were
+            numbered anew.
+    """
+    if not prompt.stages or prompt.stages[0].layer > 0:
+        return
+    first, *later = prompt.stages
+    source, valid = first.kept.source, first.kept.valid
+    place = torch.arange(source.shape[1], device=source.device).expand_as(source)
+    spare = prompt.places
+    number = torch.zeros_like(source[:, :1]).repeat(1, spare + 1)
+    number.scatter_(1, torch.where(valid, source, spare), place)
+    prompt.kept = Kept(prompt.kept.source.gather(1, source), valid, first.kept.whole)
+    prompt.last = last if first.last is None else first.last
+    prompt.stages = [
+        Stage(s.layer, Kept(number.gather(1, s.kept.source), s.kept.valid, s.kept.whole), s.last)
+        for s in later
+    ]
+
+
 def remember(cache: Any, prompt: Prompt) -> None:
     """Puts the prompt where decoding with this cache, or with a copy of it, finds it."""
     setattr(cache, _ATTRIBUTE, prompt)

@@ -1,4 +1,4 @@
-"""The prompt of a vision-language model, rewritten without the visual tokens that a method drops."""
+"""The prompt of a vision-language model, rewritten without the visual tokens a method drops."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tokred.patching.recomputation import PerThread
 
 from .encoder_states import Image
 from .prompt_layers import LayerPruning
-from .prompt_rows import Kept, Prompt, keep_in_order, remember
+from .prompt_rows import Kept, Prompt, fold, keep_in_order, remember
 
 # Of what get_image_features returns: the images as encoder_states.py tells them.
 STATES = "tokred_images"
@@ -121,6 +121,12 @@ class Prefill:
             )
         return mask.bool()
 
+    def _positions(self) -> Tensor:
+        """The positions of the whole prompt, [B, L] or [planes, B, L]."""
+        positions = self.given.get("position_ids")
+        positions = _own_positions(self.state.core, self.given) if positions is None else positions
+        return positions.expand(*positions.shape[:-2], *self.given["input_ids"].shape)
+
     def _images(self, features: Any, visual: list[int]) -> list[Image]:
         """The images in the order of the placeholders; beams have those of a row again.
 
@@ -177,7 +183,7 @@ class Prefill:
         order = kept.gather(number)[left]
         core = self.state.core
         blank = int(core.config.image_token_id == 0)
-        positions = _positions(core, self.given, kept, self.state.method.positions)
+        positions = _left(self._positions(), kept, self.state.method.positions)
         mask = self.given.get("attention_mask")
         self.given.update(
             input_ids=kept.gather(ids, blank),
@@ -199,6 +205,9 @@ class Prefill:
         else:
             with pruning.prompt(prompt, visual, newline):
                 output = self.original(**self.given)
+            if prompt.stages and prompt.stages[0].layer == 0:
+                last = prompt.last
+                fold(prompt, prompt.kept.last(self._positions()) if last is None else last)
         cache = self.given.get("cache")
         cache = _cache_in(output) if cache is None else cache
         if cache is not None:
@@ -279,11 +288,8 @@ def _with_tokens(outputs: Any, tokens: Tensor, deep: list[Tensor] | None, order:
     return shortened
 
 
-def _positions(core: nn.Module, given: dict[str, Any], kept: Kept, wanted: str) -> Tensor:
+def _left(positions: Tensor, kept: Kept, wanted: str) -> Tensor:
     """The positions of the tokens that stay: [B, M], or [planes, B, M] of several dimensions."""
-    positions = given.get("position_ids")
-    if positions is None:
-        positions = _own_positions(core, given)
     if wanted == "renumbered" or (wanted == "auto" and positions.dim() == 2):
         ranks = kept.ranks()
         return ranks if positions.dim() == 2 else ranks.expand(len(positions), -1, -1)
