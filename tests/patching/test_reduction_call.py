@@ -195,6 +195,28 @@ def test_tome_pays_for_the_mean_keys_alone(name: str, pixels: Tensor) -> None:
 # What a method returns, and what it leaves for later layers.
 
 
+@pytest.mark.parametrize("name", ["timm", "vit", "siglip"])
+@torch.no_grad()
+def test_dropping_leaves_attention_as_it_is(name: str, pixels: Tensor) -> None:
+    """No token has a size: all layers attend as the model does, rows are had where asked for."""
+    case = next(case for case in CASES if case.name == name)
+    model = case.model()
+    fused = "aten::_scaled_dot_product_flash_attention_for_cpu"
+    with Ops() as plain:
+        pooled_of(model, pixels)
+
+    def keep(call: ReductionCall) -> Reduction:
+        call.attention_rows(slice(0, 1))
+        return torch.arange(20, dtype=torch.int32).repeat(len(call.x), 1)
+
+    with patched(model, Reducer(keep, [1])) as handle, Ops() as ops:
+        pooled_of(model, pixels)
+    assert handle.counts == (PATCHES + case.num_prefix, 20)
+    assert torch.equal(handle.size, torch.ones(2, 20))
+    assert ops.of_tokred == {"attention_rows": 1, "unmerge": 1}
+    assert ops.counts[fused] == plain.counts[fused] >= LAYERS
+
+
 def most_attended(call: ReductionCall, keep: int = 20) -> Reduction:
     """The class token and those that it attends to most, in order."""
     scores = call.class_attention().mean(1)[:, 1:]

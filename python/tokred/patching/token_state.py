@@ -20,10 +20,11 @@ from .settings import Settings
 class Pass:
     """The state of a forward pass before one of its layers; never changed, only replaced.
 
-    layer is the next to run, and counts the tokens before the first layer and after each merge.
-    ones [B, N0] are the sizes before any merge; size f32 [B, N] and token_map i32 [B, N0] are None
-    as long as nothing has merged. task is the id of the backward pass that recomputes the layers,
-    -1 for none. carried is what the method's layers have left for later ones, see ReductionCall.
+    layer is the next to run, and counts the tokens before the first layer and after each reduction.
+    ones [B, N0] are the sizes before any merge; size f32 [B, N] is None as long as nothing has
+    merged, and token_map i32 [B, N0] as long as all tokens are left. task is the id of the backward
+    pass that recomputes the layers, -1 for none. carried is what the method's layers have left for
+    later ones, see ReductionCall.
     """
 
     layer: int
@@ -89,7 +90,7 @@ class TokenState:
     def size(self) -> torch.Tensor:
         """f32 [B, N]: how many original tokens each final token stands for."""
         shown = self._shown()
-        return shown.ones if shown.size is None else shown.size
+        return shown.ones[:, : shown.counts[-1]] if shown.size is None else shown.size
 
     @property
     def token_map(self) -> torch.Tensor:
@@ -218,11 +219,17 @@ class TokenState:
         now = self._running
         if isinstance(reduction, Reduced):
             token_map, num_out = reduction.token_map, reduction.tokens.shape[1]
-            x, size = reduction.tokens, reduction.size
+            x = reduction.tokens
+            size: torch.Tensor | None = reduction.size
         else:
             token_map, num_out = as_token_map(reduction, x.shape[1])
-            # SigLIP's tokens come channel-first out of the patch convolution; the op wants rows.
-            x, size = tokred.merge(x.contiguous(), token_map, num_out, now.size)
+            # SigLIP's tokens come channel-first out of the patch convolution; the ops want rows.
+            x = x.contiguous()
+            if isinstance(reduction, torch.Tensor) and now.size is None:
+                # Each stands for itself still: later layers attend as the model itself does.
+                x, size = tokred.unmerge(x, reduction), None
+            else:
+                x, size = tokred.merge(x, token_map, num_out, now.size)
         source = None
         if self.trace_source:
             earlier = now.token_map
