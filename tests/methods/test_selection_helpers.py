@@ -109,6 +109,18 @@ def test_picks() -> None:
     assert selection.close_gaps(gaps, 2).tolist() == [[4, 0]]
 
 
+def test_ranks_in_groups() -> None:
+    group = torch.randint(-2, 6, (3, 20), generator=generator())
+    group[2] = -1
+    rank, size = selection.ranks_in_groups(group)
+    for row in range(3):
+        labels = group[row].clamp(min=-1).tolist()
+        for place, label in enumerate(labels):
+            assert rank[row, place] == labels[:place].count(label)
+            assert size[row, place] == labels.count(label)
+    assert selection.ranks_in_groups(group[:, :0])[0].shape == (3, 0)
+
+
 def test_spaced_picks() -> None:
     for count, picks in product(range(1, 14), range(0, 14)):
         if picks > count:

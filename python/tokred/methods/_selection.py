@@ -119,7 +119,7 @@ def allocate(
     Returns:
         i32 [..., G].
 
-    Complexity: O(G log G), or O(G^2 log G) with redistribute.
+    Complexity: O(G log G).
     """
     if spare not in ("lost", "remainder", "weight"):
         raise ValueError(f'spare must be "lost", "remainder" or "weight", got {spare!r}')
@@ -133,10 +133,10 @@ def allocate(
     else:
         limit = torch.as_tensor(cap, device=weight.device).to(torch.float64).expand_as(weight)
     if redistribute:
-        # A group whose share exceeds its cap is full: the others share the rest, until none is.
-        full = torch.zeros_like(weight, dtype=torch.bool)
-        for _ in range(groups):
-            full = full | (_shares(weight, total, limit, full) > limit)
+        full = _full(weight, total, limit)
+        among = weight.masked_fill(full, 0.0).sum(-1, keepdim=True)
+        rest = (total - torch.where(full, limit, 0.0).sum(-1, keepdim=True)).clamp(min=0)
+        full = full | ((among == 0) & _full((~full).double(), rest, limit))
         share = torch.where(full, limit, _shares(weight, total, limit, full))
     else:
         share = weight * total / weight.sum(-1, keepdim=True)
@@ -152,6 +152,22 @@ def allocate(
         )
         given = torch.minimum(given + (rank < left), limit)
     return given.to(torch.int32)
+
+
+def _full(weight: Tensor, total: Tensor, limit: Tensor) -> Tensor:
+    """bool [..., G]: the groups whose share exceeds their limit, the others sharing what that
+    leaves.
+
+    In order of limit / weight each is full whose share is above its limit when all before it are
+    full: none is behind the first that is not.
+    """
+    order = torch.where(weight > 0, limit / weight, torch.inf).argsort(dim=-1, stable=True)
+    weight, cap = weight.gather(-1, order), limit.gather(-1, order)
+    before = functional.pad(cap.cumsum(-1)[..., :-1], (1, 0))
+    behind = weight.flip(-1).cumsum(-1).flip(-1)
+    share = (total - before).clamp(min=0) * weight / behind.clamp(min=1e-300)
+    above = (share > cap).long().cumprod(-1).bool()
+    return torch.zeros_like(above).scatter(-1, order, above)
 
 
 def _shares(weight: Tensor, total: Tensor, limit: Tensor, full: Tensor) -> Tensor:
