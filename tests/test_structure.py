@@ -147,6 +147,7 @@ def test_an_op_comes_with_all_it_needs(op: str) -> None:
         missing.append("a case of the fuzzer")
     if public not in words("bench/bench_*.py"):
         missing.append("a row in bench/")
-    if f"`{public}`" not in (ROOT / "docs" / "ops.md").read_text():
-        missing.append("a line in docs/ops.md")
+    for page in ("docs/ops.md", "README.md"):
+        if f"`{public}`" not in (ROOT / page).read_text():
+            missing.append(f"a line in {page}")
     assert not missing, f"{op} lacks {', '.join(missing)}"
