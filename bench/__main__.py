@@ -22,6 +22,7 @@ BENCHES = (
     "block_sparse",
     "match",
     "cluster",
+    "selection",
     "merge",
     "segments",
     "sparse_attn",
