@@ -59,7 +59,8 @@ def run_scores(x: Tensor, attention: Tensor, runs: Tensor, beta: float, valid: T
     batch, (number, width) = x.shape[0], runs.shape
     picks = runs.flatten().expand(batch, -1).contiguous()
     there = ((runs >= 0) & valid[:, runs.clamp(min=0).long()]).flatten(0, 1)
-    rows = rows_of(x, picks).view(batch * number, width, -1)
+    even = number * width == x.shape[1]
+    rows = (x if even else rows_of(x, picks)).view(batch * number, width, -1)
     seen = rows_of(attention[..., None], picks).view(batch * number, width)
     seen = seen.masked_fill(~there, 0.0)
     count = there.sum(1)
