@@ -105,7 +105,7 @@ def test_three_stages_in_a_prompt() -> None:
             seen = matrix[row][:, raters[row]][:, :, slots].mean((0, 1))
             wanted.append(ranked(seen.float().tolist(), left))
         chosen = method.prune(call)
-        assert picks_of(chosen) == wanted and chosen.shape[1] == max(counts)
+        assert picks_of(chosen) == wanted
         call = cut(call, chosen)
 
 
@@ -123,7 +123,10 @@ def test_one_prompt_gives_the_same_as_many() -> None:
 def test_published_counts() -> None:
     def counts(**options: float) -> list[int]:
         method = SparseVlmOptions(**options)
-        return [int(method.left(576.0, stage, 3) + 1e-9) for stage in range(3)]
+        return [
+            int(method.left(torch.tensor(576.0, dtype=torch.float64), stage, 3) + 1e-9)
+            for stage in range(3)
+        ]
 
     assert counts(keep=192) == [300, 200, 110] and counts(keep=128) == [303, 110, 36]
     assert counts() == [66, 30, 17] and counts(ratio=1.0) == [576, 576, 576]

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
-
-import tokred
 
 from ._selection import best, keep_count
 from ._visual import VisualOptions
@@ -17,40 +15,12 @@ from ._visual import VisualOptions
 if TYPE_CHECKING:
     from tokred.patching import PromptCall
 
-Number: TypeAlias = Any  # a float, or a tensor f64 of such
-
 DEPTH = 32  # layers of the language models that the papers give their layers for
 
 
-def least(a: Number, b: Number) -> Number:
-    """The smaller one, of numbers and of tensors."""
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return torch.minimum(torch.as_tensor(a), torch.as_tensor(b))
-    return min(a, b)
-
-
-def geometric(tokens: Number, end: Number, progress: float) -> Number:
+def geometric(tokens: Tensor, end: Tensor, progress: float) -> Tensor:
     """tokens at progress 0, end at progress 1, by equal factors between them; end <= tokens."""
     return tokens ** (1.0 - progress) * end**progress
-
-
-def pick(scores: Tensor, budget: Tensor, places: int, valid: Tensor | None = None) -> Tensor:
-    """The tokens of highest score in every row, by position; the lower index on a tie.
-
-    Args:
-        scores: [B, V]; NaN and -inf are never kept.
-        budget: integers [B], how many stay; places: the most of them.
-        valid: bool [B, V]; False is never kept.
-
-    Returns:
-        i32 [B, places], -1 behind the last.
-    """
-    scores = scores.detach()
-    scores = scores.float() if scores.dtype == torch.float64 else scores
-    if valid is not None:
-        scores = scores.masked_fill(~valid, -torch.inf)
-    row_k = budget.to(torch.int32).contiguous()
-    return tokred.topk(scores.contiguous(), places, order="position", row_k=row_k)[1]
 
 
 def best_share(
@@ -94,16 +64,13 @@ class StagedOptions(VisualOptions):
             raise ValueError(f"stages must be a tuple of ascending layers, got {stages!r}")
 
     @abstractmethod
-    def left(self, tokens: Number, stage: int, of: int) -> Number:
-        """How many of a prompt's visual tokens are left behind a stage, of so many; rounded down.
+    def left(self, tokens: Tensor, stage: int, of: int) -> Tensor:
+        """How many of each prompt's visual tokens, f64 [B], are left behind a stage, of so many;
+        it is rounded down."""
 
-        The more tokens, the more are left; the later the stage, the fewer. Of a number or, of many
-        prompts at once, f64 [B].
-        """
-
-    def end(self, tokens: Number) -> Number:
+    def end(self, tokens: Tensor) -> Tensor:
         """How many are left behind the last stage, before rounding."""
-        return least(tokens, float(self.keep)) if self.ratio is None else tokens * self.ratio
+        return tokens.clamp(max=self.keep) if self.ratio is None else tokens * self.ratio
 
     def prune_layers(self, num_layers: int) -> list[int]:
         """The layers of the stages.
@@ -113,19 +80,16 @@ class StagedOptions(VisualOptions):
         """
         return sorted(self.stage_at(num_layers))
 
-    def budget(self, call: PromptCall) -> tuple[Tensor, int]:
-        """(i32 [B], how many tokens of every row stay in this call, and the most of them)."""
-        stage, of = self.stage(call)
-        slots = call.slots.shape[1]
-        budget = self._whole(call.original.double(), stage, of).to(torch.int32)
-        # The row with most tokens, of which only the slots that are left tell.
-        most = float(slots if stage == 0 else self._greatest(slots, stage - 1, of))
-        return budget, min(int(self._whole(most, stage, of)), slots)
-
-    def stage(self, call: PromptCall) -> tuple[int, int]:
-        """(the number of the call's stage, how many there are)."""
+    def budget(self, call: PromptCall) -> Tensor:
+        """i32 [B]: how many tokens of every row stay in this call."""
         layers = self.stage_at(call.num_layers)
-        return layers[call.layer], 1 + max(layers.values())
+        left = self.left(call.original.double(), layers[call.layer], 1 + max(layers.values()))
+        # Of 0.1 * 30 and the like the last bit must not decide.
+        return (left + 1e-9).floor().to(torch.int32)
+
+    def keep_best(self, call: PromptCall, scores: Tensor) -> Tensor:
+        """i32 [B, V]: the slots that stay, by scores [B, L] of all tokens."""
+        return best(call.of_visual(scores), self.budget(call), call.is_slot)
 
     def stage_at(self, num_layers: int) -> dict[int, int]:
         """The stage of every layer before which tokens are pruned; the last of several."""
@@ -138,16 +102,3 @@ class StagedOptions(VisualOptions):
                     f"stages must be layers below {num_layers}, got {layers[-1]} among {layers}"
                 )
         return {layer: stage for stage, layer in enumerate(layers) if layer < num_layers}
-
-    def _whole(self, tokens: Number, stage: int, of: int) -> Number:
-        # Of 0.1 * 30 and the like the last bit must not decide.
-        return (self.left(tokens, stage, of) + 1e-9) // 1
-
-    def _greatest(self, slots: int, stage: int, of: int) -> int:
-        """The most tokens of which no more than so many slots are left behind a stage."""
-        low, high = slots, 1 << 24
-        while high - low > 1:
-            middle = (low + high) // 2
-            fits = self._whole(float(middle), stage, of) <= slots
-            low, high = (middle, high) if fits else (low, middle)
-        return low

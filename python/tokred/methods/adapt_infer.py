@@ -18,7 +18,7 @@ from torch import Tensor
 import tokred
 
 from ._method import Family, Method, Needs
-from ._prompts import Number, StagedOptions, least, pick
+from ._prompts import StagedOptions
 from ._selection import best
 
 if TYPE_CHECKING:
@@ -150,10 +150,10 @@ class AdaptInferOptions(StagedOptions):
         if self.stages is not None and len(self.stages) != len(self.published):
             raise ValueError(f"stages must be three layers, got {self.stages}")
 
-    def left(self, tokens: Number, stage: int, of: int) -> Number:
+    def left(self, tokens: Tensor, stage: int, of: int) -> Tensor:
         """From the table, or in proportion."""
         if self.ratio is None:
-            return least(tokens, float(self._count(self.keep)[stage]))
+            return tokens.clamp(max=self._count(self.keep)[stage])
         share = 1.0 if self.ratio == 1 else self._count(self.ratio * TOKENS)[stage] / TOKENS
         return tokens * min(share, 1.0)
 
@@ -166,7 +166,7 @@ class AdaptInferOptions(StagedOptions):
         """guided_scores in the layer before, by the text behind the image."""
         q, k = call.heads("previous")
         scores = guided_scores(q, k, call.after_images, call.scale, call.valid, self.blend)
-        return pick(call.of_visual(scores), *self.budget(call), call.is_slot)
+        return self.keep_best(call, scores)
 
 
 METHOD = Method(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ._method import Family, Method, Needs
-from ._prompts import Number, StagedOptions, geometric
+from ._prompts import StagedOptions, geometric
 
 if TYPE_CHECKING:
     from tokred.patching import PromptCall
@@ -64,13 +64,13 @@ class AdscOptions(StagedOptions):
 
     published: ClassVar[tuple[int, ...]] = (8, 16)
 
-    def left(self, tokens: Number, stage: int, of: int) -> Number:
+    def left(self, tokens: Tensor, stage: int, of: int) -> Tensor:
         """By the same factor in every stage."""
         return geometric(tokens, self.end(tokens), (stage + 1) / of)
 
     def prune(self, call: PromptCall) -> Tensor:
         """Tokens at even distances among those that are left."""
-        return evenly(call.is_slot.sum(1), *self.budget(call))
+        return evenly(call.is_slot.sum(1), self.budget(call), call.slots.shape[1])
 
 
 METHOD = Method(

@@ -18,7 +18,7 @@ from tokred.schedule import resolve
 
 from ._maps import identity
 from ._method import Family, Method, Needs
-from ._prompts import Number, StagedOptions, pick
+from ._prompts import StagedOptions
 from ._selection import features_of
 from ._video import VideoTokens, check_video, frame_maps_in_a_row
 
@@ -165,7 +165,7 @@ class AimOptions(StagedOptions):
         if not 0 <= self.last <= 1:
             raise ValueError(f"last must be in [0, 1], got {self.last}")
 
-    def left(self, tokens: Number, stage: int, of: int) -> Number:
+    def left(self, tokens: Tensor, stage: int, of: int) -> Tensor:
         """keep_rate of the number of tokens, as far as down to `last`."""
         return tokens * (1 - (1 - self.last) * (stage + 1) / of)
 
@@ -177,8 +177,7 @@ class AimOptions(StagedOptions):
     def prune(self, call: PromptCall) -> Tensor:
         """Those of highest importance in the attention of the layer before."""
         q, k = call.heads("previous")
-        scores = call.of_visual(importance(q, k, call.scale, mask=call.valid))
-        return pick(scores, *self.budget(call), call.is_slot)
+        return self.keep_best(call, importance(q, k, call.scale, mask=call.valid))
 
 
 METHOD = Method(

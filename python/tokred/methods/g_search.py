@@ -20,7 +20,7 @@ from torch import Tensor
 from tokred.schedule import keep_share
 
 from ._method import Family, Method, Needs
-from ._prompts import Number, StagedOptions, pick
+from ._prompts import StagedOptions
 
 if TYPE_CHECKING:
     from tokred.patching import PromptCall
@@ -91,7 +91,7 @@ class GSearchOptions(StagedOptions):
             return super().stage_at(num_layers)
         return {layer: layer - 1 for layer in range(1, num_layers)}
 
-    def left(self, tokens: Number, stage: int, of: int) -> Number:
+    def left(self, tokens: Tensor, stage: int, of: int) -> Tensor:
         """By the schedule."""
         share = keep_share(stage / max(of - 1, 1), self.kind, self.centre, self.width)
         end = self.end(tokens)
@@ -99,8 +99,7 @@ class GSearchOptions(StagedOptions):
 
     def prune(self, call: PromptCall) -> Tensor:
         """The tokens that the last token attends to most in the layer before."""
-        scores = call.of_visual(call.last_attention().mean(1))
-        return pick(scores, *self.budget(call), call.is_slot)
+        return self.keep_best(call, call.last_attention().mean(1))
 
 
 METHOD = Method(

@@ -17,7 +17,7 @@ from torch import Tensor
 import tokred
 
 from ._method import Family, Method, Needs
-from ._prompts import Number, StagedOptions, geometric, pick
+from ._prompts import StagedOptions, geometric
 from ._selection import best
 
 if TYPE_CHECKING:
@@ -78,14 +78,13 @@ class PyramidDropOptions(StagedOptions):
 
     published: ClassVar[tuple[int, ...]] = (8, 16, 24)
 
-    def left(self, tokens: Number, stage: int, of: int) -> Number:
+    def left(self, tokens: Tensor, stage: int, of: int) -> Tensor:
         """By the same factor in every stage."""
         return geometric(tokens, self.end(tokens), (stage + 1) / of)
 
     def prune(self, call: PromptCall) -> Tensor:
         """pyramid_drop by the last token's attention in this layer."""
-        scores = call.of_visual(call.last_attention("following").mean(1))
-        return pick(scores, *self.budget(call), call.is_slot)
+        return self.keep_best(call, call.last_attention("following").mean(1))
 
 
 METHOD = Method(

@@ -21,7 +21,7 @@ from torch import Tensor
 import tokred
 
 from ._method import Family, Method, Needs
-from ._prompts import Number, StagedOptions, least, pick
+from ._prompts import StagedOptions
 from ._selection import best, check_features, features_of, mask_of, rows_of
 
 if TYPE_CHECKING:
@@ -201,10 +201,10 @@ class SparseVlmOptions(StagedOptions):
         if self.stages is not None and len(self.stages) != len(self.published):
             raise ValueError(f"stages must be three layers, got {self.stages}")
 
-    def left(self, tokens: Number, stage: int, of: int) -> Number:
+    def left(self, tokens: Tensor, stage: int, of: int) -> Tensor:
         """From the table, or in proportion."""
         if self.ratio is None:
-            return least(tokens, float(self._count(self.keep)[stage]))
+            return tokens.clamp(max=self._count(self.keep)[stage])
         share = 1.0 if self.ratio == 1 else self._count(self.ratio * TOKENS)[stage] / TOKENS
         return tokens * min(share, 1.0)
 
@@ -219,7 +219,7 @@ class SparseVlmOptions(StagedOptions):
             return None
         q, k = call.heads("previous")
         scores = rated_scores(q, k, call.carried[CARRIED], call.scale, call.valid)
-        return pick(call.of_visual(scores), *self.budget(call), call.is_slot)
+        return self.keep_best(call, scores)
 
     def _count(self, average: float) -> tuple[float, ...]:
         if average in COUNTS:

@@ -17,7 +17,7 @@ from torch import Tensor
 import tokred
 
 from ._method import Family, Method, Needs
-from ._prompts import Number, StagedOptions, pick
+from ._prompts import StagedOptions
 from ._selection import best, features_of
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class TransPruneOptions(StagedOptions):
 
     published: ClassVar[tuple[int, ...]] = (7, 9, 12)
 
-    def left(self, tokens: Number, stage: int, of: int) -> Number:
+    def left(self, tokens: Tensor, stage: int, of: int) -> Tensor:
         """Straight lines between the published shares."""
         gone = (1 / 7, 3 / 7, 1.0)[stage] if of == 3 else (stage + 1) / of
         return tokens - (tokens - self.end(tokens)) * gone
@@ -117,7 +117,7 @@ class TransPruneOptions(StagedOptions):
         variation = call.carried.get(CARRIED)
         seen = call.of_visual(attention)
         changed = torch.zeros_like(seen) if variation is None else call.of_visual(variation)
-        return pick(scores(changed, seen, call.is_slot), *self.budget(call), call.is_slot)
+        return trans_prune(changed, seen, self.budget(call), call.is_slot)
 
 
 METHOD = Method(
