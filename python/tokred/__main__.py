@@ -1,4 +1,4 @@
-"""python -m tokred info | methods | demo | gallery | bench"""
+"""python -m tokred info | methods | demo | gallery | compare | bench"""
 
 from __future__ import annotations
 
@@ -86,6 +86,13 @@ def gallery(arguments: list[str]) -> int:
     return main(arguments)
 
 
+def compare(arguments: list[str]) -> int:
+    """every method that fits photographs or text, at equal budgets: quality, time and memory"""
+    from .demo.compare import main
+
+    return main(arguments)
+
+
 def bench(arguments: list[str]) -> int:
     """the benchmarks of the checkout"""
     checkout = Path(__file__).resolve().parents[2]
@@ -96,7 +103,7 @@ def bench(arguments: list[str]) -> int:
 
 
 # These have parsers of their own, --help included, and get what follows their names as it is.
-PASSED_ON = {"demo": demo, "gallery": gallery, "bench": bench}
+PASSED_ON = {"demo": demo, "gallery": gallery, "compare": compare, "bench": bench}
 
 
 def parser() -> argparse.ArgumentParser:

@@ -129,9 +129,9 @@ def turn(
     def forward() -> Tensor:
         return model(photograph.pixels).last_hidden_state
 
-    expected, unpatched = _timed(forward)
+    expected, unpatched = timed(forward)
     with tokred.patch(model, method, trace_source=True, **options) as handle:
-        merged, patched = _timed(forward)
+        merged, patched = timed(forward)
         cosine = functional.cosine_similarity(handle.unmerge(merged), expected, dim=-1)
         return Turn(unpatched, patched, merged.shape[1], handle.token_map[0], cosine[0])
 
@@ -166,7 +166,7 @@ def _measure(
     return row, [each[0].token_map for each in turns]
 
 
-def _timed(function: Callable[[], Tensor]) -> tuple[Tensor, float]:
+def timed(function: Callable[[], Tensor]) -> tuple[Tensor, float]:
     start = time.perf_counter()
     result = function()
     return result, time.perf_counter() - start

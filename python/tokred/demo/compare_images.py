@@ -1,0 +1,185 @@
+"""The comparison on photographs: DINOv2 ViT-S/14, whose tokens merge or are dropped on the way."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import tokred
+from tokred.methods import METHODS, Method, Needs, get
+
+from . import gallery
+from .compare import Comparison, Entry, peak_bytes, with_front
+from .dinov2 import PATCH_SIZE, load_dinov2
+from .images import Photograph, timed
+
+CLASS, PATCHES = "CLS cosine", "patch cosine"
+TOLERANCE = 0.1  # of the budget, within which the number of tokens left must be
+
+
+def compare(
+    paths: Sequence[str],
+    budgets: Sequence[float],
+    names: Sequence[str],
+    size: int,
+    repeats: int,
+) -> Comparison:
+    """All methods, or those of these names, at every budget on every photograph.
+
+    Raises:
+        ValueError: a size that is no multiple of the patches', or a name that is no such method.
+        OSError: a file that cannot be read.
+    """
+    if size < PATCH_SIZE or size % PATCH_SIZE:
+        raise ValueError(f"--size must be a multiple of {PATCH_SIZE}, got {size}")
+    photographs = [gallery._photograph(path, size) for path in paths]
+    chosen = reducers(names)
+    model = load_dinov2()
+    layers, tokens = model.config.num_hidden_layers, (size // PATCH_SIZE) ** 2
+    runs = [
+        Run(model, method.name, budget, options)
+        for budget in budgets
+        for method in chosen
+        if (options := options_at(method, layers, tokens, budget)) is not None
+    ]
+    for run in runs:
+        run.fit(photographs[0].pixels)
+    dense = [_turns(model, photograph, runs, repeats) for photograph in photographs]
+    megabytes = peak_bytes(lambda: model(photographs[0].pixels)) / 1e6
+    entries = [run.entry(statistics.median(dense) * 1e3, megabytes, photographs[0]) for run in runs]
+    for entry in entries:
+        print(f"{entry.method}: {entry.kept} tokens, {entry.speed_up:.2f}×", flush=True)
+    return Comparison(
+        name=Path(paths[0]).stem if len(paths) == 1 else f"{len(paths)}_photographs",
+        model=f"DINOv2 ViT-S/14 at {size} pixels, float32",
+        practice="transformers with SDPA",
+        of="tokens",
+        quality=(CLASS, PATCHES),
+        lower_is_better=False,
+        dense={CLASS: 1.0, PATCHES: 1.0},
+        entries=with_front(entries, CLASS, lower_is_better=False),
+    )
+
+
+def reducers(names: Sequence[str] = ()) -> list[Method]:
+    """The methods whose budget is an option, that transformers' vision encoders run with.
+
+    Raises:
+        ValueError: a name that is none of them.
+    """
+    found = {
+        method.name: method
+        for method in METHODS.values()
+        if Needs.VISION_ENCODER in method.needs
+        and Needs.TRAINING not in method.needs
+        and "transformers" in getattr(method.options, "adapters", ())
+        and options_at(method, 12, 100, 0.5) is not None
+    }
+    unknown = sorted({*names} - {*found})
+    if unknown:
+        raise ValueError(f"--methods must be some of {', '.join(found)}, got {', '.join(unknown)}")
+    return [method for name, method in found.items() if not names or name in names]
+
+
+def options_at(method: Method, layers: int, tokens: int, keep: float) -> dict[str, Any] | None:
+    """The options with which a share `keep` of the tokens is left behind the last of the layers.
+
+    Every layer that the method reduces by default gives up as many tokens, or the same share. None
+    for a method whose amount follows from what the tokens are, or that wants what only training or
+    calibration knows.
+    """
+    assert method.options is not None
+    known = {field.name for field in fields(method.options)}
+    if any(default is MISSING for default in method.defaults().values()):
+        return None
+    if "r" in known:
+        total = round(tokens * (1 - keep))
+        amounts = [total * (i + 1) // layers - total * i // layers for i in range(layers)]
+        return {"r": amounts}
+    if "ratio" not in known:
+        return None
+    if keep == 1:
+        return {"ratio": 1.0}
+    reducing = method.options(ratio=0.5).layers(layers)  # type: ignore[attr-defined]
+    return {"ratio": keep ** (1 / len(reducing))}
+
+
+class Run:
+    """One method at one budget, and what its turns have measured."""
+
+    def __init__(self, model: nn.Module, name: str, budget: float, options: dict[str, Any]) -> None:
+        self.model, self.name, self.budget, self.options = model, name, budget, options
+        self.seconds: list[float] = []
+        self.cosines: list[Tensor] = []
+        self.tokens = 0
+
+    def fit(self, pixels: Tensor, steps: int = 8) -> None:
+        """Corrects the ratio of a method that leaves another share of its tokens than that says."""
+        ratio = self.options.get("ratio")
+        if ratio is None or ratio == 1:
+            return
+        reducing = (
+            get(self.name).options(**self.options).layers(self.model.config.num_hidden_layers)
+        )
+        wanted = self.budget * (pixels.shape[-1] // PATCH_SIZE) ** 2
+        low: float | None = None
+        high = 1.0
+        for _ in range(steps):
+            with tokred.patch(self.model, self.name, **self.options):
+                left = self.model(pixels).last_hidden_state.shape[1] - 1  # the class token
+            if abs(left - wanted) <= TOLERANCE * wanted:
+                return
+            if left < wanted:
+                low = ratio
+            else:
+                high = ratio
+            # Without a lower bound as if what is left were the product of the layers' ratios.
+            guess = ratio * (wanted / max(left, 1)) ** (1 / len(reducing))
+            ratio = guess if low is None else (low + high) / 2
+            self.options = {"ratio": ratio}
+
+    def turn(self, pixels: Tensor, expected: Tensor) -> None:
+        """Runs the model with the method once, and compares every original token."""
+        with tokred.patch(self.model, self.name, trace_source=True, **self.options) as handle:
+            reduced, seconds = timed(lambda: self.model(pixels).last_hidden_state)
+            self.tokens = reduced.shape[1]
+            cosine = functional.cosine_similarity(handle.unmerge(reduced), expected, dim=-1)[0]
+        self.seconds.append(seconds)
+        self.cosines.append(torch.stack([cosine[0], cosine[1:].mean()]))
+
+    def entry(self, dense_ms: float, dense_megabytes: float, photograph: Photograph) -> Entry:
+        """Its medians and means; the memory is that of one more run."""
+        with tokred.patch(self.model, self.name, **self.options):
+            peak = peak_bytes(lambda: self.model(photograph.pixels))
+        cls, patches = torch.stack(self.cosines).mean(0).tolist()
+        return Entry(
+            method=self.name,
+            options=self.options,
+            budget=self.budget,
+            kept=self.tokens,
+            quality={CLASS: cls, PATCHES: patches},
+            milliseconds=statistics.median(self.seconds) * 1e3,
+            dense_milliseconds=dense_ms,
+            megabytes=peak / 1e6,
+            dense_megabytes=dense_megabytes,
+        )
+
+
+def _turns(model: nn.Module, photograph: Photograph, runs: Sequence[Run], repeats: int) -> float:
+    """Every run in turns with the dense model; the median of that one's seconds."""
+    seconds = []
+    for repeat in range(repeats + 1):
+        expected, dense = timed(lambda: model(photograph.pixels).last_hidden_state)
+        seconds.append(dense)
+        for run in runs:
+            run.turn(photograph.pixels, expected)
+            if repeat == 0:  # warms up
+                run.seconds.pop()
+    return statistics.median(seconds[1:])
