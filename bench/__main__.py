@@ -29,6 +29,7 @@ BENCHES = (
     "linear_attn",
     "overhead",
     "models",
+    "vision_language",
     "cache",
 )
 
