@@ -101,7 +101,7 @@ def test_keeping_all_changes_nothing(family: Family) -> None:
         with patched(model, method) as handle:
             assert torch.equal(model(**inputs).logits, expected)
             assert torch.equal(generated(model, inputs), tokens)
-            counts = handle.states[0].counts
+            counts = handle.counts
             assert len(counts) == 3 and all(n == kept for n, kept in counts)
     assert attributes(model) == before
     assert torch.equal(model(**inputs).logits, expected)
@@ -120,7 +120,7 @@ def test_keeping_some_is_the_language_model_on_these(family: Family, positions: 
     with patched(model, method) as handle:
         output = model(**inputs)
         tokens = generated(model, inputs)
-        counts = handle.states[0].counts
+        counts = handle.counts
         uncached = generated(model, inputs, use_cache=False)
     assert torch.equal(tokens, uncached)
     assert all(kept == keep for _, kept in counts)
@@ -342,7 +342,7 @@ def test_newlines_stay_behind_the_tokens_before_them() -> None:
     for reverse in (False, True):
         with patched(model, Evenly(keep=5, reverse=reverse)) as handle:
             output = model(**inputs)
-        assert [kept for _, kept in handle.states[0].counts] == [5 + 12, 5 + 6]
+        assert [kept for _, kept in handle.counts] == [5 + 12, 5 + 6]
         for number, row in enumerate(rows):
 
             def choose(tokens: int, reverse: bool = reverse) -> Tensor:
@@ -432,7 +432,7 @@ def test_text_alone_is_left_as_it_is(family: Family) -> None:
         assert torch.equal(model(**inputs).logits, expected)
         assert torch.equal(generated(model, inputs), tokens)
         with pytest.raises(RuntimeError, match="no prompt with images has run"):
-            handle.states[0].counts  # noqa: B018
+            handle.counts  # noqa: B018
 
 
 @torch.no_grad()
@@ -574,7 +574,7 @@ def test_images_encoded_outside_of_the_patch() -> None:
     inputs = {**inputs, "mm_encoder_outputs": {"image": encoded}}
     with patched(model, Evenly(keep=3)) as handle:
         model(**inputs)
-        assert [kept for _, kept in handle.states[0].counts] == [3, 3]
+        assert [kept for _, kept in handle.counts] == [3, 3]
     refused(model, Evenly(read=0), "were encoded outside of the patch", **inputs)
     assert isinstance(encoded.pooler_output, list) and len(encoded.pooler_output) == 2
 
@@ -647,3 +647,90 @@ def test_pruning_before_the_first_layer(name: str, positions: str) -> None:
         actual = logits[number, -len(expected) :]
         torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
         assert tokens[number].tolist() == greedy(model, row, 3, drops, renumber)
+
+
+@dataclass(frozen=True)
+class Nothing(VisualOptions):
+    """Keeps no token of any image."""
+
+    def reduce_visual(self, call: VisualCall) -> Tensor:
+        return torch.full((1, 3), -1).int()
+
+
+@few
+@torch.no_grad()
+def test_images_of_which_nothing_stays(family: Family) -> None:
+    model, inputs = family.model(), family.prompt((1, 2))
+    with patched(model, Nothing(newlines="drop")) as handle:
+        logits, tokens = model(**inputs).logits, generated(model, inputs)
+    assert handle.counts[0][1] == 0
+    for number, row in enumerate(rows_of(model, family.name, inputs)):
+        text = (row.image < 0).nonzero()[:, 0]
+        short = row.take(text, row.positions.dim() == 1)
+        actual = logits[number, -len(text) :]
+        torch.testing.assert_close(actual, logits_of(model, short), rtol=1e-3, atol=1e-4)
+        assert tokens[number].tolist() == greedy(model, short, 3)
+
+
+@pytest.mark.parametrize("name", ["visionzip", "fastv"])
+@few
+def test_half_precision_and_gradients(family: Family, name: str) -> None:
+    if name == "fastv" and family.name in WINDOWED:
+        name = "divprune"
+    inputs = family.prompt((1, 1))
+    model = family.model(torch.bfloat16)
+    small = {"keep": 6, "newlines": "drop"}
+    with torch.no_grad(), tokred.patch(model, name, **small):
+        half = inputs | {"pixel_values": inputs["pixel_values"].bfloat16()}
+        assert model(**half).logits.isfinite().all()
+        assert generated(model, half).shape == (2, 3)
+    model = family.model()
+    with tokred.patch(model, name, **small):
+        model(**inputs).logits[:, -1].float().logsumexp(-1).sum().backward()
+    weights = dict(model.named_parameters())
+    projector = [w.grad for n, w in weights.items() if "projector" in n or "merger" in n]
+    assert projector and all(grad is not None for grad in projector[:1])
+    assert sum(float(grad.abs().sum()) for grad in projector if grad is not None) > 0
+
+
+@torch.no_grad()
+def test_prompts_in_chunks_are_refused() -> None:
+    family = BY_NAME["llava"]
+    model, inputs = family.model(), family.prompt((1,))
+    with (
+        patched(model, Evenly(keep=3)),
+        pytest.raises(ValueError, match=r"read at once|empty cache"),
+    ):
+        generated(model, inputs, prefill_chunk_size=16)
+
+
+def test_layers_that_are_recomputed_do_not_prune() -> None:
+    family = BY_NAME["llava"]
+    model, inputs = family.model(), family.prompt((1,))
+    model.model.language_model.gradient_checkpointing_enable()
+    model.train()
+    with (
+        patched(model, Layers(keep=3)),
+        pytest.raises(ValueError, match="recomputed in the backward"),
+    ):
+        model(**inputs)
+    with patched(model, Evenly(keep=3)):
+        model(**inputs).logits.sum().backward()
+
+
+@torch.no_grad()
+def test_a_choice_of_keys_on_top() -> None:
+    """Methods for the keys of the language model work on the tokens that are left."""
+    family = BY_NAME["llava"]
+    model, inputs = family.model(), family.prompt((1, 2))
+    with tokred.patch(model, "visionzip", keep=5):
+        expected = model(**inputs).logits
+        with tokred.patch(model.model.language_model, "top_k_attention", k=10**4):
+            logits = model(**inputs).logits
+            assert generated(model, inputs).shape == (2, 3)
+    there = logits.isfinite()
+    torch.testing.assert_close(logits[there], expected[there], rtol=1e-3, atol=1e-4)
+    inner = tokred.patch(model.model.language_model, "top_k_attention", k=10**4)
+    outer, refused = tokred.patch(model, "fastv"), pytest.raises(RuntimeError, match="put into")
+    with outer, inner, refused:
+        model(**inputs)

@@ -73,6 +73,7 @@ def test_keys_and_features_are_means_of_the_patches_of_a_token() -> None:
     keys = k.transpose(1, 2).flatten(2, 3)  # [B, H, M P, D]
     expected = torch.stack([keys[:, :, slots == n].mean(2) for n in range(12)], 2)
     torch.testing.assert_close(call.keys(), expected)
+    torch.testing.assert_close(call.mean_keys(), expected.mean(1))
     features = call.encoder.features().flatten(1, 2)
     expected = torch.stack([features[:, slots == n].mean(1) for n in range(12)], 1)
     torch.testing.assert_close(call.encoder_features, expected)

@@ -99,7 +99,7 @@ class VisionzipOptions(VisualOptions):
             return None
         contextual = min(round(keep * self.contextual_share), keep - 1)
         importance = encoder_attention(call, self.layer)
-        keys = call.keys(self.layer).mean(1)
+        keys = call.mean_keys(self.layer)
         links = visionzip_map(importance, keys, keep - contextual, contextual)
         stays, _ = tokred.compact(links == identity(call.tokens), capacity=keep)
         token_map, _ = map_of_links(links)

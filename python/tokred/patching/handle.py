@@ -57,6 +57,10 @@ def patch(
     full causal attention, with left padding and with any cache. They keep all tokens, and the four
     arguments from prop_attn to num_prefix are not for them.
 
+    Methods for vision-language models drop or merge visual tokens before the language model or
+    between its layers, through generate: see docs/vision_language.md. They have none of these four
+    arguments either.
+
     Patches nest: the innermost one counts, in whatever order they are left.
 
     Args:
@@ -199,9 +203,14 @@ class Patch:
         return self._state().num_prefix
 
     @property
-    def counts(self) -> tuple[int, ...]:
-        """Tokens before the first layer, then after each merge."""
-        return self._token_state().counts
+    def counts(self) -> tuple[Any, ...]:
+        """Tokens before the first layer, then after each merge.
+
+        Of a vision-language model, (tokens, tokens kept) of each image in the latest prompt of the
+        calling thread, before any layer of its language model.
+        """
+        state = self._state()
+        return state.counts if hasattr(state, "counts") else self._token_state().counts
 
     @property
     def size(self) -> torch.Tensor:

@@ -198,13 +198,21 @@ class VisualCall:
         q, k, scale = self._heads(layer)
         return self._per_token(tokred.attention_columns(q, k, None, reduce, scale=scale))
 
+    def mean_keys(self, layer: int = -2) -> Tensor:
+        """The keys averaged over the heads: f32 [B, N, D]; see keys."""
+        return self._means(self._patch_keys(layer).float().mean(2, keepdim=True))[:, 0]
+
     def keys(self, layer: int = -2) -> Tensor:
         """The keys of a layer of the encoder: f32 [B, H, N, D], as its attention used them."""
-        states, number = self._states(), self._layer(layer)
-        k = states.heads[number]()[1].detach()[:, :, :, states.num_prefix :]
+        k = self._patch_keys(layer)
         batch, crops, heads, patches, dim = k.shape
         flat = k.transpose(2, 3).reshape(batch, crops, patches, heads * dim)
         return self._means(flat.unsqueeze(2))[:, 0].unflatten(-1, (heads, dim)).transpose(1, 2)
+
+    def _patch_keys(self, layer: int) -> Tensor:
+        """[B, M, H, P, D]."""
+        states, number = self._states(), self._layer(layer)
+        return states.heads[number]()[1].detach()[:, :, :, states.num_prefix :]
 
     def _layout(self) -> Layout:
         if self.layout is None:

@@ -136,6 +136,14 @@ def _layer_forward(
         return original(hidden_states, *args, **kwargs)
     if args:
         raise ValueError("layers must be called with keywords, as transformers' models do")
+    layer = pruning.layers[index]
+    if torch.is_grad_enabled() and layer.training and getattr(
+        layer, "gradient_checkpointing", False
+    ):  # fmt: skip
+        raise ValueError(
+            "layers that are recomputed in the backward pass cannot prune: switch gradient "
+            "checkpointing off, or use a method that prunes before the language model"
+        )
     return now.layer(index, original, hidden_states, kwargs)
 
 
@@ -295,8 +303,7 @@ class _InPrompt:
 
     def _previous(self, index: int) -> tuple[Tensor, Tensor]:
         """The queries and keys of the layer before, of the tokens that it saw."""
-        (attended,) = self.recording.calls[self.pruning.attention[index - 1]]
-        return attended.q, attended.k
+        return _heads(self.recording, self.pruning.attention[index - 1])
 
     def _following(
         self, index: int, original: Callable, x: Tensor, inputs: dict[str, Any]
@@ -311,8 +318,7 @@ class _InPrompt:
             pass
         finally:
             self.probing = False
-        (attended,) = recording.calls[attention]
-        return attended.q, attended.k
+        return _heads(recording, attention)
 
 
 @dataclass
@@ -349,6 +355,17 @@ class _Behind:
             tables = kwargs["position_embeddings"]
             kwargs["position_embeddings"] = _rotary(self.pruning.language, positions, tables[0])
         return original(x, **kwargs)
+
+
+def _heads(recording: Recording, attention: nn.Module) -> tuple[Tensor, Tensor]:
+    """The queries and keys of a module's one call."""
+    calls = recording.calls[attention]
+    if len(calls) != 1:
+        raise RuntimeError(
+            f"{type(attention).__name__} did not attend once by the attention of this patch: leave "
+            "patches that were put into the language model later"
+        )
+    return calls[0].q, calls[0].k
 
 
 def _slots(visual: Tensor) -> tuple[Tensor, Tensor]:

@@ -142,6 +142,11 @@ class Prefill:
             return [Image(len(x), x, none, why_not=why) for x in every]
         once = sum(image.count for image in images)
         beams = sum(visual) // max(once, 1)
+        if beams * once != sum(visual):
+            raise ValueError(
+                f"the prompt has {sum(visual)} tokens of images, which were encoded to {once}: it "
+                "must be read at once, not in chunks (prefill_chunk_size)"
+            )
         if beams == 1:
             return images
         found, left = [], iter(images)
