@@ -707,7 +707,9 @@ def test_prompts_in_chunks_are_refused() -> None:
 def test_layers_that_are_recomputed_do_not_prune() -> None:
     family = BY_NAME["llava"]
     model, inputs = family.model(), family.prompt((1,))
-    model.model.language_model.gradient_checkpointing_enable()
+    language = model.model.language_model
+    newest = getattr(language, "activation_checkpointing_enable", None)
+    (newest or language.gradient_checkpointing_enable)()
     model.train()
     with (
         patched(model, Layers(keep=3)),
