@@ -46,9 +46,12 @@ def coactivation(word: Tensor, image: Tensor) -> Tensor:
     if neurons % 8:
         image, word = (functional.pad(x, (0, -neurons % 8)) for x in (image, word))
     # Eight neurons a word of 64 bits, one in each byte, which up to 255 sums do not overflow.
-    both = image.contiguous().view(torch.int64) & word.contiguous().view(torch.int64)[:, None]
-    sums = [part.sum(-1, keepdim=True).view(torch.uint8).sum(-1) for part in both.split(255, -1)]
-    return torch.stack(sums).sum(0).float()
+    image, word = (x.contiguous().view(torch.int64) for x in (image, word[:, None]))
+    counts = [
+        (a & b).sum(-1, keepdim=True).view(torch.uint8).sum(-1)
+        for a, b in zip(image.split(128, -1), word.split(128, -1), strict=True)
+    ]
+    return torch.stack(counts).sum(0).float()
 
 
 def select_tokens(
