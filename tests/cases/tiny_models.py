@@ -111,6 +111,8 @@ def reducers() -> dict[str, dict[str, Any]]:
         "mctf": dict(r=3, min_tokens=1),
         "dymu": dict(threshold=-1.0),
         "tca_condensation": dict(ratio=0.7),
+        "faster_vlm": dict(ratio=0.7),
+        "hiprune": dict(ratio=0.7),
     }
     return _patched(Needs.VISION_ENCODER, small)
 

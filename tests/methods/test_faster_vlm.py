@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cases.groups import check_in_a_model
 from cases.selection import best_of, check_rows, padding, picked, uniform, visual_call
 from tokred.methods.faster_vlm import FasterVlmOptions, select_tokens
 
@@ -61,6 +62,18 @@ def test_without_a_class_token() -> None:
     kept = FasterVlmOptions(ratio=0.26).reduce_visual(call)
     received = call.received_attention(-2).mean(1)
     assert torch.equal(kept, select_tokens(received, 6))
+
+
+@torch.no_grad()
+def test_in_an_encoder() -> None:
+    """Each layer keeps the tokens of highest class attention among those that it has."""
+    check_in_a_model("faster_vlm", dict(ratio=1.0), dict(ratio=0.5, at=[0, 1]), (37, 19, 10))
+    check_in_a_model("faster_vlm", dict(keep=36), dict(keep=5), (37, 6))
+    received = (36, 18, 9)
+    check_in_a_model(
+        "faster_vlm", dict(ratio=1.0), dict(ratio=0.5, at=[0, 1]), received, class_token=False,
+        global_pool="avg",
+    )  # fmt: skip
 
 
 def test_refusals() -> None:

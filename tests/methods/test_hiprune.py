@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cases.groups import check_in_a_model
 from cases.selection import best_of, check_rows, padding, picked, uniform, visual_call
 from tokred.methods.hiprune import HipruneOptions, select_tokens
 
@@ -84,6 +85,14 @@ def test_in_crops() -> None:
             expected += [i + crop * 24 for i in picks]
         assert picked(kept[row]) == expected
     assert HipruneOptions().encoder_layers(24) == [8, -2]
+
+
+@torch.no_grad()
+def test_in_an_encoder() -> None:
+    options = dict(middle_layer=0, deep_layer=1, alpha=1.0)
+    check_in_a_model("hiprune", dict(ratio=1.0), dict(ratio=0.5, **options), (37, 19))
+    with pytest.raises(ValueError, match="middle_layer must come before deep_layer"):
+        HipruneOptions(middle_layer=5, deep_layer=2).layers(12)
 
 
 def test_refusals() -> None:

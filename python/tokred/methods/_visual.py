@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from ._method import Options
 
@@ -22,7 +22,7 @@ class VisualOptions(Options):
     positions: Literal["auto", "kept", "renumbered"] = "auto"
     newlines: Literal["keep", "drop"] = "keep"
 
-    adapters = ("vision_language",)
+    adapters: ClassVar[tuple[str, ...]] = ("vision_language",)
 
     def __post_init__(self) -> None:
         super().__post_init__()

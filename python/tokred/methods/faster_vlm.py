@@ -4,23 +4,26 @@
 (arXiv 2412.01818).
 
 Of an image of several crops every crop keeps as many. Encoders without a class token, which the
-paper does not have, are ranked by the mean attention that a token receives.
+paper does not have, are ranked by the mean attention that a token receives. The same rule drops
+tokens between the layers of a vision encoder by itself, which the paper does not do.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from ._crops import encoder_attention, select_in_crops
+from ._dropping import best_tokens, chosen_layers, finite
 from ._method import Family, Method, Needs
 from ._selection import best, head_mean, keep_count
 from ._visual import VisualOptions
 
 if TYPE_CHECKING:
-    from tokred.patching import VisualCall
+    from tokred.patching import ReductionCall, VisualCall
 
 
 def select_tokens(
@@ -52,10 +55,15 @@ class FasterVlmOptions(VisualOptions):
 
     keep: visual tokens kept per image. ratio: the share kept instead, rounded down.
     layer: of the encoder, whose attention is read; negative ones count from the last.
+    at: the layers of a vision encoder by itself that drop tokens, each to keep tokens or the ratio
+    of its own; a fourth, a half and three fourths in where None.
     positions, newlines: as VisualOptions has them.
     """
 
     layer: int = -2
+    at: Sequence[int] | None = None
+
+    adapters = ("timm", "transformers", "vision_language")
 
     def count(self, tokens: int) -> int:
         return max(1, keep_count(tokens, self.keep, self.ratio))
@@ -69,6 +77,19 @@ class FasterVlmOptions(VisualOptions):
         attention = encoder_attention(call, self.layer)
         return select_in_crops(call, self.count(call.tokens.shape[1]), select_tokens, attention)
 
+    def layers(self, num_layers: int) -> list[int]:
+        """Those of `at`, unless they keep all tokens."""
+        return chosen_layers(self.at, num_layers) if self.ratio != 1 else []
+
+    def plan(self, call: ReductionCall) -> Tensor | None:
+        """The tokens of highest attention in the layer itself, in their order."""
+        patches = call.tokens.shape[1] - call.num_prefix
+        count = self.count(patches)
+        if count >= patches:
+            return None
+        seen = call.class_attention() if call.num_prefix else call.received_attention()
+        return best_tokens(finite(seen.mean(1)), count, call.num_prefix)
+
 
 METHOD = Method(
     title=(
@@ -77,7 +98,7 @@ METHOD = Method(
     ),
     arxiv="2412.01818",
     family=Family.PRUNE,
-    needs=(Needs.VISION_LANGUAGE_MODEL,),
+    needs=(Needs.VISION_LANGUAGE_MODEL, Needs.VISION_ENCODER),
     status="exact",
     summary="keep the visual tokens of highest class attention",
     options=FasterVlmOptions,

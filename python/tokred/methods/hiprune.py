@@ -5,11 +5,13 @@ HiPrune: Training-Free Visual Token Pruning via Hierarchical Attention in Vision
 
 Neighbours are those in the grid. The published code for LLaVA takes the tokens before and behind in
 the row of all, so that those of the next row of the grid count, and clamps what lies outside:
-reference_compat=True. Of an image of several crops every crop keeps as many.
+reference_compat=True. Of an image of several crops every crop keeps as many. The same rule drops
+tokens behind the deep layer of a vision encoder by itself, whose patches must be a square.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,12 +19,13 @@ import torch
 from torch import Tensor
 
 from ._crops import select_in_crops
+from ._dropping import behind_prefix, finite
 from ._method import Family, Method, Needs
 from ._selection import best, check_grid, dilate, head_mean, keep_count, mask_of
 from ._visual import VisualOptions
 
 if TYPE_CHECKING:
-    from tokred.patching import VisualCall
+    from tokred.patching import ReductionCall, VisualCall
 
 
 def select_tokens(
@@ -89,6 +92,8 @@ class HipruneOptions(VisualOptions):
     deep_layer: int = -2
     reference_compat: bool = False
 
+    adapters = ("timm", "transformers", "vision_language")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.alpha <= 1:
@@ -103,7 +108,9 @@ class HipruneOptions(VisualOptions):
         Raises:
             ValueError: the encoder has not as many layers.
         """
-        middle = num_layers // 3 if self.middle_layer is None else self.middle_layer
+        middle = self.middle_layer
+        if middle is None:
+            middle = max(0, min(num_layers // 3, self.deep_layer % num_layers - 1))
         for name, layer in (("middle_layer", middle), ("deep_layer", self.deep_layer)):
             if not -num_layers <= layer < num_layers:
                 raise ValueError(f"{name} must be one of {num_layers} layers, got {layer}")
@@ -126,6 +133,43 @@ class HipruneOptions(VisualOptions):
         ]
         return select_in_crops(call, self.count(call.tokens.shape[1]), select, *maps)
 
+    def layers(self, num_layers: int) -> list[int]:
+        """The middle layer, which keeps all, and the deep one."""
+        middle, deep = (layer % num_layers for layer in self.encoder_layers(num_layers))
+        if middle >= deep:
+            raise ValueError(
+                f"middle_layer must come before deep_layer, got {middle} and {deep} of "
+                f"{num_layers} layers"
+            )
+        return [middle, deep] if self.ratio != 1 else []
+
+    def plan(self, call: ReductionCall) -> Tensor | None:
+        """select_tokens in the deep layer.
+
+        Raises:
+            ValueError: the patches are no square.
+        """
+        patches = call.tokens.shape[1] - call.num_prefix
+        count = self.count(patches)
+        if count >= patches:
+            return None
+        seen = call.received_attention().mean(1)[:, call.num_prefix :]
+        if call.layer == self.layers(call.num_layers)[0]:
+            call.carried["hiprune"] = seen
+            return None
+        side = math.isqrt(patches)
+        if side * side != patches:
+            raise ValueError(f"hiprune needs a square of patches, got {patches}")
+        chosen = select_tokens(
+            finite(call.carried["hiprune"]),
+            finite(seen),
+            count,
+            (side, side),
+            alpha=self.alpha,
+            reference_compat=self.reference_compat,
+        )
+        return behind_prefix(chosen, call.num_prefix)
+
 
 METHOD = Method(
     title=(
@@ -134,7 +178,7 @@ METHOD = Method(
     ),
     arxiv="2508.00553",
     family=Family.PRUNE,
-    needs=(Needs.VISION_LANGUAGE_MODEL,),
+    needs=(Needs.VISION_LANGUAGE_MODEL, Needs.VISION_ENCODER),
     status="exact",
     summary="keep anchors of a middle layer, their neighbours, and what a deep layer attends to",
     options=HipruneOptions,
