@@ -76,15 +76,18 @@ def select_in_crops(
     select: Callable[..., Tensor],
     *x: Tensor,
     order: str = "position",
-) -> Tensor:
+) -> Tensor | None:
     """The tokens that a rule keeps when every crop gets an equal part of the count.
 
     Args:
-        count: tokens that an image keeps; what does not divide is lost, but a crop keeps one.
+        count: tokens that an image keeps: all of them, None; otherwise what does not divide is
+            lost, but a crop keeps one.
         select: called as select(*x, k, valid=...), x [B, N, ...] by crops as [B * M, P, ...], and
             returns places i32 [B * M, k].
         order: "position": ascending; "score": as the rule has them, crop after crop.
     """
+    if count >= call.tokens.shape[1]:
+        return None
     crops = crops_of(call)
     k = max(1, count // crops.number)
     picks = select(*map(crops.values, x), k, valid=crops.valid(call.tokens.shape[0]))

@@ -72,7 +72,7 @@ class FasterVlmOptions(VisualOptions):
         """The one that is read."""
         return [self.layer]
 
-    def reduce_visual(self, call: VisualCall) -> Tensor:
+    def reduce_visual(self, call: VisualCall) -> Tensor | None:
         """select_tokens in every crop."""
         attention = encoder_attention(call, self.layer)
         return select_in_crops(call, self.count(call.tokens.shape[1]), select_tokens, attention)

@@ -124,7 +124,7 @@ class FlashVlmOptions(VisualOptions):
         """The one that is read."""
         return [self.layer]
 
-    def reduce_visual(self, call: VisualCall) -> Tensor:
+    def reduce_visual(self, call: VisualCall) -> Tensor | None:
         """select_tokens in every crop, by scores in that crop.
 
         Raises:
@@ -132,7 +132,10 @@ class FlashVlmOptions(VisualOptions):
         """
         if call.text is None:
             raise ValueError(f"flash_vlm reads the text of the prompt: {call.why_not}")
-        crops, batch = crops_of(call), call.tokens.shape[0]
+        batch, tokens = call.tokens.shape[:2]
+        count, crops = self.count(tokens), crops_of(call)
+        if count >= tokens:
+            return None
         valid = crops.valid(batch)
 
         def of_crops(text: Tensor) -> Tensor:
@@ -146,7 +149,7 @@ class FlashVlmOptions(VisualOptions):
         )
         attention = crops.values(encoder_attention(call, self.layer))
         scores = fused_scores(attention, similarity, valid, self.eta)
-        k = max(1, self.count(call.tokens.shape[1]) // crops.number)
+        k = max(1, count // crops.number)
         return crops.tokens(select_tokens(crops.values(call.encoder_features), scores, k, valid))
 
 

@@ -116,7 +116,7 @@ class HipruneOptions(VisualOptions):
                 raise ValueError(f"{name} must be one of {num_layers} layers, got {layer}")
         return [middle, self.deep_layer]
 
-    def reduce_visual(self, call: VisualCall) -> Tensor:
+    def reduce_visual(self, call: VisualCall) -> Tensor | None:
         """select_tokens in every crop."""
         layout = call.layout
         grid = call.grid if layout is None or layout.num_crops == 1 else layout.crop_grid

@@ -151,7 +151,7 @@ class HolovOptions(VisualOptions):
         """The one that is read."""
         return [self.layer]
 
-    def reduce_visual(self, call: VisualCall) -> Tensor:
+    def reduce_visual(self, call: VisualCall) -> Tensor | None:
         """select_tokens in every crop."""
 
         def select(x: Tensor, attention: Tensor, k: int, valid: Tensor) -> Tensor:

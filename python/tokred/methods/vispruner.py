@@ -107,7 +107,7 @@ class VisprunerOptions(VisualOptions):
         """The one that is read."""
         return [self.layer]
 
-    def reduce_visual(self, call: VisualCall) -> Tensor:
+    def reduce_visual(self, call: VisualCall) -> Tensor | None:
         """select_tokens in every crop, by the encoder's features."""
 
         def select(x: Tensor, attention: Tensor, k: int, valid: Tensor) -> Tensor:

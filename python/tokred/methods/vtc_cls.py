@@ -86,7 +86,7 @@ class VtcClsOptions(VisualOptions):
             )
         return list(range(first, num_layers - 1))
 
-    def reduce_visual(self, call: VisualCall) -> Tensor:
+    def reduce_visual(self, call: VisualCall) -> Tensor | None:
         """select_tokens in every crop."""
         layers = self.encoder_layers(call.num_layers)
         scores = ensemble([encoder_attention(call, layer) for layer in layers])
