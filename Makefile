@@ -153,4 +153,4 @@ tables: build $(VENV)/bench
 	$(BIN)/python -m bench.plot
 
 clean:
-	rm -rf build dist demo_output gallery_output .make python/tokred/lib python/tokred/_C*.so
+	rm -rf build dist demo_output gallery_output compare_output .make python/tokred/lib python/tokred/_C*.so

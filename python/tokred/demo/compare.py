@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from .offline import MissingModelError, require_packages
-from .report import mark_dense, new_figure, new_table, origin, save_figure
+from .report import mark_dense, new_figure, new_table, origin
 
 KEEP = (0.25, 0.5, 0.75)
 
@@ -195,7 +195,14 @@ def save_plot(comparison: Comparison, path: Path) -> None:
     panels[0].step(
         *zip(*front, strict=True), "k--", where="post", linewidth=1, label="Pareto front"
     )
-    save_figure(figure, f"{comparison.model}, {comparison.of} kept", path)
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    # One legend beside both panels: there are more methods than fit into one.
+    lines, labels = panels[0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside right upper", fontsize=7)
+    figure.suptitle(f"{comparison.model}, {comparison.of} kept", fontsize=10)
+    figure.savefig(path, dpi=150)
 
 
 def shares(text: Iterable[float]) -> tuple[float, ...]:
