@@ -277,7 +277,11 @@ PYBIND11_MODULE(_C, m) {
         return py::dict(
             "costs"_a = describe(plan_sinkhorn_costs(batch, sources, is_float, is_async)),
             "steps"_a = describe(plan_sinkhorn(batch)),
-            "aggregation"_a = describe(plan_sinkhorn_aggregation(batch, anchors, channels)));
+            "aggregation"_a = describe(plan_sinkhorn_aggregation(batch, anchors, channels)),
+            "norms"_a = describe(plan_sinkhorn_norms(batch * (sources + anchors))),
+            "weights"_a = describe(plan_sinkhorn_weights(batch, sources, anchors)),
+            "sources"_a = describe(plan_sinkhorn_gradient(batch, sources, channels, true)),
+            "anchors"_a = describe(plan_sinkhorn_gradient(batch, anchors, channels, false)));
       },
       "batch"_a, "sources"_a, "anchors"_a, "channels"_a, "is_float"_a = false, "aligned"_a = true,
       "name -> {grid, block, shared_bytes}");

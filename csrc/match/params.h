@@ -93,4 +93,31 @@ struct SinkhornParams : TokenPairs {
   void* workspace;  // sinkhorn_workspace(params) bytes
 };
 
+inline constexpr int64_t kMostKeptSteps = 1 << 16;  // on a device, which has room for all of them
+
+// The gradients of x and anchors through the steps that were made, with S = -cost / eps and, of the
+// step t, log_u_i = log a - logsumexp_j(S_ij + log_v_j of the step before) and log_v_j = log b -
+// logsumexp_i(S_ij + log_u_i):
+//   W_ij = T_ij (<grad_aggregation_j, x_i> + grad_load_j),
+//   dS = W, gu_i = sum_j W_ij, gv_j = sum_i W_ij,
+// and back from the last step, Q = exp(S + log_u + log_v) / b and P = exp(S + log_u + log_v of the
+// step before) / a:
+//   dS_ij -= gv_j Q_ij, gu_i -= sum_j gv_j Q_ij, then
+//   dS_ij -= gu_i P_ij, gv_j = -sum_i gu_i P_ij, gu = 0;
+// and on through the cost to the cosine and the rows; x_i gets sum_j T_ij grad_aggregation_j too.
+// Rows that take no part, or whose norm is below kNormEps, have no gradient through the cosine.
+struct SinkhornBackwardParams {
+  SinkhornParams forward;  // without its results
+  const float* grad_aggregation;  // f32 [B, N, C], channels contiguous
+  int64_t aggregation_stride[2];  // batch, anchor
+  const float* grad_load;  // f32 [B, N]
+  int64_t load_stride[2];
+  const int32_t* steps;  // i32 [B] that the items made
+  int64_t steps_stride;
+  int64_t most_steps;  // steps[b] are taken from 0 to this
+  void* grad_x;  // dtype [B, M, C]
+  void* grad_anchors;  // dtype [B, N, C]
+  void* workspace;  // sinkhorn_backward_workspace(params) bytes
+};
+
 }  // namespace tokred

@@ -1,6 +1,7 @@
-// Front end of sinkhorn: checks, allocation, parameters.
+// Front ends of sinkhorn and its gradient: checks, allocation, parameters.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "match/match.h"
@@ -26,15 +27,13 @@ inline void token_numbers(const OptionalTensor& t, const char* name, const Tenso
   stride[1] = t->stride(1);
 }
 
-// aggregation f32 [B, N, C], load f32 [B, N], peak f32 [B, M], log_u f32 [B, M], log_v f32 [B, N],
-// steps i32 [B]; see SinkhornParams.
-template <class Backend>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sinkhorn(
+// The inputs of sinkhorn, checked; the tolerance and the results are still to be set.
+inline SinkhornParams sinkhorn_inputs(
     const Tensor& x, const Tensor& anchors, const OptionalTensor& position_x,
     const OptionalTensor& position_anchors, const OptionalTensor& time_x,
     const OptionalTensor& time_anchors, const OptionalTensor& mask_x,
     const OptionalTensor& mask_anchors, const OptionalTensor& offset, double position_weight,
-    double time_scale, double eps, int64_t iterations, double tolerance) {
+    double time_scale, double eps, int64_t iterations) {
   SinkhornParams p{};
   p.metric = Metric::cosine;
   p.dtype = float_dtype(x, "x", false);
@@ -68,14 +67,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sinkhorn(
   TOKRED_CHECK(std::isfinite(eps) && eps >= 1e-6, "eps must be finite and at least 1e-6, got ",
                eps);
   TOKRED_CHECK(iterations >= 1, "iterations must be at least 1, got ", iterations);
-  TOKRED_CHECK(tolerance >= 0, "tolerance must be at least 0, got ", tolerance);
   p.position_weight = static_cast<float>(position_weight);
   p.time_scale = static_cast<float>(time_scale);
   p.eps = static_cast<float>(eps);
   p.iterations = iterations;
-  p.tolerance = static_cast<float>(tolerance);
   p.batch = x.size(0);
   p.channels = x.size(2);
+  return p;
+}
+
+// aggregation f32 [B, N, C], load f32 [B, N], peak f32 [B, M], log_u f32 [B, M], log_v f32 [B, N],
+// steps i32 [B]; see SinkhornParams.
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sinkhorn(
+    const Tensor& x, const Tensor& anchors, const OptionalTensor& position_x,
+    const OptionalTensor& position_anchors, const OptionalTensor& time_x,
+    const OptionalTensor& time_anchors, const OptionalTensor& mask_x,
+    const OptionalTensor& mask_anchors, const OptionalTensor& offset, double position_weight,
+    double time_scale, double eps, int64_t iterations, double tolerance) {
+  SinkhornParams p =
+      sinkhorn_inputs(x, anchors, position_x, position_anchors, time_x, time_anchors, mask_x,
+                      mask_anchors, offset, position_weight, time_scale, eps, iterations);
+  TOKRED_CHECK(tolerance >= 0, "tolerance must be at least 0, got ", tolerance);
+  p.tolerance = static_cast<float>(tolerance);
 
   Backend backend(x);
   const auto floats = [&](std::initializer_list<int64_t> shape, float*& data) {
@@ -94,6 +108,62 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sinkhorn(
   p.workspace = workspace.data();
   if (p.batch > 0) backend.sinkhorn(p);
   return {aggregation, load, peak, log_u, log_v, steps};
+}
+
+// Gradients of x [B, M, C] and anchors [B, N, C]; see SinkhornBackwardParams.
+template <class Backend>
+std::tuple<Tensor, Tensor> sinkhorn_backward(
+    const Tensor& grad_aggregation, const Tensor& grad_load, const Tensor& x, const Tensor& anchors,
+    const OptionalTensor& position_x, const OptionalTensor& position_anchors,
+    const OptionalTensor& time_x, const OptionalTensor& time_anchors, const OptionalTensor& mask_x,
+    const OptionalTensor& mask_anchors, const OptionalTensor& offset, const Tensor& steps,
+    double position_weight, double time_scale, double eps, int64_t iterations) {
+  SinkhornBackwardParams p{};
+  p.forward =
+      sinkhorn_inputs(x, anchors, position_x, position_anchors, time_x, time_anchors, mask_x,
+                      mask_anchors, offset, position_weight, time_scale, eps, iterations);
+  const SinkhornParams& f = p.forward;
+  check_shape(grad_aggregation, "grad_aggregation", {f.batch, f.b.count, f.channels}, "[B, N, C]");
+  check_last_contiguous(grad_aggregation, "grad_aggregation");
+  check_shape(grad_load, "grad_load", {f.batch, f.b.count}, "[B, N]");
+  for (const auto& [grad, name] :
+       {std::pair{&grad_aggregation, "grad_aggregation"}, std::pair{&grad_load, "grad_load"}}) {
+    check_dtype(*grad, name, ScalarType::Float);
+    check_same_device(*grad, name, x, "x");
+  }
+  check_shape(steps, "steps", {f.batch}, "[B]");
+  check_dtype(steps, "steps", ScalarType::Int);
+  check_same_device(steps, "steps", x, "x");
+  p.grad_aggregation = static_cast<const float*>(grad_aggregation.const_data_ptr());
+  p.grad_load = static_cast<const float*>(grad_load.const_data_ptr());
+  for (int dim = 0; dim < 2; ++dim) {
+    p.aggregation_stride[dim] = grad_aggregation.stride(dim);
+    p.load_stride[dim] = grad_load.stride(dim);
+  }
+  p.steps = static_cast<const int32_t*>(steps.const_data_ptr());
+  p.steps_stride = steps.stride(0);
+  // Steps are kept: as many as were made where the host can see that.
+  p.most_steps = iterations;
+  if (Backend::kHost) {
+    int64_t made = 0;
+    for (int64_t b = 0; b < f.batch; ++b) {
+      made = std::max<int64_t>(made, p.steps[b * p.steps_stride]);
+    }
+    p.most_steps = std::min(iterations, made);
+  } else {
+    TOKRED_CHECK(iterations <= kMostKeptSteps, "iterations must be at most ", kMostKeptSteps,
+                 " for a gradient on a device, got ", iterations);
+  }
+
+  Backend backend(x);
+  Tensor grad_x = allocate(x, {f.batch, f.a.count, f.channels}, x.scalar_type());
+  Tensor grad_anchors = allocate(x, {f.batch, f.b.count, f.channels}, x.scalar_type());
+  p.grad_x = grad_x.mutable_data_ptr();
+  p.grad_anchors = grad_anchors.mutable_data_ptr();
+  Scratch workspace(x, backend.sinkhorn_backward_workspace(p), Backend::kHost);
+  p.workspace = workspace.data();
+  if (f.batch > 0) backend.sinkhorn_backward(p);
+  return {grad_x, grad_anchors};
 }
 
 }  // namespace tokred

@@ -35,4 +35,21 @@ CASES = [
     (sinkhorn, (X, ANCHORS), {"iterations": 0}, "iterations must be at least 1"),
     (sinkhorn, (X, ANCHORS), {"tolerance": -1.0}, "tolerance must be at least 0"),
 ]
+GRADS, STEPS = (ANCHORS, torch.zeros(2, 4)), torch.ones(2).int()
+NONE, OPTIONS = (None,) * 7, (0.5, 1.5, 0.1, 100)
+backward = torch.ops.tokred.sinkhorn_backward.default
+CASES += [
+    (backward, (*grads, X, ANCHORS, *NONE, steps, *options), {}, message)
+    for grads, steps, options, message in (
+        ((X, GRADS[1]), STEPS, OPTIONS, "grad_aggregation must be"),
+        ((ANCHORS.half(), GRADS[1]), STEPS, OPTIONS, "grad_aggregation must be float32"),
+        ((ANCHORS.mT.contiguous().mT, GRADS[1]), STEPS, OPTIONS, "grad_aggregation must be cont"),
+        ((ANCHORS, GRADS[1][:, :3]), STEPS, OPTIONS, "grad_load must be"),
+        ((ANCHORS, GRADS[1].double()), STEPS, OPTIONS, "grad_load must be float32"),
+        (GRADS, STEPS[:1], OPTIONS, "steps must be"),
+        (GRADS, STEPS.long(), OPTIONS, "steps must be int32"),
+        (GRADS, STEPS, (0.5, 1.5, 0.0, 100), "eps must be finite and at least 1e-6"),
+        (GRADS, STEPS, (0.5, 1.5, 0.1, 0), "iterations must be at least 1"),
+    )
+]
 test_bad_sinkhorn = names_the_argument(CASES)

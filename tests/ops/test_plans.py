@@ -102,6 +102,10 @@ def test_sinkhorn(is_float: bool, aligned: bool) -> None:
     for batch, sources, anchors, channels in shapes((1, 126), (1, 64, 1152)):
         most = {"costs": batch * -(-sources // 64), "steps": batch}
         most["aggregation"] = batch * -(-anchors // 32) * -(-channels // 64)
+        most["norms"] = -(-batch * (sources + anchors) // 8)
+        most["weights"] = batch * -(-sources // 64) * -(-anchors // 32)
+        most["sources"] = batch * -(-sources // 32) * -(-channels // 64)
+        most["anchors"] = most["aggregation"]
         plans = _C.plan_sinkhorn(batch, sources, anchors, channels, is_float, aligned)
         check(plans, {name: min(blocks, 2**30) for name, blocks in most.items()})
 

@@ -1,238 +1,60 @@
-// sinkhorn: entropic optimal transport in the log domain, an item a task. The costs of an item are
-// made once, by register tiles, into the worker's memory; a step reads them once, row by row: one
-// exponential an entry serves the sum of its row and, divided by that, the sum of its column.
+// sinkhorn: entropic optimal transport in the log domain, an item a task, in the worker's memory.
 //
 // M = 603, N = 126, C = 1152: 0.18 GFLOP for the costs and as much for the aggregation, 1.8 ms at
 // 200 GFLOP/s; a step takes 76 k exponentials, 25 us.
-#include <cmath>
-
-#include "common/cpu/lanes.h"
 #include "common/cpu/parallel.h"
-#include "common/cpu/register_tile.h"
-#include "common/cpu/row.h"
-#include "common/cpu/vexp.h"
-#include "common/cpu/workspace.h"
-#include "match/cpu/token_set.h"
+#include "match/cpu/transport.h"
 
 namespace tokred::TOKRED_ISA {
 namespace {
 
-constexpr int64_t kRows = 48;  // sources converted at a time
-constexpr float kLeastSum = 0x1p-90f;  // of a column; smaller sums have lost digits
-
-// One worker's memory. `padded` is N, rounded up to lanes; what is behind N costs inf.
+// One worker's memory.
 struct Scratch {
-  float* score;   // [M][padded] -cost / eps, -inf for skipped anchors
-  float* panels;  // [padded / 16][C][16] normalised anchors, transposed; then sources
-  float* block;   // [kRows][C] sources, or [kRows][padded] of the plan
-  float* log_u;   // [M, padded]
-  float* u;       // [M, padded] exp(log_u) of the step before
-  float* log_v;   // [padded]
-  float* row;     // [padded]
-  float* sum;     // [padded] of columns
-  float* x;       // [padded] positions of anchors
-  float* y;       // [padded]
-  float* time;    // [padded] of anchors
-  float* skip;    // [padded] 0, or -inf for skipped anchors
+  TransportScratch transport;
+  float* u;  // [M, padded] exp(log_u) of the step before
 };
 
 Scratch allocate_scratch(Workspace& memory, const SinkhornParams& p) {
-  const int64_t rows = round_up(p.a.count, kLanes), padded = round_up(p.b.count, kLanes);
-  const int64_t channels = round_up(p.channels, kLanes);
-  Scratch s;
-  s.score = memory.allocate<float>(p.a.count * padded);
-  s.panels = memory.allocate<float>(max(padded, kRows) * channels);
-  s.block = memory.allocate<float>(kRows * max(p.channels, padded));
-  s.log_u = memory.allocate<float>(rows);
-  s.u = memory.allocate<float>(rows);
-  s.log_v = memory.allocate<float>(padded);
-  s.row = memory.allocate<float>(padded);
-  s.sum = memory.allocate<float>(padded);
-  s.x = memory.allocate<float>(padded);
-  s.y = memory.allocate<float>(padded);
-  s.time = memory.allocate<float>(padded);
-  s.skip = memory.allocate<float>(padded);
-  return s;
+  return {allocate_transport(memory, p), memory.allocate<float>(round_up(p.a.count, kLanes))};
 }
 int64_t scratch_bytes(const SinkhornParams& p) {
   return workspace_bytes([&](Workspace& memory) { allocate_scratch(memory, p); });
 }
 
 template <class T>
-class Item {
+class Item : Transport<T> {
+  using Base = Transport<T>;
+  using Base::p_, Base::item_, Base::s_, Base::m_, Base::n_, Base::padded_, Base::sources_;
+  using Base::source, Base::skipped, Base::scores, Base::nobody;
+
  public:
   Item(const SinkhornParams& p, int64_t item, const Scratch& s)
-      : p_(p), item_(item), s_(s), m_(p.a.count), n_(p.b.count), padded_(round_up(n_, kLanes)) {}
+      : Base(p, item, s.transport), u_(s.u) {}
 
   void run() {
-    prepare_anchors();
-    score_rows();
-    const int32_t steps = iterate();
-    p_.steps[item_] = steps;
+    Base::prepare();
+    p_.steps[item_] = iterate();
     aggregate();
   }
 
  private:
-  const T* source(int64_t i) const {
-    return static_cast<const T*>(p_.a.data) + item_ * p_.a.stride_batch + i * p_.a.stride_token;
-  }
-  const T* anchor(int64_t j) const {
-    return static_cast<const T*>(p_.b.data) + item_ * p_.b.stride_batch + j * p_.b.stride_token;
-  }
-  bool skipped(int64_t i) const { return row_masked(p_.a, item_, i); }
-  float* scores(int64_t i) const { return s_.score + i * padded_; }
-
-  void prepare_anchors() {
-    anchors_ = 0;
-    for (int64_t j = 0; j < padded_; ++j) {
-      const bool there = j < n_ && !row_masked(p_.b, item_, j);
-      anchors_ += there;
-      s_.skip[j] = there ? 0.0f : -kInfinity<float>;
-      s_.log_v[j] = 0.0f;
-      float* panel = s_.panels + j / kLanes * p_.channels * kLanes + j % kLanes;
-      const T* row = there ? anchor(j) : nullptr;
-      const float scale = there ? inverse_norm(squared_norm(row, p_.channels)) : 0.0f;
-      for (int64_t c = 0; c < p_.channels; ++c) {
-        panel[c * kLanes] = there ? to_float(row[c]) * scale : 0.0f;
-      }
-      s_.x[j] = s_.y[j] = s_.time[j] = 0.0f;
-      if (p_.position_b && j < n_) {
-        const float* at =
-            p_.position_b + item_ * p_.position_b_stride[0] + j * p_.position_b_stride[1];
-        s_.x[j] = at[0];
-        s_.y[j] = at[1];
-      }
-      if (p_.time_b && j < n_) {
-        s_.time[j] = p_.time_b[item_ * p_.time_b_stride[0] + j * p_.time_b_stride[1]];
-      }
-    }
-  }
-
-  // Fills the rows of `score`.
-  void score_rows() {
-    sources_ = 0;
-    for (int64_t i0 = 0; i0 < m_; i0 += kRows) {
-      const int64_t rows = min(kRows, m_ - i0);
-      for (int64_t i = 0; i < rows; ++i) {
-        const T* x = source(i0 + i);
-        float* to = s_.block + i * p_.channels;
-        if (skipped(i0 + i)) {
-          for (int64_t c = 0; c < p_.channels; ++c) to[c] = 0.0f;
-          continue;
-        }
-        ++sources_;
-        const float scale = inverse_norm(squared_norm(x, p_.channels));
-        pack_row(x, p_.channels, to);
-        for (int64_t c = 0; c < p_.channels; ++c) to[c] *= scale;
-      }
-      const int64_t panels = padded_ / kLanes;
-      for (int64_t panel = 0; panel < panels; panel += kTilePanels<float>) {
-        const int64_t count = min(kTilePanels<float>, panels - panel);
-        multiply<Layout::row_step>(s_.block, p_.channels, rows,
-                                   s_.panels + panel * p_.channels * kLanes, p_.channels * kLanes,
-                                   count, p_.channels, [&](int64_t i, int64_t n, f32x16 cosine) {
-                                     const int64_t j = (panel + n) * kLanes;
-                                     store(scores(i0 + i) + j, score(cosine, i0 + i, j));
-                                   });
-      }
-    }
-  }
-  f32x16 score(f32x16 cosine, int64_t i, int64_t j) const {
-    f32x16 cost = splat(1.0f) - cosine;
-    if (p_.offset) cost = cost - splat(p_.offset[item_ * p_.offset_stride]);
-    if (p_.position_a) {
-      const float* at =
-          p_.position_a + item_ * p_.position_a_stride[0] + i * p_.position_a_stride[1];
-      const f32x16 dx = splat(at[0]) - load(s_.x + j), dy = splat(at[1]) - load(s_.y + j);
-      float distance[kLanes];
-      store(distance, fma(dx, dx, dy * dy));
-      for (float& d : distance) d = __builtin_sqrtf(d);
-      cost = fma(splat(p_.position_weight), load(distance), cost);
-    }
-    if (p_.time_a) {
-      const float time = p_.time_a[item_ * p_.time_a_stride[0] + i * p_.time_a_stride[1]];
-      const f32x16 apart = (splat(time) - load(s_.time + j)) / splat(p_.time_scale);
-      cost = cost * (splat(1.0f) - exp(splat(-0.5f) * apart * apart));
-    }
-    const f32x16 scaled = splat(0.0f) - cost / splat(p_.eps), skip = load(s_.skip + j);
-    return select_greater(splat(0.0f), skip, skip, scaled);
-  }
-
   // Returns the number of steps.
   int32_t iterate() {
-    const float log_a = -std::log(static_cast<float>(sources_));
-    const float log_b = -std::log(static_cast<float>(anchors_));
-    for (int64_t i = 0; i < round_up(m_, kLanes); ++i) {
-      s_.log_u[i] = -kInfinity<float>;
-      s_.u[i] = i < m_ && !skipped(i) ? 1.0f : 0.0f;
-    }
-    if (sources_ == 0 || anchors_ == 0) {
+    if (nobody()) {
       for (int64_t j = 0; j < padded_; ++j) s_.log_v[j] = -kInfinity<float>;
       return 0;
+    }
+    for (int64_t i = 0; i < round_up(m_, kLanes); ++i) {
+      u_[i] = i < m_ && !skipped(i) ? 1.0f : 0.0f;
     }
     int64_t step = 0;
     bool converged = false;
     while (step < p_.iterations && !converged) {
-      for (int64_t j = 0; j < padded_; ++j) s_.sum[j] = 0.0f;
-      for (int64_t i = 0; i < m_; ++i) {
-        if (!skipped(i)) scale_row(i, log_a);
-      }
-      for (int64_t j = 0; j < padded_; j += kLanes) scale_columns(j, log_a, log_b);
+      Base::step();
       converged = change() < p_.tolerance;
       ++step;
     }
     return static_cast<int32_t>(min(step, int64_t{0x7fffffff}));
-  }
-
-  // Makes the sum of row i right, and adds its share to the sums of the columns.
-  void scale_row(int64_t i, float log_a) {
-    const float* score = scores(i);
-    f32x16 most = splat(-kInfinity<float>);
-    for (int64_t j = 0; j < padded_; j += kLanes) {
-      const f32x16 sum = load(score + j) + load(s_.log_v + j);
-      store(s_.row + j, sum);
-      most = max(sum, most);
-    }
-    const float top = max_lane(most);
-    f32x16 total = splat(0.0f);
-    for (int64_t j = 0; j < padded_; j += kLanes) {
-      const f32x16 e = exp(load(s_.row + j) - splat(top));
-      store(s_.row + j, e);
-      total = total + e;
-    }
-    const float sum = tokred::TOKRED_ISA::sum(total);
-    s_.log_u[i] = log_a - top - std::log(sum);
-    const f32x16 share = splat(1.0f / sum);
-    for (int64_t j = 0; j < padded_; j += kLanes) {
-      store(s_.sum + j, fma(load(s_.row + j), share, load(s_.sum + j)));
-    }
-  }
-
-  // Makes the sums of sixteen columns right.
-  void scale_columns(int64_t j, float log_a, float log_b) {
-    const uint32_t large = greater_lanes(load(s_.sum + j), splat(kLeastSum));
-    uint32_t there = greater_lanes(load(s_.skip + j), splat(-1.0f));
-    if ((large & there) == there) {
-      for (; there; there &= there - 1) {
-        const int64_t column = j + __builtin_ctz(there);
-        s_.log_v[column] += log_b - log_a - std::log(s_.sum[column]);
-      }
-      return;
-    }
-    f32x16 top = splat(-kInfinity<float>), total = splat(0.0f);
-    for (int64_t i = 0; i < m_; ++i) {
-      if (!skipped(i)) top = max(load(scores(i) + j) + splat(s_.log_u[i]), top);
-    }
-    for (int64_t i = 0; i < m_; ++i) {
-      if (!skipped(i)) total = total + exp(load(scores(i) + j) + splat(s_.log_u[i]) - top);
-    }
-    float most[kLanes], sums[kLanes];
-    store(most, top);
-    store(sums, total);
-    for (; there; there &= there - 1) {
-      const int lane = __builtin_ctz(there);
-      s_.log_v[j + lane] = log_b - most[lane] - std::log(sums[lane]);
-    }
   }
 
   // mean |u - u of the step before|; NaN, which is below nothing, where u leaves fp32.
@@ -242,9 +64,9 @@ class Item {
     for (int64_t i = 0; i < m_; i += kLanes) {
       const f32x16 log_u = load(s_.log_u + i), u = exp(log_u);
       large |= greater_lanes(log_u, splat(88.0f)) != 0;
-      const f32x16 moved = u - load(s_.u + i);
+      const f32x16 moved = u - load(u_ + i);
       total = total + max(moved, splat(0.0f) - moved);
-      store(s_.u + i, u);
+      store(u_ + i, u);
     }
     return large ? __builtin_nanf("") : sum(total) / static_cast<float>(sources_);
   }
@@ -254,22 +76,22 @@ class Item {
     for (int64_t k = 0; k < n_ * p_.channels; ++k) out[k] = 0.0f;
     for (int64_t j = 0; j < padded_; ++j) s_.sum[j] = 0.0f;
     const int64_t panels = divide_up(p_.channels, kLanes);
-    for (int64_t i0 = 0; i0 < m_; i0 += kRows) {
-      const int64_t rows = min(kRows, m_ - i0);
+    for (int64_t i0 = 0; i0 < m_; i0 += kTransportRows) {
+      const int64_t rows = min(kTransportRows, m_ - i0);
       for (int64_t i = 0; i < rows; ++i) {
         plan_row(i0 + i, s_.block + i * padded_);
         for (int64_t panel = 0; panel < panels; ++panel) {
           const int64_t c = panel * kLanes;
           const f32x16 x =
               skipped(i0 + i) ? splat(0.0f) : load_row(source(i0 + i) + c, p_.channels - c);
-          store(s_.panels + (panel * kRows + i) * kLanes, x);
+          store(s_.panels + (panel * kTransportRows + i) * kLanes, x);
         }
       }
       for (int64_t panel = 0; panel < panels; panel += kTilePanels<float>) {
         const int64_t count = min(kTilePanels<float>, panels - panel);
         multiply<Layout::step_row>(
-            s_.block, padded_, n_, s_.panels + panel * kRows * kLanes, kRows * kLanes, count, rows,
-            [&](int64_t j, int64_t n, f32x16 sum) {
+            s_.block, padded_, n_, s_.panels + panel * kTransportRows * kLanes,
+            kTransportRows * kLanes, count, rows, [&](int64_t j, int64_t n, f32x16 sum) {
               const int64_t c = (panel + n) * kLanes;
               float* to = out + j * p_.channels + c;
               store_row(to, load_row(to, p_.channels - c) + sum, p_.channels - c);
@@ -284,7 +106,7 @@ class Item {
 
   // A row of the plan, which it adds to the sums of the columns; and its peak.
   void plan_row(int64_t i, float* plan) {
-    const bool none = skipped(i) || anchors_ == 0;
+    const bool none = skipped(i) || nobody();
     f32x16 total = splat(0.0f), most = splat(0.0f);
     for (int64_t j = 0; j < padded_; j += kLanes) {
       const f32x16 t =
@@ -298,11 +120,7 @@ class Item {
     p_.log_u[item_ * m_ + i] = s_.log_u[i];
   }
 
-  const SinkhornParams& p_;
-  int64_t item_;
-  const Scratch& s_;
-  int64_t m_, n_, padded_;
-  int64_t sources_ = 0, anchors_ = 0;  // that take part
+  float* u_;
 };
 
 }  // namespace

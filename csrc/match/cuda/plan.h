@@ -116,4 +116,29 @@ constexpr LaunchPlan plan_sinkhorn_aggregation(int64_t batch, int64_t anchors, i
   return {{capped(blocks), 1, 1}, kSinkhornThreads, kAggregationShared};
 }
 
+// sinkhorn_backward: the same block an item for the steps; a warp a row for the norms; tiles of 64
+// sources by 32 anchors, over 32 channels at a time; and of 32 rows by 64 channels for gradients.
+inline constexpr int kWeightSources = 64, kWeightAnchors = 32, kWeightChannels = 32;
+constexpr LaunchPlan plan_sinkhorn_norms(int64_t rows) {
+  const int64_t blocks = divide_up(rows, kSinkhornThreads / 32);
+  return {{capped(blocks), 1, 1}, kSinkhornThreads, 0};
+}
+// Example: B = 32, M = 603, N = 126: 32 * 10 * 4 = 1280 blocks of 13 KiB.
+constexpr LaunchPlan plan_sinkhorn_weights(int64_t batch, int64_t sources, int64_t anchors) {
+  const int64_t blocks =
+      batch * divide_up(sources, kWeightSources) * divide_up(anchors, kWeightAnchors);
+  return {{capped(blocks), 1, 1},
+          kSinkhornThreads,
+          int64_t{4} * kWeightChannels * (kWeightSources + 4 + kWeightAnchors + 1)};
+}
+// Example: B = 32, M = 603, C = 1152: 32 * 19 * 18 = 10944 blocks of 24 KiB.
+constexpr LaunchPlan plan_sinkhorn_gradient(int64_t batch, int64_t rows, int64_t channels,
+                                            bool of_sources) {
+  const int64_t blocks =
+      batch * divide_up(rows, kAggregationAnchors) * divide_up(channels, kAggregationChannels);
+  return {{capped(blocks), 1, 1},
+          kSinkhornThreads,
+          (of_sources ? 2 : 1) * (kAggregationShared + 4 * kAggregationSources)};
+}
+
 }  // namespace tokred::cuda

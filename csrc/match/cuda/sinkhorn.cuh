@@ -17,6 +17,23 @@ __host__ __device__ __forceinline__ float* sinkhorn_scores(const SinkhornParams&
   return static_cast<float*>(p.workspace);
 }
 
+// How far a source and an anchor stand apart.
+__device__ __forceinline__ float apart_in_space(const SinkhornParams& p, int64_t item, int64_t i,
+                                                int64_t j) {
+  const float* from = p.position_a + item * p.position_a_stride[0] + i * p.position_a_stride[1];
+  const float* to = p.position_b + item * p.position_b_stride[0] + j * p.position_b_stride[1];
+  const float dx = from[0] - to[0], dy = from[1] - to[1];
+  return sqrtf(fmaf(dx, dx, dy * dy));
+}
+// 1 - exp(-(time difference)^2 / (2 time_scale^2))
+__device__ __forceinline__ float apart_in_time(const SinkhornParams& p, int64_t item, int64_t i,
+                                               int64_t j) {
+  const float from = p.time_a[item * p.time_a_stride[0] + i * p.time_a_stride[1]];
+  const float to = p.time_b[item * p.time_b_stride[0] + j * p.time_b_stride[1]];
+  const float apart = (from - to) / p.time_scale;
+  return 1.0f - expf(-0.5f * apart * apart);
+}
+
 template <class Config>
 struct CostRows : SimilarityRows<Config> {
   using Base = SimilarityRows<Config>;
@@ -33,18 +50,9 @@ struct CostRows : SimilarityRows<Config> {
     float cost = 1.0f - cosine;
     if (p.offset) cost -= p.offset[a.item * p.offset_stride];
     if (p.position_a) {
-      const float* from =
-          p.position_a + a.item * p.position_a_stride[0] + i * p.position_a_stride[1];
-      const float* to = p.position_b + a.item * p.position_b_stride[0] + j * p.position_b_stride[1];
-      const float dx = from[0] - to[0], dy = from[1] - to[1];
-      cost = fmaf(p.position_weight, sqrtf(fmaf(dx, dx, dy * dy)), cost);
+      cost = fmaf(p.position_weight, apart_in_space(p, a.item, i, j), cost);
     }
-    if (p.time_a) {
-      const float from = p.time_a[a.item * p.time_a_stride[0] + i * p.time_a_stride[1]];
-      const float to = p.time_b[a.item * p.time_b_stride[0] + j * p.time_b_stride[1]];
-      const float apart = (from - to) / p.time_scale;
-      cost *= 1.0f - expf(-0.5f * apart * apart);
-    }
+    if (p.time_a) cost *= apart_in_time(p, a.item, i, j);
     return -cost / p.eps;
   }
 

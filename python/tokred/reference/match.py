@@ -294,7 +294,11 @@ def transport_cost(
     position_weight: float,
     time_scale: float,
 ) -> Tensor:
-    """The costs of all pairs, [B, M, N]."""
+    """The costs of all pairs, [B, M, N]. A row without length has no gradient."""
+    x, anchors = (
+        torch.where((t.detach().double().norm(dim=-1) > NORM_EPS)[..., None], t, t.detach())
+        for t in (x, anchors)
+    )
     cost = 1 - similarity(x, anchors, "cosine")
     if offset is not None:
         cost = cost - offset[:, None, None]
@@ -343,10 +347,12 @@ def sinkhorn(
     for _ in range(iterations):
         if not running.any():
             break
-        rows = (score + log_v[:, None]).logsumexp(2)
-        log_u = torch.where(running[:, None] & masks[0], log_a - rows, log_u)
-        columns = (score + log_u[:, :, None]).logsumexp(1)
-        log_v = torch.where(running[:, None] & masks[1], log_b - columns, log_v)
+        # Sums over nothing, whose gradient would be NaN, are sums over zeros that nobody reads.
+        right = [running[:, None] & mask for mask in masks]
+        rows = torch.where(right[0][:, :, None], score + log_v[:, None], 0).logsumexp(2)
+        log_u = torch.where(right[0], log_a - rows, log_u)
+        columns = torch.where(right[1][:, None], score + log_u[:, :, None], 0).logsumexp(1)
+        log_v = torch.where(right[1], log_b - columns, log_v)
         steps = steps + running
         moved = (log_u.exp() - u).abs().sum(1) / masks[0].sum(1).clamp(min=1)
         u, running = log_u.exp(), running & ~(moved < tolerance)

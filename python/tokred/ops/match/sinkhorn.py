@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..registration import call, promote_under_autocast, without_gradient
+from ..registration import call, differentiable, once_differentiable, promote_under_autocast
 
 __all__ = ["Sinkhorn", "sinkhorn"]
 
@@ -75,13 +75,19 @@ def sinkhorn(
         out has 0, and -inf as its logarithm; so has everything where no token or no anchor is left.
         NaN in a token that takes part makes its item NaN. Under autocast x and anchors are cast to
         the wider dtype of the two.
+        Differentiable in x and anchors, once, through aggregation and load and back through the
+        steps that the item made; peak, log_u, log_v and steps have no gradient. A row without
+        length has none through its cosine.
 
     Raises:
         RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
-        ValueError: an input requires grad.
+        ValueError: a position, a time or offset requires grad.
 
     Complexity: 4 B M N C flops, and B M N exponentials a step (twice as many on CUDA). Memory
-    4 M N bytes for every thread (on CUDA, for every item).
+    4 M N bytes for every thread (on CUDA, for every item). The gradient makes the steps again:
+    10 B M N C flops and three times the exponentials (five times on CUDA), with 8 M N bytes and
+    M + N floats for every step that was made (on CUDA, for every one of `iterations`, of which
+    the gradient takes at most 65536).
     """
     return Sinkhorn(
         *call(
@@ -118,7 +124,49 @@ def _sinkhorn_fake(
     return (*floats, x.new_empty(x.shape[:1], dtype=torch.int32))  # type: ignore[return-value]
 
 
-without_gradient("sinkhorn")
+@torch.library.register_fake("tokred::sinkhorn_backward")
+def _sinkhorn_backward_fake(
+    grad_aggregation: Tensor,
+    grad_load: Tensor,
+    x: Tensor,
+    anchors: Tensor,
+    position_x: Tensor | None,
+    position_anchors: Tensor | None,
+    time_x: Tensor | None,
+    time_anchors: Tensor | None,
+    mask_x: Tensor | None,
+    mask_anchors: Tensor | None,
+    offset: Tensor | None,
+    steps: Tensor,
+    position_weight: float,
+    time_scale: float,
+    eps: float,
+    iterations: int,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), anchors.new_empty(anchors.shape)
+
+
+def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    *tensors, position_weight, time_scale, eps, iterations, _ = inputs
+    _, _, *others, steps = output
+    ctx.save_for_backward(*tensors, steps)
+    ctx.mark_non_differentiable(*others, steps)
+    ctx.options = position_weight, time_scale, eps, iterations
+
+
+def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    grad_aggregation, grad_load = grads[:2]
+    if grad_aggregation.stride(-1) != 1:
+        grad_aggregation = grad_aggregation.clone(memory_format=torch.contiguous_format)
+    found = call(
+        _ops.sinkhorn_backward.default, grad_aggregation, grad_load, *ctx.saved_tensors,
+        *ctx.options,
+    )  # fmt: skip
+    return (*found, *[None] * 12)
+
+
+differentiable("sinkhorn", ("x", "anchors"), _backward, _setup)
+once_differentiable("sinkhorn_backward", "sinkhorn")
 promote_under_autocast("sinkhorn", "x", "anchors")
 
 
@@ -127,3 +175,11 @@ def _sinkhorn_flops(x: Any, anchors: Any, *args: Any, **kwargs: Any) -> int:
     """Tensors arrive as their shapes."""
     batch, sources, channels = x
     return 4 * batch * sources * anchors[1] * channels
+
+
+@register_flop_formula(_ops.sinkhorn_backward)
+def _sinkhorn_backward_flops(
+    grad_aggregation: Any, grad_load: Any, x: Any, anchors: Any, *args: Any, **kwargs: Any
+) -> int:
+    batch, sources, channels = x
+    return 10 * batch * sources * anchors[1] * channels
