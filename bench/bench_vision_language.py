@@ -25,11 +25,9 @@ from .harness import Case
 from .machine import DTYPES, Run
 
 IMAGE, KEEP, TEXT = 31999, 320, 48
-METHODS: dict[str, dict[str, Any]] = {
-    "visionzip": {"keep": KEEP, "newlines": "drop"},
-    "faster_vlm": {"keep": KEEP, "newlines": "drop"},
-    "fastv": {"keep": KEEP, "newlines": "drop"},
-}
+OPTIONS: dict[str, Any] = {"keep": KEEP, "newlines": "drop"}
+METHODS = ("visionzip", "fastv")
+BEFORE = ("visionzip", "faster_vlm")  # before the language model
 
 
 def llava_next(language_layers: int, vision_layers: int) -> nn.Module:
@@ -74,9 +72,9 @@ def prompt(dtype: torch.dtype, device: str) -> dict[str, Tensor]:
 def patched_models(model: nn.Module) -> dict[str, nn.Module]:
     """The model and its patched copies, by candidate; parameters are shared."""
     models = {UNPATCHED: model}
-    for method, options in METHODS.items():
+    for method in METHODS:
         models[f"tokred {method}"] = sharing_copy(model)
-        tokred.apply(models[f"tokred {method}"], method, **options)
+        tokred.apply(models[f"tokred {method}"], method, **OPTIONS)
     return models
 
 
@@ -113,12 +111,12 @@ def next_token(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Callabl
 def reduction(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Callable[[], Any]]:
     """What methods do before the language model, from what the encoder has computed."""
     calls: dict[str, Callable[[], Any]] = {}
-    for name in ("visionzip", "faster_vlm"):
+    for name in BEFORE:
         seen: list[VisualCall] = []
-        method = methods.get(name).options(**METHODS[name])
+        method = methods.get(name).options(**OPTIONS)
         listen = {"reduce_visual": lambda _, call, seen=seen: seen.append(call)}
         listener = type("Listener", (type(method),), listen)
-        with Patch(model, listener(**METHODS[name]), Settings()):
+        with Patch(model, listener(**OPTIONS), Settings()):
             first_token(model, inputs)
         calls[f"tokred {name}"] = partial(method.reduce_visual, seen[0])
     return calls

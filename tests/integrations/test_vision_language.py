@@ -17,7 +17,14 @@ from cases.tiny_vlms import FAMILIES, IMAGES, Family
 from cases.vlm_oracle import Row, greedy, kept_places, logits_of, rows_of
 from tokred.methods import METHODS
 from tokred.methods._visual import VisualOptions
-from tokred.patching import Patch, PromptCall, Settings, VisualCall, VisualTokens
+from tokred.patching import (
+    LayerStates,
+    Patch,
+    PromptCall,
+    Settings,
+    VisualCall,
+    VisualTokens,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BY_NAME = {family.name: family for family in FAMILIES}
@@ -736,3 +743,56 @@ def test_a_choice_of_keys_on_top() -> None:
     outer, refused = tokred.patch(model, "fastv"), pytest.raises(RuntimeError, match="put into")
     with outer, inner, refused:
         model(**inputs)
+
+
+@torch.no_grad()
+def test_layers_that_are_watched() -> None:
+    """What their blocks were given and gave, and what is carried is pruned with the tokens."""
+    family = BY_NAME["llava"]
+    model, inputs = family.model(), family.prompt((1, 2))
+    blocks = {
+        "attention": model.model.language_model.layers[0].self_attn,
+        "mlp": model.model.language_model.layers[0].mlp,
+    }
+    seen: dict[str, Tensor] = {}
+    hooks = []
+    for name, block in blocks.items():
+
+        def keep(module: Any, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
+            seen[f"{name}_in"] = args[0] if args else kwargs["hidden_states"]
+            seen[f"{name}_out"] = output[0] if isinstance(output, tuple) else output
+
+        hooks.append(block.register_forward_hook(keep, with_kwargs=True))
+    model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    states: list[LayerStates] = []
+    carried: list[Tensor] = []
+
+    class Watching(Layers):
+        def watch(self, num_layers: int) -> list[int]:
+            return [0, 2]
+
+        def observe(self, found: LayerStates) -> None:
+            states.append(found)
+            place = torch.arange(found.valid.shape[1]).expand_as(found.valid)
+            found.carried.setdefault("place", place)
+
+        def prune(self, call: PromptCall) -> Tensor:
+            carried.append(call.carried["place"])
+            return super().prune(call)
+
+    with patched(model, Watching(keep=6)):
+        model(**inputs)
+    assert [found.layer for found in states] == [0, 2] and states[0].num_layers == 4
+    for name, expected in seen.items():
+        torch.testing.assert_close(getattr(states[0], name), expected)
+    # Before layer 3 the places carried from layer 0 are those of the tokens that are left.
+    text = 2 + 4 + 7  # of the second row: those before, around and behind its images
+    assert states[1].valid.sum(1).tolist() == [2 + 2 + 5 + 6, text + 6]
+    visual = inputs["input_ids"] == IMAGES[0]
+    for row in range(2):
+        slots = visual[row].nonzero()[:, 0]
+        wanted = slots[evenly(len(slots), 6)]
+        left = carried[1][row][states[1].visual[row]]
+        assert torch.equal(left, wanted)
