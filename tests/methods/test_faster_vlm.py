@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+import tokred
 from cases.groups import check_in_a_model
 from cases.selection import best_of, check_rows, padding, picked, uniform, visual_call
+from cases.tiny_vlms import FAMILIES
 from tokred.methods.faster_vlm import FasterVlmOptions, select_tokens
 
 
@@ -83,3 +85,16 @@ def test_refusals() -> None:
         select_tokens(torch.ones(4), 2)
     with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
         FasterVlmOptions(keep=0)
+
+
+@pytest.mark.parametrize("name", ["faster_vlm", "hiprune"])
+@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl"])
+@torch.no_grad()
+def test_a_model_with_a_language_model_is_one_stack(name: str, family: str) -> None:
+    """Its encoder, which needs all of its tokens, is not taken for one on its own."""
+    found = next(one for one in FAMILIES if one.name == family)
+    model = found.model()
+    with tokred.patch(model, name, keep=4) as handle:
+        model(**found.prompt((1,)))
+        before, kept = handle.counts[0]
+        assert len(handle.states) == 1 and kept < before

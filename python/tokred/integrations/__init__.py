@@ -43,6 +43,8 @@ def find(model: nn.Module, method: Any, settings: Settings) -> list[Any]:
     for name in method.adapters:
         adapter = importlib.import_module(f"{__name__}.{_ADAPTERS[name][0]}")
         stacks += adapter.stacks(model, method, settings)
+        if stacks and name == "vision_language":
+            break  # the model's vision encoder is part of what has been found
         if hasattr(adapter, "why_not"):
             reasons.append(adapter.why_not(model))
     if not stacks:

@@ -63,7 +63,7 @@ class FasterVlmOptions(VisualOptions):
     layer: int = -2
     at: Sequence[int] | None = None
 
-    adapters = ("timm", "transformers", "vision_language")
+    adapters = ("vision_language", "timm", "transformers")
 
     def count(self, tokens: int) -> int:
         return max(1, keep_count(tokens, self.keep, self.ratio))

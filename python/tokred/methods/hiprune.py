@@ -92,7 +92,7 @@ class HipruneOptions(VisualOptions):
     deep_layer: int = -2
     reference_compat: bool = False
 
-    adapters = ("timm", "transformers", "vision_language")
+    adapters = ("vision_language", "timm", "transformers")
 
     def __post_init__(self) -> None:
         super().__post_init__()

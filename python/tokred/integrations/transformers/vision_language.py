@@ -127,7 +127,10 @@ def why_not(model: nn.Module) -> str:
 
 
 def _is_core(module: nn.Module) -> bool:
-    return hasattr(module, "get_image_features") and _part(module, _LANGUAGE) is not None
+    # Two towers, such as CLIP's, have features of texts too: no token of one reaches the other.
+    two_towers = hasattr(module, "get_text_features")
+    has_features = hasattr(module, "get_image_features") and not two_towers
+    return has_features and _part(module, _LANGUAGE) is not None
 
 
 def _encoder_layers(method: Any, count: int) -> list[int]:
