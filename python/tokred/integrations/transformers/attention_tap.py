@@ -67,6 +67,15 @@ def record(modules: Iterable[nn.Module], stops: bool = False) -> Iterator[Record
         _open.recording = outer
 
 
+def missed(module: nn.Module) -> str:
+    """What is said of a module that has left nothing in a recording."""
+    return (
+        f"{type(module).__name__} did not attend once by the attention of this patch: choose "
+        "attn_implementation before the patch is entered, and leave patches that were put into the "
+        "model later"
+    )
+
+
 def tap(modules: Iterable[nn.Module], overrides: Overrides) -> None:
     """Lets the attention of the modules be recorded, as long as the overrides are in place."""
     configs = {id(module.config): module.config for module in modules}

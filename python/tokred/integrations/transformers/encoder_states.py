@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tokred.patching import EncoderStates, Layout
 
-from .attention_tap import Attended
+from .attention_tap import Attended, missed
 
 
 @dataclass
@@ -213,6 +213,8 @@ def _crop_states(
         calls = seen.attended.get(module)
         if calls is None:
             continue
+        if not calls:
+            return None, missed(module)
         if len(calls) != 1 or calls[0].q.shape[0] != total:
             return None, f"{type(module).__name__} was not called once for all crops"
         call = calls[0]
@@ -261,8 +263,10 @@ def _row_states(
     states = EncoderStates(len(seen.modules), 0, token_of_patch)
     for layer, module in enumerate(seen.modules):
         calls = seen.attended.get(module)
-        if not calls:
+        if calls is None:
             continue
+        if not calls:
+            return None, missed(module)
         if any(call.masked for call in calls):
             return None, "the vision encoder attends under a mask"
         both = [(call.q, call.k) for call in calls]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tokred.patching import LayerStates, Overrides, PromptCall
 
-from .attention_tap import Recording, Stopped, record, tap
+from .attention_tap import Recording, Stopped, missed, record, tap
 from .full_attention import dispatches
 from .prompt_rows import Kept, Prompt, Stage, extend_mask, keep_in_order, narrow_mask
 
@@ -361,10 +361,7 @@ def _heads(recording: Recording, attention: nn.Module) -> tuple[Tensor, Tensor]:
     """The queries and keys of a module's one call."""
     calls = recording.calls[attention]
     if len(calls) != 1:
-        raise RuntimeError(
-            f"{type(attention).__name__} did not attend once by the attention of this patch: leave "
-            "patches that were put into the language model later"
-        )
+        raise RuntimeError(missed(attention))
     return calls[0].q, calls[0].k
 
 

@@ -33,6 +33,8 @@ from .visual_prompt import STATES, Prefill, VisualState
 
 _LANGUAGE = ("language_model", "text_model")
 _ENCODERS = ("vision_tower", "visual", "vision_model")
+# Arguments with a value for every token, in the last dimension.
+_OF_TOKENS = {"input_ids", "position_ids", "token_type_ids", "mm_token_type_ids"}
 _PROJECTORS = ("multi_modal_projector", "connector", "merger")
 
 
@@ -263,11 +265,24 @@ def _go_on(state: VisualState, prompt: Prompt, original: Callable, given: dict) 
             f"the cache holds prompts of {prompt.kept.source.shape[0]} rows, got {batch}"
         )
     cache, before = given["cache"], prompt.cached - prompt.places
+    if prompt.stages and state.layers is None:
+        raise ValueError(
+            "the layers of the cache have different lengths, as a method that prunes between them "
+            "left it: go on inside its patch"
+        )
     mask = given.get("attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
         raise ValueError("attention_mask must be [B, tokens] behind a prompt that was shortened")
-    wanted = prompt.length + before + queries
-    if mask is not None and mask.shape[1] != wanted:
+    known = prompt.length + before
+    if mask is not None and known < mask.shape[1] < known + queries:
+        # generate goes by the length of the cache, and passes the tokens again that it lacks.
+        queries = mask.shape[1] - known
+        for name in _OF_TOKENS & given.keys():
+            if given[name] is not None:
+                given[name] = given[name][..., -queries:]
+        if given.get("inputs_embeds") is not None:
+            given["inputs_embeds"] = given["inputs_embeds"][:, -queries:]
+    if mask is not None and mask.shape[1] != known + queries:
         raise ValueError(
             f"attention_mask must have the prompt's {prompt.length} tokens and the "
             f"{before + queries} behind it, got {mask.shape[1]}"

@@ -196,8 +196,13 @@ class Prefill:
             position_ids=positions,
         )
         for name in ("token_type_ids", "mm_token_type_ids"):
-            if self.given.get(name) is not None:
-                self.given[name] = kept.gather(self.given[name])
+            types = self.given.get(name)
+            if types is not None and types.shape != ids.shape:
+                raise ValueError(
+                    f"{name} must be {list(ids.shape)}, as input_ids, got {list(types.shape)}"
+                )
+            if types is not None:
+                self.given[name] = kept.gather(types)
         encoded = self.given["mm_encoder_outputs"]
         encoded["image"] = _with_tokens(encoded["image"], flat[order], deep, order)
         prompt = Prompt(length, kept, kept.last(positions))
