@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokred.methods._visual import VisualOptions
 from tokred.patching import EncoderStates, Layout, PromptCall, VisualCall
@@ -152,3 +152,17 @@ def test_budgets() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             VisualOptions(**options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_projector_runs_in_the_precision_of_its_input(dtype: torch.dtype) -> None:
+    """Of a model in half precision, too: a step of 0.001 would be lost there."""
+    call, _ = visual_call()
+    projector = nn.Sequential(nn.Linear(16, 8), nn.LayerNorm(8)).to(dtype)
+    call.encoder.project = projector
+    x = torch.randn(2, 24, 16)
+    actual = call.project(x + 1e-3) - call.project(x)
+    assert actual.dtype == torch.float32 and projector[0].weight.dtype == dtype
+    exact = nn.Sequential(nn.Linear(16, 8), nn.LayerNorm(8))
+    exact.load_state_dict(projector.state_dict())
+    torch.testing.assert_close(actual, exact(x + 1e-3) - exact(x), rtol=1e-3, atol=1e-5)

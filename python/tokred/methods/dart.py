@@ -92,7 +92,7 @@ def select_tokens(
         exists = torch.cat([exists, words >= 0], 1)
     part = (left / exists.sum(1).clamp(min=1)).ceil().to(left.dtype)
     # A pivot's own length changes no order.
-    length = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
+    length = torch.linalg.vector_norm(x.float(), dim=-1)
     unlike = -(rows.float() @ x.float().mT) / length.clamp(min=1e-12)[:, None]
     picks, free = [first], ~mask_of(first, tokens)
     free = free if valid is None else free & valid

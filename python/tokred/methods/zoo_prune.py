@@ -3,8 +3,8 @@
 Training-Free Token Pruning via Zeroth-Order Gradient Estimation in Vision-Language Models (arXiv
 2509.24837).
 
-The published code perturbs in float16, in which most of the difference is lost; here it is taken in
-the projector's own dtype, in which it should be float32.
+The published code perturbs in float16, in which most of the difference is lost; in models patched
+here the projector runs in float32 for it, whatever the model's dtype.
 """
 
 from __future__ import annotations

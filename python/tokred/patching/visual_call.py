@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import tokred
 
@@ -75,6 +76,15 @@ class EncoderStates:
     scale: dict[int, float] = field(default_factory=dict)
     features: Callable[[], Tensor] | None = None
     project: Callable[[Tensor], Tensor] | None = None
+
+
+def _in_dtype_of(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """function(x); of a module, with its parameters and buffers in the dtype of x."""
+    if not isinstance(function, nn.Module):
+        return function(x)
+    tensors = itertools.chain(function.named_parameters(), function.named_buffers())
+    cast = {name: y.to(x.dtype) if y.is_floating_point() else y for name, y in tensors}
+    return torch.func.functional_call(function, cast, (x,))
 
 
 @dataclass
@@ -145,6 +155,8 @@ class VisualCall:
     def project(self, encoder_features: Tensor) -> Tensor:
         """The model's projector on [..., Ce], for methods that perturb its input: [..., C].
 
+        It runs in the dtype of what it is given: in half precision small changes would be lost.
+
         Raises:
             ValueError: the projector does not take each token by itself.
         """
@@ -152,7 +164,7 @@ class VisualCall:
         if states.project is None:
             raise ValueError(f"the projector does not take tokens one by one: {self.why_not}")
         with torch.no_grad():
-            return states.project(encoder_features)
+            return _in_dtype_of(encoder_features, states.project)
 
     def made(
         self, tokens: Tensor, indices: Tensor, token_map: Tensor | None = None
@@ -258,6 +270,7 @@ class VisualCall:
         slots = self._states().token_of_patch
         batch, crops, heads, patches, width = x.shape
         rows = x.float().transpose(1, 2).reshape(batch * heads, crops * patches, width)
+        rows = rows.contiguous()  # encoders may leave them transposed
         token_map = slots.reshape(1, -1).expand(batch * heads, -1)
         means, _ = tokred.merge(rows, token_map, self._count)
         return means.unflatten(0, (batch, heads))
