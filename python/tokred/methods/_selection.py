@@ -37,6 +37,15 @@ def check_features(
         raise ValueError(f"{name} must be {wanted}, got {got}")
 
 
+def check_scores(name: str, scores: Tensor, x: Tensor, valid: Tensor | None = None) -> None:
+    """Refuses scores that are not [B, N] for the tokens x [B, N, C], and such a mask."""
+    wanted = list(x.shape[:2])
+    if list(scores.shape) != wanted:
+        raise ValueError(f"{name} must be {wanted} for x {list(x.shape)}, got {list(scores.shape)}")
+    if valid is not None and (list(valid.shape) != wanted or valid.dtype != torch.bool):
+        raise ValueError(f"valid must be bool {wanted}, got {valid.dtype} {list(valid.shape)}")
+
+
 def head_mean(attention: Tensor, name: str = "attention") -> Tensor:
     """f32 [B, N]: attention [B, H, N] averaged over its heads; [B, N] as it is.
 
@@ -379,6 +388,8 @@ def unit_range(values: Tensor, valid: Tensor | None = None, eps: float = 1e-12) 
     NaN stays, and bounds nothing. Equal values give 0.
     """
     values = values.float()
+    if values.shape[-1] == 0:
+        return values
     bounds = ~values.isnan() if valid is None else valid & ~values.isnan()
     low, high = (values.masked_fill(~bounds, bound) for bound in (torch.inf, -torch.inf))
     least, most = low.amin(-1, keepdim=True), high.amax(-1, keepdim=True)

@@ -20,7 +20,15 @@ from torch import Tensor
 import tokred
 
 from ._method import Family, Method, Needs
-from ._selection import best, check_features, features_of, head_mean, in_order, unit_range
+from ._selection import (
+    best,
+    check_features,
+    check_scores,
+    features_of,
+    head_mean,
+    in_order,
+    unit_range,
+)
 from ._visual import VisualOptions
 
 if TYPE_CHECKING:
@@ -68,6 +76,7 @@ def select_tokens(
     check_features("x", x)
     if not 0 <= trade_off <= 1:
         raise ValueError(f"trade_off must be in [0, 1], got {trade_off}")
+    check_scores("relevance", relevance, x, valid)
     weight = unit_range(relevance.detach(), valid).contiguous()
     picks = tokred.greedy_select(features_of(x), k, "mmr", weight, mask=valid, trade_off=trade_off)
     return in_order(picks, order)

@@ -20,6 +20,7 @@ from ._selection import (
     best,
     check_features,
     check_order,
+    check_scores,
     close_gaps,
     in_order,
     mask_of,
@@ -70,6 +71,7 @@ def select_tokens(
     O(B N C pivots) time.
     """
     check_features("x", x)
+    check_scores("norms", norms, x, valid)
     check_order(order)
     text_pivots = 0 if text is None else text_pivots
     if min(pivots, text_pivots) < 0 or pivots + text_pivots < 1:
@@ -87,6 +89,7 @@ def select_tokens(
         check_features("text", text, x.shape[0])
         if text_norms is None:
             raise ValueError("text_norms must be given with text")
+        check_scores("text_norms", text_norms, text)
         words = best(text_norms, text_pivots, text_mask, "score")
         rows = torch.cat([rows, rows_of(text.detach().to(x.dtype).contiguous(), words)], 1)
         exists = torch.cat([exists, words >= 0], 1)

@@ -25,6 +25,7 @@ from ._selection import (
     allocate,
     best,
     check_features,
+    check_scores,
     close_gaps,
     features_of,
     head_mean,
@@ -111,6 +112,7 @@ def select_tokens(
         raise ValueError(f"runs must be at least 1, got {runs}")
     batch, tokens = x.shape[:2]
     attention = head_mean(attention)
+    check_scores("attention", attention, x, valid)
     valid = torch.ones_like(attention, dtype=torch.bool) if valid is None else valid
     if tokens == 0:
         return torch.full((batch, k), -1, dtype=torch.int32, device=x.device)

@@ -17,7 +17,7 @@ import tokred
 
 from ._crops import encoder_attention
 from ._method import Family, Method, Needs
-from ._selection import check_features, features_of, in_order, unit_range
+from ._selection import check_features, check_scores, features_of, in_order, unit_range
 from ._visual import VisualOptions
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def select_tokens(
     check_features("x", x)
     if not 0 <= trade_off <= 1:
         raise ValueError(f"trade_off must be in [0, 1], got {trade_off}")
+    check_scores("scores", scores, x, valid)
     importance = unit_range(scores.detach(), valid, 1e-6).contiguous()
     picks = tokred.greedy_select(
         features_of(x), k, "mmr", importance, mask=valid, trade_off=trade_off

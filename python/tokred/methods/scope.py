@@ -17,7 +17,7 @@ import tokred
 
 from ._crops import encoder_attention
 from ._method import Family, Method, Needs
-from ._selection import check_features, features_of, head_mean, in_order
+from ._selection import check_features, check_scores, features_of, head_mean, in_order
 from ._visual import VisualOptions
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def select_tokens(
     """
     check_features("x", x)
     weight = head_mean(attention).pow(alpha)
+    check_scores("attention", weight, x, valid)
     picks = tokred.greedy_select(features_of(x), k, "facility", weight.contiguous(), mask=valid)
     return in_order(picks, order)
 

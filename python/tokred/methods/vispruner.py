@@ -21,6 +21,7 @@ from ._selection import (
     best,
     check_features,
     check_order,
+    check_scores,
     close_gaps,
     features_of,
     head_mean,
@@ -72,6 +73,7 @@ def select_tokens(
     if residual not in ("score", "position"):
         raise ValueError(f'residual must be "score" or "position", got {residual!r}')
     scores, tokens = head_mean(attention), x.shape[1]
+    check_scores("attention", scores, x, valid)
     ranked = best(scores, tokens, valid, "score")
     first = min(int(k * important), tokens)
     rest = ranked[:, first:]

@@ -19,7 +19,7 @@ from torch import Tensor
 import tokred
 
 from ._method import Family, Method, Needs
-from ._selection import check_features, features_of, in_order, keep_count, unit_range
+from ._selection import check_features, check_scores, features_of, in_order, keep_count, unit_range
 from ._visual import VisualOptions
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ def select_tokens(
     At most O(B N k C) time; O(B N C) memory.
     """
     check_features("x", x)
+    check_scores("sensitive", sensitive, x, valid)
     weight = unit_range(sensitive.detach(), valid, 1e-8)
     among = weight if valid is None else weight.masked_fill(~valid, 0.0)
     flat = (among.nan_to_num(0.0) <= 0).all(1, keepdim=True)
