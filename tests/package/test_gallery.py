@@ -102,3 +102,11 @@ def test_what_is_refused(
     assert gallery.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("tokred gallery: ") and re.search(message, error)
+
+
+def test_a_share_for_every_layer_that_drops() -> None:
+    """hiprune reads one layer, and drops in another alone."""
+    found = {method.name: method for method in gallery.reducers()}
+    assert gallery.budget(found["hiprune"], 12, 1369, 0.5) == {"ratio": 0.5}
+    ratio = gallery.budget(found["faster_vlm"], 12, 1369, 0.5)["ratio"]
+    assert ratio**3 == pytest.approx(0.5)

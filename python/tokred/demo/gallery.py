@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 COLUMNS = 4
 MODEL = "DINOv2 ViT-S/14"
 SAMPLE = "astronaut"  # of scikit-image
+ONE_DROPS = ("hiprune",)  # whose other layers are only read
 NO_SHARE = ("tca_condensation",)  # whose ratio is not the share of the tokens that is left
 BUDGETS = (0.15, 0.25, 0.4, 0.5, 0.6, 0.75)  # of the page
 
@@ -73,7 +74,7 @@ def reducers(names: Sequence[str] = ()) -> list[Method]:
         if method.family in (Family.MERGE, Family.PRUNE)
         and Needs.VISION_ENCODER in method.needs
         and "transformers" in getattr(method.options, "adapters", ())
-        and budget(method, 1, 2, 0.5) is not None
+        and budget(method, 12, 100, 0.5) is not None
     }
     unknown = sorted(set(names) - set(found))
     if unknown:
@@ -95,7 +96,8 @@ def budget(method: Method, layers: int, tokens: int, keep: float) -> dict[str, A
     if "ratio" not in names or method.name in NO_SHARE:
         return None
     reducer: Any = method.options(ratio=0.5)
-    return {"ratio": keep ** (1 / max(len(reducer.layers(layers)), 1))}
+    dropping = 1 if method.name in ONE_DROPS else max(len(reducer.layers(layers)), 1)
+    return {"ratio": keep ** (1 / dropping)}
 
 
 def draw_image(
