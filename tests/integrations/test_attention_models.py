@@ -289,7 +289,7 @@ def test_a_method_is_asked_once_a_layer() -> None:
     assert call.q.shape == (2, 9, 13, 8) and call.k.shape == (2, 3, 13, 8) and call.causal
     assert torch.equal(call.visible(), mask.bool())
     assert torch.equal(call.num_visible(), mask.cumsum(1))
-    with pytest.raises(RuntimeError, match="no token state"):
+    with pytest.raises(RuntimeError, match="this one works in a language model"):
         handle.counts  # noqa: B018
 
 

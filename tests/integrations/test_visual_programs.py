@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -134,3 +136,27 @@ def test_token_types_that_do_not_fit() -> None:
         pytest.raises(ValueError, match=r"mm_token_type_ids must be \[1, 15\].* got \[1, 14\]"),
     ):
         model(**inputs)
+
+
+def test_there_is_no_token_map() -> None:
+    family = BY_NAME["llava"]
+    with (
+        tokred.patch(family.model(), "visionzip", keep=4) as handle,
+        pytest.raises(RuntimeError, match="this one works in a language model"),
+    ):
+        handle.token_map  # noqa: B018
+
+
+@torch.no_grad()
+def test_a_packed_cache_makes_its_attention_known() -> None:
+    """In a process that has used nothing else of it, as the docstring of PackedCache says."""
+    code = """
+import torch, transformers, tokred
+small = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**small, vocab_size=99)).eval()
+cache = tokred.PackedCache(model.config, bits=4)
+model.set_attn_implementation("tokred")
+model.generate(torch.tensor([[3, 4, 5]]), cache=cache, max_new_tokens=2)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -26,8 +26,9 @@ from .support import check_model
 class PackedCache(Cache):
     """A cache of low-bit keys and values for transformers' generate.
 
+        cache = tokred.PackedCache(model.config, bits=4)  # tells transformers of the attention
         model.set_attn_implementation("tokred")
-        model.generate(**inputs, cache=tokred.PackedCache(model.config, bits=4))
+        model.generate(**inputs, cache=cache)
 
     (before transformers 5.24 the keyword is `past_key_values`).
 

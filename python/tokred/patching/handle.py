@@ -253,5 +253,8 @@ class Patch:
     def _token_state(self) -> TokenState:
         state = self._state()
         if not isinstance(state, TokenState):
-            raise RuntimeError("this method leaves all tokens in place: there is no token state")
+            raise RuntimeError(
+                "size, token_map and unmerge are of methods that merge or drop tokens inside an "
+                "encoder, and this one works in a language model"
+            )
         return state
