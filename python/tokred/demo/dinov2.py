@@ -18,7 +18,7 @@ import torch
 
 from tokred import compat
 
-from .offline import MissingModelError, broken_torchvision_hidden
+from .offline import MissingModelError, broken_torchvision_hidden, default_cache
 
 if TYPE_CHECKING:
     from transformers import Dinov2Model
@@ -64,12 +64,8 @@ def load_dinov2(cache: Path | None = None) -> Dinov2Model:
         use_mask_token=False,
     )
     model = Dinov2Model(config).eval()
-    model.load_state_dict(load_file(_converted(cache or _default_cache())))
+    model.load_state_dict(load_file(_converted(cache or default_cache())))
     return model
-
-
-def _default_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokred"
 
 
 def _converted(cache: Path) -> Path:

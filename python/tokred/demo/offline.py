@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 NEEDED = {
     "transformers": "transformers",
@@ -37,6 +39,11 @@ def broken_torchvision_hidden() -> Iterator[None]:
             sys.modules.pop("torchvision", None)
     else:
         yield
+
+
+def default_cache() -> Path:
+    """Where converted weights are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokred"
 
 
 def require_packages() -> None:
