@@ -15,10 +15,11 @@ from torch.nn import functional
 import tokred
 from tokred.methods import METHODS, Method, Needs, get
 
-from . import gallery
 from .compare import Comparison, Entry, peak_bytes, with_front
 from .dinov2 import PATCH_SIZE, load_dinov2
+from .gallery import photograph_from
 from .images import Photograph, timed
+from .report import named
 
 CLASS, PATCHES = "CLS cosine", "patch cosine"
 TOLERANCE = 0.1  # of the budget, within which the number of tokens left must be
@@ -39,7 +40,7 @@ def compare(
     """
     if size < PATCH_SIZE or size % PATCH_SIZE:
         raise ValueError(f"--size must be a multiple of {PATCH_SIZE}, got {size}")
-    photographs = [gallery._photograph(path, size) for path in paths]
+    photographs = [photograph_from(path, size) for path in paths]
     chosen = reducers(names)
     model = load_dinov2()
     layers, tokens = model.config.num_hidden_layers, (size // PATCH_SIZE) ** 2
@@ -82,10 +83,7 @@ def reducers(names: Sequence[str] = ()) -> list[Method]:
         and "transformers" in getattr(method.options, "adapters", ())
         and options_at(method, 12, 100, 0.5) is not None
     }
-    unknown = sorted({*names} - {*found})
-    if unknown:
-        raise ValueError(f"--methods must be some of {', '.join(found)}, got {', '.join(unknown)}")
-    return [method for name, method in found.items() if not names or name in names]
+    return named(found, names, "--methods")
 
 
 def options_at(method: Method, layers: int, tokens: int, keep: float) -> dict[str, Any] | None:

@@ -24,6 +24,7 @@ from tokred.compat import cache_keyword
 from tokred.methods import METHODS, Method, Needs
 
 from .compare import Comparison, Entry, peak_bytes, with_front
+from .report import named
 from .smollm2 import CONTEXT, load_smollm2
 from .text import FORCED, dense_attention
 
@@ -108,10 +109,7 @@ def selectors(names: Sequence[str] = ()) -> list[Method]:
         and "k" in method.defaults()
         and MISSING not in method.defaults().values()
     }
-    unknown = sorted({*names} - {*found})
-    if unknown:
-        raise ValueError(f"--methods must be some of {', '.join(found)}, got {', '.join(unknown)}")
-    return [method for name, method in found.items() if not names or name in names]
+    return named(found, names, "--methods")
 
 
 def options_at(method: Method, keys: int) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from .dinov2 import IMAGE_SIZE, PATCH_SIZE, load_dinov2
 from .figures import Panel, merged_regions, save_panels
 from .images import Photograph, photograph_of, photographs_in, turn
 from .offline import MissingModelError, require_packages
-from .report import origin
+from .report import named, origin
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,10 +76,7 @@ def reducers(names: Sequence[str] = ()) -> list[Method]:
         and "transformers" in getattr(method.options, "adapters", ())
         and budget(method, 12, 100, 0.5) is not None
     }
-    unknown = sorted(set(names) - set(found))
-    if unknown:
-        raise ValueError(f"methods must be some of {', '.join(found)}, got {', '.join(unknown)}")
-    return [method for name, method in found.items() if not names or name in names]
+    return named(found, names, "methods")
 
 
 def budget(method: Method, layers: int, tokens: int, keep: float) -> dict[str, Any] | None:
@@ -239,7 +236,7 @@ def main(arguments: Sequence[str] = ()) -> int:
             _video(options)
         else:
             chosen = reducers(options.methods)
-            photograph = _photograph(options.image, options.size)
+            photograph = photograph_from(options.image, options.size)
             if options.html is not None:
                 draw_page(photograph, chosen, options.budgets, options.repeats, options.html)
             else:
@@ -256,11 +253,12 @@ def _video(options: argparse.Namespace) -> None:
     if options.image is not None or options.html is not None or options.methods:
         raise ValueError("--video takes neither --image nor --html nor --methods")
     paths = frame_paths(options.video, options.frames)
-    photographs = [_photograph(str(path), options.size) for path in paths]
+    photographs = [photograph_from(str(path), options.size) for path in paths]
     draw_video(options.video.resolve().name, photographs, options.keep, options.output)
 
 
-def _photograph(path: str | None, size: int) -> Photograph:
+def photograph_from(path: str | None, size: int) -> Photograph:
+    """The centre square of an image file, or of scikit-image's own photograph where None."""
     if path is None:
         return next(photographs_in((SAMPLE,), size))
     from skimage.color import gray2rgb

@@ -55,6 +55,18 @@ def origin(complete: bool) -> Origin:
     )
 
 
+def named(found: Mapping[str, Any], names: Sequence[str], argument: str) -> list[Any]:
+    """The values of `found` by these names, in its own order; all of them where there are none.
+
+    Raises:
+        ValueError: a name that `found` has not; the message says `argument`.
+    """
+    unknown = sorted(set(names) - set(found))
+    if unknown:
+        raise ValueError(f"{argument} must be some of {', '.join(found)}, got {', '.join(unknown)}")
+    return [value for name, value in found.items() if not names or name in names]
+
+
 def revision() -> str:
     """The commit that tokred runs from, with "-dirty" where its files differ; or "unknown"."""
     package = Path(tokred.__file__).resolve().parent

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+import tokred
+
 from ._selection import best, keep_count
 from ._visual import VisualOptions
 
@@ -21,6 +23,27 @@ DEPTH = 32  # layers of the language models that the papers give their layers fo
 def geometric(tokens: Tensor, end: Tensor, progress: float) -> Tensor:
     """tokens at progress 0, end at progress 1, by equal factors between them; end <= tokens."""
     return tokens ** (1.0 - progress) * end**progress
+
+
+def attention_from(
+    queries: Tensor, q: Tensor, k: Tensor, scale: float | None, mask: Tensor | None
+) -> Tensor:
+    """f32 [B, L]: the attention every token gets from chosen queries, mean over heads and queries.
+
+    Args:
+        queries: bool [B, L]. q: [B, Hq, L, D], k: [B, Hkv, L, D], of the prompt, causal.
+        scale: 1 / sqrt(D) where None. mask: bool [B, L], False for padding.
+    """
+    weight = (queries if mask is None else queries & mask).float()[:, None]
+    columns = tokred.attention_columns(
+        q.detach(),
+        k.detach(),
+        weight=weight,
+        causal=True,
+        scale=scale,
+        mask=None if mask is None else mask[:, None, None],
+    )
+    return columns.mean(1) / weight.sum(-1).clamp(min=1)
 
 
 def best_share(

@@ -20,6 +20,7 @@ import tokred
 
 from ._lists import check_least
 from ._method import Family, Method, Needs
+from ._prompts import attention_from
 from ._selection import check_order
 
 
@@ -57,16 +58,7 @@ def cross_scores(
     Returns:
         f32 [B, L], of which those of the visual tokens count.
     """
-    queries = (text if mask is None else text & mask).float()[:, None]
-    columns = tokred.attention_columns(
-        q.detach(),
-        k.detach(),
-        weight=queries,
-        causal=True,
-        scale=scale,
-        mask=None if mask is None else mask[:, None, None],
-    )
-    return columns.mean(1) / queries.sum(-1).clamp(min=1)
+    return attention_from(text, q, k, scale, mask)
 
 
 def spatial_scores(

@@ -21,7 +21,7 @@ from torch import Tensor
 import tokred
 
 from ._method import Family, Method, Needs
-from ._prompts import StagedOptions
+from ._prompts import StagedOptions, attention_from
 from ._selection import best, check_features, features_of, mask_of, rows_of
 
 if TYPE_CHECKING:
@@ -80,16 +80,7 @@ def rated_scores(
     Returns:
         f32 [B, L], of which those of the visual tokens count.
     """
-    queries = (raters if mask is None else raters & mask).float()[:, None]
-    columns = tokred.attention_columns(
-        q.detach(),
-        k.detach(),
-        weight=queries,
-        causal=True,
-        scale=scale,
-        mask=None if mask is None else mask[:, None, None],
-    )
-    return columns.mean(1) / queries.sum(-1).clamp(min=1)
+    return attention_from(raters, q, k, scale, mask)
 
 
 def adaptive_count(attention: Tensor, weight: float = 1.0, valid: Tensor | None = None) -> Tensor:
