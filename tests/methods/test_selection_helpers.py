@@ -132,20 +132,22 @@ def test_spaced_picks() -> None:
         assert len(found) == picks
 
 
-def test_cells_and_bins() -> None:
+def test_cell_sums() -> None:
     for grid, cells in (((4, 6), (2, 3)), ((5, 7), (2, 3)), ((3, 3), (1, 1))):
         values = torch.rand(2, grid[0] * grid[1], generator=generator())
-        cell = selection.cells_of(grid, cells)
-        found = selection.bin_sum(values, cell, cells[0] * cells[1])
-        expected = torch.zeros(2, *cells)
+        expected, counts = torch.zeros(2, *cells), torch.zeros(2, *cells)
         for row, column in product(*map(range, grid)):
             i = min(row // (grid[0] // cells[0]), cells[0] - 1)
             j = min(column // (grid[1] // cells[1]), cells[1] - 1)
             expected[:, i, j] += values[:, row * grid[1] + column]
-        torch.testing.assert_close(found, expected.flatten(1))
+            counts[:, i, j] += values[:, row * grid[1] + column] > 0.5
+        torch.testing.assert_close(selection.cell_sums(values, grid, cells), expected.flatten(1))
+        assert torch.equal(selection.cell_sums(values > 0.5, grid, cells), counts.flatten(1))
     for cells in ((0, 1), (5, 1)):
         with pytest.raises(ValueError, match="cells must be from 1 x 1 to the grid's 4 x 6"):
-            selection.cells_of((4, 6), cells)
+            selection.cell_sums(torch.zeros(1, 24), (4, 6), cells)
+    with pytest.raises(ValueError, match="grid must have 23 tokens, got 4 x 6"):
+        selection.cell_sums(torch.zeros(1, 23), (4, 6), (1, 1))
 
 
 def test_dilate() -> None:

@@ -57,6 +57,17 @@ class Crops:
         return close_gaps(found) if order == "score" else in_order(found, order)
 
 
+def number_crops(picks: Tensor, places: int, first: int = 0) -> Tensor:
+    """i32 [B, M * k]: places picked in crops i32 [B, M, k] -> crop * places + place; -1 stays.
+
+    Args:
+        places: of a crop. first: the number of the first crop.
+    """
+    last = first + picks.shape[1]
+    start = torch.arange(first, last, dtype=torch.int32, device=picks.device)[:, None] * places
+    return torch.where(picks >= 0, picks + start, -1).flatten(1)
+
+
 def crops_of(call: VisualCall) -> Crops:
     """The crops of a call; one of all tokens where its layout is not known."""
     tokens, device = call.tokens.shape[1], call.tokens.device

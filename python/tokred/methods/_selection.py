@@ -135,12 +135,9 @@ def allocate(
     weight = weight.detach().double().nan_to_num(0.0).clamp(min=0)
     groups = weight.shape[-1]
     weight = torch.where(weight.sum(-1, keepdim=True) > 0, weight, 1.0)
-    total = torch.as_tensor(budget, dtype=torch.float64, device=weight.device)
-    total = total.expand(weight.shape[:-1])[..., None]
-    if cap is None:
-        limit = torch.full_like(weight, torch.inf)
-    else:
-        limit = torch.as_tensor(cap, device=weight.device).to(torch.float64).expand_as(weight)
+    total = budget.to(weight).expand(weight.shape[:-1])[..., None] if isinstance(budget, Tensor) else budget
+    limit = torch.as_tensor(torch.inf if cap is None else cap, dtype=torch.float64)
+    limit = limit.to(weight.device).expand_as(weight)
     if redistribute:
         full = _full(weight, total, limit)
         among = weight.masked_fill(full, 0.0).sum(-1, keepdim=True)
@@ -163,7 +160,7 @@ def allocate(
     return given.to(torch.int32)
 
 
-def _full(weight: Tensor, total: Tensor, limit: Tensor) -> Tensor:
+def _full(weight: Tensor, total: int | Tensor, limit: Tensor) -> Tensor:
     """bool [..., G]: the groups whose share exceeds their limit, the others sharing what that
     leaves.
 
@@ -179,7 +176,7 @@ def _full(weight: Tensor, total: Tensor, limit: Tensor) -> Tensor:
     return torch.zeros_like(above).scatter(-1, order, above)
 
 
-def _shares(weight: Tensor, total: Tensor, limit: Tensor, full: Tensor) -> Tensor:
+def _shares(weight: Tensor, total: int | Tensor, limit: Tensor, full: Tensor) -> Tensor:
     """What the groups that are not full get of what the full ones leave; 0 for these."""
     rest = total - torch.where(full, limit, 0.0).sum(-1, keepdim=True)
     open_weight = weight.masked_fill(full, 0.0)
@@ -248,7 +245,7 @@ def close_gaps(picks: Tensor, k: int | None = None) -> Tensor:
     """i32 [..., k], as wide as the picks i32 [..., M] where None: their first k, then the -1."""
     places = positions_of(picks >= 0, k)
     found = picks.gather(-1, places.clamp(min=0).long())
-    return torch.where(places >= 0, found, -1).to(torch.int32)
+    return found.masked_fill_(places < 0, -1).to(torch.int32)
 
 
 def mask_of(picks: Tensor, tokens: int) -> Tensor:
@@ -310,32 +307,32 @@ def check_grid(tokens: int, grid: tuple[int, int]) -> None:
         raise ValueError(f"grid must have {tokens} tokens, got {grid[0]} x {grid[1]}")
 
 
-def cells_of(
-    grid: tuple[int, int], cells: tuple[int, int], device: torch.device | None = None
-) -> Tensor:
-    """i64 [H * W]: the cell of every token when cells (rows, columns) divide the grid (H, W).
+def cell_sums(values: Tensor, grid: tuple[int, int], cells: tuple[int, int]) -> Tensor:
+    """f32 [..., rows * columns]: the sum over every cell when cells (rows, columns) divide the grid.
 
     Cells are H // rows tokens high and W // columns wide, the last ones take what is left.
 
+    Args:
+        values: [..., H * W]. grid: (H, W).
+
     Raises:
-        ValueError: more cells than tokens along an axis.
+        ValueError: more cells than tokens along an axis, or a grid that does not fit.
     """
+    check_grid(values.shape[-1], grid)
     if min(cells) < 1 or cells[0] > grid[0] or cells[1] > grid[1]:
         raise ValueError(
             f"cells must be from 1 x 1 to the grid's {grid[0]} x {grid[1]}, got "
             f"{cells[0]} x {cells[1]}"
         )
+    if values.dtype == torch.bool and grid[0] % cells[0] == grid[1] % cells[1] == 0:
+        shape = cells[0], grid[0] // cells[0], cells[1], grid[1] // cells[1]
+        return values.unflatten(-1, shape).sum((-3, -1), dtype=torch.float32).flatten(-2)
     rows, columns = (
-        (torch.arange(size, device=device) // (size // parts)).clamp(max=parts - 1)
+        (torch.arange(size, device=values.device) // (size // parts)).clamp(max=parts - 1)
         for size, parts in zip(grid, cells, strict=True)
     )
-    return (rows[:, None] * cells[1] + columns).flatten()
-
-
-def bin_sum(values: Tensor, cell: Tensor, cells: int) -> Tensor:
-    """f32 [..., cells]: the sum over every cell of values [..., N], cell i64 [N] (cells_of)."""
-    sums = values.new_zeros(*values.shape[:-1], cells, dtype=torch.float32)
-    return sums.index_add_(-1, cell.long(), values.float())
+    sums = values.new_zeros(*values.shape[:-1], cells[0] * cells[1], dtype=torch.float32)
+    return sums.index_add_(-1, (rows[:, None] * cells[1] + columns).flatten(), values.float())
 
 
 def dilate(selected: Tensor, grid: tuple[int, int]) -> Tensor:

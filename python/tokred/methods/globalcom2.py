@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ._crops import crops_of
+from ._crops import crops_of, number_crops
 from ._method import Family, Method, Needs
-from ._selection import best, bin_sum, cells_of, close_gaps, head_mean
+from ._selection import best, cell_sums, close_gaps, head_mean, resize
 from ._visual import VisualOptions
 
 if TYPE_CHECKING:
@@ -43,15 +43,17 @@ def crop_ratios(
     """
     if not 0 <= ratio <= 1:
         raise ValueError(f"ratio must be in [0, 1], got {ratio}")
-    crops = tiling[0] * tiling[1]
-    sums = bin_sum(thumbnail, cells_of(grid, tiling, thumbnail.device), crops).double()
+    sums = cell_sums(thumbnail, grid, tiling).double()
     weight = ((sums - sums.amax(1, keepdim=True)) / temperature).exp()
     weight = weight / (weight.sum(1, keepdim=True) + 1e-8)
     return (ratio * (1 + weight - weight.mean(1, keepdim=True))).clamp(max=1)
 
 
 def spread(
-    thumbnail: Tensor, grid: tuple[int, int], tiling: tuple[int, int], valid: Tensor
+    thumbnail: Tensor,
+    grid: tuple[int, int],
+    tiling: tuple[int, int],
+    valid: Tensor | None = None,
 ) -> Tensor:
     """f32 [B, crops, P]: the thumbnail's map over the part of the crops that is not padding.
 
@@ -59,9 +61,11 @@ def spread(
     crops have valid tokens, and cut into crops.
 
     Args:
-        thumbnail: f32 [B, P]. valid: bool [B, crops, P].
+        thumbnail: f32 [B, P]. valid: bool [B, crops, P], all where None.
     """
     batch, size = len(thumbnail), (grid[0] * tiling[0], grid[1] * tiling[1])
+    if valid is None:
+        return _cut(resize(thumbnail, grid, size), grid, tiling)
     stitched = valid.view(batch, *tiling, *grid).transpose(2, 3).reshape(batch, *size)
     weights = []
     for axis in (2, 1):
@@ -75,8 +79,13 @@ def spread(
         grid_place = torch.arange(source, device=valid.device)
         weights.append((1 - (at[..., None] - grid_place).abs()).clamp(min=0).float())
     image = weights[0] @ thumbnail.float().view(batch, *grid) @ weights[1].mT
-    image = image.view(batch, tiling[0], grid[0], tiling[1], grid[1])
-    return image.transpose(2, 3).reshape(batch, tiling[0] * tiling[1], grid[0] * grid[1])
+    return _cut(image, grid, tiling)
+
+
+def _cut(image: Tensor, grid: tuple[int, int], tiling: tuple[int, int]) -> Tensor:
+    """[B, crops, P]: a map of the stitched crops, by crops."""
+    image = image.reshape(-1, tiling[0], grid[0], tiling[1], grid[1])
+    return image.transpose(2, 3).reshape(len(image), tiling[0] * tiling[1], grid[0] * grid[1])
 
 
 def select_tokens(
@@ -112,22 +121,23 @@ def select_tokens(
     if logits.dim() != 3 or logits.shape[1:] != (number, places):
         raise ValueError(f"logits must be [B, {number}, {places}], got {list(logits.shape)}")
     logits = logits.detach().float()
-    valid = torch.ones_like(logits, dtype=torch.bool) if valid is None else valid
-    thumbnail = logits[:, 0]
+    thumbnail, own = logits[:, 0], logits[:, 1:]
     ratios = crop_ratios(thumbnail, grid, tiling, ratio, temperature)
-    first = best(thumbnail, int(places * ratio + 1e-9), valid[:, 0], "score")
-    inside = valid[:, 1:]
-    both = [
-        functional.normalize(part.masked_fill(~inside, 0.0), dim=-1)
-        for part in (logits[:, 1:], spread(thumbnail, grid, tiling, inside))
-    ]
-    kept = (inside.sum(2) * ratios + 1e-9).floor().to(torch.int32)
-    picks = best(both[0] + both[1], kept, inside)
-    start = torch.arange(1, number, dtype=torch.int32, device=picks.device)[:, None] * places
-    listed = torch.where(picks >= 0, picks + start, -1).flatten(1)
+    there, inside = (None, None) if valid is None else (valid[:, 0], valid[:, 1:])
+    count = int(places * ratio + 1e-9)
+    first = best(thumbnail, count, there, "score")
+    wide = spread(thumbnail, grid, tiling, inside)
+    if inside is None:
+        sizes: int | Tensor = places
+    else:
+        own, wide = own.masked_fill(~inside, 0.0), wide.masked_fill(~inside, 0.0)
+        sizes = inside.sum(2)
+    scores = functional.normalize(own, dim=-1) + functional.normalize(wide, dim=-1)
+    kept = (sizes * ratios + 1e-9).floor().to(torch.int32)
+    picks = best(scores, kept, inside)
     # The crops' ratios are ratio on average, and none has more than P tokens.
     most = int((number - 1) * places * ratio + 1e-6)
-    return close_gaps(torch.cat([first, close_gaps(listed, most)], 1))
+    return close_gaps(torch.cat([first, number_crops(picks, places, 1)], 1), count + most)
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ._crops import crops_of, encoder_attention
+from ._crops import crops_of, encoder_attention, number_crops
 from ._method import Family, Method, Needs
 from ._selection import (
     allocate,
     best,
-    bin_sum,
-    cells_of,
+    cell_sums,
     check_grid,
     close_gaps,
     keep_count,
@@ -40,7 +39,7 @@ def crop_budgets(
     k: int,
     grid: tuple[int, int],
     tiling: tuple[int, int],
-    sizes: Tensor,
+    sizes: Tensor | None = None,
     alpha: float = 0.5,
     reference_compat: bool = False,
 ) -> Tensor:
@@ -52,7 +51,7 @@ def crop_budgets(
     Args:
         early: f32 [B, P], the thumbnail's class attention in an early layer.
         grid: (H, W) of a crop. tiling: (rows, columns) of the crops.
-        sizes: integers [B, 1 + crops], how many tokens each of them has.
+        sizes: integers [B, 1 + crops], how many tokens each of them has; P where None.
     """
     check_grid(early.shape[1], grid)
     if not 0 <= alpha <= 1:
@@ -61,14 +60,17 @@ def crop_budgets(
     full = min(int(k * alpha), places)
     rest = min(k - full, crops * places)
     strong = mask_of(best(early, int(places * (1 - alpha))), places)
-    cell = cells_of(grid, tiling, early.device)
     if reference_compat:
         if places % crops:
             raise ValueError(f"tiling must divide the {places} tokens of the thumbnail")
-        cell = torch.arange(places, device=early.device) // (places // crops)
-    shares = allocate(bin_sum(strong, cell, crops), rest, sizes[:, 1:])
-    thumbnail = torch.full_like(shares[:, :1], full)
-    return torch.cat([torch.minimum(thumbnail, sizes[:, :1].int()), shares], 1)
+        counts = strong.unflatten(1, (crops, -1)).sum(2)
+    else:
+        counts = cell_sums(strong, grid, tiling)
+    shares = allocate(counts, rest, places if sizes is None else sizes[:, 1:])
+    thumbnail = shares.new_full((len(shares), 1), full)
+    if sizes is not None:
+        thumbnail = torch.minimum(thumbnail, sizes[:, :1].int())
+    return torch.cat([thumbnail, shares], 1)
 
 
 def select_tokens(
@@ -107,14 +109,12 @@ def select_tokens(
             f"deep must be [B, {number}, {places}] beside early [B, {places}], got "
             f"{list(deep.shape)} and {list(early.shape)}"
         )
-    valid = torch.ones_like(deep, dtype=torch.bool) if valid is None else valid
-    early, deep = early.detach().masked_fill(~valid[:, 0], -torch.inf), deep.detach()
-    budgets = crop_budgets(early, k, grid, tiling, valid.sum(2), alpha, reference_compat)
+    early, sizes = early.detach(), None
+    if valid is not None:
+        early, sizes = early.masked_fill(~valid[:, 0], -torch.inf), valid.sum(2)
+    budgets = crop_budgets(early, k, grid, tiling, sizes, alpha, reference_compat)
     picks = best(deep, budgets, valid, order, places=min(k, places))
-    first = torch.arange(number, dtype=torch.int32, device=deep.device)[:, None] * places
-    listed = torch.where(picks >= 0, picks + first, -1).flatten(1)
-    listed = torch.nn.functional.pad(listed, (0, max(0, k - listed.shape[1])), value=-1)
-    return close_gaps(listed, k)
+    return close_gaps(number_crops(picks, places), k)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,8 @@ def ensemble(attentions: Sequence[Tensor]) -> Tensor:
     """
     if not len(attentions):
         raise ValueError("attentions must be those of at least one layer, got none")
-    return torch.stack([head_mean(attention) for attention in attentions]).sum(0)
+    total, *others = map(head_mean, attentions)
+    return sum(others, start=total)
 
 
 def select_tokens(
