@@ -12,7 +12,15 @@ from torch.nn import functional
 import tokred
 from cases.groups import check_in_a_model, groups_of, in_slots, tokens_of
 from cases.tiny_models import tiny_timm
-from tokred.methods.dymu import Calibration, DymuOptions, batch_plan, calibrate
+from tokred.methods._maps import identity
+from tokred.methods.dymu import (
+    Calibration,
+    DymuOptions,
+    batch_plan,
+    calibrate,
+    grown_map,
+    unmerged_prompt,
+)
 from tokred.patching import LayerAttention, ReductionCall
 
 
@@ -94,6 +102,95 @@ def test_one_image_merges_every_link_above(threshold: float) -> None:
 def test_in_a_model() -> None:
     check_in_a_model("dymu", dict(threshold=1.0), dict(threshold=-1.0, max_r=5), (37, 32, 27, 22))
     check_in_a_model("dymu", dict(threshold=[2, 2, 2]), dict(threshold=[-1, 2, -1]), (37, 19, 10))
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [..., N, D] by the angles [N, D / 2]."""
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def expanded_layer(
+    x: Tensor, weights: list[Tensor], token_map: Tensor, cos: Tensor, sin: Tensor
+) -> Tensor:
+    """[M, C] after dense causal attention over all positions of one item, its mean by token."""
+    wide = x[token_map.long()]
+    q, k, v = ((wide @ w).unflatten(-1, (2, -1)).transpose(0, 1) for w in weights)
+    q, k = rotated(q, cos, sin), rotated(k, cos, sin)
+    seen = functional.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True)[0]
+    groups = functional.one_hot(token_map.long(), len(x)).to(seen).mT
+    return x + (groups @ seen.transpose(0, 1).flatten(1)) / groups.sum(1, keepdim=True)
+
+
+def test_from_calibration_to_a_prompt() -> None:
+    """A stream of batches, a model that merges, and a language model that sees nothing of it."""
+    torch.manual_seed(0)
+    model = tiny_timm().eval()
+    stream = (torch.randn(2, 3, 48, 48) for _ in range(3))
+    thresholds = calibrate(model, stream, 6, run=lambda model, batch: model(batch))
+    pixels = torch.randn(2, 3, 48, 48)
+    with (
+        torch.no_grad(),
+        tokred.patch(model, "dymu", threshold=thresholds, trace_source=True) as handle,
+    ):
+        visual = model.forward_features(pixels)
+        merged = visual.shape[1]
+        assert merged < 37 and handle.token_map.shape == (2, 37)
+        project, channels = torch.randn(visual.shape[2], 16), 16
+        before, after = torch.randn(2, 3, channels), torch.randn(2, 4, channels)
+        prompt = unmerged_prompt(visual @ project, handle.token_map, before, after, num_prefix=1)
+    count, positions = merged - 1 + 7, 36 + 7
+    assert prompt.embeddings.shape == (2, count, channels)
+    assert prompt.token_map.shape == (2, positions)
+    tail = torch.arange(count - 4, count, dtype=torch.int32)
+    assert (prompt.token_map[:, -4:] == tail).all()
+    assert (prompt.token_map[:, :3] == torch.arange(3)).all()
+    angle = torch.arange(positions + 2)[:, None] * torch.tensor([1.0, 0.1, 0.01, 0.001])
+    cos, sin = angle.cos(), angle.sin()
+    layers = [[torch.randn(channels, channels) / 4 for _ in range(3)] for _ in range(2)]
+    x, dense = prompt.embeddings, [*prompt.embeddings.double()]
+    word = torch.randn(2, 2, channels)  # two tokens that follow
+    longer = grown_map(prompt.token_map, count, 2)
+    both = [torch.cat([row, new.double()]) for row, new in zip(dense, word, strict=True)]
+    for weights in layers:
+        q, k, v = ((x @ w).unflatten(-1, (2, -1)).transpose(1, 2) for w in weights)
+        angles = cos[None, :positions], sin[None, :positions]
+        out = tokred.unmerged_attention(q, k, v, prompt.token_map, *angles)
+        new_q, new_k, new_v = ((word @ w).unflatten(-1, (2, -1)).transpose(1, 2) for w in weights)
+        new = tokred.unmerged_attention(
+            new_q,
+            torch.cat([k, new_k], 2),
+            torch.cat([v, new_v], 2),
+            longer,
+            cos[None],
+            sin[None],
+            query_map=identity(word),
+        )
+        x, word = x + out.transpose(1, 2).flatten(2), word + new.transpose(1, 2).flatten(2)
+        wide = [w.double() for w in weights]
+        for item in range(2):
+            here, tables = prompt.token_map[item], (cos.double(), sin.double())
+            dense[item] = expanded_layer(dense[item], wide, here, *(t[:positions] for t in tables))
+            both[item] = expanded_layer(both[item], wide, longer[item], *tables)
+            torch.testing.assert_close(x[item].double(), dense[item], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(both[item][:-2], dense[item])
+            torch.testing.assert_close(word[item].double(), both[item][-2:], rtol=1e-4, atol=1e-4)
+
+
+def test_prompt_refusals() -> None:
+    x, token_map = torch.zeros(2, 5, 8), torch.zeros(2, 9, dtype=torch.int32)
+    for message, arguments in (
+        ("visual must be", (x[0], token_map)),
+        (r"token_map must be int32 \[2, N\], got torch.int64", (x, token_map.long())),
+        (r"token_map must be int32 \[2, N\], got torch.int32 \[1, 9\]", (x, token_map[:1])),
+        (r"before must be \[2, N, C\]", (x, token_map, x[:1])),
+        ("after must have 8 channels, got 4", (x, token_map, x, x[..., :4])),
+        ("num_prefix must be an int, got 0.5", (x, token_map, None, None, 0.5)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            unmerged_prompt(*arguments)
+    with pytest.raises(ValueError, match="new must be at least 0, got -1"):
+        grown_map(token_map, 5, -1)
 
 
 def test_refusals() -> None:

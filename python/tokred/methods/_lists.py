@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -26,9 +28,45 @@ def key_lengths(k: Tensor, lengths: Tensor | None) -> Tensor:
     return torch.full((k.shape[0],), k.shape[2], dtype=torch.int32, device=k.device)
 
 
-def check_least(least: float, **values: float) -> None:
-    """Refuses values below `least`; each is given by the name of its argument."""
+def check_count(
+    name: str,
+    count: object,
+    least: int | None = 0,
+    per_row: bool = False,
+    optional: bool = False,
+) -> None:
+    """Refuses what is no int, and one below `least`.
+
+    Args:
+        least: None where the caller looks at the range.
+        per_row: integers in a tensor will do. optional: None will do.
+    """
+    if optional and count is None:
+        return
+    if per_row and isinstance(count, Tensor):
+        if count.is_floating_point() or count.dtype == torch.bool:
+            raise ValueError(f"{name} must be an int or a tensor of integers, got {count.dtype}")
+        return
+    if isinstance(count, bool) or not isinstance(count, (Integral, torch.SymInt)):
+        wanted = "an int or a tensor of integers" if per_row else "an int"
+        raise ValueError(f"{name} must be {wanted}, got {count!r}")
+    if least is not None and count < least:
+        raise ValueError(f"{name} must be at least {least}, got {count}")
+
+
+def check_least(least: int, **counts: object) -> None:
+    """check_count of each, given by the name of its argument."""
+    for name, count in counts.items():
+        check_count(name, count, least)
+
+
+def check_number(least: float, **values: object) -> None:
+    """Refuses what is no number, and one below `least`, each given by the name of its argument."""
     for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(
+            value, (int, float, torch.SymInt, torch.SymFloat)
+        ):
+            raise ValueError(f"{name} must be a number, got {value!r}")
         if not value >= least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
 

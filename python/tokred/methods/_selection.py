@@ -135,7 +135,9 @@ def allocate(
     weight = weight.detach().double().nan_to_num(0.0).clamp(min=0)
     groups = weight.shape[-1]
     weight = torch.where(weight.sum(-1, keepdim=True) > 0, weight, 1.0)
-    total = budget.to(weight).expand(weight.shape[:-1])[..., None] if isinstance(budget, Tensor) else budget
+    total: int | Tensor = budget
+    if isinstance(budget, Tensor):
+        total = budget.to(weight).expand(weight.shape[:-1])[..., None]
     limit = torch.as_tensor(torch.inf if cap is None else cap, dtype=torch.float64)
     limit = limit.to(weight.device).expand_as(weight)
     if redistribute:
@@ -308,7 +310,7 @@ def check_grid(tokens: int, grid: tuple[int, int]) -> None:
 
 
 def cell_sums(values: Tensor, grid: tuple[int, int], cells: tuple[int, int]) -> Tensor:
-    """f32 [..., rows * columns]: the sum over every cell when cells (rows, columns) divide the grid.
+    """f32 [..., rows * columns]: the sums over the cells when cells (rows, columns) divide a grid.
 
     Cells are H // rows tokens high and W // columns wide, the last ones take what is left.
 

@@ -16,6 +16,7 @@ from torch import Tensor
 import tokred
 from tokred.schedule import resolve
 
+from ._lists import check_count
 from ._maps import identity
 from ._method import Family, Method, Needs
 from ._prompts import StagedOptions
@@ -105,6 +106,7 @@ def merge_to(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: another k.
     """
+    check_count("k", k, least=None)
     if not 1 <= k <= max(x.shape[1], 1):
         raise ValueError(f"k must be from 1 to {x.shape[1]}, got {k}")
     rows, total = x.contiguous(), identity(x)

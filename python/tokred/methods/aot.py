@@ -19,7 +19,7 @@ from torch.nn import functional
 
 import tokred
 
-from ._lists import check_least
+from ._lists import check_count, check_least
 from ._method import Family, Method, Needs
 from ._video import VideoTokens, check_video
 
@@ -45,6 +45,7 @@ def choose_anchors(
     Raises:
         ValueError: attention or window that does not fit the grid, more anchors than tokens.
     """
+    check_count("count", count, least=None)
     (height, width), tokens = grid, grid[0] * grid[1]
     for name, table in (("local", local_attention), ("global", global_attention)):
         if table.dim() != 2 or table.shape[1] != tokens:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._lists import check_count
 from ._method import Family, Method, Needs
 from ._selection import positions_of
 
@@ -58,8 +59,7 @@ def prune_steps(surprisal: Tensor, lengths: Tensor, budget: int | Tensor) -> Ten
     Raises:
         ValueError: a budget below 0.
     """
-    if isinstance(budget, int) and budget < 0:
-        raise ValueError(f"budget must be at least 0, got {budget}")
+    check_count("budget", budget, per_row=True)
     ranked = torch.where(surprisal.isnan(), -torch.inf, surprisal.float())
     order = ranked.argsort(dim=1, descending=True, stable=True)
     total = lengths.long().gather(1, order).cumsum(1)

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 import tokred
 
-from ._lists import check_least
+from ._lists import check_count, check_least
 from ._method import Family, Method, Needs
 from ._prompts import attention_from
 from ._selection import check_order
@@ -138,6 +138,7 @@ def atp_llava(
     Raises:
         ValueError: k below 0, or another order.
     """
+    check_count("k", k, optional=True)
     check_order(order)
     if k is not None:
         check_least(0, k=k)

@@ -21,6 +21,7 @@ from torch import Tensor
 import tokred
 
 from ._dropping import behind_prefix, class_scores, finite, kept_after
+from ._lists import check_count
 from ._method import Family, Method, Needs, Options
 from ._selection import check_budget
 
@@ -71,6 +72,7 @@ def ats_keep(scores: Tensor, keep: int) -> Tensor:
     Raises:
         ValueError: keep is more than there are tokens.
     """
+    check_count("keep", keep, least=None)
     batch, tokens = scores.shape
     if not 0 <= keep <= tokens:
         raise ValueError(f"keep must be from 0 to {tokens}, got {keep}")

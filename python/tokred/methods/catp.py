@@ -19,6 +19,7 @@ from torch import Tensor
 
 import tokred
 
+from ._lists import check_count
 from ._method import Family, Method, Needs
 from ._selection import (
     best,
@@ -73,6 +74,7 @@ def select_tokens(
     Raises:
         ValueError: another shape, order or trade-off.
     """
+    check_count("k", k)
     check_features("x", x)
     if not 0 <= trade_off <= 1:
         raise ValueError(f"trade_off must be in [0, 1], got {trade_off}")

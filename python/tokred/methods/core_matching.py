@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ._lists import check_count
 from ._method import Family, Method, Needs
 from ._selection import best, check_features, elbow
 
@@ -79,6 +80,7 @@ def select_tokens(
 
     O(B N log N) time.
     """
+    check_count("k", k, optional=True)
     above = scores > elbow(scores, valid)
     above = above if valid is None else above & valid
     return best(scores, scores.shape[1] if k is None else k, above, order)

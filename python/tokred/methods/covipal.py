@@ -14,6 +14,7 @@ from torch import Tensor
 
 import tokred
 
+from ._lists import check_count
 from ._method import Family, Method, Needs
 from ._prompts import best_share
 from ._selection import best
@@ -40,6 +41,7 @@ def covipal(
     Raises:
         ValueError: a ratio outside [0, 1], keep below 0, or another order.
     """
+    check_count("keep", keep, optional=True)
     return best_share(scores, ratio, keep, valid, order)
 
 
@@ -63,6 +65,7 @@ def attention_target(
     Returns:
         f32 [B, L].
     """
+    check_count("num_chosen", num_chosen)
     queries = (text if mask is None else text & mask).float()[:, None]
     columns = tokred.attention_columns(
         q.detach(),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ._lists import check_count
 from ._method import Family, Method, Needs
 from ._selection import (
     best,
@@ -70,6 +71,7 @@ def select_tokens(
 
     O(B N C pivots) time.
     """
+    check_count("k", k, per_row=True)
     check_features("x", x)
     check_scores("norms", norms, x, valid)
     check_order(order)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import tokred
 
+from ._lists import check_count
 from ._method import Family, Method, Needs
 from ._selection import check_features, features_of, in_order
 from ._visual import VisualOptions
@@ -42,6 +43,7 @@ def select_tokens(
 
     O(B N (N + k) C) time: the first pick compares all pairs. O(B N C) memory.
     """
+    check_count("k", k)
     check_features("x", x)
     x = features_of(x)
     # The greatest cosine of every token to another one costs less here than inside greedy_select.

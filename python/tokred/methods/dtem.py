@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ._lists import check_count
 from ._method import Family, Method, Needs
 from .tome import tome_plan
 
@@ -44,10 +45,10 @@ def soft_choice(
     Raises:
         ValueError: a negative k, or a temperature that is not above 0.
     """
-    if k < 0 or not temperature > 0 or not sharpness > 0:
+    check_count("k", k)
+    if not temperature > 0 or not sharpness > 0:
         raise ValueError(
-            "k must be at least 0, temperature and sharpness above 0, got "
-            f"{k}, {temperature} and {sharpness}"
+            f"temperature and sharpness must be above 0, got {temperature} and {sharpness}"
         )
     x = score / temperature
     if mask is not None:

@@ -9,8 +9,17 @@ the one with the fewest links above the threshold, so that no token is padding. 
 adds 1e-4 to the sizes it divides by in batches, and adds the log of the sizes after the softmax in
 one of its branches; neither is followed.
 
-Virtual unmerging, attention in a language model as if nothing had merged, is
-tokred.unmerged_attention.
+Virtual unmerging is attention in a language model as if nothing had merged. From pictures to a
+prompt that a language model reads so:
+
+    thresholds = calibrate(encoder, loader, r=20)                # once, over a stream of batches
+    with tokred.patch(encoder, "dymu", threshold=thresholds, trace_source=True) as handle:
+        x = encoder(pixels).last_hidden_state                    # [B, 1 + V, C]: V patches are left
+    prompt = unmerged_prompt(project(x), handle.token_map, before, after, num_prefix=1)
+    out = tokred.unmerged_attention(q, k, v, prompt.token_map, cos, sin)            # every layer
+
+with q, k and v of the prompt's M unique tokens, not rotated, and the angles of its N positions. The
+cache holds M keys and values; grown_map has the map for those of tokens that follow.
 """
 
 from __future__ import annotations
@@ -25,8 +34,10 @@ from torch import Tensor, nn
 import tokred
 from tokred.schedule import Schedule, parse_r, reducing_layers, resolve
 
+from ._lists import check_count, check_least
 from ._maps import identity, map_of_links
 from ._method import Family, Method, Needs, Options
+from ._selection import check_features
 
 if TYPE_CHECKING:
     from tokred.patching import Reduction, ReductionCall
@@ -139,6 +150,71 @@ def calibrate(
     if not calibration.seen and calibration.layers(num_layers):
         raise ValueError("batches must hold at least one batch")
     return calibration.thresholds(num_layers)
+
+
+@dataclass(frozen=True)
+class UnmergedPrompt:
+    """A prompt of M unique tokens, to be attended to as the N tokens that it was.
+
+    embeddings: [B, M, C]. token_map: i32 [B, N], the unique token at every position.
+    """
+
+    embeddings: Tensor
+    token_map: Tensor
+
+
+def unmerged_prompt(
+    visual: Tensor,
+    token_map: Tensor,
+    before: Tensor | None = None,
+    after: Tensor | None = None,
+    num_prefix: int = 0,
+) -> UnmergedPrompt:
+    """The text before an image, its merged tokens, and the text after it.
+
+    Args:
+        visual: [B, num_prefix + V, C], merged and projected. token_map: i32 [B, num_prefix + P],
+            the merged token of every patch, as the handle of a patch with trace_source=True has it.
+        before, after: [B, T, C], embeddings of text, of which every token is its own.
+        num_prefix: the first tokens, such as the class token, which the language model does not
+            get.
+
+    Returns:
+        UnmergedPrompt, with the P positions of the patches between those of the text.
+
+    Raises:
+        ValueError: another shape.
+    """
+    check_features("visual", visual)
+    batch, channels = visual.shape[0], visual.shape[2]
+    check_count("num_prefix", num_prefix)
+    if token_map.dim() != 2 or token_map.shape[0] != batch or token_map.dtype != torch.int32:
+        got = f"{token_map.dtype} {list(token_map.shape)}"
+        raise ValueError(f"token_map must be int32 [{batch}, N], got {got}")
+    parts, places, first = [], [], 0
+    for name, x in (("before", before), ("visual", visual[:, num_prefix:]), ("after", after)):
+        if x is None:
+            continue
+        check_features(name, x, batch)
+        if x.shape[2] != channels:
+            raise ValueError(f"{name} must have {channels} channels, got {x.shape[2]}")
+        slots = token_map[:, num_prefix:] - num_prefix if name == "visual" else identity(x)
+        parts.append(x)
+        places.append(torch.where(slots >= 0, slots + first, -1))
+        first += x.shape[1]
+    return UnmergedPrompt(torch.cat(parts, 1), torch.cat(places, 1))
+
+
+def grown_map(token_map: Tensor, tokens: int, new: int) -> Tensor:
+    """The map of a prompt and `new` tokens behind it, each its own: i32 [B, N + new].
+
+    Args:
+        token_map: i32 [B, N], of a prompt. tokens: M, its unique tokens, and what has followed.
+        new: how many follow now, whose queries have query_map = 0 .. new - 1.
+    """
+    check_least(0, tokens=tokens, new=new)
+    place = torch.arange(tokens, tokens + new, dtype=torch.int32, device=token_map.device)
+    return torch.cat([token_map, place.expand(token_map.shape[0], -1)], 1)
 
 
 @dataclass(frozen=True)

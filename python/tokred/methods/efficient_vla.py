@@ -15,7 +15,7 @@ from torch import Tensor
 
 import tokred
 
-from ._lists import check_least
+from ._lists import check_count, check_least
 from ._method import Family, Method, Needs
 from ._selection import best, features_of, in_order, mask_of, rows_of
 
@@ -59,6 +59,7 @@ def select(
 
     O(B N num_key C) time.
     """
+    check_count("keep", keep)
     if not 1 <= num_key <= keep:
         raise ValueError(f"num_key must be from 1 to keep = {keep}, got {num_key}")
     if not 0 <= alpha <= 1:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ._dropping import best_tokens, chosen_layers, class_scores, finite
+from ._lists import check_count
 from ._maps import identity, merged
 from ._method import Family, Method, Needs, Options
 from ._selection import check_budget, keep_count
@@ -41,6 +42,7 @@ def evit_map(scores: Tensor, keep: int, num_prefix: int = 1) -> tuple[Tensor, in
     Raises:
         ValueError: keep is not from 0 to less than the number of tokens.
     """
+    check_count("keep", keep, least=None)
     tokens = scores.shape[1] - num_prefix
     if not 0 <= keep < tokens:
         raise ValueError(f"keep must be from 0 to {tokens - 1}, got {keep}")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import tokred
 
+from ._lists import check_count
 from ._method import Family, Method, Needs
 
 
@@ -70,6 +71,7 @@ def reconstruct(
     Returns:
         [B, H * W, C2], differentiable in deep.
     """
+    check_count("k", k)
     return tokred.knn_reconstruct(deep, clustered.x, clustered.centroids, k, temperature, norm)
 
 

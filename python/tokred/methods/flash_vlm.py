@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ._crops import crops_of, encoder_attention
+from ._lists import check_count
 from ._method import Family, Method, Needs
 from ._selection import check_features, head_mean, keep_count, percentile, unit_range
 from ._visual import VisualOptions
@@ -97,6 +98,7 @@ def select_tokens(
 
     O(B N^3 C / step) time without an N x N matrix.
     """
+    check_count("k", k)
     return prune_duplicates(x, scores, k, valid, order, step=step)
 
 

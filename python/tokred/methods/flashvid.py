@@ -21,7 +21,7 @@ from torch.nn import functional
 
 import tokred
 
-from ._lists import check_least
+from ._lists import check_count, check_least, check_number
 from ._method import Family, Method, Needs
 from ._video import VideoTokens, check_video, padded_map
 
@@ -54,6 +54,7 @@ def diverse_tokens(x: Tensor, attention: Tensor, count: int) -> Tensor:
     Args:
         x: [B, N, C]. attention: f32 [B, N], not negative. count: at most N.
     """
+    check_count("count", count)
     rows = x.detach().contiguous()
     rows = rows.float() if rows.dtype == torch.float64 else rows
     chosen = tokred.greedy_select(rows, count, weight=attention.float(), first="isolated")
@@ -97,8 +98,8 @@ def merge_video(
         raise ValueError(
             f"ratio must be in (0, 1] and diverse in [0, 1], got {ratio} and {diverse}"
         )
-    check_least(1, frames=frames, expansion=expansion, neighbours=neighbours)
-    check_least(1, least_segments=least_segments)
+    check_least(1, frames=frames, neighbours=neighbours, least_segments=least_segments)
+    check_number(1, expansion=expansion)
     budget = min(math.ceil(tokens * ratio * expansion), tokens)
     chosen = min(math.ceil(budget * diverse), budget)
     slots, rows, parts = [], [], []

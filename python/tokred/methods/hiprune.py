@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ._crops import select_in_crops
 from ._dropping import behind_prefix, finite
+from ._lists import check_count
 from ._method import Family, Method, Needs
 from ._selection import best, check_grid, dilate, head_mean, keep_count, mask_of
 from ._visual import VisualOptions
@@ -58,6 +59,7 @@ def select_tokens(
 
     O(B H N) time.
     """
+    check_count("k", k, per_row=True)
     middle, deep = head_mean(middle, "middle"), head_mean(deep, "deep")
     tokens = deep.shape[1]
     check_grid(tokens, grid)

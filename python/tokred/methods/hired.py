@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ._crops import crops_of, encoder_attention, number_crops
+from ._lists import check_count
 from ._method import Family, Method, Needs
 from ._selection import (
     allocate,
@@ -53,6 +54,7 @@ def crop_budgets(
         grid: (H, W) of a crop. tiling: (rows, columns) of the crops.
         sizes: integers [B, 1 + crops], how many tokens each of them has; P where None.
     """
+    check_count("k", k)
     check_grid(early.shape[1], grid)
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be in [0, 1], got {alpha}")
@@ -103,6 +105,7 @@ def select_tokens(
 
     O(B N) time.
     """
+    check_count("k", k)
     number, places = 1 + tiling[0] * tiling[1], grid[0] * grid[1]
     if early.dim() != 2 or deep.shape != (len(early), number, places):
         raise ValueError(

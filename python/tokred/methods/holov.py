@@ -20,6 +20,7 @@ from torch import Tensor
 import tokred
 
 from ._crops import encoder_attention, select_in_crops
+from ._lists import check_count
 from ._method import Family, Method, Needs
 from ._selection import (
     allocate,
@@ -107,6 +108,7 @@ def select_tokens(
 
     O(B N^2 C / runs) time, O(B N C) memory.
     """
+    check_count("k", k)
     check_features("x", x)
     if runs < 1:
         raise ValueError(f"runs must be at least 1, got {runs}")

@@ -16,6 +16,7 @@ from torch import Tensor
 import tokred
 
 from ._crops import encoder_attention
+from ._lists import check_count
 from ._method import Family, Method, Needs
 from ._selection import check_features, check_scores, features_of, in_order, unit_range
 from ._visual import VisualOptions
@@ -52,6 +53,7 @@ def select_tokens(
 
     At most O(B N k C) time; O(B N C) memory.
     """
+    check_count("k", k)
     check_features("x", x)
     if not 0 <= trade_off <= 1:
         raise ValueError(f"trade_off must be in [0, 1], got {trade_off}")

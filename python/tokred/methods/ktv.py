@@ -16,6 +16,7 @@ from torch import Tensor
 
 import tokred
 
+from ._lists import check_count
 from ._method import Family, Method, Needs
 from ._video import VideoTokens, check_video
 
@@ -33,6 +34,7 @@ def keyframes(features: Tensor, count: int = 6, iterations: int = 100) -> Tensor
     Raises:
         ValueError: count is not from 1 to F.
     """
+    check_count("count", count, least=None)
     if not 1 <= count <= features.shape[1]:
         raise ValueError(f"count must be from 1 to {features.shape[1]}, got {count}")
     features = features.detach().contiguous()

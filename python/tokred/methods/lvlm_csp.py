@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._lists import check_least
+from ._lists import check_count, check_least
 from ._method import Family, Method, Needs
 from ._selection import best, keep_count, positions_of, ranks_in_groups, spaced_picks
 from ._skipping import scatter_back
@@ -24,6 +24,7 @@ def uniform(batch: int, tokens: int, count: int, device: torch.device | None = N
     Raises:
         ValueError: count is not from 1 to N.
     """
+    check_count("count", count, least=None)
     if not 1 <= count <= tokens:
         raise ValueError(f"count must be from 1 to {tokens}, got {count}")
     places = torch.arange(count, dtype=torch.int32, device=device) * (tokens // count)
@@ -68,6 +69,7 @@ def prune(
     Returns:
         i32 [B, K], K = keep, or ratio of N rounded down.
     """
+    check_count("keep", keep, optional=True)
     return best(scores, keep_count(scores.shape[1], keep, ratio), order=order)
 
 

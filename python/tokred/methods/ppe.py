@@ -20,7 +20,7 @@ from torch import Tensor
 
 import tokred
 
-from ._lists import check_least
+from ._lists import check_count, check_least
 from ._method import Family, Method, Needs
 
 
@@ -78,6 +78,7 @@ def last_members(assignment: Tensor, clusters: int, k: int) -> Tensor:
         assignment: i32 [B, N], -1 for tokens of no cluster. A cluster without members, as duplicate
             tokens leave them, gets some token.
     """
+    check_count("k", k)
     order = assignment.argsort(dim=1, stable=True)
     number = torch.arange(clusters, device=assignment.device)
     counts = (assignment[:, None] == number[:, None]).sum(2)

@@ -18,7 +18,7 @@ import tokred
 from tokred import PackedKV, PackFormat
 from tokred._library import refuse_grad
 
-from ._lists import check_least, check_tokens
+from ._lists import check_least, check_number, check_tokens
 from ._method import Family, Method, Needs
 
 
@@ -145,7 +145,7 @@ def compress(
         ValueError: one of these below its least.
     """
     check_least(0, num_sinks=num_sinks)
-    check_least(1, compression=compression)
+    check_number(1, compression=compression)
     tokens = k.shape[2]
     window = max(4000, int(tokens / compression)) if window is None else window
     check_least(1, window=window)

@@ -16,6 +16,7 @@ from torch import Tensor
 import tokred
 
 from ._crops import encoder_attention
+from ._lists import check_count
 from ._method import Family, Method, Needs
 from ._selection import check_features, check_scores, features_of, head_mean, in_order
 from ._visual import VisualOptions
@@ -51,6 +52,7 @@ def select_tokens(
     O(B N^2 C) time for the first gains, then at most O(B N C) a gain that has to be taken anew;
     O(B N C) memory.
     """
+    check_count("k", k)
     check_features("x", x)
     weight = head_mean(attention).pow(alpha)
     check_scores("attention", weight, x, valid)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import tokred
 
-from ._lists import check_least, range_list
+from ._lists import check_count, check_least, range_list
 from ._method import Family, Method, Needs
 
 
@@ -98,6 +98,7 @@ def hybrid_attention(
     Raises:
         ValueError: other heads in k or v than in q.
     """
+    check_count("count", count)
     if k.shape[1] != q.shape[1] or v.shape[1] != q.shape[1]:
         raise ValueError(
             f"k and v must have the {q.shape[1]} heads of q, as each chooses its own tokens, got "

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import tokred
 
-from ._lists import check_least
+from ._lists import check_least, check_number
 from ._method import Family, Method, Needs
 
 
@@ -48,7 +48,7 @@ def calibrate_budgets(
     Raises:
         ValueError: block is no power of two, or tolerance negative.
     """
-    check_least(0, tolerance=tolerance)
+    check_number(0, tolerance=tolerance)
     heads = k.shape[1]
     full = tokred.biased_attention(q, k, v)[0].float()
     budgets = torch.full((heads,), block, dtype=torch.int32, device=q.device)

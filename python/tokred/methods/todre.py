@@ -18,6 +18,7 @@ from torch import Tensor
 
 import tokred
 
+from ._lists import check_count
 from ._method import Family, Method, Needs
 from ._selection import check_features, features_of, in_order
 from ._visual import VisualOptions
@@ -52,6 +53,7 @@ def select_tokens(
 
     At most O(B N k C) time; O(B N C) memory.
     """
+    check_count("k", k)
     check_features("x", x)
     if rule not in ("sum", "least"):
         raise ValueError(f'rule must be "sum" or "least", got {rule!r}')

@@ -20,6 +20,7 @@ from torch import Tensor
 import tokred
 
 from ._crops import crops_of, encoder_attention
+from ._lists import check_count
 from ._method import Family, Method, Needs
 from ._selection import (
     allocate,
@@ -94,6 +95,7 @@ def select_tokens(
     Raises:
         ValueError: another shape or order, or a share outside [0, 1].
     """
+    check_count("k", k)
     check_order(order)
     if not 0 <= global_share <= 1:
         raise ValueError(f"global_share must be in [0, 1], got {global_share}")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ._lists import check_count
 from ._maps import identity
 from ._method import Family, Method, Needs
 from ._video import VideoTokens, check_video
@@ -23,6 +24,7 @@ def even_positions(total: int, count: int, device: torch.device | str | None = N
     Raises:
         ValueError: count is not from 1 to total, beyond which positions would repeat.
     """
+    check_count("count", count, least=None)
     if not 1 <= count <= total:
         raise ValueError(f"count must be from 1 to {total}, got {count}")
     return torch.linspace(0, total - 1, count, dtype=torch.float64, device=device).round().long()

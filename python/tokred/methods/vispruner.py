@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ._crops import encoder_attention, select_in_crops
+from ._lists import check_count
 from ._method import Family, Method, Needs
 from ._selection import (
     best,
@@ -66,6 +67,7 @@ def select_tokens(
 
     O(B N^3 C / step) time without an N x N matrix.
     """
+    check_count("k", k)
     check_features("x", x)
     check_order(order)
     if not 0 <= important <= 1:

@@ -21,6 +21,7 @@ from torch import Tensor
 import tokred
 
 from ._dropping import best_tokens, chosen_layers, finite, kept_after
+from ._lists import check_count
 from ._method import Family, Method, Needs, Options
 from ._selection import check_budget
 
@@ -83,6 +84,7 @@ def zero_tprune_plan(
 
     O(B N^2 C) time, O(B N) memory.
     """
+    check_count("keep", keep, least=None)
     tokens = ranks.shape[1] - num_prefix
     if keep < 0 or not 0 <= similar <= min(tokens // 2, tokens - keep):
         raise ValueError(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import tokred
 
+from ._lists import check_count
 from ._method import Family, Method, Needs
 from ._selection import check_features, check_scores, features_of, in_order, keep_count, unit_range
 from ._visual import VisualOptions
@@ -85,6 +86,7 @@ def select_tokens(
 
     At most O(B N k C) time; O(B N C) memory.
     """
+    check_count("k", k)
     check_features("x", x)
     check_scores("sensitive", sensitive, x, valid)
     weight = unit_range(sensitive.detach(), valid, 1e-8)
