@@ -100,7 +100,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "ttf_vla.recompute": {"difference": SCORES},
     "vispruner.select_tokens": {"x": X, "attention": SCORES},
     "vtc_cls.select_tokens": {"scores": SCORES},
-    "xtr.retrieve": {"query": X[:1], "tokens": X},
+    "xtr.retrieve": {"query": X, "tokens": X[0]},
     "zero_tprune.zero_tprune_plan": {"ranks": SCORES, "keys": X},
     "zoo_prune.select_tokens": {"x": X, "sensitive": SCORES},
 }
