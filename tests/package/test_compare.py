@@ -17,7 +17,7 @@ for needed in ("transformers", "skimage", "matplotlib", "rich"):
     pytest.importorskip(needed)
 
 from tokred import compat  # noqa: E402
-from tokred.demo import compare, compare_images, compare_text  # noqa: E402
+from tokred.demo import compare, compare_text  # noqa: E402
 from tokred.demo.compare import Comparison, Entry  # noqa: E402
 
 has_dinov2 = pytest.mark.skipif(
@@ -70,20 +70,6 @@ def test_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (tmp_path / "pictures_compare.png").read_bytes().startswith(b"\x89PNG")
     lines = [line.strip() for line in capsys.readouterr().out.splitlines() if "×" in line]
     assert [line.split()[:2] for line in lines] == [["*", "evad"], ["tome", "50"], ["*", "tome"]]
-
-
-def test_budgets_of_every_reducer() -> None:
-    """All that DINOv2 can run: as many tokens go, or the same share in each layer that reduces."""
-    found = {method.name: method for method in compare_images.reducers()}
-    assert {"tome", "pitome", "evad", "ats", "zero_tprune"} <= {*found}
-    assert not {"dymu", "dtem", "pyra", "tomesd"} & {*found}
-    r = compare_images.options_at(found["tome"], 12, 100, 0.25)["r"]
-    assert len(r) == 12 and sum(r) == 75 and max(r) - min(r) <= 1
-    for name in ("pitome", "evad"):
-        options = found[name].options(**compare_images.options_at(found[name], 12, 100, 0.25))
-        assert options.ratio ** len(options.layers(12)) == pytest.approx(0.25)
-    assert compare_images.options_at(found["evad"], 12, 100, 1.0) == {"ratio": 1.0}
-    assert [m.name for m in compare_images.reducers(["evad", "tome"])] == ["tome", "evad"]
 
 
 def test_budgets_of_every_selector() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import tokred
-from tokred.methods import METHODS, Method, Needs, get
+from tokred.methods import get
 
+from .budgets import fitted, options_at, reducers
 from .compare import Comparison, Entry, peak_bytes, with_front
 from .dinov2 import PATCH_SIZE, load_dinov2
 from .gallery import photograph_from
-from .images import Photograph, timed
-from .report import named
+from .images import Photograph, timed, tokens_left
 
 CLASS, PATCHES = "CLS cosine", "patch cosine"
-TOLERANCE = 0.1  # of the budget, within which the number of tokens left must be
 
 
 def compare(
@@ -41,7 +40,7 @@ def compare(
     if size < PATCH_SIZE or size % PATCH_SIZE:
         raise ValueError(f"--size must be a multiple of {PATCH_SIZE}, got {size}")
     photographs = [photograph_from(path, size) for path in paths]
-    chosen = reducers(names)
+    chosen = reducers(names, "--methods")
     model = load_dinov2()
     layers, tokens = model.config.num_hidden_layers, (size // PATCH_SIZE) ** 2
     runs = [
@@ -69,46 +68,6 @@ def compare(
     )
 
 
-def reducers(names: Sequence[str] = ()) -> list[Method]:
-    """The methods whose budget is an option, that transformers' vision encoders run with.
-
-    Raises:
-        ValueError: a name that is none of them.
-    """
-    found = {
-        method.name: method
-        for method in METHODS.values()
-        if Needs.VISION_ENCODER in method.needs
-        and Needs.TRAINING not in method.needs
-        and "transformers" in getattr(method.options, "adapters", ())
-        and options_at(method, 12, 100, 0.5) is not None
-    }
-    return named(found, names, "--methods")
-
-
-def options_at(method: Method, layers: int, tokens: int, keep: float) -> dict[str, Any] | None:
-    """The options with which a share `keep` of the tokens is left behind the last of the layers.
-
-    Every layer that the method reduces by default gives up as many tokens, or the same share. None
-    for a method whose amount follows from what the tokens are, or that wants what only training or
-    calibration knows.
-    """
-    assert method.options is not None
-    known = {field.name for field in fields(method.options)}
-    if any(default is MISSING for default in method.defaults().values()):
-        return None
-    if "r" in known:
-        total = round(tokens * (1 - keep))
-        amounts = [total * (i + 1) // layers - total * i // layers for i in range(layers)]
-        return {"r": amounts}
-    if "ratio" not in known:
-        return None
-    if keep == 1:
-        return {"ratio": 1.0}
-    reducing = method.options(ratio=0.5).layers(layers)  # type: ignore[attr-defined]
-    return {"ratio": keep ** (1 / len(reducing))}
-
-
 class Run:
     """One method at one budget, and what its turns have measured."""
 
@@ -118,30 +77,12 @@ class Run:
         self.cosines: list[Tensor] = []
         self.tokens = 0
 
-    def fit(self, pixels: Tensor, steps: int = 8) -> None:
+    def fit(self, pixels: Tensor) -> None:
         """Corrects the ratio of a method that leaves another share of its tokens than that says."""
-        ratio = self.options.get("ratio")
-        if ratio is None or ratio == 1:
-            return
-        reducing = (
-            get(self.name).options(**self.options).layers(self.model.config.num_hidden_layers)
-        )
+        layers = self.model.config.num_hidden_layers
         wanted = self.budget * (pixels.shape[-1] // PATCH_SIZE) ** 2
-        low: float | None = None
-        high = 1.0
-        for _ in range(steps):
-            with tokred.patch(self.model, self.name, **self.options):
-                left = self.model(pixels).last_hidden_state.shape[1] - 1  # the class token
-            if abs(left - wanted) <= TOLERANCE * wanted:
-                return
-            if left < wanted:
-                low = ratio
-            else:
-                high = ratio
-            # Without a lower bound as if what is left were the product of the layers' ratios.
-            guess = ratio * (wanted / max(left, 1)) ** (1 / len(reducing))
-            ratio = guess if low is None else (low + high) / 2
-            self.options = {"ratio": ratio}
+        left = partial(tokens_left, self.model, self.name, pixels)
+        self.options = fitted(get(self.name), layers, self.options, wanted, left)
 
     def turn(self, pixels: Tensor, expected: Tensor) -> None:
         """Runs the model with the method once, and compares every original token."""

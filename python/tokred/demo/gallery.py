@@ -13,20 +13,22 @@ import json
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from tokred.methods import METHODS, Family, Method, Needs
+from tokred.methods import Method
 
+from .budgets import fitted, options_at, reducers
 from .dinov2 import IMAGE_SIZE, PATCH_SIZE, load_dinov2
 from .figures import Panel, merged_regions, save_panels
-from .images import Photograph, photograph_of, photographs_in, turn
+from .images import Photograph, photograph_of, photographs_in, tokens_left, turn
 from .offline import MissingModelError, require_packages
-from .report import named, origin
+from .report import origin
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,8 +36,6 @@ if TYPE_CHECKING:
 COLUMNS = 4
 MODEL = "DINOv2 ViT-S/14"
 SAMPLE = "astronaut"  # of scikit-image
-ONE_DROPS = ("hiprune",)  # whose other layers are only read
-NO_SHARE = ("tca_condensation",)  # whose ratio is not the share of the tokens that is left
 BUDGETS = (0.15, 0.25, 0.4, 0.5, 0.6, 0.75)  # of the page
 
 
@@ -57,44 +57,6 @@ class Entry:
             f"{self.method}: {self.tokens} tokens, {self.ms_patched:.0f} ms\n"
             f"{self.speed_up:.2f}×, CLS {self.cls_cosine:.4f}, patches {self.patch_cosine:.4f}"
         )
-
-
-def reducers(names: Sequence[str] = ()) -> list[Method]:
-    """The methods that merge or drop a fixed number of tokens in transformers' vision encoders.
-
-    Args:
-        names: only these.
-
-    Raises:
-        ValueError: a name that is none of them.
-    """
-    found = {
-        method.name: method
-        for method in METHODS.values()
-        if method.family in (Family.MERGE, Family.PRUNE)
-        and Needs.VISION_ENCODER in method.needs
-        and "transformers" in getattr(method.options, "adapters", ())
-        and budget(method, 12, 100, 0.5) is not None
-    }
-    return named(found, names, "methods")
-
-
-def budget(method: Method, layers: int, tokens: int, keep: float) -> dict[str, Any] | None:
-    """The options with which a share `keep` of the tokens is left behind the last of the layers.
-
-    Methods with a `ratio` give up the same share in each of their layers. None for a method whose
-    amount follows from what the tokens are.
-    """
-    assert method.options is not None
-    names = {field.name for field in fields(method.options)}
-    if "r" in names:
-        total = round(tokens * (1 - keep))
-        return {"r": [total * (i + 1) // layers - total * i // layers for i in range(layers)]}
-    if "ratio" not in names or method.name in NO_SHARE:
-        return None
-    reducer: Any = method.options(ratio=0.5)
-    dropping = 1 if method.name in ONE_DROPS else max(len(reducer.layers(layers)), 1)
-    return {"ratio": keep ** (1 / dropping)}
 
 
 def draw_image(
@@ -146,8 +108,10 @@ def _drawn(
     drawn = []
     with torch.inference_mode():
         for method in chosen:
-            options = budget(method, layers, grid * grid, keep)
+            options = options_at(method, layers, grid * grid, keep)
             assert options is not None
+            left = partial(tokens_left, model, method.name, photograph.pixels)
+            options = fitted(method, layers, options, keep * grid * grid, left)
             entry, groups = _measured(model, photograph, method.name, options, repeats)
             drawn.append((entry, groups.reshape(grid, grid).numpy()))
             print(entry.caption().replace("\n", ", "), flush=True)
@@ -235,7 +199,7 @@ def main(arguments: Sequence[str] = ()) -> int:
         if options.video is not None:
             _video(options)
         else:
-            chosen = reducers(options.methods)
+            chosen = reducers(options.methods, "--methods")
             photograph = photograph_from(options.image, options.size)
             if options.html is not None:
                 draw_page(photograph, chosen, options.budgets, options.repeats, options.html)

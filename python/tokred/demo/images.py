@@ -136,6 +136,14 @@ def turn(
         return Turn(unpatched, patched, merged.shape[1], handle.token_map[0], cosine[0])
 
 
+def tokens_left(
+    model: torch.nn.Module, method: str, pixels: Tensor, options: dict[str, Any]
+) -> int:
+    """The tokens behind the last layer beside the class token."""
+    with tokred.patch(model, method, **options):
+        return int(model(pixels).last_hidden_state.shape[1]) - 1
+
+
 def _measure(
     model: torch.nn.Module, photographs: list[Photograph], r: int, repeats: int
 ) -> tuple[Row, list[Tensor]]:

@@ -1,0 +1,94 @@
+"""Which methods run in DINOv2, and the options with which each leaves the same share of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields
+from typing import Any
+
+from tokred.methods import METHODS, Method, Needs
+
+from .report import named
+
+TOLERANCE = 0.1  # of a budget, within which the number of tokens left must be
+ONE_REDUCES = ("hiprune",)  # whose other layers are only read
+
+
+def reducers(names: Sequence[str], argument: str) -> list[Method]:
+    """The methods whose budget is an option, that transformers' vision encoders run with.
+
+    Args:
+        names: only these, if any.
+        argument: what an error calls them.
+
+    Raises:
+        ValueError: a name that is none of them.
+    """
+    found = {
+        method.name: method
+        for method in METHODS.values()
+        if Needs.VISION_ENCODER in method.needs
+        and Needs.TRAINING not in method.needs
+        and "transformers" in getattr(method.options, "adapters", ())
+        and options_at(method, 12, 100, 0.5) is not None
+    }
+    return named(found, names, argument)
+
+
+def options_at(method: Method, layers: int, tokens: int, keep: float) -> dict[str, Any] | None:
+    """The options with which a share `keep` of the tokens is left behind the last of the layers.
+
+    Every layer that the method reduces by default gives up as many tokens, or the same share. None
+    for a method whose amount follows from what the tokens are, or that wants what only training or
+    calibration knows.
+    """
+    assert method.options is not None
+    known = {field.name for field in fields(method.options)}
+    if any(default is MISSING for default in method.defaults().values()):
+        return None
+    if "r" in known:
+        total = round(tokens * (1 - keep))
+        return {"r": [total * (i + 1) // layers - total * i // layers for i in range(layers)]}
+    if "ratio" not in known:
+        return None
+    return {"ratio": keep ** (1 / _reducing(method, layers))}
+
+
+def fitted(
+    method: Method,
+    layers: int,
+    options: dict[str, Any],
+    wanted: float,
+    tokens_left: Callable[[dict[str, Any]], int],
+    steps: int = 8,
+) -> dict[str, Any]:
+    """Options whose ratio leaves `wanted` tokens, if it is not the share that a layer leaves.
+
+    Args:
+        tokens_left: the tokens that a run with such options leaves.
+        steps: runs at most.
+    """
+    ratio = options.get("ratio")
+    if ratio is None or ratio == 1:
+        return options
+    low, high = 0.0, 1.0
+    for step in range(steps):
+        left = tokens_left({"ratio": ratio})
+        if abs(left - wanted) <= TOLERANCE * wanted:
+            break
+        if left < wanted:
+            low = ratio
+        else:
+            high = ratio
+        # At first as if what is left were the product of the layers' ratios, then by halves.
+        guess = ratio * (wanted / max(left, 1)) ** (1 / _reducing(method, layers))
+        ratio = guess if step < 2 and low < guess < high else (low + high) / 2
+    return {"ratio": ratio}
+
+
+def _reducing(method: Method, layers: int) -> int:
+    """In how many layers the method gives up tokens by default."""
+    if method.name in ONE_REDUCES:
+        return 1
+    options: Any = method.options
+    return max(len(options(ratio=0.5).layers(layers)), 1)
