@@ -83,6 +83,26 @@ def test_first_picks(backend: Backend, rule: str, metric: str, first: str) -> No
     assert_greedy(backend.run("greedy_select", x, 6, rule, **options), x, rule, **options)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+def test_isolated_among_many(backend: Backend, metric: str) -> None:
+    """More tiles than meet all others at once, more channels than are multiplied at once."""
+    centres = randn(12, 150, seed=4)
+    chosen = torch.randint(12, (2, 203), generator=generator(5))
+    x = centres[chosen] + 0.5 * randn(2, 203, 150)
+    x[:, 150] = 2 * centres[0] + 3 * randn(150, seed=6)  # alone
+    weight = torch.rand(2, 203, generator=generator(7))
+    weight[0, ::3], weight[1, ::2] = 0, -1
+    mask = torch.rand(2, 203, generator=generator(8)) < 0.8
+    for options in ({}, {"mask": mask}, {"weight": weight, "mask": mask}):
+        options = {"metric": metric, "first": "isolated", **options}
+        assert_greedy(
+            backend.run("greedy_select", x, 2, "kcenter", **options), x, "kcenter", **options
+        )
+    alike = x[:, :1].repeat(1, 100, 1)
+    picks = backend.run("greedy_select", alike, 1, "kcenter", metric=metric, first="isolated")
+    assert picks.tolist() == [[0], [0]]
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_signed_weights(backend: Backend, rule: str) -> None:
     x, weight = randn(2, 50, 8), randn(2, 50, seed=1)

@@ -6,6 +6,9 @@
 // [16, 1024, 64], k = 256: all pairs of a token and a picked one are 0.54 GFLOP, 11 ms at 50
 // GFLOP/s; where a loop reads all tokens at every step, a twentieth of them is read. Sums of
 // distances rise, and so may scores with negative weights: those meet every picked token at once.
+//
+// The most isolated token of [1, 2880, 4096]: 34 GFLOP for every pair once, 340 ms at 100 GFLOP/s,
+// and less the more tiles cannot hold it.
 #include "cluster/cpu/items.h"
 #include "cluster/cpu/panels.h"
 #include "cluster/params.h"
@@ -22,6 +25,9 @@ constexpr int64_t kCandidates = kTileRows<float>;  // whose gains are summed tog
 constexpr int64_t kWideWork = 1 << 18;  // numbers of an item that threads share
 constexpr int64_t kWave = 8;  // tiles a thread, where they share one
 constexpr int64_t kBlock = 64;  // tiles of a task, where all of them are passed through
+constexpr int64_t kTogether = 4;  // tiles that meet all others in one pass over these
+constexpr int64_t kChunk = 128;  // channels of them that the first-level cache holds
+constexpr int kProductRows = min(kTileRows<float> * kTilePanels<float>, 16);
 
 // The working arrays of an item. The score of a token is gain * value + add; add is -inf where it
 // is picked or does not take part. value: the least distance to a picked token (of l2 its square),
@@ -34,6 +40,9 @@ struct Item {
   int32_t* seen;   // i32, as bound: that count
   bool* rises;     // bool [tiles]: scores may rise
   bool any_rises;
+  float* nearest;  // f32 [tiles][16]: the least distance to another token that is known
+  float* apart;    // f32 [threads][kTogether][16][16]: that of a row to the tokens of each lane
+  bool* done;      // bool [tiles]: whether a tile has met all others
   float *chosen, *chosen_offset;  // the picked tokens as rows, or candidates of each thread
   int32_t* wave;   // i32 [kWave * threads]: tiles or tokens that are met next
 };
@@ -57,6 +66,11 @@ Item carve(const GreedySelectParams& p, int64_t threads, Workspace& workspace) {
   s.best = workspace.allocate<int32_t>(bounds);
   s.seen = workspace.allocate<int32_t>(bounds);
   s.rises = workspace.allocate<bool>(s.tiles);
+  if (p.first == FirstPick::isolated) {
+    s.nearest = workspace.allocate<float>(lanes);
+    s.apart = workspace.allocate<float>(threads * kTogether * kLanes * kLanes);
+    s.done = workspace.allocate<bool>(s.tiles);
+  }
   s.chosen = workspace.allocate<float>(rows * p.channels);
   s.chosen_offset = workspace.allocate<float>(rows);
   s.wave = workspace.allocate<int32_t>(wave);
@@ -111,34 +125,127 @@ TOKRED_INLINE f32x16 distance(const GreedySelectParams& p, f32x16 dot, f32x16 of
   return p.metric == Metric::dot ? apart : max(apart, splat(0.0f));
 }
 
-// Scores the tokens of a tile as first picks by the distance to the nearest other token.
-void isolate_tile(const GreedySelectParams& p, const Item& s, int64_t tile) {
-  const f32x16 offset = load(s.offset + tile * kLanes);
-  alignas(64) float score[kLanes];
-  f32x16 nearest = splat(-kNone);
-  int64_t others = -1;
-  for (int64_t other = 0; other < s.tiles; ++other) {
-    multiply<Layout::step_row>(panel_of(p, s, other), kLanes, kLanes, panel_of(p, s, tile), 0, 1,
-                               p.channels, [&](int64_t row, int, f32x16 dot) {
-                                 const int64_t token = other * kLanes + row;
-                                 if (!takes_part(s, token)) return;
-                                 ++others;
-                                 f32x16 apart = distance(p, dot, offset + splat(s.offset[token]));
-                                 if (other == tile) {
-                                   store(score, apart);
-                                   score[row] = -kNone;
-                                   apart = load(score);
-                                 }
-                                 nearest = min(apart, nearest);
-                               });
+// sums[row] += row `row` of a tile . panel, over the channels in their order.
+template <int kRows>
+TOKRED_INLINE void add_products(const float* rows, const float* panel, int64_t channels,
+                                int64_t row, float* sums) {
+  for (; row + kRows <= kLanes; row += kRows) {
+    f32x16 sum[kRows];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) sum[r] = load(sums + (row + r) * kLanes);
+    for (int64_t c = 0; c < channels; ++c) {
+      const f32x16 lanes = load(panel + c * kLanes);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        sum[r] = fma(splat(rows[c * kLanes + row + r]), lanes, sum[r]);
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) store(sums + (row + r) * kLanes, sum[r]);
   }
-  store(score, p.metric == Metric::l2 ? sqrt(nearest) : nearest);
+  if constexpr (kRows > 1) {
+    add_products<(kRows > 4 ? 4 : kRows - 1)>(rows, panel, channels, row, sums);
+  }
+}
+
+// `count` tiles meet every tile that has not met all, each other and themselves.
+void meet_all(const GreedySelectParams& p, const Item& s, const int64_t* tiles, int64_t count,
+              const Parallel& parallel) {
+  const int64_t pairs = count * kLanes * kLanes;
+  for (int64_t i = 0; i < parallel.threads * pairs; ++i) s.apart[i] = -kNone;
+  parallel_tasks(parallel, s.tiles, [&](int64_t other, int64_t worker) {
+    if (s.done[other]) return;
+    int64_t here = count;  // of two of these tiles the later one meets the earlier
+    for (int64_t i = 0; i < count; ++i) here = tiles[i] == other ? i + 1 : here;
+    alignas(64) float dots[kTogether * kLanes * kLanes] = {};
+    for (int64_t c = 0; c < p.channels; c += kChunk) {
+      const int64_t channels = min(kChunk, p.channels - c);
+      for (int64_t i = 0; i < here; ++i) {
+        add_products<kProductRows>(panel_of(p, s, tiles[i]) + c * kLanes,
+                                   panel_of(p, s, other) + c * kLanes, channels, 0,
+                                   dots + i * kLanes * kLanes);
+      }
+    }
+    alignas(64) float hidden[kLanes], own[kLanes];
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      hidden[lane] = takes_part(s, other * kLanes + lane) ? 0.0f : -kNone;
+    }
+    float* nearest = s.nearest + other * kLanes;
+    const f32x16 offset = load(s.offset + other * kLanes), hide = load(hidden);
+    for (int64_t i = 0; i < here * kLanes; ++i) {
+      const int64_t row = i % kLanes, token = tiles[i / kLanes] * kLanes + row;
+      if (!takes_part(s, token)) continue;
+      f32x16 apart = distance(p, load(dots + i * kLanes), offset + splat(s.offset[token]));
+      if (token / kLanes == other) {
+        store(own, apart);
+        own[row] = -kNone;
+        apart = load(own);
+      } else {
+        float* least = s.apart + worker * pairs + i * kLanes;
+        store(least, min(load(least), apart + hide));
+      }
+      store(nearest, min(load(nearest), apart));
+    }
+  });
+  for (int64_t i = 0; i < parallel.threads * pairs; ++i) {
+    const int64_t row = i / kLanes % (count * kLanes);
+    float& nearest = s.nearest[tiles[row / kLanes] * kLanes + row % kLanes];
+    if (s.apart[i] < nearest) nearest = s.apart[i];
+  }
+}
+
+// The bound of the tile's scores as first picks, and the best token once it has met all others.
+void note_isolation(const GreedySelectParams& p, const Item& s, int64_t tile, bool is_alone) {
+  float score[kLanes];
   for (int64_t lane = 0; lane < kLanes; ++lane) {
     const int64_t token = tile * kLanes + lane;
-    const float apart = others > 0 ? score[lane] : 0.0f;
-    score[lane] = takes_part(s, token) ? weight_of(p, s, token) * apart : kNone;
+    const float weight = weight_of(p, s, token), nearest = is_alone ? 0.0f : s.nearest[token];
+    const float apart = p.metric == Metric::l2 ? __builtin_sqrtf(nearest) : nearest;
+    const bool may_rise = !s.done[tile] && (weight < 0 || apart == -kNone);
+    score[lane] = !takes_part(s, token) ? kNone : may_rise ? -kNone : weight * apart;
   }
   note_best(s, tile, score);
+}
+
+// The token of the largest weighted distance to its nearest other one, or -1. Every pair of tiles
+// meets at most once, and a tile only while its bound reaches the best score so far.
+int64_t most_isolated(const GreedySelectParams& p, const Item& s, const Parallel& parallel) {
+  int64_t members = 0, best = -1;
+  float score = kNone;
+  for (int64_t tile = 0; tile < s.tiles; ++tile) {
+    const int64_t before = members;
+    for (int64_t token = tile * kLanes; token < (tile + 1) * kLanes; ++token) {
+      s.nearest[token] = -kNone;
+      members += takes_part(s, token);
+    }
+    s.done[tile] = members == before;
+    s.bound[tile] = s.done[tile] ? kNone : -kNone;
+  }
+  for (;;) {
+    int64_t tiles[kTogether], count = 0;
+    for (; count < kTogether; ++count) {
+      const int64_t tile = first_greatest(s.bound, round_up(s.tiles, kLanes));
+      if (tile < 0 || s.bound[tile] < score) break;
+      tiles[count] = tile;
+      s.bound[tile] = kNone;
+    }
+    if (count == 0) return best;
+    meet_all(p, s, tiles, count, parallel);
+    for (int64_t i = 0; i < count; ++i) s.done[tiles[i]] = true;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t tile = tiles[i];
+      note_isolation(p, s, tile, members == 1);
+      const bool ties = s.bound[tile] == score && s.best[tile] < best;
+      if (s.best[tile] >= 0 && (s.bound[tile] > score || ties)) {
+        score = s.bound[tile];
+        best = s.best[tile];
+      }
+      s.bound[tile] = kNone;
+    }
+    for (int64_t tile = 0; tile < s.tiles; ++tile) {
+      if (!s.done[tile]) note_isolation(p, s, tile, false);
+    }
+  }
 }
 
 // Scores of a tile as they are now.
@@ -311,10 +418,11 @@ void select_from_item(const GreedySelectParams& p, Item s, const Parallel& paral
   const bool by_gain = token < 0 && is_facility && p.first == FirstPick::rule;
   if (token < 0 && !by_gain) {
     if (p.first == FirstPick::isolated) {
-      parallel_tasks(parallel, s.tiles, [&](int64_t tile, int64_t) { isolate_tile(p, s, tile); });
+      token = most_isolated(p, s, parallel);
+    } else {
+      const int64_t tile = first_greatest(s.bound, padded);
+      token = tile < 0 ? -1 : s.best[tile];
     }
-    const int64_t tile = first_greatest(s.bound, padded);
-    token = tile < 0 ? -1 : s.best[tile];
   }
   for (int64_t tile = 0; tile < s.tiles; ++tile) {
     s.bound[tile] = -kNone;

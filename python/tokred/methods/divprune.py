@@ -41,12 +41,14 @@ def select_tokens(
     Raises:
         ValueError: another shape or order.
 
-    O(B N (N + k) C) time: the first pick compares all pairs. O(B N C) memory.
+    O(B N (N + k) C) time: the first pick compares all pairs at worst. O(B N C) memory.
     """
     check_count("k", k)
     check_features("x", x)
     x = features_of(x)
-    # The greatest cosine of every token to another one costs less here than inside greedy_select.
+    if not x.is_cuda:
+        return in_order(tokred.greedy_select(x, k, mask=valid, first="isolated"), order)
+    # There all pairs at once are quicker than the tiles that may hold the first pick one by one.
     nearest = tokred.similarity_stats(x, exclude_self=True, mask_a=valid).greatest
     apart = (-nearest).masked_fill(nearest == -torch.inf, -torch.inf)
     _, start = tokred.topk(apart, 1)

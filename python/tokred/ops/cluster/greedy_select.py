@@ -59,8 +59,9 @@ def greedy_select(
     Complexity: at most 2 B N k C flops, memory O(N C) on the CPU and O(N) on CUDA, never N x N. To
         kcenter and mmr, most tokens need only be compared when their old score is the best left
         (lazy greedy, the same result). "isolated", and facility at the start, compare all pairs,
-        2 B N^2 C flops; facility then sums the gains anew, 2 N C flops each, of candidates whose
-        old gain is the best left.
+        2 B N^2 C flops; on the CPU "isolated" compares each pair at most once, and tokens that
+        cannot be the first pick only with those that can. Facility then sums the gains anew, 2 N C
+        flops each, of candidates whose old gain is the best left.
     """
     return choose(
         _ops.greedy_select.default, x, k, rule, weight, start, mask, metric, first, trade_off
