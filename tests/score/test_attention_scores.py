@@ -120,6 +120,9 @@ ROW_CASES = [
     Case(1, 8, 1, 2, 37, 128),
     Case(1, 3, 3, 5, 600, 80),
     Case(1, 4, 1, 3, 1100, 256),
+    Case(1, 1, 1, 15, 97, 20),
+    Case(1, 4, 2, 70, 210, 72, causal=True, mask="keys"),
+    Case(1, 1, 1, 90, 130, 256, mask="pairs", layout="tokens"),
     Case(causal=True),
     Case(queries=30, keys=20, causal=True),
     Case(mask="keys"),
@@ -145,6 +148,14 @@ def test_rows_against_float64(backend: Backend, case: Case, dtype: torch.dtype) 
         for first, last in ((0, case.keys // 2), (case.keys // 3, case.keys), (0, 0)):
             own = {"denominator": (first, last)}
             check(backend, "attention_rows", replace(case, scale=0.1), 8 * slack, **own)
+
+
+def test_hidden_keys_do_not_matter_to_rows(kernels: Backend) -> None:
+    q, k, options = Case(queries=30, keys=210, mask="keys").inputs()
+    rows = run(kernels, "attention_rows", q, k, **options)
+    hidden = ~options["mask"].flatten(1)
+    k.masked_fill_(hidden[:, None, :, None], torch.nan)
+    assert_bitwise_equal(run(kernels, "attention_rows", q, k, **options), rows, "hidden keys")
 
 
 def test_quotients_overflow_to_infinity(kernels: Backend) -> None:
@@ -281,8 +292,9 @@ def test_batch_does_not_matter(kernels: Backend, case: Case, reduce: str) -> Non
         assert_bitwise_equal(columns(one), whole[one], f"item {item}")
 
 
-def test_batch_does_not_matter_to_rows(kernels: Backend) -> None:
-    q, k, options = Case(3, 4, 2, 3, 1300, 40, mask="full", dtype=torch.bfloat16).inputs()
+@pytest.mark.parametrize("queries", [3, 19])
+def test_batch_does_not_matter_to_rows(kernels: Backend, queries: int) -> None:
+    q, k, options = Case(3, 4, 2, queries, 1300, 40, mask="full", dtype=torch.bfloat16).inputs()
     mask = options["mask"]
     whole = run(kernels, "attention_rows", q, k, mask=mask)
     for item in range(3):
@@ -296,13 +308,14 @@ def test_batch_does_not_matter_to_rows(kernels: Backend) -> None:
 def test_isa_and_threads_do_not_matter(on_every_cpu: Any, case: Case, dtype: torch.dtype) -> None:
     case = replace(case, dtype=dtype)
     calls = [columns_call(case, slice(None), reduce) for reduce in REDUCTIONS]
-    q, k, options = replace(case, queries=3, keys=1300).inputs()
+    rows_calls = [replace(case, queries=queries, keys=1300).inputs() for queries in (3, 19)]
 
     def results() -> list[Tensor]:
-        columns = [tokred.attention_columns(q, k, **own) for q, k, own in calls]
-        ranges = (None, (5, 700))
-        rows = [tokred.attention_rows(q, k, denominator=d, **options) for d in ranges]
-        return [*columns, *rows, tokred.attention_rows(q, k, softmax=False, **options)]
+        results = [tokred.attention_columns(q, k, **own) for q, k, own in calls]
+        for q, k, options in rows_calls:
+            for own in ({}, {"denominator": (5, 700)}, {"softmax": False}):
+                results.append(tokred.attention_rows(q, k, **own, **options))
+        return results
 
     assert_one_result(on_every_cpu(results))
 

@@ -1,4 +1,7 @@
-// attention_rows on the CPU: the logits of a few queries as in qk_score, then a softmax a row.
+// attention_rows on the CPU: the logits of a few rows as in qk_score, those of more as products of
+// panels, then a softmax a row.
+#include <algorithm>
+
 #include "attention/cpu/tile.h"
 #include "common/cpu/parallel.h"
 #include "score/cpu/dot.h"
@@ -7,7 +10,25 @@
 namespace tokred::TOKRED_ISA {
 namespace {
 
-// The logits of all (query, head) rows of a kv head with one chunk of keys.
+// A last panel of fewer rows is slower than the products of few rows. The sums of both run in
+// different orders, so that only sizes of one sequence may decide which a row gets.
+constexpr int64_t kFewestPanelRows = 14;
+
+// The rows of a kv head that are computed in panels; the others follow.
+int64_t panel_rows(int64_t rows) {
+  const int64_t rest = rows % kLanes;
+  return rest >= kFewestPanelRows ? rows : rows - rest;
+}
+
+// The logits [N] of a row, from key `first` on.
+TOKRED_INLINE float* logits_of(const AttentionRowsParams& rows, const Visibility& see,
+                               int64_t batch, int64_t kv_head, int64_t row, int64_t first) {
+  const AttentionParams& p = rows.attention;
+  const int64_t head = kv_head * see.group + row % see.group;
+  return rows.rows + ((batch * p.heads_q + head) * p.queries + row / see.group) * p.keys + first;
+}
+
+// The logits of a few rows of a kv head with up to kScoreChunk keys.
 template <class T>
 struct RowLogits {
   const AttentionRowsParams& rows;
@@ -18,22 +39,20 @@ struct RowLogits {
   alignas(64) float query[kScoreRows * kMaxHeadDim];
   alignas(64) float scores[kScoreRows * kScoreChunk];
 
-  RowLogits(const AttentionRowsParams& params, int64_t b, int64_t h, int64_t first_key)
+  RowLogits(const AttentionRowsParams& params, int64_t b, int64_t h, int64_t first_key,
+            int64_t end_key)
       : rows(params), p(params.attention), batch(b), kv_head(h), first(first_key), see(p, b, h),
         keys(
-            min(p.keys - first, kScoreChunk),
+            end_key - first,
             [&](int64_t i) { return see.hides_key(first + i) ? int64_t{-1} : first + i; },
             p.k.stride_token) {}
 
-  float* out(int64_t row) const {
-    const int64_t head = kv_head * see.group + row % see.group;
-    return rows.rows + ((batch * p.heads_q + head) * p.queries + row / see.group) * p.keys + first;
-  }
+  float* out(int64_t row) const { return logits_of(rows, see, batch, kv_head, row, first); }
 
-  void run() {
+  void run(int64_t first_row) {
     const int64_t stride = divide_up(p.head_dim, kLanes) * kLanes;
     const auto q = query_rows<const T>(p.q, batch, kv_head, see.group);
-    for (int64_t row = 0; row < see.rows; row += kScoreRows) {
+    for (int64_t row = first_row; row < see.rows; row += kScoreRows) {
       const int64_t count = min(see.rows - row, kScoreRows);
       for (int64_t r = 0; r < count; ++r) {
         for (int64_t d = 0; d < p.head_dim; d += kLanes) {
@@ -66,6 +85,115 @@ struct RowLogits {
     for (int64_t i = max(limit + 1, 0); i < keys.size; ++i) logits[i] = -kInfinity<float>;
   }
 };
+
+// The logits of whole panels of rows with a range of keys: blocks of keys stream past. They are
+// packed even where they could be read in place: hardware fetches one stream ahead, but not the six
+// of a tile.
+template <class T>
+struct PanelLogits {
+  const AttentionRowsParams& rows;
+  const AttentionParams& p;
+  const int64_t batch, kv_head;
+  const Visibility see;
+  const int64_t end_row;
+  alignas(64) float query[kPanelNumbers];  // [panel][head_dim][16], scaled
+  alignas(64) float tile[kTilePanels<float> * kBlock * kLanes];  // [panel][key][16]
+  alignas(64) float turned[kLanes * kBlock];                     // [16][key]
+  int64_t count, index[kBlock];  // the keys of a block
+  alignas(64) float k[kBlock * kMaxHeadDim];  // [key][head_dim]
+
+  PanelLogits(const AttentionRowsParams& params, int64_t b, int64_t h)
+      : rows(params), p(params.attention), batch(b), kv_head(h), see(p, b, h),
+        end_row(panel_rows(see.rows)) {}
+
+  void run(int64_t first, int64_t end) {
+    const int64_t most = p.head_dim <= 128 ? kMaxPanels : kMaxPanels / 2;
+    for (int64_t row = 0; row < end_row; row += most * kLanes) {
+      const int64_t panels = min(divide_up(end_row - row, kLanes), most);
+      load_panels(row, panels);
+      for (int64_t key = first; key < end; key += kBlock) {
+        score_block(row, panels, key, min(key + kBlock, end));
+      }
+    }
+  }
+
+ private:
+  void load_panels(int64_t first_row, int64_t panels) {
+    const auto q = query_rows<const T>(p.q, batch, kv_head, see.group);
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      const int64_t row = first_row + panel * kLanes;
+      pack_panel<T>([&](int lane) { return row + lane < end_row ? q[row + lane] : nullptr; },
+                    p.head_dim, static_cast<float>(p.scale), query + panel * p.head_dim * kLanes);
+    }
+  }
+
+  void score_block(int64_t first_row, int64_t panels, int64_t first, int64_t end) {
+    count = 0;
+    for (int64_t key = first; key < end; ++key) {
+      index[count] = key;
+      count += !see.hides_key(key);
+    }
+    Coverage coverage[kMaxPanels];
+    const bool any = cover_panels(panels, coverage, [&](int64_t panel) {
+      const int64_t row = first_row + panel * kLanes;
+      return count == 0
+                 ? Coverage::none
+                 : see.coverage(row, min(row + kLanes, end_row) - 1, index[0], index[count - 1]);
+    });
+    if (any) {
+      for (int64_t i = 0; i < count; ++i) {
+        pack_row(key_row<T>(p.k, batch, kv_head, index[i]), p.head_dim, k + i * p.head_dim);
+      }
+    }
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      if (coverage[panel] == Coverage::none) hide(first_row + panel * kLanes, first, end);
+    }
+    visit_panels<float>(panels, coverage, [&](int64_t panel, int64_t beside) {
+      multiply<Layout::row_step>(
+          k, p.head_dim, count, query + panel * p.head_dim * kLanes, p.head_dim * kLanes, beside,
+          p.head_dim,
+          [&](int64_t key, int i, f32x16 sum) { store(tile + (i * kBlock + key) * kLanes, sum); });
+      for (int64_t i = 0; i < beside; ++i) {
+        const int64_t row = first_row + (panel + i) * kLanes;
+        float* logits = tile + i * kBlock * kLanes;
+        if (coverage[panel + i] == Coverage::some) {
+          hide_listed_keys(see, index, count, row, logits);
+        }
+        write(row, first, end, logits);
+      }
+    });
+  }
+
+  void hide(int64_t first_row, int64_t first, int64_t end) const {
+    for (int64_t row = first_row; row < min(first_row + kLanes, end_row); ++row) {
+      std::fill_n(logits_of(rows, see, batch, kv_head, row, first), end - first, -kInfinity<float>);
+    }
+  }
+
+  void write(int64_t first_row, int64_t first, int64_t end, const float* logits) {
+    transpose(logits, count, kLanes, turned);
+    if (count < end - first) hide(first_row, first, end);
+    for (int64_t lane = 0; lane < min(kLanes, end_row - first_row); ++lane) {
+      float* out = logits_of(rows, see, batch, kv_head, first_row + lane, first);
+      const float* from = turned + lane * count;
+      if (count == end - first) {
+        copy_bytes(out, from, count * static_cast<int64_t>(sizeof(float)));
+      } else {
+        for (int64_t i = 0; i < count; ++i) out[index[i] - first] = from[i];
+      }
+    }
+  }
+};
+
+// The keys of a task. Queries are packed anew for each task, and results do not depend on it.
+int64_t task_keys(const AttentionParams& p, bool panels, const Parallel& parallel) {
+  if (!panels) return kScoreChunk;
+  int64_t keys = 8 * kBlock;
+  while (keys > kBlock && p.batch * p.heads_kv * divide_up(p.keys, keys) < 4 * parallel.threads) {
+    keys /= 2;
+  }
+  return keys;
+}
 
 // log sum exp of a row, by chunks; +inf where nothing is visible, so that exp(x - lse) is 0.
 float row_lse(const float* row, int64_t count) {
@@ -108,11 +236,17 @@ void divide_row(float* row, int64_t count, float lse, bool may_overflow) {
 
 void attention_rows(const AttentionRowsParams& rows, const Parallel& parallel) {
   const AttentionParams& p = rows.attention;
-  const int64_t chunks = divide_up(p.keys, kScoreChunk);
+  const int64_t all_rows = p.queries * (p.heads_q / p.heads_kv), in_panels = panel_rows(all_rows);
+  const int64_t keys = task_keys(p, in_panels > 0, parallel), ranges = divide_up(p.keys, keys);
   visit_f32(p.dtype, [&]<class T>() {
-    parallel_tasks(parallel, p.batch * p.heads_kv * chunks, [&](int64_t task, int64_t) {
-      const int64_t head = task / chunks, first = task % chunks * kScoreChunk;
-      RowLogits<T>(rows, head / p.heads_kv, head % p.heads_kv, first).run();
+    parallel_tasks(parallel, p.batch * p.heads_kv * ranges, [&](int64_t task, int64_t) {
+      const int64_t batch = task / ranges / p.heads_kv, kv_head = task / ranges % p.heads_kv;
+      const int64_t first = task % ranges * keys, end = min(first + keys, p.keys);
+      if (in_panels > 0) PanelLogits<T>(rows, batch, kv_head).run(first, end);
+      if (in_panels == all_rows) return;
+      for (int64_t key = first; key < end; key += kScoreChunk) {
+        RowLogits<T>(rows, batch, kv_head, key, min(key + kScoreChunk, end)).run(in_panels);
+      }
     });
   });
   if (!rows.softmax) return;
