@@ -611,7 +611,7 @@ def test_every_method_runs_in_models(name: str) -> None:
     for family in (BY_NAME[kind] for kind in ("llava_next", "qwen2_5_vl")):
         model, inputs = family.model(), family.prompt(images)
         try:
-            with tokred.patch(model, name, **small_options(name, keep=4)):
+            with tokred.patch(model, name, **small_options(name, keep=6)):
                 tokens = generated(model, inputs, max_new_tokens=2)
                 alone = family.alone(inputs, images, 1)
                 output = model(**alone).logits

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional
 
+import tokred
 from cases.groups import tokens_of
-from cases.selection import check_rows, padding
-from tokred.methods.embed_lens import alive, nearest_words, select_tokens
+from cases.selection import check_rows, padding, picked, visual_call
+from cases.tiny_vlms import FAMILIES
+from tokred.methods.embed_lens import EmbedLensOptions, alive, nearest_words, select_tokens
 
 VOCABULARY = tokens_of(1, 50)[0]
 USELESS = (3, 17, 31, 44)
@@ -36,6 +40,34 @@ def test_a_small_vocabulary() -> None:
     words = nearest_words(tokens_of(2, 4), VOCABULARY[:2])
     assert words.shape == (2, 4, 3) and (words[..., 2] == -1).all()
     assert alive(words, ()).all()
+
+
+def test_an_image() -> None:
+    call = replace(visual_call(), vocabulary=VOCABULARY)
+    method = EmbedLensOptions(useless=USELESS, number=2)
+    for row, found in enumerate(method.reduce_visual(call)):
+        assert picked(found) == transcription(call.tokens[row], list(range(24)), 2)
+    with pytest.raises(ValueError, match="embed_lens reads the language model's embeddings"):
+        method.reduce_visual(visual_call())
+    for useless in ([3], (3.0,), (True,)):
+        with pytest.raises(ValueError, match="useless must be a tuple of ints"):
+            EmbedLensOptions(useless=useless)
+
+
+def test_in_a_model() -> None:
+    """Words of LLaVA's vocabulary drop the tokens that are nearest to them."""
+    family = next(family for family in FAMILIES if family.name == "llava")
+    model, inputs = family.model(), family.prompt((1, 2))
+    with torch.no_grad():
+        features = torch.cat(list(model.get_image_features(inputs["pixel_values"]).pooler_output))
+        words = nearest_words(
+            features.float().flatten(0, -2)[None], model.get_input_embeddings().weight, 1
+        )
+        useless = int(words.flatten().mode().values)
+        with tokred.patch(model, "embed_lens", useless=(useless,), number=1) as handle:
+            model(**inputs)
+    left = sum(kept for _, kept in handle.counts)
+    assert left == (words != useless).sum() and 0 < left < words.numel()
 
 
 def test_refusals() -> None:

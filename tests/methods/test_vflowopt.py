@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from cases.groups import tokens_of
-from cases.selection import picked, uniform
-from tokred.methods.vflowopt import importance, low_tokens, patch_entropy, recycle
+from cases.selection import picked, uniform, visual_call
+from tokred.methods.vflowopt import (
+    VflowoptOptions,
+    importance,
+    low_tokens,
+    patch_entropy,
+    recycle,
+)
+from tokred.patching import VisualCall
 
 
 def test_entropy() -> None:
@@ -90,3 +99,59 @@ def test_refusals() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             call()
+
+
+def crop_importance(call: VisualCall, crop: int, row: int, mean: float) -> list[float]:
+    """The published importance of the tokens of one crop, whose patches are its tokens."""
+    q, k = (x[row, crop].double() for x in call.encoder.heads[2]())
+    matrix = (q @ k.mT * 0.5).softmax(-1).mean(0)
+    received = matrix.mean(0)[1:]
+    strong = received > received.mean()
+    side = call.pixels.shape[-1] // call.layout.crop_grid[1]
+    pixels = (call.pixels[row, crop] * 0.5 + mean)[None]
+    entropy = patch_entropy(pixels, side)[0].double()
+    return (matrix[1:, 1:][strong].mean(0) + entropy.softmax(0)).tolist()
+
+
+@pytest.mark.parametrize("tiling", [None, (1, 2)])
+def test_an_image(tiling: tuple[int, int] | None) -> None:
+    call = visual_call(tiling=tiling)
+    (rows, columns), crops = call.layout.crop_grid, call.layout.num_crops
+    count, keep = rows * columns, 9 * crops
+    method = VflowoptOptions(keep=keep, mean=0.25)
+    made = method.reduce_visual(call)
+    cells = crops * 2
+    for row in range(2):
+        scores = [s for crop in range(crops) for s in crop_importance(call, crop, row, 0.25)]
+        rising = sorted(range(crops * count), key=scores.__getitem__)
+        low = rising[: crops * count - keep + cells]
+        groups: dict[tuple[int, int], list[int]] = {}
+        for i in sorted(low):
+            groups.setdefault((i // count, i % count % columns // 4), []).append(i)
+        expected = {i: [i] for i in range(crops * count) if i not in low}
+        for group in groups.values():
+            expected[max(group, key=scores.__getitem__)] = group
+        places = sorted(expected)
+        assert picked(made.indices[row]) == places and len(places) <= keep
+        for slot, place in enumerate(places):
+            weight = torch.tensor([scores[i] for i in expected[place]])
+            mean = (call.tokens[row, expected[place]] * (weight / weight.sum())[:, None]).sum(0)
+            torch.testing.assert_close(made.tokens[row, slot], mean, rtol=1e-4, atol=1e-5)
+            assert all(made.token_map[row, i] == slot for i in expected[place])
+
+
+def test_images_that_are_refused() -> None:
+    call = visual_call()
+    assert [picked(row) for row in VflowoptOptions(keep=1).reduce_visual(call).indices] != [[], []]
+    with pytest.raises(ValueError, match="keep must be at least 1 for each of 3 crops, got 2"):
+        VflowoptOptions(keep=2).reduce_visual(visual_call(tiling=(1, 2)))
+    with pytest.raises(ValueError, match="vflowopt with an alpha reads the pixels"):
+        VflowoptOptions(keep=9).reduce_visual(replace(call, pixels=None))
+    assert VflowoptOptions(keep=9, alpha=0.0).reduce_visual(replace(call, pixels=None)) is not None
+    assert VflowoptOptions(keep=24).reduce_visual(call) is None
+    with pytest.raises(ValueError, match="vflowopt reads where in the image tokens are from"):
+        VflowoptOptions(keep=9).reduce_visual(replace(call, layout=None))
+    with pytest.raises(ValueError, match="cell must be at least 1, got 0"):
+        VflowoptOptions(cell=0)
+    with pytest.raises(ValueError, match='reduce must be "sum" or "mean" beside queries'):
+        call.received_attention(queries=torch.ones(2, 24, dtype=torch.bool), reduce="max")

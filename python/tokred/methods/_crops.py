@@ -35,6 +35,13 @@ class Crops:
         """
         return x[:, self.token.clamp(min=0).long()].flatten(0, 1)
 
+    def spread(self, values: Tensor, tokens: int) -> Tensor:
+        """[B * M, P] of the places -> [B, N] of the tokens; the inverse of `values`."""
+        place = torch.where(self.token >= 0, self.token, tokens).flatten().long()
+        rows = values.reshape(-1, len(place))
+        spare = rows.new_zeros(len(rows), tokens + 1)
+        return spare.scatter(1, place.expand_as(rows), rows)[:, :tokens]
+
     def valid(self, batch: int) -> Tensor:
         """bool [B * M, P]."""
         return (self.token >= 0).repeat(batch, 1)

@@ -5,18 +5,28 @@ Comprehensive Acceleration of Vision-Language Models (arXiv 2505.19235).
 
 The selection of tokens; that of neurons is not here. The published code multiplies the activations
 of all tokens with each other to read one row, and sets the keys and values of dropped tokens to
-zero, which leaves them a part of the softmax: here they are dropped.
+zero, which leaves them a part of the softmax: here they are dropped. It chooses in each of several
+layers anew; a patch chooses once, before the first of them.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ._lists import check_count
-from ._method import Family, Method, Needs
+from ._lists import check_count, check_least
+from ._method import Family, Method, Needs, Options
+from ._prompts import DEPTH
 from ._selection import best, check_features, elbow
+
+if TYPE_CHECKING:
+    from tokred.patching import LayerStates, PromptCall
+
+CARRIED = "core_matching.shared"
 
 
 def activations(gate: Tensor, up: Tensor) -> Tensor:
@@ -86,6 +96,57 @@ def select_tokens(
     return best(scores, scores.shape[1] if k is None else k, above, order)
 
 
+@dataclass(frozen=True)
+class CoreMatchingOptions(Options):
+    """Options of tokred.patch(model, "core_matching", ...).
+
+    keep: at most so many visual tokens of a prompt stay; no limit where None, as published.
+    layer: of the language model, before which tokens are dropped, by the neurons of the layer
+    before it; 6 of 32 where None, the first of the published ones.
+    word: which of the prompt's tokens counts, from the last, which is 1.
+    positions: "kept", "renumbered" or "auto". newlines: "keep" or "drop" those at the ends of rows.
+    """
+
+    keep: int | None = None
+    layer: int | None = None
+    word: int = 5
+    positions: Literal["auto", "kept", "renumbered"] = "auto"
+    newlines: Literal["keep", "drop"] = "keep"
+
+    adapters: ClassVar[tuple[str, ...]] = ("vision_language",)
+    reads_neurons = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("keep", self.keep, least=1, optional=True)
+        check_count("layer", self.layer, least=1, optional=True)
+        check_least(1, word=self.word)
+
+    def prune_layers(self, num_layers: int) -> list[int]:
+        """The one before which tokens are dropped."""
+        return [max(1, num_layers * 6 // DEPTH) if self.layer is None else self.layer]
+
+    def watch(self, num_layers: int) -> list[int]:
+        """The layer before it."""
+        return [self.prune_layers(num_layers)[0] - 1]
+
+    def observe(self, states: LayerStates) -> None:
+        """Counts the neurons that every token shares with the word."""
+        assert states.neurons is not None
+        active = states.neurons > 0
+        valid = states.valid
+        behind = valid.flip(1).cumsum(1).flip(1)
+        number = valid.sum(1, keepdim=True).clamp(max=self.word)
+        place = ((behind == number) & valid).int().argmax(1)
+        word = active[torch.arange(len(active), device=active.device), place]
+        states.carried[CARRIED] = coactivation(word, active)
+
+    def prune(self, call: PromptCall) -> Tensor:
+        """select_tokens of the visual tokens that are left."""
+        scores = call.of_visual(call.carried[CARRIED])
+        return select_tokens(scores, call.is_slot, k=self.keep)
+
+
 METHOD = Method(
     title=(
         "CoreMatching: A Co-adaptive Sparse Inference Framework with Token and Neuron Pruning for "
@@ -96,4 +157,5 @@ METHOD = Method(
     needs=(Needs.VISION_LANGUAGE_MODEL,),
     status="exact",
     summary="keep the visual tokens that activate the same neurons as a word of the instruction",
+    options=CoreMatchingOptions,
 )

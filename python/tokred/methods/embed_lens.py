@@ -7,14 +7,20 @@ Models (arXiv 2603.00510).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 import tokred
 
-from ._method import Family, Method, Needs
+from ._lists import check_least
+from ._method import Family, Method, Needs, Options
 from ._selection import check_features, check_order, features_of, in_order, positions_of
+
+if TYPE_CHECKING:
+    from tokred.patching import VisualCall
 
 VIT_SINK, LLM_SINK, DEAD = 1141, 26673, 30296  # of the vocabulary of LLaVA-1.5
 
@@ -75,6 +81,48 @@ def select_tokens(
     return in_order(positions_of(keep if valid is None else keep & valid), order)
 
 
+@dataclass(frozen=True)
+class EmbedLensOptions(Options):
+    """Options of tokred.patch(model, "embed_lens", ...).
+
+    useless: words of the vocabulary that mark a token to drop; the default ones are those of
+    LLaVA-1.5, and mean nothing in the vocabulary of another language model.
+    number: how many of the nearest words must be none of them.
+    positions: "kept", "renumbered" or "auto". newlines: "keep" or "drop" those at the ends of rows.
+    How many tokens stay follows from the image.
+    """
+
+    useless: tuple[int, ...] = (VIT_SINK, LLM_SINK, DEAD)
+    number: int = 3
+    positions: Literal["auto", "kept", "renumbered"] = "auto"
+    newlines: Literal["keep", "drop"] = "keep"
+
+    adapters: ClassVar[tuple[str, ...]] = ("vision_language",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(1, number=self.number)
+        whole = isinstance(self.useless, tuple) and all(type(word) is int for word in self.useless)
+        if not whole:
+            raise ValueError(f"useless must be a tuple of ints, got {self.useless!r}")
+
+    def encoder_layers(self, num_layers: int) -> list[int]:
+        """None: the tokens and the vocabulary are all that it reads."""
+        return []
+
+    def reduce_visual(self, call: VisualCall) -> Tensor:
+        """select_tokens of the whole image.
+
+        Raises:
+            ValueError: the vocabulary of the language model is not known.
+        """
+        if call.vocabulary is None:
+            raise ValueError(f"embed_lens reads the language model's embeddings: {call.why_not}")
+        return select_tokens(
+            call.features, call.vocabulary, useless=self.useless, number=self.number
+        )
+
+
 METHOD = Method(
     title=(
         "What Do Visual Tokens Really Encode? Uncovering Sparsity and Redundancy in Multimodal "
@@ -85,4 +133,5 @@ METHOD = Method(
     needs=(Needs.VISION_LANGUAGE_MODEL,),
     status="exact",
     summary="drop visual tokens whose nearest words mark them as sinks or as dead",
+    options=EmbedLensOptions,
 )

@@ -4,14 +4,16 @@ VFlowOpt: A Token Pruning Framework for LMMs with Visual Information Flow-Guided
 2508.05211).
 
 The shares that each stage keeps are what the paper optimises, and arguments here; its later stages
-inside the language model keep the best tokens by the same importance. The published code takes the
-entropy of normalised pixels, whose negative values wrap around in 8 bits; here it is that of the
-image.
+inside the language model keep the best tokens by the same importance, and are not a part of the
+patch. The published code takes the entropy of normalised pixels, whose negative values wrap around
+in 8 bits; here it is that of the image.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,9 +21,15 @@ from torch.nn import functional
 
 import tokred
 
+from ._crops import crops_of
+from ._lists import check_least
 from ._maps import identity, map_of_links
 from ._method import Family, Method, Needs
-from ._selection import best, check_features, check_grid, mask_of, positions_of
+from ._selection import best, check_features, check_grid, head_mean, mask_of, positions_of
+from ._visual import VisualOptions
+
+if TYPE_CHECKING:
+    from tokred.patching import VisualCall, VisualTokens
 
 
 def patch_entropy(pixels: Tensor, patch: int = 14) -> Tensor:
@@ -120,18 +128,27 @@ def recycle(
     O(B N C) time.
     """
     check_features("x", x)
-    batch, tokens, _ = x.shape
-    check_grid(tokens, grid)
-    low = low_tokens(tokens, ratio, cell)
+    check_grid(x.shape[1], grid)
+    place = torch.arange(x.shape[1], device=x.device)
+    of, cells = cell_of(place, grid, cell)
+    return _merged(x, scores, of, cells, low_tokens(x.shape[1], ratio, cell))
+
+
+def cell_of(place: Tensor, grid: tuple[int, int], cell: int) -> tuple[Tensor, int]:
+    """The cell of cell x cell tokens that each place of the grid (H, W) is in, and their number."""
     columns = -(-grid[1] // cell)
-    cells = -(-grid[0] // cell) * columns
-    place = torch.arange(tokens, device=x.device)
     of = place // grid[1] // cell * columns + place % grid[1] // cell
+    return of, -(-grid[0] // cell) * columns
+
+
+def _merged(x: Tensor, scores: Tensor, of: Tensor, cells: int, low: int) -> Recycled:
+    """The `low` tokens of least score of x [B, N, C] merged by their cells, i64 [N]."""
+    batch, tokens, _ = x.shape
     scores = scores.detach().float()
-    ranked = best(-scores, low, order="score")
-    merging = mask_of(ranked, tokens)
+    merging = mask_of(best(-scores, low, order="score"), tokens)
     # Ranks from the best token on; that of a cell's leader is the least of its low tokens.
     order = scores.argsort(dim=1, descending=True, stable=True)
+    place = torch.arange(tokens, device=x.device)
     rank = torch.empty_like(order).scatter_(1, order, place.expand(batch, -1))
     least = torch.full((batch, cells), tokens, device=x.device)
     member = torch.where(merging, rank, tokens)
@@ -145,6 +162,84 @@ def recycle(
     return Recycled(merged, positions_of(links == identity(x), kept), lengths, token_map)
 
 
+@dataclass(frozen=True)
+class VflowoptOptions(VisualOptions):
+    """Options of tokred.patch(model, "vflowopt", ...).
+
+    keep: visual tokens left per image, those that were merged included, at least one for each crop.
+    ratio: the share left instead. cell: sides of the cells, in tokens; where there are more cells
+    than tokens to keep it is doubled until there are not, which is ours.
+    threshold, alpha: see importance. layer: of the encoder, whose attention is read.
+    mean, std: of the model's image processor, for the entropy of the image; not read where alpha is
+    0. positions, newlines: as VisualOptions has them.
+    """
+
+    cell: int = 4
+    threshold: float = 1.0
+    alpha: float = 1.0
+    layer: int = -2
+    mean: float = 0.5
+    std: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(1, cell=self.cell)
+
+    def encoder_layers(self, num_layers: int) -> list[int]:
+        """The one that is read."""
+        return [self.layer]
+
+    def reduce_visual(self, call: VisualCall) -> VisualTokens | None:
+        """The lowest tokens of every cell of every crop merge.
+
+        Raises:
+            ValueError: a budget below the number of crops, or pixels that are not known.
+        """
+        tokens = call.tokens.shape[1]
+        keep, layout = self.count(tokens), call.layout
+        if keep == tokens:
+            return None
+        if layout is None:
+            raise ValueError(f"vflowopt reads where in the image tokens are from: {call.why_not}")
+        cell, crops = self.cell, layout.num_crops
+        of, cells = cell_of(layout.place.long(), layout.crop_grid, cell)
+        while cells * crops > keep and cells > 1:
+            cell *= 2
+            of, cells = cell_of(layout.place.long(), layout.crop_grid, cell)
+        if keep < crops:
+            raise ValueError(f"keep must be at least 1 for each of {crops} crops, got {keep}")
+        of, cells = of + layout.crop.long() * cells, cells * crops
+        low = min(tokens, tokens - keep + cells)
+        done = _merged(call.tokens, self._importance(call), of, cells, low)
+        return call.made(done.tokens, done.positions, done.token_map)
+
+    def _importance(self, call: VisualCall) -> Tensor:
+        """f32 [B, N]: importance in every crop by itself."""
+        crops, (batch, tokens) = crops_of(call), call.tokens.shape[:2]
+        valid = crops.valid(batch)
+        received = crops.values(head_mean(call.received_attention(self.layer)))
+        mean = received.masked_fill(~valid, 0.0).sum(1, keepdim=True)
+        mean = mean / valid.sum(1, keepdim=True).clamp(min=1)
+        strong = crops.spread(received > self.threshold * mean, tokens)
+        scores = head_mean(call.received_attention(self.layer, queries=strong))
+        if self.alpha == 0:
+            return scores
+        if call.pixels is None:
+            raise ValueError(f"vflowopt with an alpha reads the pixels: {call.why_not}")
+        entropy = crops.values(call.patch_means(self._entropy(call)))
+        share = entropy.masked_fill(~valid, -torch.inf).softmax(1)
+        return scores + self.alpha * crops.spread(share, tokens)
+
+    def _entropy(self, call: VisualCall) -> Tensor:
+        """f32 [B, M, P] of the encoder's patches."""
+        assert call.pixels is not None and call.encoder is not None
+        height, width = call.pixels.shape[-2:]
+        patches = call.encoder.token_of_patch.shape[1]
+        patch = max(math.isqrt(height * width // max(patches, 1)), 1)
+        pixels = call.pixels.flatten(0, 1).float() * self.std + self.mean
+        return patch_entropy(pixels, patch).view(*call.pixels.shape[:2], -1)
+
+
 METHOD = Method(
     title=(
         "VFlowOpt: A Token Pruning Framework for LMMs with Visual Information Flow-Guided "
@@ -155,4 +250,5 @@ METHOD = Method(
     needs=(Needs.VISION_LANGUAGE_MODEL,),
     status="exact",
     summary="rank visual tokens by attention and entropy, merge the lowest ones of each cell",
+    options=VflowoptOptions,
 )

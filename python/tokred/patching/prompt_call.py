@@ -142,7 +142,11 @@ class PromptCall:
 @dataclass(frozen=True)
 class LayerStates:
     """What the two blocks of one layer of the language model were given and gave, before they were
-    added to the residual stream: [B, L, C] each, without gradients. See PromptCall for the rest."""
+    added to the residual stream: [B, L, C] each, without gradients. See PromptCall for the rest.
+
+    neurons: [B, L, F], what the MLP's last projection was given, for a method that has
+        `reads_neurons`, which is True.
+    """
 
     layer: int
     num_layers: int
@@ -153,3 +157,4 @@ class LayerStates:
     valid: Tensor
     visual: Tensor
     carried: dict[str, Tensor]
+    neurons: Tensor | None = None

@@ -89,7 +89,8 @@ class PromptPruner(Protocol):
     options, with adapters ("vision_language",) and without state, as a VisualReducer.
 
     A method may have both `reduce_visual` and `prune`. Where its options have `watch(num_layers)`,
-    which names layers, `observe(states: LayerStates)` is called after each of these in a prompt.
+    which names layers, `observe(states: LayerStates)` is called after each of these in a prompt,
+    with the neurons of the layer's MLP where they have `reads_neurons`.
 
     positions, newlines: see VisualReducer.
     """

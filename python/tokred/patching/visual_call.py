@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import tokred
 
@@ -102,6 +103,7 @@ class VisualCall:
     text: [B, T, C], the embeddings of the other tokens of the prompt that the image is a part of,
         and text_mask: bool [B, T], which of these are there.
     pixels: [B, M, 3, height, width], the crops as the encoder was given them, or None.
+    vocabulary: [V, C], the input embeddings of the language model, or None.
     why_not: what the adapter says where layout, encoder or pixels are None.
     """
 
@@ -112,6 +114,7 @@ class VisualCall:
     text_mask: Tensor | None = None
     pixels: Tensor | None = None
     why_not: str = "only the features are known here"
+    vocabulary: Tensor | None = None
 
     @property
     def features(self) -> Tensor:
@@ -196,7 +199,9 @@ class VisualCall:
         rows = tokred.attention_rows(q[:, :, :1].contiguous(), k, softmax, scale=scale)[:, :, 0]
         return self._per_token(rows)
 
-    def received_attention(self, layer: int = -2, reduce: str = "mean") -> Tensor:
+    def received_attention(
+        self, layer: int = -2, reduce: str = "mean", queries: Tensor | None = None
+    ) -> Tensor:
         """How much attention each token receives from all those of its crop: f32 [B, H, N].
 
         Prefix tokens count among the queries. Of several patches that became one token the mean is
@@ -204,11 +209,28 @@ class VisualCall:
 
         Args:
             layer: see class_attention. reduce: "sum", "mean" or "max" over the queries.
+            queries: bool [B, N], the tokens whose queries count, those of prefix tokens then do
+                not; "sum" or "mean" over these of each crop.
 
         O(B H P^2 D) time, memory linear in P: no attention matrix is stored.
         """
         q, k, scale = self._heads(layer)
-        return self._per_token(tokred.attention_columns(q, k, None, reduce, scale=scale))
+        if queries is None:
+            return self._per_token(tokred.attention_columns(q, k, None, reduce, scale=scale))
+        if reduce == "max":
+            raise ValueError('reduce must be "sum" or "mean" beside queries, got "max"')
+        states = self._states()
+        there = states.token_of_patch >= 0
+        weight = queries[:, states.token_of_patch.clamp(min=0).long()] & there
+        weight = functional.pad(weight.flatten(0, 1).float(), (states.num_prefix, 0))[:, None]
+        columns = tokred.attention_columns(q, k, weight=weight.contiguous(), scale=scale)
+        if reduce == "mean":
+            columns = columns / weight.sum(-1, keepdim=True).clamp(min=1)
+        return self._per_token(columns)
+
+    def patch_means(self, values: Tensor) -> Tensor:
+        """f32 [B, N]: what the encoder's patches [B, M, P] have, means where several became one."""
+        return self._means(values[:, :, None, :, None])[:, 0, :, 0]
 
     def mean_keys(self, layer: int = -2) -> Tensor:
         """The keys averaged over the heads: f32 [B, N, D]; see keys."""

@@ -63,6 +63,7 @@ class LayerPruning:
             )
         self.prunes = self._numbers("prune_layers")
         self.watches = self._numbers("watch") if hasattr(self.method, "watch") else []
+        self.reads_neurons = getattr(self.method, "reads_neurons", False)
 
     def _attention(self, layer: nn.Module) -> nn.Module:
         found = [m for m in layer.modules() if dispatches(m)]
@@ -95,6 +96,12 @@ class LayerPruning:
                     raise ValueError(f"{type(self.layers[index]).__name__} has no {name} to watch")
                 overrides.pre_hook(module, partial(_keep_input, self, index, block))
                 overrides.hook(module, partial(_keep_output, self, index, block))
+            if self.reads_neurons:
+                last = getattr(getattr(self.layers[index], "mlp", None), "down_proj", None)
+                if last is None:
+                    name = type(self.layers[index]).__name__
+                    raise ValueError(f"{name} has no mlp.down_proj whose input are its neurons")
+                overrides.pre_hook(last, partial(_keep_input, self, index, "neurons"))
         if hasattr(self.language, "_deepstack_process"):
             overrides.replace(self.language, "_deepstack_process", _deepstack, self)
 
@@ -206,9 +213,16 @@ class _InPrompt:
         if index in pruning.watches and self.visual.any():
             kinds = ("attention_in", "attention_out", "mlp_in", "mlp_out")
             states = [self.watched.pop((index, kind)) for kind in kinds]
+            neurons = self.watched.pop((index, "neurons_in"), None)
             pruning.method.observe(
                 LayerStates(
-                    index, len(pruning.layers), *states, self.valid, self.visual, self.carried
+                    index,
+                    len(pruning.layers),
+                    *states,
+                    self.valid,
+                    self.visual,
+                    self.carried,
+                    neurons,
                 )
             )
         return output

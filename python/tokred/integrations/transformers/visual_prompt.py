@@ -92,7 +92,8 @@ class Prefill:
             if id(image) not in reductions:
                 tokens = flat[part][image.patches]
                 embeddings = text(int(rows[0]) if len(rows) else 0)
-                reductions[id(image)] = _reduce(method, image, tokens, *embeddings)
+                vocabulary = self.state.core.get_input_embeddings().weight.detach()
+                reductions[id(image)] = _reduce(method, image, tokens, *embeddings, vocabulary)
             slots, merged = reductions[id(image)]
             if merged is not None:
                 flat, deep = _write(flat, deep, part.start + image.patches, merged)
@@ -246,11 +247,23 @@ def _text_of(
 
 
 def _reduce(
-    method: Any, image: Image, tokens: Tensor, text: Tensor, text_mask: Tensor
+    method: Any,
+    image: Image,
+    tokens: Tensor,
+    text: Tensor,
+    text_mask: Tensor,
+    vocabulary: Tensor,
 ) -> tuple[Tensor, VisualTokens | None]:
     """What stays of an image: its slots in their new order, newlines included, and new tokens."""
     call = VisualCall(
-        tokens[None], image.layout, image.encoder, text, text_mask, image.pixels, image.why_not
+        tokens[None],
+        image.layout,
+        image.encoder,
+        text,
+        text_mask,
+        image.pixels,
+        image.why_not,
+        vocabulary,
     )
     result = method.reduce_visual(call) if tokens.shape[0] else None
     if result is None:
