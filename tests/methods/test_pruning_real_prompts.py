@@ -10,7 +10,7 @@ import torch
 
 from cases.prompts import picks_of
 from tokred.methods import get
-from tokred.patching import LayerStates, PromptCall
+from tokred.patching import LayerStates, PromptCall, PromptTokens
 
 pytest.importorskip("transformers")
 needs_weights = pytest.mark.skipif(
@@ -78,6 +78,7 @@ def run(name: str, prompts: list[PromptCall], row: slice) -> list[list[list[int]
             lambda k=k: [x[row] for x in k], call.scale,
         )  # fmt: skip
         if call.layer in method.prune_layers(LAYERS) and (chosen := method.prune(call)) is not None:
+            chosen = chosen.slots if isinstance(chosen, PromptTokens) else chosen
             kept.append(picks_of(chosen))
         if call.layer in getattr(method, "watch", lambda _: [])(LAYERS):
             x, y = call.hidden, prompts[min(call.layer + 1, LAYERS - 1)].hidden[row]

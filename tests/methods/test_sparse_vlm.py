@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 import tokred
 from cases.prompts import attention_of, cut, picks_of, prompt_call, ranked
+from cases.tiny_vlms import FAMILIES
+from tokred.methods._visual import VisualOptions
 from tokred.methods.sparse_vlm import (
     SparseVlmOptions,
     adaptive_count,
@@ -15,6 +19,7 @@ from tokred.methods.sparse_vlm import (
     sparse_vlm,
     text_raters,
 )
+from tokred.patching import Patch, PromptCall, PromptTokens, Settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -86,7 +91,7 @@ def test_dropped_tokens_come_back_as_means_of_clusters(dtype: torch.dtype) -> No
 
 
 def test_three_stages_in_a_prompt() -> None:
-    method = SparseVlmOptions(keep=10)  # 66, 30 and 17 times 10 / 64
+    method = SparseVlmOptions(keep=10, recycle=False)  # 66, 30 and 17 times 10 / 64
     assert method.prune_layers(32) == [0, 3, 7, 16]
     call = prompt_call(layer=0, num_layers=32)
     assert method.prune(call) is None
@@ -107,6 +112,78 @@ def test_three_stages_in_a_prompt() -> None:
         chosen = method.prune(call)
         assert picks_of(chosen) == wanted
         call = cut(call, chosen)
+
+
+def test_dropped_tokens_take_the_places_of_centres() -> None:
+    """Of every row those that recycle makes of its own visual tokens."""
+    call = prompt_call(layer=0, num_layers=32)
+    SparseVlmOptions().prune(call)
+    call.layer = 3
+    plain = SparseVlmOptions(keep=10, recycle=False).prune(call)
+    found = SparseVlmOptions(keep=10).prune(call)
+    assert torch.equal(found.slots, plain)
+    (raters,) = call.carried.values()
+    scores = call.of_visual(rated_scores(*call.previous(), raters, call.scale, call.valid))
+    for row, tokens in enumerate((24, 17, 0)):
+        kept = [i for i in plain[row].tolist() if i >= 0]
+        made = [i for i in found.made[row].tolist() if i >= 0]
+        places = call.slots[row, :tokens].long()
+        dropped = tokens - len(kept)
+        members = int(dropped * 0.3) + 1 if dropped else 0
+        assert len(made) == (members // 10 + 1 if dropped else 0)
+        assert not {*made} & {*kept} and len({*made}) == len(made)
+        assert max(made, default=-1) < tokens
+        if not dropped:
+            continue
+        x, picks = call.hidden[row, places][None], torch.tensor([kept], dtype=torch.int32)
+        expected = recycle(x, scores[row : row + 1, :tokens], picks)[0]
+        assert torch.equal(found.tokens[row, : len(made)], expected)
+    assert not found.tokens[2].any()
+    call.hidden.requires_grad_()
+    SparseVlmOptions(keep=10).prune(call).tokens.sum().backward()
+    kept = call.slots[0, plain[0, :10].long()].long()
+    assert call.hidden.grad[0].any() and not call.hidden.grad[0, kept].any()
+
+
+def test_recycled_tokens_in_a_model() -> None:
+    """The layer behind a stage gets them in their places."""
+    family = next(family for family in FAMILIES if family.name == "llava")
+    model, inputs = family.model(), family.prompt((1, 2))
+    layer = model.model.language_model.layers[1]
+    given: list[torch.Tensor] = []
+    hook = layer.mlp.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    lengths = {}
+    for recycled in (False, True):
+        options = {"keep": 32, "stages": (1, 2, 3), "recycle": recycled}
+        with torch.no_grad(), tokred.patch(model, "sparse_vlm", **options):
+            model(**inputs)
+        lengths[recycled] = given[-1].shape[1]
+    hook.remove()
+    assert lengths[True] > lengths[False]
+
+    class Writing(VisualOptions):
+        def prune_layers(self, num_layers: int) -> list[int]:
+            return [1]
+
+        def prune(self, call: PromptCall) -> PromptTokens:
+            made = torch.tensor([[3, -1], [1, 2]], dtype=torch.int32)
+            stay = torch.tensor([[0], [5]], dtype=torch.int32)
+            tokens = torch.full((2, 2, call.hidden.shape[2]), 7.0)
+            tokens[1, 1] = 9.0
+            return call.made(stay, made, tokens)
+
+    def keep(module: Any, args: Any, kwargs: Any) -> None:
+        given.append(args[0] if args else kwargs["hidden_states"])
+
+    hook = layer.input_layernorm.register_forward_pre_hook(keep, with_kwargs=True)
+    with torch.no_grad(), Patch(model, Writing(), Settings()):
+        model(**inputs)
+    hook.remove()
+    x = given[-1]
+    assert (x == 7).all(-1).sum(1).tolist() == [1, 1] and (x == 9).all(-1).sum(1).tolist() == [0, 1]
+    first, second = (int((row == 7).all(-1).int().argmax()) for row in x)
+    assert (x[1, second + 1] == 9).all() and not (x[1, second + 2] == 9).any()
+    assert not (x[0, first - 1] == 7).all()
 
 
 def test_one_prompt_gives_the_same_as_many() -> None:

@@ -5,9 +5,9 @@ SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Infer
 
 How many tokens each stage keeps is published for averages of 64, 128 and 192 of LLaVA's 576 tokens;
 other numbers keep as many as 64 in proportion, which is ours, and `adaptive_count` has the paper's
-rule by rank. An approximate version: a patched model drops tokens and adds none, so that `recycle`
-is for callers that can; the release adds noise to the densities of tokens that are clustered, here
-equal ones go by position.
+rule by rank. An approximate version: in a patched model the tokens that come back take the places
+of the centres of their clusters, where the release appends them to those that are kept; the release
+adds noise to the densities of tokens that are clustered, here equal ones go by position.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 import tokred
 
@@ -26,7 +27,7 @@ from ._prompts import StagedOptions, attention_from
 from ._selection import best, check_features, features_of, mask_of, rows_of
 
 if TYPE_CHECKING:
-    from tokred.patching import PromptCall
+    from tokred.patching import PromptCall, PromptTokens
 
 TOKENS = 576  # of LLaVA-1.5, for which the table is
 COUNTS = {192: (300, 200, 110), 128: (303, 110, 36), 64: (66, 30, 17)}
@@ -147,6 +148,18 @@ def recycle(
     Complexity: O(B N^2 C) for the clusters, without an N x N matrix.
     """
     check_features("x", x)
+    return recycled(x, scores, kept, share, group, valid)[1]
+
+
+def recycled(
+    x: Tensor,
+    scores: Tensor,
+    kept: Tensor,
+    share: float = 0.3,
+    group: int = 10,
+    valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """recycle, and the tokens that are the centres of the clusters: (i32 [B, M], [B, M, C])."""
     if not 0 <= share <= 1 or group < 1:
         raise ValueError(f"share must be in [0, 1] and group at least 1, got {share} and {group}")
     tokens = x.shape[1]
@@ -154,12 +167,12 @@ def recycle(
     dropped = dropped if valid is None else dropped & valid
     most = max(tokens - kept.shape[1], 0)
     if most == 0:
-        return x[:, :0]
+        return kept[:, :0], x[:, :0]
     members = min(int(most * share + 1e-9) + 1, most)
     again = mask_of(best(scores, members, dropped), tokens)
     clusters = members // group + 1
-    _, assignment = tokred.dpc_knn(features_of(x), clusters, k=clusters, mask=again)
-    return tokred.merge(x, assignment, clusters, mode="plain_mean")[0]
+    centers, assignment = tokred.dpc_knn(features_of(x), clusters, k=clusters, mask=again)
+    return centers, tokred.merge(x.contiguous(), assignment, clusters, mode="plain_mean")[0]
 
 
 def _raters_of(call: PromptCall) -> Tensor:
@@ -181,11 +194,14 @@ class SparseVlmOptions(StagedOptions):
     keep: visual tokens of a prompt that the layers have on average, with the published numbers for
     each stage of 64, 128 and 192; others are those of 64 in proportion. ratio: that share of
     LLaVA's 576 in proportion to what a prompt has, in place of keep.
+    recycle: whether some of the dropped tokens come back as means of clusters, beside those kept.
     stages: the three layers before which tokens are dropped; 3, 7 and 16 of 32 where None, which
     come behind the published 2, 6 and 15. The words are those behind the images; where there are
     none, no token is better than another, and the first ones stay.
     positions: "kept", "renumbered" or "auto". newlines: "keep" or "drop" those at the ends of rows.
     """
+
+    recycle: bool = True
 
     published: ClassVar[tuple[int, ...]] = (3, 7, 16)
 
@@ -205,14 +221,27 @@ class SparseVlmOptions(StagedOptions):
         """The first layer, where the raters are chosen, and those of the stages."""
         return sorted({0, *super().prune_layers(num_layers)})
 
-    def prune(self, call: PromptCall) -> Tensor | None:
+    def prune(self, call: PromptCall) -> Tensor | PromptTokens | None:
         """Chooses the raters before the first layer; later tokens, by what these attend to."""
         if call.layer == 0:
             call.carried[CARRIED] = _raters_of(call)
             return None
         q, k = call.heads("previous")
         scores = rated_scores(q, k, call.carried[CARRIED], call.scale, call.valid)
-        return self.keep_best(call, scores)
+        kept = self.keep_best(call, scores)
+        if not self.recycle:
+            return kept
+        x, scores = call.of_visual(call.hidden, dim=1), call.of_visual(scores)
+        counts = torch.stack([call.is_slot.sum(1), (kept >= 0).sum(1)], 1).tolist()
+        rows = [
+            recycled(x[i : i + 1, :tokens], scores[i : i + 1, :tokens], kept[i : i + 1, :left])
+            for i, (tokens, left) in enumerate(counts)
+        ]
+        made, tokens = (
+            pad_sequence([row[0] for row in part], batch_first=True, padding_value=fill)
+            for part, fill in zip(zip(*rows, strict=True), (-1, 0), strict=True)
+        )
+        return call.made(kept, made, tokens)
 
     def _count(self, average: float) -> tuple[float, ...]:
         if average in COUNTS:

@@ -4,7 +4,7 @@ methods and patches say to each other."""
 from .attention_call import AttentionCall
 from .handle import Patch, apply, patch
 from .overrides import Overrides
-from .prompt_call import LayerStates, PromptCall
+from .prompt_call import LayerStates, PromptCall, PromptTokens
 from .protocols import KeySelector, PromptPruner, TokenReducer, VisualReducer
 from .reduction_call import LatentCall, LayerAttention, Reduced, Reduction, ReductionCall
 from .settings import Settings
@@ -23,6 +23,7 @@ __all__ = [
     "Patch",
     "PromptCall",
     "PromptPruner",
+    "PromptTokens",
     "Reduced",
     "Reduction",
     "ReductionCall",

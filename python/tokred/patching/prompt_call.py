@@ -11,6 +11,20 @@ from torch import Tensor
 
 import tokred
 
+
+@dataclass(frozen=True)
+class PromptTokens:
+    """Visual slots that stay, where a method has made new tokens for some of them.
+
+    slots: i32 [B, K], those whose tokens stay as they are, -1 for none. made: i32 [B, R], other
+    slots that stay, for tokens [B, R, C], which are made of `call.hidden`; -1 for none.
+    """
+
+    slots: Tensor
+    made: Tensor
+    tokens: Tensor
+
+
 Heads = Callable[[], tuple[Tensor, Tensor]]
 
 
@@ -18,11 +32,11 @@ Heads = Callable[[], tuple[Tensor, Tensor]]
 class PromptCall:
     """The prompt's tokens as `layer` is about to get them.
 
-    Everything but the fields is computed when it is asked for. Nothing carries a gradient: it
-    serves to choose.
+    Everything but the fields is computed when it is asked for. Nothing carries a gradient but
+    `hidden`: it serves to choose.
 
-    hidden: [B, L, C]. layer: of num_layers, from 0, that will be the first to run without the
-    tokens pruned here.
+    hidden: [B, L, C], of which new tokens are made; read it as `x` to choose. layer: of num_layers,
+        from 0, that will be the first to run without the tokens pruned here.
     valid: bool [B, L], False for padding. visual: bool [B, L], the visual tokens that are left;
     tokens at the ends of rows (image_newline) that the method must keep are not among them.
     slots: i32 [B, V], the positions in the row of its visual tokens, ascending, -1 behind the last;
@@ -50,6 +64,10 @@ class PromptCall:
     def x(self) -> Tensor:
         """[B, L, C]: the tokens."""
         return self.hidden.detach()
+
+    def made(self, slots: Tensor, made: Tensor, tokens: Tensor) -> PromptTokens:
+        """What `prune` returns where the method has made new tokens, see PromptTokens."""
+        return PromptTokens(slots, made, tokens)
 
     @property
     def text(self) -> Tensor:

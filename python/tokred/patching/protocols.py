@@ -12,7 +12,7 @@ from typing import ClassVar, Literal, Protocol
 from torch import Tensor
 
 from .attention_call import AttentionCall
-from .prompt_call import LayerStates, PromptCall
+from .prompt_call import LayerStates, PromptCall, PromptTokens
 from .reduction_call import Reduction, ReductionCall
 from .visual_call import VisualCall, VisualReduction
 
@@ -106,8 +106,11 @@ class PromptPruner(Protocol):
             ValueError: options that do not fit the number of layers.
         """
 
-    def prune(self, call: PromptCall) -> Tensor | None:
-        """i32 [B, K]: which of the V visual slots stay, in any order, -1 for none; None: all."""
+    def prune(self, call: PromptCall) -> Tensor | PromptTokens | None:
+        """i32 [B, K]: which of the V visual slots stay, in any order, -1 for none; None: all.
+
+        Or PromptTokens, where some of them get new tokens.
+        """
 
     def watch(self, num_layers: int) -> Sequence[int]:
         """The layers, of num_layers, that `observe` is called for."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokred.patching import LayerStates, Overrides, PromptCall
+from tokred.patching import LayerStates, Overrides, PromptCall, PromptTokens
 
 from .attention_tap import Recording, Stopped, missed, record, tap
 from .full_attention import dispatches
@@ -271,13 +271,16 @@ class _InPrompt:
         inputs.pop("past_key_values", None)
         inputs["cache"] = None
         call = PromptCall(
-            x.detach(), index, len(pruning.layers), self.valid, self.visual,
+            x, index, len(pruning.layers), self.valid, self.visual,
             torch.where(is_slot, slots, -1).int(), self.original, self.carried,
             None if index == 0 else partial(self._previous, index),
             partial(self._following, index, original, x, inputs),
             getattr(pruning.attention[index], "scaling", None),
         )  # fmt: skip
         chosen = method.prune(call)
+        if isinstance(chosen, PromptTokens):
+            x = _with_tokens(x, slots, is_slot, chosen)
+            chosen = torch.cat([chosen.slots, chosen.made], 1)
         drops_newlines = method.newlines == "drop" and bool(self.newline.any())
         if chosen is None and not drops_newlines:
             return x
@@ -386,6 +389,16 @@ def _slots(visual: Tensor) -> tuple[Tensor, Tensor]:
     places = torch.where(visual, place, length).sort(1).values
     places = places[:, : int(visual.sum(1).amax())]
     return places.clamp(max=length - 1), places < length
+
+
+def _with_tokens(x: Tensor, slots: Tensor, is_slot: Tensor, new: PromptTokens) -> Tensor:
+    """x [B, L, C] with the new tokens at the places of their slots."""
+    rows = new.made.clamp(min=0).long()
+    there = (new.made >= 0) & is_slot.gather(1, rows)
+    places = torch.where(there, slots.gather(1, rows), x.shape[1])
+    spare = torch.cat([x, torch.zeros_like(x[:, :1])], 1)
+    places = places[..., None].expand(-1, -1, x.shape[2])
+    return spare.scatter(1, places, new.tokens.to(x.dtype))[:, :-1]
 
 
 def _has_planes(language: nn.Module) -> bool:
