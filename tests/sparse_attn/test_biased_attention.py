@@ -197,6 +197,7 @@ def test_batch_does_not_matter(kernels: Backend, dtype: torch.dtype) -> None:
     [
         Case(1, 4, 2, 70, 133, 64, 64, bias="full", mask="pairs"),
         Case(1, 2, 1, 33, 40, 20, 28, causal=True),
+        Case(1, 3, 1, 70, 230, 40, 24, bias="holes", mask="keys"),
     ],
     ids=label,
 )

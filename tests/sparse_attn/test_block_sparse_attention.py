@@ -137,7 +137,7 @@ def test_batch_does_not_matter(kernels: Backend, dtype: torch.dtype, size: tuple
     "case",
     [
         Case(64, 64, 1, 2, 1, 300, 200, 32, 32, mask_heads="query"),
-        Case(16, 40, 1, 4, 2, 133, 170, 20, 28, pairs=True, causal=True),
+        Case(16, 40, 1, 4, 1, 133, 170, 20, 28, pairs=True, causal=True),
         Case(7, 5, 1, 2, 1, 133, 170, causal=True),
     ],
     ids=label,
