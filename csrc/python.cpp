@@ -24,6 +24,7 @@ extern "C" const char* tokred_cpu_isa();
 extern "C" const char* tokred_best_cpu_isa();
 extern "C" bool tokred_cpu_vnni();
 extern "C" bool tokred_set_cpu_isa(const char* name);
+extern "C" bool tokred_set_cpu_vnni(bool use);
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -258,6 +259,8 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "set_cpu_isa", [](const std::string& name) { return tokred_set_cpu_isa(name.c_str()); },
       "name"_a, "generic, avx2 or avx512; False where the machine lacks it.");
+  m.def("set_cpu_vnni", &tokred_set_cpu_vnni, "use"_a,
+        "Whether they may; results are the same. False where the machine has no VNNI to use.");
   m.def(
       "plan_match",
       [](int64_t batch, int64_t rows, int64_t tokens, bool is_float, bool aligned, bool general) {

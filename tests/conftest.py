@@ -101,14 +101,15 @@ def processors(request: pytest.FixtureRequest, one_thread: None) -> Backend:
 
 @pytest.fixture
 def on_every_cpu(one_thread: None) -> Callable[[Callable[[], Any]], dict[str, Any]]:
-    """Calls a function on every supported ISA with 1 and 2 threads."""
+    """Calls a function on every supported ISA, without VNNI and with it, with 1 and 2 threads."""
 
     def call(function: Callable[[], Any]) -> dict[str, Any]:
         results = {}
         for isa in filter(set_cpu_isa, ISAS):
-            for threads in (1, 2):
-                torch.set_num_threads(threads)
-                results[f"{isa}, {threads} threads"] = function()
+            for vnni in backends.each_vnni():
+                for threads in (1, 2):
+                    torch.set_num_threads(threads)
+                    results[f"{isa}{' with VNNI' * vnni}, {threads} threads"] = function()
         return results
 
     return call

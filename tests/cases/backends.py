@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,15 @@ def set_cpu_isa(isa: str) -> bool:
     capability = torch.backends.cpu.get_cpu_capability().lower()
     best = capability if capability in ISAS else "generic"
     return isa == os.environ.get("TOKRED_CPU_ISA", best)
+
+
+def each_vnni() -> Iterator[bool]:
+    """Without VNNI, then with it where the CPU kernels now use it: results are the same."""
+    choices = (False, True) if _C is not None and _C.cpu_isa() == "avx512" and _C.cpu_vnni() else ()
+    for use in choices or (False,):
+        if choices:
+            _C.set_cpu_vnni(use)
+        yield use
 
 
 def why_not(name: str) -> str | None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
+import tokred
 from cases.backends import Backend
-from cases.compare import assert_bitwise_equal
+from cases.compare import assert_bitwise_equal, assert_one_result
 from cases.inputs import generator
 from cases.oracle import reference
-from cases.packed import fixed_point_slack, pack, packing
+from cases.packed import as_records, fixed_point_slack, pack, packing
 from tokred import PackedKV
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -124,3 +128,43 @@ def test_tiny_queries(kernels: Backend, least: float, dtype: torch.dtype) -> Non
     torch.testing.assert_close(lse.double(), expected_lse.double(), rtol=1e-6, atol=1e-6)
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(out.double(), expected.double(), rtol=eps, atol=eps)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(f"{bits} channel {group}" for bits in (1, 2, 4, 8) for group in (32, 64, 128)),
+        *(f"{bits} token {group}" for bits in (1, 2, 4, 8) for group in (24, 64)),
+        "8 channel 64 zero_point",
+        "4 channel 64 symmetric rotated",
+    ],
+)
+def test_the_same_bits_however_numbers_meet_codes(
+    on_every_cpu: Callable, text: str, rows: int
+) -> None:
+    """As pairs or as bytes, in whole blocks, in part of one, and from lists; at the extremes too."""
+    k = side(text, 192, 128)
+    q = torch.randn(1, rows, 1, 128, generator=generator(8)).to(torch.bfloat16)
+    q[:, -1] = 1.0
+    q[:, -1, :, ::2] = -1.0
+    lists = torch.randint(0, 192, (1, 1, 1, 90), dtype=torch.int32, generator=generator(9))
+
+    def run() -> list[Tensor]:
+        listed = tokred.packed_attention(q, k, k, indices=lists)
+        return [*tokred.packed_attention(q, k, k), *listed, tokred.packed_qk_score(q, k)]
+
+    assert_one_result(on_every_cpu(run))
+    top = replace(k, codes=torch.full_like(k.codes, 255))
+    assert_one_result(on_every_cpu(lambda: tokred.packed_attention(q, top, top)))
+
+
+def test_exact_sums_are_those_of_all_tokens_alone(kernels: Backend) -> None:
+    """Blocks that are runs of tokens, and the same tokens from a list: one result."""
+    k, v = side("4 channel 64", 200, 128), side("8 channel 32", 200, 128, seed=5)
+    q = torch.randn(1, 4, 1, 128, generator=generator(10)).to(torch.float16)
+    every = torch.arange(200, dtype=torch.int32)[None, None, None]
+    whole = kernels.run("packed_attention", q, k, v)
+    assert_bitwise_equal(kernels.run("packed_attention", q, k, v, indices=every), whole)
+    records = kernels.run("packed_attention", q, *as_records(k, v))
+    assert_bitwise_equal(records, whole)

@@ -43,6 +43,22 @@ std::atomic<Isa>& current() {
   return isa;
 }
 
+bool machine_has_vnni() {
+#ifdef __x86_64__
+  return __builtin_cpu_supports("avx512vnni");
+#else
+  return false;
+#endif
+}
+
+std::atomic<bool>& vnni() {
+  static std::atomic<bool> use = [] {
+    const char* wanted = std::getenv("TOKRED_CPU_VNNI");
+    return machine_has_vnni() && !(wanted && std::strcmp(wanted, "0") == 0);
+  }();
+  return use;
+}
+
 }  // namespace
 
 Isa best_isa() {
@@ -59,13 +75,12 @@ bool set_isa(const char* name) {
   return true;
 }
 
-bool has_vnni() {
-#ifdef __x86_64__
-  static const bool vnni = __builtin_cpu_supports("avx512vnni");
-  return vnni;
-#else
-  return false;
-#endif
+bool has_vnni() { return vnni().load(std::memory_order_relaxed); }
+
+bool set_vnni(bool use) {
+  if (use && !machine_has_vnni()) return false;
+  vnni().store(use, std::memory_order_relaxed);
+  return true;
 }
 
 }  // namespace tokred
@@ -82,4 +97,7 @@ extern "C" __attribute__((visibility("default"))) bool tokred_cpu_vnni() {
 }
 extern "C" __attribute__((visibility("default"))) bool tokred_set_cpu_isa(const char* name) {
   return tokred::set_isa(name);
+}
+extern "C" __attribute__((visibility("default"))) bool tokred_set_cpu_vnni(bool use) {
+  return tokred::set_vnni(use);
 }

@@ -1,47 +1,9 @@
-// Blocks of up to kGather tokens on one side of a cache, and their scales and offsets.
+// The scales and offsets of a block of tokens, and tokens as rows of f32.
 #pragma once
 
 #include "packed_attn/cpu/codes.h"
 
 namespace tokred::TOKRED_ISA {
-
-// Where the tokens of a block lie.
-struct BlockAddresses {
-  int64_t count = 0;
-  bool packed = true;           // none lies in the window
-  bool run = false;             // packed, and neighbours are equally far apart
-  TokenAddress at[kGather + kLanes];   // valid up to whole_lanes(count)
-
-  void finish(int64_t tokens) {
-    count = tokens;
-    packed = true;
-    run = false;
-    for (int64_t i = 0; i < count; ++i) packed = packed && at[i].params;
-    pad();
-  }
-  // The tokens of SideView::find_run().
-  void finish_run(int64_t tokens) {
-    count = tokens;
-    packed = run = true;
-    pad();
-  }
-  void pad() {
-    for (int64_t i = count; count > 0 && i < count + kLanes; ++i) at[i] = at[count - 1];
-  }
-  TokenPrefetcher prefetcher(const PackFormat& f) const {
-    return {at, count, code_bytes(f.head_dim, f.bits)};
-  }
-  // Whether the params of all tokens, so many numbers each, follow each other without gaps.
-  bool in_order(int64_t numbers) const {
-    return run && at[count - 1].params == at[0].params + (count - 1) * numbers;
-  }
-  // The first token from i on whose params are not those of i.
-  int64_t group_end(int64_t i) const {
-    int64_t end = i + 1;
-    while (end < count && at[end].params == at[i].params) ++end;
-    return end;
-  }
-};
 
 // The offset that is added to scale c for the codes c of a group; see PackScheme.
 TOKRED_INLINE f32x16 whole_offset(const PackFormat& f, f32x16 scale, f32x16 offset) {
@@ -50,68 +12,75 @@ TOKRED_INLINE f32x16 whole_offset(const PackFormat& f, f32x16 scale, f32x16 offs
   return scale * splat(-static_cast<float>(1 << (f.bits - 1)));
 }
 
+// Sixteen tokens' numbers [token][x], sixteen a Vec, to [x][token], where there are 2^n of them: n
+// times the even ones of all come before the odd ones.
+template <int kNumbers>
+TOKRED_INLINE void transpose_numbers(f32x16 (&x)[kNumbers]) {
+  constexpr int kWidth = f32x16::kWidth, kRegisters = f32x16::kRegisters;
+  Native<float>::bits even{};
+#pragma GCC unroll 16
+  for (int i = 0; i < kWidth; ++i) even[i] = 2 * i;
+  for (int n = 1; n < kNumbers; n *= 2) {
+    f32x16 from[kNumbers];
+#pragma GCC unroll 16
+    for (int i = 0; i < kNumbers; ++i) from[i] = x[i];
+#pragma GCC unroll 16
+    for (int i = 0; i < kNumbers / 2; ++i) {
+#pragma GCC unroll 4
+      for (int r = 0; r < kRegisters; ++r) {
+        const auto at = [&](int j) { return from[2 * i + j / kRegisters].r[j % kRegisters]; };
+        x[i].r[r] = __builtin_shuffle(at(2 * r), at(2 * r + 1), even);
+        x[kNumbers / 2 + i].r[r] = __builtin_shuffle(at(2 * r), at(2 * r + 1), even + 1);
+      }
+    }
+  }
+}
+
 // The scales and offsets of a block's tokens, along channels.
 struct BlockParams {
   alignas(64) float scale[kMaxUnits][kGather], offset[kMaxUnits][kGather];
 
   void read(const PackFormat& f, const BlockAddresses& block) {
-    const int64_t groups = groups_per_row(f), numbers = params_per_row(f);
-    alignas(64) float stored[2 * kMaxUnits * kGather], transposed[2 * kMaxUnits * kGather];
-    const int64_t count = whole_lanes(block.count);
-    collect(block, count, numbers, stored);
-    transpose_numbers(stored, count, numbers, transposed);
-    for (int64_t g = 0; g < groups; ++g) {
-      const float *scales = transposed + g * count, *offsets = transposed + (groups + g) * count;
-      for (int64_t i = 0; i < count; i += kLanes) {
-        const f32x16 of = load(scales + i);
-        store(scale[g] + i, of);
-        if (f.scheme == PackScheme::fp8) continue;
-        const f32x16 second = has_offset(f.scheme) ? load(offsets + i) : of;
-        store(offset[g] + i, whole_offset(f, of, second));
-      }
+    switch (params_per_row(f)) {
+      case 1: return read<1>(f, block);
+      case 2: return read<2>(f, block);
+      case 4: return read<4>(f, block);
+      case 8: return read<8>(f, block);
+      case 16: return read<16>(f, block);
+      default: return read<0>(f, block);
     }
   }
 
  private:
-  // [token][number] as f32, `count` a multiple of 16.
-  static void collect(const BlockAddresses& block, int64_t count, int64_t numbers, float* to) {
-    if (count == block.count && block.in_order(numbers)) {
-      const uint16_t* from = block.at[0].params;
-      for (int64_t i = 0; i < count * numbers; i += kLanes) store(to + i, load_params(from + i));
-      return;
-    }
-    alignas(64) uint16_t rows[2 * kMaxUnits * kGather];
-    switch (numbers) {
-      case 1: copy<1>(block, count, rows); break;
-      case 2: copy<2>(block, count, rows); break;
-      case 4: copy<4>(block, count, rows); break;
-      case 8: copy<8>(block, count, rows); break;
-      default:
-        for (int64_t i = 0; i < count; ++i) {
-          copy_bytes(rows + i * numbers, block.at[i].params, 2 * numbers);
-        }
-    }
-    for (int64_t i = 0; i < count * numbers; i += kLanes) store(to + i, load_params(rows + i));
-  }
-  // [number][token] of [token][number]. Numbers are few, tokens many: so the loop is over these.
-  static void transpose_numbers(const float* from, int64_t count, int64_t numbers, float* to) {
-    int64_t first = 0;
-    for (; first + 4 <= numbers; first += 4) {
-      for (int64_t i = 0; i < count; i += 4) {
-        Four<float> x[4];
-        for (int j = 0; j < 4; ++j) std::memcpy(&x[j], from + (i + j) * numbers + first, 16);
-        transpose<float>(x);
-        for (int j = 0; j < 4; ++j) std::memcpy(to + (first + j) * count + i, &x[j], 16);
-      }
-    }
-    for (; first < numbers; ++first) {
-      for (int64_t i = 0; i < count; ++i) to[first * count + i] = from[i * numbers + first];
-    }
-  }
+  // kNumbers a token, or any number of them where it is 0.
   template <int kNumbers>
-  static void copy(const BlockAddresses& block, int64_t count, uint16_t* to) {
-    for (int64_t i = 0; i < count; ++i, to += kNumbers) {
-      std::memcpy(to, block.at[i].params, 2 * kNumbers);
+  void read(const PackFormat& f, const BlockAddresses& block) {
+    const int64_t groups = groups_per_row(f), numbers = params_per_row(f);
+    const bool in_order = block.run && block.params_stride == numbers;
+    alignas(64) uint16_t copied[2 * kMaxUnits * kLanes];
+    alignas(64) float number[2 * kMaxUnits][kLanes];
+    for (int64_t i = 0; i < block.count; i += kLanes) {
+      const uint16_t* from = in_order ? block[i].params : copied;
+      for (int64_t j = 0; j < kLanes && !in_order; ++j) {
+        copy_bytes(copied + j * numbers, block[i + j].params, 2 * numbers);
+      }
+      if constexpr (kNumbers > 0) {
+        f32x16 x[kNumbers];
+        for (int j = 0; j < kNumbers; ++j) x[j] = load_params(from + j * kLanes);
+        transpose_numbers(x);
+        for (int j = 0; j < kNumbers; ++j) store(number[j], x[j]);
+      } else {
+        for (int64_t j = 0; j < kLanes * numbers; ++j) {
+          number[j % numbers][j / numbers] = param(from, j);
+        }
+      }
+      for (int64_t g = 0; g < groups; ++g) {
+        const f32x16 of = load(number[g]);
+        store(scale[g] + i, of);
+        if (f.scheme == PackScheme::fp8) continue;
+        const f32x16 second = has_offset(f.scheme) ? load(number[groups + g]) : of;
+        store(offset[g] + i, whole_offset(f, of, second));
+      }
     }
   }
 };
@@ -136,10 +105,12 @@ struct UnpackedRows {
   alignas(64) float numbers[kLanes * kMaxHeadDim];
   const float* row[kLanes];
 
-  void load(const SideView& side, const TokenAddress* at, int64_t count) {
+  // Those from `first` on.
+  void load(const SideView& side, const BlockAddresses& block, int64_t first) {
+    const int64_t count = block.count - first;
     for (int64_t i = 0; i < kLanes; ++i) {
       row[i] = numbers + (i < count ? i : 0) * side.format.head_dim;
-      if (i < count) unpack_token(side, at[i], numbers + i * side.format.head_dim);
+      if (i < count) unpack_token(side, block[first + i], numbers + i * side.format.head_dim);
     }
   }
 };

@@ -3,10 +3,9 @@
 // up to a power of two, which the result makes good; see in_place_factors().
 #pragma once
 
-#include "attention/cpu/gather.h"
 #include "attention/cpu/rows.h"
 #include "kv_pack/cpu/codes.h"
-#include "packed_attn/cpu/side.h"
+#include "packed_attn/cpu/tokens.h"
 
 namespace tokred::TOKRED_ISA {
 
@@ -52,6 +51,14 @@ TOKRED_INLINE void visit_code_path(CodePath path, const F& f) {
   }
 }
 
+// The same for paths in fixed point, which fp8 is not.
+template <class F>
+TOKRED_INLINE void visit_fixed_path(CodePath path, const F& f) {
+  visit_code_path(path, [&]<CodePath kCodes>() {
+    if constexpr (kCodes != CodePath::fp8) f.template operator()<kCodes>();
+  });
+}
+
 // The factor by which codes in place of a channel are to be multiplied, for all channels.
 inline void in_place_factors(CodePath path, const PackFormat& f, float* factor) {
   const int32_t planes = 8 / f.bits;
@@ -61,24 +68,6 @@ inline void in_place_factors(CodePath path, const PackFormat& f, float* factor) 
           splat(path == CodePath::fp8 ? 256.0f : 1.0f / static_cast<float>(1 << shift)));
   }
 }
-
-// Tokens that will be needed soon, prefetched a few at a time; see Prefetcher.
-struct TokenPrefetcher {
-  const TokenAddress* at = nullptr;
-  int64_t left = 0, bytes = 0;
-
-  void prefetch(int64_t count) {
-    if (count > left) count = left;
-    for (int64_t byte = 0; byte < bytes; byte += 64) {
-      for (int64_t i = 0; i < count; ++i) __builtin_prefetch(at[i].row + byte);
-    }
-    // Rows of records begin anywhere in a cache line.
-    for (int64_t i = 0; i < count; ++i) __builtin_prefetch(at[i].row + bytes - 1);
-    for (int64_t i = 0; i < count; ++i) __builtin_prefetch(at[i].params);
-    at += count;
-    left -= count;
-  }
-};
 
 // ---- Units --------------------------------------------------------------------------------------
 
@@ -177,11 +166,12 @@ __attribute__((noinline)) static void add_codes(const float* weights, int64_t ro
     constexpr int kTogether = kPowerOfTwo<kRows> < 4 ? 4 / kPowerOfTwo<kRows> : 1;
     constexpr int kParts = kTogether < kRegisters ? kTogether : kRegisters;
     constexpr int kUnits = kTogether / kParts;
+    prefetcher.spread(units / (kUnits * kParts) * kRegisters);
     int64_t unit = 0;
     const auto tiles = [&]<int kCount>() {
       for (; unit + kCount <= units; unit += kCount) {
         for (int part = 0; part < kRegisters; part += kParts) {
-          prefetcher.prefetch(kLanes / 2 * kCount * kParts);
+          prefetcher.step();
           add_code_tile<kCodes, kRows, kCount, kParts>(weights, row_weights, group_units, values,
                                                        count, unit, part, out, out_stride);
         }

@@ -17,12 +17,13 @@ class PackedQuery {
   const SideView& side;
   const CodePath path;
   const bool fixed;  // the queries meet codes in fixed point
+  const bool bytes;  // and there as ByteProducts
   const int64_t rows, dim;
   alignas(64) float natural[kMax * kMaxHeadDim];  // [rows][dim], to be filled before start()
 
   PackedQuery(const SideView& keys, bool in_order, int64_t count)
       : side(keys), path(read_path(keys.format, in_order)), fixed(in_fixed_point(path, keys.dtype)),
-        rows(count), dim(keys.format.head_dim) {}
+        bytes(multiplies_bytes()), rows(count), dim(keys.format.head_dim) {}
 
   // Logits are `scale` times the dot products.
   void start(float scale) {
@@ -34,7 +35,8 @@ class PackedQuery {
       float* from = natural + row * dim;
       // Unscaled, most of it is exact.
       if (fixed && by_channel) {
-        quantize_query_row(from, f.group_size, scale, units_ + row * dim, steps_[row], rests_[row]);
+        quantize_row(from, f.group_size, scale, units_ + row * dim, steps_[row], rests_[row],
+                     first_totals_[row]);
       }
       for (int64_t d = 0; d < dim; d += kLanes) store(from + d, load(from + d) * splat(scale));
       if (path == CodePath::unpacked) continue;
@@ -61,61 +63,71 @@ class PackedQuery {
     } else {
       dot_token_groups(block, logits, prefetcher);
     }
-    prefetcher.prefetch(prefetcher.left);
+    prefetcher.rest();
   }
 
  private:
   alignas(64) float placed_[kMax * kMaxHeadDim];  // natural, times word_factors(); or else
-  alignas(64) int16_t units_[kMax * kMaxHeadDim];  // in fixed point; see Int16Queries
+  alignas(64) int16_t units_[kMax * kMaxHeadDim];  // in fixed point; see FixedQueries
   float steps_[kMax][kMaxUnits], rests_[kMax][kMaxUnits];
+  int32_t first_totals_[kMax][kMaxUnits];
   float sums_[kMax][kMaxUnits];
 
-  // A row in groups of `size`, times `scale`, for Int16Queries. `rests` are the sums of a group's
+  // A row in groups of `size`, times `scale`, for FixedQueries. `rests` are the sums of a group's
   // rounding errors times the middle code, so that errors are multiplied by codes less their mean.
   // Example: of 4 bits, with the errors 0.3 and -0.1 in a group: rest (0.3 - 0.1) * 7.5 = 1.5
   // steps.
-  void quantize_query_row(const float* row, int64_t size, float scale, int16_t* units, float* steps,
-                          float* rests) const {
-    const float middle = 0.5f * static_cast<float>((1 << side.format.bits) - 1);
-    for (int64_t first = 0; first < dim; first += size) {
+  void quantize_row(const float* row, int64_t size, float scale, int16_t* units, float* steps,
+                    float* rests, int32_t* first_totals) const {
+    const int32_t bits = side.format.bits;
+    const float middle = 0.5f * static_cast<float>((1 << bits) - 1);
+    for (int64_t first = 0; first < dim; first += size, units += size) {
       const FixedStep step = fixed_step(row + first, size);
       f32x16 rest = splat(0.0f);
-      for (int64_t d = first; d < first + size; d += kLanes) {
-        const f32x16 exact = load(row + d) * splat(step.inverse);
-        rest = rest + (exact - to_f32(round_even(exact)));
-        store_units(units + d, fixed_order(exact));
-      }
+      visit_products(bytes, [&]<class Products>() {
+        for (int64_t d = 0; d < size; d += kLanes) {
+          const f32x16 exact = load(row + first + d) * splat(step.inverse);
+          rest = rest + (exact - to_f32(round_even(exact)));
+          store_units<Products>(units + d, exact);
+        }
+        *first_totals++ = Products::first_total(units, size, bits);
+      });
       *steps++ = step.step * scale;
       *rests++ = step.step * scale * middle * sum(rest);
     }
   }
 
-  // dot_codes() of `count` rows.
-  void dot_fixed(const Int16Queries& x, int64_t count, const TokenAddress* tokens,
+  // dot_codes() of the tokens [token, token + token_count) of a block.
+  template <CodePath kCodes, class Rows>
+  void dot_block(const Rows& x, int64_t count, const BlockAddresses& block, int64_t token,
                  int64_t token_count, const float* scales, int64_t groups, float* logits,
                  TokenPrefetcher& prefetcher) const {
-    visit_code_path(path, [&]<CodePath kCodes>() {
-      visit_vnni([&]<bool kVnni>() {
-        dot_codes<kCodes, Int16Queries, kVnni>(x, count, tokens, token_count, scales, groups,
-                                               dim / groups / kLanes, logits, prefetcher);
-      });
-    });
-  }
-  void dot_floats(const float* numbers, int64_t count, const TokenAddress* tokens,
-                  int64_t token_count, const float* scales, int64_t groups, float* logits,
-                  TokenPrefetcher& prefetcher) const {
-    const FloatQueries x{numbers, dim};
-    visit_code_path(path, [&]<CodePath kCodes>() {
+    block.visit_rows_of_codes(token, [&](const auto& tokens) {
       dot_codes<kCodes>(x, count, tokens, token_count, scales, groups, dim / groups / kLanes,
                         logits, prefetcher);
     });
   }
+  // The same of rows laid out like units_, steps_ .. and like placed_.
+  template <class... Block>
+  void dot_fixed(const int16_t* units, const float* steps, const float* rests,
+                 const int32_t* first_totals, int64_t count, Block&&... block) const {
+    visit_products(bytes, [&]<class Products>() {
+      const FixedQueries<Products> x{units, dim, steps, rests, first_totals};
+      visit_fixed_path(path, [&]<CodePath kCodes>() { dot_block<kCodes>(x, count, block...); });
+    });
+  }
+  template <class... Block>
+  void dot_floats(const float* numbers, int64_t count, Block&&... block) const {
+    const FloatQueries x{numbers, dim};
+    visit_code_path(path, [&]<CodePath kCodes>() { dot_block<kCodes>(x, count, block...); });
+  }
 
   void dot_unpacked(const BlockAddresses& block, float* logits, TokenPrefetcher& prefetcher) const {
     UnpackedRows keys;
+    prefetcher.spread(divide_up(block.count, kLanes));
     for (int64_t i = 0; i < block.count; i += kLanes) {
-      prefetcher.prefetch(kLanes);
-      keys.load(side, block.at + i, block.count - i);
+      prefetcher.step();
+      keys.load(side, block, i);
       dot_rows<float>(natural, dim, rows, keys.row, kLanes, dim, logits + i, kGather);
     }
   }
@@ -127,10 +139,10 @@ class PackedQuery {
     BlockParams params;
     params.read(f, block);
     if (fixed) {
-      dot_fixed({units_, dim, steps_[0], rests_[0]}, rows, block.at, block.count, params.scale[0],
-                groups, logits, prefetcher);
+      dot_fixed(units_, steps_[0], rests_[0], first_totals_[0], rows, block, 0, block.count,
+                params.scale[0], groups, logits, prefetcher);
     } else {
-      dot_floats(placed_, rows, block.at, block.count, params.scale[0], groups, logits, prefetcher);
+      dot_floats(placed_, rows, block, 0, block.count, params.scale[0], groups, logits, prefetcher);
     }
     if (f.scheme == PackScheme::fp8) return;
     for (int64_t row = 0; row < rows; ++row, logits += kGather) {
@@ -150,10 +162,12 @@ class PackedQuery {
     GroupParams params;
     alignas(64) float scaled[kFewRows<float> * kMaxHeadDim];
     alignas(64) int16_t units[kFewRows<float> * kMaxHeadDim];
+    alignas(64) float dots[kFewRows<float> * kGather];
     float steps[kFewRows<float>][kMaxUnits], rests[kFewRows<float>][kMaxUnits];
+    int32_t first_totals[kFewRows<float>][kMaxUnits];
     for (int64_t first = 0, end; first < block.count; first = end) {
       end = block.group_end(first);
-      params.read(f, block.at[first].params);
+      params.read(f, block[first].params);
       for (int64_t row = 0; row < rows; row += kFewRows<float>) {
         const int64_t here = min(rows - row, kFewRows<float>);
         float base[kFewRows<float>];
@@ -167,19 +181,20 @@ class PackedQuery {
             }
           }
           base[r] = sum(total);
-          if (fixed)
-            quantize_query_row(scaled + r * dim, dim, 1, units + r * dim, steps[r], rests[r]);
+          if (fixed) {
+            quantize_row(scaled + r * dim, dim, 1, units + r * dim, steps[r], rests[r],
+                         first_totals[r]);
+          }
         }
-        float* to = logits + row * kGather + first;
-        const TokenAddress* at = block.at + first;
         if (fixed) {
-          dot_fixed({units, dim, steps[0], rests[0]}, here, at, end - first, nullptr, 1, to,
-                    prefetcher);
+          dot_fixed(units, steps[0], rests[0], first_totals[0], here, block, first, end - first,
+                    nullptr, 1, dots, prefetcher);
         } else {
-          dot_floats(scaled, here, at, end - first, nullptr, 1, to, prefetcher);
+          dot_floats(scaled, here, block, first, end - first, nullptr, 1, dots, prefetcher);
         }
-        for (int64_t r = 0; r < here; ++r, to += kGather) {
-          for (int64_t i = 0; i < end - first; ++i) to[i] += base[r];
+        for (int64_t r = 0; r < here; ++r) {
+          float* to = logits + (row + r) * kGather + first;
+          for (int64_t i = 0; i < end - first; ++i) to[i] = dots[r * kGather + i] + base[r];
         }
       }
     }

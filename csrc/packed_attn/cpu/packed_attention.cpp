@@ -26,15 +26,15 @@ struct PackedKeyBatch : KeyBatch<float> {
 
   int64_t choose(const AttentionParams& p, const ListRows& at, const RowVisibility& visibility,
                  const SideView& keys, const SideView& values, int64_t first, int64_t end) {
-    int64_t tokens = min(end, p.keys) - first;
-    if (!at.indices && !p.key_bias && visibility.hides_nothing() && tokens > 0 &&
-        keys.find_run(first, min(tokens, kGather), k.at, tokens) &&
-        values.find_run(first, tokens, v.at, tokens)) {
-      count = tokens;
-      plain = seen_by_all = true;
-      k.finish_run(count);
-      v.finish_run(count);
-      return first + count;
+    if (!at.indices && !p.key_bias && visibility.hides_nothing()) {
+      const int64_t most = min(min(end, p.keys) - first, kGather);
+      count = min(keys.packed_run(first, most), values.packed_run(first, most));
+      if (count > 0) {
+        plain = seen_by_all = true;
+        k.take_run(keys, first, count);
+        v.take_run(values, first, count);
+        return first + count;
+      }
     }
     first = KeyBatch<float>::choose(p, at, visibility, first, end, [&](int64_t token, int64_t i) {
       return keys.find(token, k.at[i]) && values.find(token, v.at[i]);
@@ -90,14 +90,14 @@ struct PackedForward {
     PackedKeyBatch blocks[2];
     PackedKeyBatch *block = &blocks[0], *next = &blocks[1];
     entry = block->choose(p, at, visibility, keys, values, entry, end);
-    block->k.prefetcher(keys.format).prefetch(block->count);
+    TokenPrefetcher(block->k, keys.format).rest();
     while (block->count > 0) {
       entry = next->choose(p, at, visibility, keys, values, entry, end);
       if (at.indices) next->prefetch_pages();
-      query.dot(block->k, weights, block->v.prefetcher(values.format));
+      query.dot(block->k, weights, TokenPrefetcher(block->v, values.format));
       block->finish_logits(at.rows, weights);
       exponentiate(at.rows, block->count, weights, shrink, result);
-      sums.add(block->v, weights, shrink, next->k.prefetcher(keys.format));
+      sums.add(block->v, weights, shrink, TokenPrefetcher(next->k, keys.format));
       PackedKeyBatch* done = block;
       block = next;
       next = done;

@@ -55,7 +55,7 @@ struct PackedScorer {
       const BlockAddresses& block = blocks[i / kGather % 2];
       BlockAddresses& next = blocks[1 - i / kGather % 2];
       find_block(side, i + kGather, next);
-      query.dot(block, logits, next.prefetcher(side.format));
+      query.dot(block, logits, TokenPrefetcher(next, side.format));
       for (int64_t r = 0; r < count; ++r) {
         copy_bytes(scores + r * kScoreChunk + i, logits + r * kGather, 4 * block.count);
       }
@@ -66,10 +66,9 @@ struct PackedScorer {
   // The places of up to kGather visible tokens from the i-th on.
   void find_block(const SideView& side, int64_t i, BlockAddresses& block) const {
     const int64_t tokens = max(min(visible.count - i, kGather), 0);
-    int64_t found = 0;
     if (tokens > 0 && visible.offset[i + tokens - 1] == visible.offset[i] + tokens - 1 &&
-        side.find_run(visible.offset[i], tokens, block.at, found) && found == tokens) {
-      return block.finish_run(tokens);
+        side.packed_run(visible.offset[i], tokens) == tokens) {
+      return block.take_run(side, visible.offset[i], tokens);
     }
     for (int64_t j = 0; j < tokens; ++j) side.find(visible.offset[i + j], block.at[j]);
     block.finish(tokens);

@@ -58,34 +58,26 @@ class SideView {
     }
     return find_packed(token, address);
   }
-  // find() for up to `most` packed tokens from `token` on, equally far apart but for their params
-  // along tokens; false where they have to be looked up one by one.
-  bool find_run(int64_t token, int64_t most, TokenAddress* at, int64_t& count) const {
-    if (slots_ || token >= boundary_) return false;
-    count = min(most, min(boundary_, packed_.rows) - token);
-    if (count <= 0) return false;
-    if (format.axis == GroupAxis::token) {
-      for (int64_t i = 0; i < count; ++i) find_packed(token + i, at[i]);
-      return true;
-    }
-    const uint8_t* row = codes_ + token * packed_.codes_stride_token;
-    const uint16_t* params = params_ + token * packed_.params_stride_row;
-    for (int64_t i = 0; i < count; ++i) {
-      at[i] = {row, params};
-      row += packed_.codes_stride_token;
-      params += packed_.params_stride_row;
-    }
-    return true;
+  // How many packed tokens from `token` on, `most` at most, lie one after the other; see
+  // packed_address(). 0 where they have to be looked up one by one.
+  int64_t packed_run(int64_t token, int64_t most) const {
+    if (slots_ || token >= boundary_) return 0;
+    return max(min(most, min(boundary_, packed_.rows) - token), 0);
   }
+  TokenAddress packed_address(int64_t row) const {
+    const bool by_channel = format.axis == GroupAxis::channel;
+    return {codes_ + row * row_stride(),
+            params_ + (by_channel ? row : row / format.group_size) * params_stride()};
+  }
+  int64_t row_stride() const { return packed_.codes_stride_token; }
+  int64_t params_stride() const { return packed_.params_stride_row; }
 
  private:
   bool find_packed(int64_t token, TokenAddress& address) const {
     if (token >= capacity_) return false;
     const int64_t row = slots_ ? slots_[token] : token;
     if (row < 0 || row >= packed_.rows) return false;
-    const bool by_channel = format.axis == GroupAxis::channel;
-    address = {codes_ + row * packed_.codes_stride_token,
-               params_ + (by_channel ? row : row / format.group_size) * packed_.params_stride_row};
+    address = packed_address(row);
     return true;
   }
 

@@ -5,7 +5,7 @@
 #pragma once
 
 #include "packed_attn/cpu/block.h"
-#include "packed_attn/cpu/pairs.h"
+#include "packed_attn/cpu/quads.h"
 
 namespace tokred::TOKRED_ISA {
 
@@ -16,13 +16,14 @@ class PackedSums {
   const SideView& side;
   const CodePath path;
   const bool fixed;  // the weights meet codes in fixed point
+  const bool bytes;  // and there as ByteProducts
   const int64_t rows, dim;
 
   // `out` [rows][dim] is finished by finish(). With skip_zeros a token of weight 0, which may be
   // hidden, adds nothing even where its values are infinite.
   PackedSums(const SideView& values, bool in_order, int64_t count, float* out, bool skip_zeros)
       : side(values), path(read_path(values.format, in_order)),
-        fixed(in_fixed_point(path, values.dtype)), rows(count), dim(values.format.head_dim),
+        fixed(in_fixed_point(path, values.dtype)), bytes(multiplies_bytes()), rows(count), dim(values.format.head_dim),
         out_(out), skip_zeros_(skip_zeros) {
     fill_zero(out_, rows * dim * 4);
     if (!by_channel()) return;
@@ -43,7 +44,7 @@ class PackedSums {
     } else {
       add_token_groups(block, weights, prefetcher);
     }
-    prefetcher.prefetch(prefetcher.left);
+    prefetcher.rest();
   }
 
   void finish() {
@@ -55,7 +56,7 @@ class PackedSums {
       for (int64_t d = 0; d < dim; d += kLanes) {
         float* to = out_ + row * dim + d;
         const f32x16 sums = load(sums_ + row * dim + d);
-        store(to, fixed ? load(to) + natural_order(sums) : fma(sums, load(factor + d), load(to)));
+        store(to, fixed ? load(to) + sums : fma(sums, load(factor + d), load(to)));
       }
       for (int64_t g = 0; g < groups_per_row(f); ++g) {
         const f32x16 offset = splat(sum(load(offsets_[row][g])));
@@ -69,8 +70,7 @@ class PackedSums {
  private:
   float* const out_;
   const bool skip_zeros_;
-  // Along channels: sums of codes in place, or in the order of add_pairs(); and of offsets by
-  // token % 16.
+  // Along channels: sums of codes, in f32 of codes in place; and of offsets by token % 16.
   alignas(64) float sums_[kMax * kMaxHeadDim];
   alignas(64) float offsets_[kMax][kMaxUnits][kLanes];
 
@@ -93,10 +93,11 @@ class PackedSums {
     constexpr float kOnes[kMaxRows] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
                                        1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
     UnpackedRows values;
+    prefetcher.spread(divide_up(block.count, kLanes));
     for (int64_t i = 0; i < block.count; i += kLanes) {
       const int64_t count = min(block.count - i, kLanes);
-      prefetcher.prefetch(kLanes);
-      values.load(side, block.at + i, count);
+      prefetcher.step();
+      values.load(side, block, i);
       if (!skip_zeros_) {
         add_rows<float>(weights + i, kGather, rows, values.row, count, dim, kOnes, out_, dim);
         continue;
@@ -113,8 +114,8 @@ class PackedSums {
     const PackFormat& f = side.format;
     BlockParams params;
     params.read(f, block);
-    Int16Weights pairs;
-    if (fixed) pairs.interleave(block.at, block.count, dim, f.bits);
+    FixedWeights quads;
+    if (fixed) interleave(block, 0, block.count, quads);
     alignas(64) float scaled[kFewRows<float>][kMaxUnits][kGather];
     for (int64_t row = 0; row < rows; row += kFewRows<float>) {
       const int64_t here = min(rows - row, kFewRows<float>);
@@ -124,28 +125,37 @@ class PackedSums {
       }
       float* out = sums_ + row * dim;
       if (fixed) {
-        pairs.weigh(scaled[0][0], kMaxUnits * kGather, here, groups_per_row(f));
-        add_fixed(pairs, here, f.group_size, out, prefetcher);
+        add_fixed(quads, scaled[0][0], kMaxUnits * kGather, here, groups_per_row(f), out,
+                  prefetcher);
       } else {
-        add_floats(scaled[0][0], kMaxUnits * kGather, here, f.group_size, block.at, block.count,
-                   out, prefetcher);
+        add_floats(scaled[0][0], kMaxUnits * kGather, here, groups_per_row(f), block, 0,
+                   block.count, out, prefetcher);
       }
     }
   }
-  // out_row += the weighted sums of codes in groups of so many channels.
-  void add_fixed(const Int16Weights& block, int64_t count, int64_t group_size, float* out,
-                 TokenPrefetcher& prefetcher) const {
-    visit_code_path(path, [&]<CodePath kCodes>() {
-      visit_vnni([&]<bool kVnni>() {
-        add_pairs<kCodes, kVnni>(block, count, group_size / kLanes, dim, out, dim, prefetcher);
+  void interleave(const BlockAddresses& block, int64_t first, int64_t count,
+                  FixedWeights& quads) const {
+    block.visit_rows_of_codes(first, [&](const auto& tokens) {
+      quads.interleave(tokens, count, side.format);
+    });
+  }
+  // out_row += the weighted sums of codes in so many groups of channels.
+  void add_fixed(FixedWeights& quads, const float* weights, int64_t row_weights, int64_t count,
+                 int64_t groups, float* out, TokenPrefetcher& prefetcher) const {
+    visit_products(bytes, [&]<class Products>() {
+      quads.weigh<Products>(weights, row_weights, count, groups, side.format.bits);
+      visit_fixed_path(path, [&]<CodePath kCodes>() {
+        add_quads<Products, kCodes>(quads, count, dim / groups / kLanes, dim, out, prefetcher);
       });
     });
   }
-  void add_floats(const float* weights, int64_t row_weights, int64_t count, int64_t group_size,
-                  const TokenAddress* tokens, int64_t token_count, float* out,
+  void add_floats(const float* weights, int64_t row_weights, int64_t count, int64_t groups,
+                  const BlockAddresses& block, int64_t first, int64_t token_count, float* out,
                   TokenPrefetcher& prefetcher) const {
+    TokenAddress tokens[kGather];
+    for (int64_t i = 0; i < token_count; ++i) tokens[i] = block[first + i];
     visit_code_path(path, [&]<CodePath kCodes>() {
-      add_codes<kCodes>(weights, row_weights, count, group_size / kUnit, tokens, token_count,
+      add_codes<kCodes>(weights, row_weights, count, dim / groups / kUnit, tokens, token_count,
                         dim / kUnit, out, dim, prefetcher);
     });
   }
@@ -172,14 +182,13 @@ class PackedSums {
                         TokenPrefetcher& prefetcher) {
     const PackFormat& f = side.format;
     GroupParams params;
-    Int16Weights pairs;
+    FixedWeights quads;
     alignas(64) float factor[kMaxHeadDim], part[kFewRows<float> * kMaxHeadDim];
     in_place_factors(path, f, factor);
     for (int64_t first = 0, end; first < block.count; first = end) {
       end = block.group_end(first);
-      const TokenAddress* tokens = block.at + first;
-      params.read(f, tokens->params);
-      if (fixed) pairs.interleave(tokens, end - first, dim, f.bits);
+      params.read(f, block[first].params);
+      if (fixed) interleave(block, first, end - first, quads);
       for (int64_t d = 0; d < dim && !fixed; d += kLanes) {
         store(params.scale + d, load(params.scale + d) * load(factor + d));
       }
@@ -188,10 +197,9 @@ class PackedSums {
         const float* weight = weights + row * kGather + first;
         fill_zero(part, here * dim * 4);
         if (fixed) {
-          pairs.weigh(weight, kGather, here, 1);
-          add_fixed(pairs, here, dim, part, prefetcher);
+          add_fixed(quads, weight, kGather, here, 1, part, prefetcher);
         } else {
-          add_floats(weight, kGather, here, dim, tokens, end - first, part, prefetcher);
+          add_floats(weight, kGather, here, 1, block, first, end - first, part, prefetcher);
         }
         for (int64_t r = 0; r < here; ++r) {
           add_group(params, part + r * dim, weight + r * kGather, end - first,
@@ -206,8 +214,7 @@ class PackedSums {
     for (int64_t i = 0; i < count; ++i) total += weight[i];
     if (total == 0) return;
     for (int64_t d = 0; d < dim; d += kLanes) {
-      const f32x16 sums = fixed ? natural_order(load(part + d)) : load(part + d);
-      f32x16 sum = fma(load(params.scale + d), sums, load(out + d));
+      f32x16 sum = fma(load(params.scale + d), load(part + d), load(out + d));
       if (side.format.scheme != PackScheme::fp8) {
         sum = fma(splat(total), load(params.offset + d), sum);
       }

@@ -24,11 +24,12 @@ inline void word_factors(CodePath path, const PackFormat& f, float* factor) {
 
 inline constexpr int64_t kMaxWords = kMaxHeadDim / 4;  // of a token
 
-// Four words of every fourth token, as many as a register holds.
-TOKRED_INLINE Register<int32_t> load_words(const TokenAddress* tokens, int64_t byte) {
+// Four words of every fourth token from `token` on, as many as a register holds.
+template <class Tokens>
+TOKRED_INLINE Register<int32_t> load_words(const Tokens& tokens, int64_t token, int64_t byte) {
 #ifdef __AVX2__
   const auto words = [&](int i) {
-    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(tokens[4 * i].row + byte));
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(tokens.row(token + 4 * i) + byte));
   };
   const __m256i two = _mm256_inserti128_si256(_mm256_castsi128_si256(words(0)), words(1), 1);
 #ifdef __AVX512F__
@@ -39,13 +40,16 @@ TOKRED_INLINE Register<int32_t> load_words(const TokenAddress* tokens, int64_t b
 #endif
 #else
   Register<int32_t> words;
-  std::memcpy(&words, tokens->row + byte, sizeof words);
+  std::memcpy(&words, tokens.row(token) + byte, sizeof words);
   return words;
 #endif
 }
 
-// words[word][16 tokens]. Each quarter of a register's lanes is four tokens, transposed by itself.
-TOKRED_INLINE void transpose_words(const TokenAddress* tokens, int64_t bytes, int32_t* words) {
+// words[word][16 tokens], of the tokens from `first` on. Each quarter of a register's lanes is four
+// tokens, transposed by itself.
+template <class Tokens>
+TOKRED_INLINE void transpose_words(const Tokens& tokens, int64_t first, int64_t bytes,
+                                   int32_t* words) {
   using Words = Register<int32_t>;
   constexpr int kWidth = i32x16::kWidth;
   Words low{}, high{};
@@ -59,7 +63,7 @@ TOKRED_INLINE void transpose_words(const TokenAddress* tokens, int64_t bytes, in
       Words x[4];
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        x[i] = load_words(tokens + token + i, byte);
+        x[i] = load_words(tokens, first + token + i, byte);
       }
       const Words even_low = __builtin_shuffle(x[0], x[2], low);
       const Words even_high = __builtin_shuffle(x[0], x[2], high);
@@ -136,25 +140,18 @@ TOKRED_INLINE i32x16::N transposed_word(const TransposedCodes& transposed, int64
   return x;
 }
 
-// Channels as the bytes of words pair up after a mask: 0 and 2, 1 and 3 of every four.
-TOKRED_INLINE f32x16 fixed_order(f32x16 x) {
-  return map<f32x16>([&](int i) {
-    Native<float>::bits from{};
-#pragma GCC unroll 16
-    for (int j = 0; j < f32x16::kWidth; ++j) from[j] = j / 4 * 4 + j % 2 * 2 + j / 2 % 2;
-    return __builtin_shuffle(x.r[i], from);
-  });
-}
-
 // Rows of f32, times word_factors().
 struct FloatQueries {
+  template <CodePath>
+  static constexpr int kVecsOfStep = 1;
   const float* numbers;  // [row][stride]
   int64_t stride;
 
   // out[row][token ..] for kRows rows from `first` on and 16 kVecs tokens: the sum over the groups,
   // ascending, of their scale times the sum over their channels, ascending, of x code.
   template <CodePath kCodes, int kRows, int kVecs>
-  void dot(int64_t first, const TransposedCodes& transposed, int64_t token, float* out) const {
+  void dot(int64_t first, const TransposedCodes& transposed, int64_t token, float* out,
+           TokenPrefetcher& prefetcher) const {
     constexpr int kBits = bits_of(kCodes), kPlanes = 8 / kBits;
     constexpr int kParts = kVecs * f32x16::kRegisters;
     const float* x = numbers + first * stride;
@@ -162,6 +159,7 @@ struct FloatQueries {
     for (int64_t group = 0; group < transposed.groups; ++group) {
       Register<float> sum[kRows][kParts] = {};
       for (const int64_t end = vec + transposed.group_vecs; vec < end; ++vec) {
+        prefetcher.step();
         const int shift = static_cast<int>(vec % kPlanes) * kBits;
         for (int64_t j = 0; j < 4; ++j) {
           i32x16::N word[kParts];
@@ -196,65 +194,61 @@ struct FloatQueries {
   }
 };
 
-// Rows in fixed point, in the order of fixed_order().
-struct Int16Queries {
+// Rows in fixed point, as Products places them.
+template <class Products>
+struct FixedQueries {
+  // Two Vecs of a run at once, which no group cuts, share the registers of its words.
+  template <CodePath kCodes>
+  static constexpr int kVecsOfStep = bits_of(kCodes) < 8 ? 2 : 1;
   const int16_t* numbers;  // [row][stride]
   int64_t stride;
-  const float* steps;  // [row][kMaxUnits], of a row's groups
-  const float* rests;  // the same, what is added to their sums
+  // [row][kMaxUnits], of a row's groups: the step, what is added to the sum, and first_total().
+  const float *steps, *rests;
+  const int32_t* first_totals;
 
   // Like FloatQueries::dot(); sums over a group are exact.
-  template <CodePath kCodes, int kRows, int kVecs, bool kVnni>
-  void dot(int64_t first, const TransposedCodes& transposed, int64_t token, float* out) const {
-    // Two Vecs of a run at once, which no group cuts, share the registers of its words.
+  template <CodePath kCodes, int kRows, int kVecs>
+  void dot(int64_t first, const TransposedCodes& transposed, int64_t token, float* out,
+           TokenPrefetcher& prefetcher) const {
     constexpr int kBits = bits_of(kCodes), kPlanes = 8 / kBits;
-    constexpr int kTogether = kPlanes > 1 ? 2 : 1, kParts = kVecs * f32x16::kRegisters;
-    constexpr int32_t kMask = ((1 << kBits) - 1) * 0x10001;
+    constexpr int kTogether = kVecsOfStep<kCodes>, kParts = kVecs * f32x16::kRegisters;
     const int16_t* x = numbers + first * stride;
     int64_t vec = 0;
     for (int64_t group = 0; group < transposed.groups; ++group) {
-      Register<int32_t> sum[kRows][kParts] = {};
+      const int64_t at = first * kMaxUnits + group;
+      typename Products::Sum sum[kRows][kParts];
+#pragma GCC unroll 4
+      for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 4
+        for (int part = 0; part < kParts; ++part) {
+          sum[row][part] = Products::start(first_totals[at + row * kMaxUnits]);
+        }
+      }
       for (const int64_t end = vec + transposed.group_vecs; vec < end; vec += kTogether) {
+        prefetcher.step();
         const int shift = kTogether == kPlanes ? 0 : static_cast<int>(vec % kPlanes) * kBits;
         for (int64_t j = 0; j < 4; ++j) {
-          i32x16::N word[kParts];
+          i32x16::N words[kParts];
 #pragma GCC unroll 4
           for (int part = 0; part < kParts; ++part) {
-            word[part] = transposed_word(transposed, token, part, vec / kPlanes * 4 + j) >> shift;
+            words[part] = transposed_word(transposed, token, part, vec / kPlanes * 4 + j) >> shift;
           }
-          const auto add = [&]<int kPlane, int kByte>() {
-            i32x16::N codes[kParts];
-#pragma GCC unroll 4
-            for (int part = 0; part < kParts; ++part) {
-              codes[part] = word[part] >> (8 * kByte + kBits * kPlane) & kMask;
-            }
-#pragma GCC unroll 4
-            for (int row = 0; row < kRows; ++row) {
-              const Register<int32_t> q =
-                  load_pair(x + row * stride + (vec + kPlane) * kLanes + 4 * j + 2 * kByte);
-#pragma GCC unroll 4
-              for (int part = 0; part < kParts; ++part) {
-                sum[row][part] = add_products<kVnni>(codes[part], q, sum[row][part]);
-              }
-            }
-          };
-          add.template operator()<0, 0>();
-          add.template operator()<0, 1>();
+          const int16_t* four = x + vec * kLanes + 4 * j;
+          add_words<Products, kBits>(words, 0, four, stride, sum);
           if constexpr (kTogether > 1) {
-            add.template operator()<1, 0>();
-            add.template operator()<1, 1>();
+            add_words<Products, kBits>(words, kBits, four + kLanes, stride, sum);
           }
         }
       }
       Register<float> total[kRows][kParts];
 #pragma GCC unroll 4
       for (int row = 0; row < kRows; ++row) {
-        const int64_t at = (first + row) * kMaxUnits + group;
-        const Register<float> step = steps[at] - Register<float>{};
-        const Register<float> rest = rests[at] - Register<float>{};
+        const Register<float> step = steps[at + row * kMaxUnits] - Register<float>{};
+        const Register<float> rest = rests[at + row * kMaxUnits] - Register<float>{};
 #pragma GCC unroll 4
         for (int part = 0; part < kParts; ++part) {
-          const auto units = __builtin_convertvector(sum[row][part], Register<float>);
+          const auto units =
+              __builtin_convertvector(Products::total(sum[row][part]), Register<float>);
           total[row][part] = multiply_add(units, step, rest);
         }
       }
@@ -263,38 +257,34 @@ struct Int16Queries {
   }
 };
 
-// out[row][i] = x_row . codes_i for i < count, over `groups` groups of so many Vecs that are scaled
-// by scales[group][kGather], or not where it is null; `tokens` are valid up to whole_lanes(count).
-// kMore: further parameters of Rows::dot().
-template <CodePath kCodes, class Rows, auto... kMore>
-__attribute__((noinline)) static void dot_codes(const Rows& x, int64_t rows,
-                                                const TokenAddress* tokens, int64_t count,
-                                                const float* scales, int64_t groups,
+// out[row][i] = x_row . codes_i for i < whole_lanes(count), over `groups` groups of so many Vecs
+// that are scaled by scales[group][kGather], or not where it is null; `tokens` are valid that far.
+template <CodePath kCodes, class Rows, class Tokens>
+__attribute__((noinline)) static void dot_codes(const Rows& x, int64_t rows, const Tokens& tokens,
+                                                int64_t count, const float* scales, int64_t groups,
                                                 int64_t group_vecs, float* out,
                                                 TokenPrefetcher& prefetcher) {
   alignas(64) int32_t words[kMaxWords * kGather];
-  alignas(64) float dots[kFewRows<float> * kGather];
   const int64_t bytes = groups * group_vecs * kLanes * bits_of(kCodes) / 8;
   const TransposedCodes transposed{words, scales, bytes / 4, groups, group_vecs};
   for (int64_t token = 0; token < count; token += kLanes) {
-    transpose_words(tokens + token, bytes, words + token * transposed.words_of_token);
+    transpose_words(tokens, token, bytes, words + token * transposed.words_of_token);
   }
   for (int64_t row = 0; row < rows; row += kFewRows<float>) {
     visit_rows<kFewRows<float>>(rows - row, [&]<int kRows>() {
       // The words need registers of their own.
       constexpr int kVecs = kBeside < float, kRows == 1 ? 2 : kPowerOfTwo < kRows >> ;
+      prefetcher.spread(divide_up(count, kVecs * kLanes) * groups * group_vecs /
+                        Rows::template kVecsOfStep<kCodes>);
       int64_t token = 0;
       const auto tiles = [&]<int kCount>() {
         for (; token + (kCount - 1) * kLanes < count; token += kCount * kLanes) {
-          prefetcher.prefetch(row == 0 ? kCount * kLanes : 0);
-          x.template dot<kCodes, kRows, kCount, kMore...>(row, transposed, token, dots);
+          x.template dot<kCodes, kRows, kCount>(row, transposed, token, out + row * kGather,
+                                                prefetcher);
         }
       };
       tiles.template operator()<kVecs>();
       if constexpr (kVecs > 1) tiles.template operator()<1>();
-      for (int r = 0; r < kRows; ++r) {
-        copy_bytes(out + (row + r) * kGather, dots + r * kGather, 4 * count);
-      }
     });
   }
 }
