@@ -27,17 +27,16 @@ TOKRED_INLINE float power_of_two(int32_t biased_exponent) {
   return x;
 }
 
-// The step of x[0, count): the largest number takes fifteen bits. NaN unless all are finite, and
-// with it whatever they are multiplied by.
-TOKRED_INLINE FixedStep fixed_step(const float* x, int64_t count) {
-  const auto greater_lanes = [](auto a, auto b) { return a > b ? a : b; };
-  i32x16 most = splat(0);  // magnitudes are in the order of their bits
-  for (int64_t first = 0; first < count; first += kLanes) {
-    const f32x16 number = load_row(x + first, count - first);
-    most = map<i32x16>(
-        [&](int i) { return greater_lanes((i32x16::N)number.r[i] & INT32_MAX, most.r[i]); });
-  }
-  int32_t exponent = max_lane(most) >> 23;
+// The larger magnitudes of both, as bits: these are in the order of the numbers.
+TOKRED_INLINE i32x16 larger_magnitude(f32x16 x, i32x16 most) {
+  const auto larger = [](auto a, auto b) { return a > b ? a : b; };
+  return map<i32x16>([&](int i) { return larger((i32x16::N)x.r[i] & INT32_MAX, most.r[i]); });
+}
+
+// The step of numbers with these magnitudes: the largest takes fifteen bits. NaN unless all are
+// finite, and with it whatever they are multiplied by.
+TOKRED_INLINE FixedStep fixed_step(i32x16 magnitudes) {
+  int32_t exponent = max_lane(magnitudes) >> 23;
   if (exponent == 255) return {NAN, 0.0f};
   if (exponent < 15) exponent = 15;  // a lower one has no inverse
   return {power_of_two(exponent - 14), power_of_two(254 + 14 - exponent)};
@@ -46,8 +45,8 @@ TOKRED_INLINE FixedStep fixed_step(const float* x, int64_t count) {
 // Numbers of units lie in fours, eight bytes each, in the order in which Products meets them.
 typedef int16_t Units __attribute__((vector_size(kRegisterBytes < 32 ? 16 : 32)));
 
-// How numbers meet codes. A lane of words is four codes, a byte each; the two halves of four numbers
-// are 32 bits each. A Sum is exact whichever way it is taken.
+// How numbers meet codes. A lane of words is four codes, a byte each; the two halves of four
+// numbers are 32 bits each. A Sum is exact whichever way it is taken.
 //
 // Pairs: products of sixteen bits, two at once; the halves are the numbers 0 and 2, 1 and 3.
 struct PairProducts {
@@ -93,7 +92,8 @@ struct PairProducts {
 TOKRED_INLINE Register<int32_t> add_byte_products(Register<int32_t> total, Register<int32_t> a,
                                                   Register<int32_t> b) {
 #ifdef __AVX512F__
-  // VNNI: every assembler knows it; the compiler would want all of the file to be for such machines.
+  // VNNI: every assembler knows it; the compiler would want all of the file to be for such
+  // machines.
   asm("vpdpbusd %2, %1, %0" : "+v"(total) : "v"(a), "v"(b));
   return total;
 #else
@@ -105,8 +105,8 @@ TOKRED_INLINE Register<int32_t> add_byte_products(Register<int32_t> total, Regis
 }
 
 // Bytes: of a number 256 h + l, with h signed and l not, the halves are four h and four l. Products
-// of four take one instruction each, and codes are unpacked four at a time. Codes of eight bits meet
-// l as signed numbers, less 128, which first_total() makes good.
+// of four take one instruction each, and codes are unpacked four at a time. Codes of eight bits
+// meet l as signed numbers, less 128, which first_total() makes good.
 struct ByteProducts {
   struct Sum {
     Register<int32_t> high, low;
@@ -136,9 +136,7 @@ struct ByteProducts {
     for (int i = 0; i < i32x16::kWidth; ++i) sum += total[i];
     return 128 * sum;
   }
-  static Sum start(int32_t first) {
-    return {Register<int32_t>{}, first - Register<int32_t>{}};
-  }
+  static Sum start(int32_t first) { return {Register<int32_t>{}, first - Register<int32_t>{}}; }
   template <int kBits, int kHalf>
   static Register<int32_t> codes(Register<int32_t> words, int shift) {
     constexpr uint32_t kMask = ((1u << kBits) - 1) * 0x1010101u;

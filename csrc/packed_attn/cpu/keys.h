@@ -82,7 +82,10 @@ class PackedQuery {
     const int32_t bits = side.format.bits;
     const float middle = 0.5f * static_cast<float>((1 << bits) - 1);
     for (int64_t first = 0; first < dim; first += size, units += size) {
-      const FixedStep step = fixed_step(row + first, size);
+      i32x16 most = splat(0);
+      for (int64_t d = 0; d < size; d += kLanes)
+        most = larger_magnitude(load(row + first + d), most);
+      const FixedStep step = fixed_step(most);
       f32x16 rest = splat(0.0f);
       visit_products(bytes, [&]<class Products>() {
         for (int64_t d = 0; d < size; d += kLanes) {

@@ -1,6 +1,6 @@
-// packed_attention in fixed point: weighted sums of rows of codes. Lanes are channels: the same byte
-// of four tokens makes a word, the bits of a channel in each byte, to be multiplied by the weights
-// of these tokens.
+// packed_attention in fixed point: weighted sums of rows of codes. Lanes are channels: the same
+// byte of four tokens makes a word, the bits of a channel in each byte, to be multiplied by the
+// weights of these tokens.
 #pragma once
 
 #include "packed_attn/cpu/codes.h"
@@ -69,8 +69,8 @@ TOKRED_INLINE void interleave_quads(const Tokens& tokens, int64_t quads, int64_t
     // One run of the four tokens at once: quarters of quarters change places, then bytes do.
     const __m512i quarters =
         _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    const __m512i bytes = _mm512_broadcast_i32x4(
-        _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    const __m512i bytes =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
     for (; run < runs; ++run) {
       const auto part = [&](int i) {
         return _mm_loadu_si128(
@@ -97,6 +97,11 @@ TOKRED_INLINE void interleave_quads(const Tokens& tokens, int64_t quads, int64_t
   }
 }
 
+// The weights of a block's tokens, zero behind the last one.
+struct BlockWeights {
+  f32x16 vec[kGather / kLanes];
+};
+
 // A block's codes, interleaved, and the weights of its tokens for a few rows, by group of channels.
 struct FixedWeights {
   alignas(64) int32_t words[kMaxRuns * kMaxQuads * kLanes];
@@ -111,22 +116,21 @@ struct FixedWeights {
     quads = divide_up(count, 4);
     interleave_quads(tokens, quads, code_bytes(f.head_dim, f.bits) / 16, words);
   }
-  // weights[row][group][kGather]; a row's are `stride` apart from the next one's.
+  // The weights of a row and a group: zero behind the last token.
   template <class Products>
-  void weigh(const float* weights, int64_t stride, int64_t rows, int64_t groups, int32_t bits) {
-    const int64_t whole = round_up(count, 2 * kLanes);
-    for (int64_t row = 0; row < rows; ++row) {
-      for (int64_t g = 0; g < groups; ++g) {
-        const float* from = weights + row * stride + g * kGather;
-        const FixedStep step = fixed_step(from, count);
-        steps[row][g] = step.step;
-        for (int64_t i = 0; i < whole; i += kLanes) {
-          store_units<Products>(units[row][g] + i,
-                                load_row(from + i, count - i) * splat(step.inverse));
-        }
-        first_totals[row][g] = Products::first_total(units[row][g], whole, bits);
-      }
+  __attribute__((always_inline)) void weigh(int64_t row, int64_t group, const BlockWeights& weights,
+                                            int32_t bits) {
+    i32x16 most = splat(0);
+#pragma GCC unroll 4
+    for (const f32x16& x : weights.vec) most = larger_magnitude(x, most);
+    const FixedStep step = fixed_step(most);
+    int16_t* to = units[row][group];
+#pragma GCC unroll 4
+    for (int i = 0; i < kGather / kLanes; ++i) {
+      store_units<Products>(to + i * kLanes, weights.vec[i] * splat(step.inverse));
     }
+    steps[row][group] = step.step;
+    first_totals[row][group] = Products::first_total(to, kGather, bits);
   }
 };
 

@@ -22,9 +22,9 @@ struct TokenList {
 struct BlockAddresses {
   int64_t count = 0;
   bool packed = true;  // none lies in the window
-  bool run = false;    // kGather packed tokens, equally far apart from at[0] on; no others are in at
+  bool run = false;  // kGather packed tokens, equally far apart from at[0] on; no others are in at
   int64_t row_stride = 0, params_stride = 0;  // of a run
-  TokenAddress at[kGather + kLanes];          // valid up to whole_lanes(count)
+  TokenAddress at[kGather + kLanes];  // valid up to whole_lanes(count)
 
   // `tokens` of them are in at.
   void finish(int64_t tokens) {
@@ -66,16 +66,15 @@ struct BlockAddresses {
   }
 };
 
-// The cache lines of a block, prefetched a few at a time: in a burst they would wait for each other,
-// and everything for them.
+// The cache lines of a block, prefetched a few at a time: in a burst they would wait for each
+// other, and everything for them.
 class TokenPrefetcher {
  public:
   TokenPrefetcher() = default;
   TokenPrefetcher(const BlockAddresses& block, const PackFormat& f)
       : block_(&block), row_bytes_(code_bytes(f.head_dim, f.bits)),
         params_bytes_(2 * params_per_row(f)), pieces_(2 * block.count) {
-    if (block.run && block.row_stride == row_bytes_ &&
-        2 * block.params_stride == params_bytes_) {
+    if (block.run && block.row_stride == row_bytes_ && 2 * block.params_stride == params_bytes_) {
       // Two pieces, as if it were one token.
       row_bytes_ *= kGather;
       params_bytes_ *= kGather;

@@ -23,8 +23,8 @@ class PackedSums {
   // hidden, adds nothing even where its values are infinite.
   PackedSums(const SideView& values, bool in_order, int64_t count, float* out, bool skip_zeros)
       : side(values), path(read_path(values.format, in_order)),
-        fixed(in_fixed_point(path, values.dtype)), bytes(multiplies_bytes()), rows(count), dim(values.format.head_dim),
-        out_(out), skip_zeros_(skip_zeros) {
+        fixed(in_fixed_point(path, values.dtype)), bytes(multiplies_bytes()), rows(count),
+        dim(values.format.head_dim), out_(out), skip_zeros_(skip_zeros) {
     fill_zero(out_, rows * dim * 4);
     if (!by_channel()) return;
     fill_zero(sums_, rows * dim * 4);
@@ -117,36 +117,48 @@ class PackedSums {
     FixedWeights quads;
     if (fixed) interleave(block, 0, block.count, quads);
     alignas(64) float scaled[kFewRows<float>][kMaxUnits][kGather];
+    const int64_t groups = groups_per_row(f);
     for (int64_t row = 0; row < rows; row += kFewRows<float>) {
       const int64_t here = min(rows - row, kFewRows<float>);
-      for (int64_t r = 0; r < here; ++r) {
-        scale_weights(params, weights + (row + r) * kGather, block.count, scaled[r],
-                      offsets_[row + r]);
-      }
       float* out = sums_ + row * dim;
+      const auto scale = [&](const auto& take) {
+        for (int64_t r = 0; r < here; ++r) {
+          for (int64_t g = 0; g < groups; ++g) {
+            take(r, g,
+                 scale_weights(params, g, weights + (row + r) * kGather, block.count,
+                               offsets_[row + r][g]));
+          }
+        }
+      };
       if (fixed) {
-        add_fixed(quads, scaled[0][0], kMaxUnits * kGather, here, groups_per_row(f), out,
-                  prefetcher);
+        visit_products(bytes, [&]<class Products>() {
+          scale([&](int64_t r, int64_t g, const BlockWeights& scaled_weights) {
+            quads.weigh<Products>(r, g, scaled_weights, f.bits);
+          });
+          add_fixed<Products>(quads, here, groups, out, prefetcher);
+        });
       } else {
-        add_floats(scaled[0][0], kMaxUnits * kGather, here, groups_per_row(f), block, 0,
-                   block.count, out, prefetcher);
+        scale([&](int64_t r, int64_t g, const BlockWeights& scaled_weights) {
+          for (int64_t i = 0; i < kGather; i += kLanes) {
+            store(scaled[r][g] + i, scaled_weights.vec[i / kLanes]);
+          }
+        });
+        add_floats(scaled[0][0], kMaxUnits * kGather, here, groups, block, 0, block.count, out,
+                   prefetcher);
       }
     }
   }
   void interleave(const BlockAddresses& block, int64_t first, int64_t count,
                   FixedWeights& quads) const {
-    block.visit_rows_of_codes(first, [&](const auto& tokens) {
-      quads.interleave(tokens, count, side.format);
-    });
+    block.visit_rows_of_codes(
+        first, [&](const auto& tokens) { quads.interleave(tokens, count, side.format); });
   }
   // out_row += the weighted sums of codes in so many groups of channels.
-  void add_fixed(FixedWeights& quads, const float* weights, int64_t row_weights, int64_t count,
-                 int64_t groups, float* out, TokenPrefetcher& prefetcher) const {
-    visit_products(bytes, [&]<class Products>() {
-      quads.weigh<Products>(weights, row_weights, count, groups, side.format.bits);
-      visit_fixed_path(path, [&]<CodePath kCodes>() {
-        add_quads<Products, kCodes>(quads, count, dim / groups / kLanes, dim, out, prefetcher);
-      });
+  template <class Products>
+  void add_fixed(const FixedWeights& quads, int64_t count, int64_t groups, float* out,
+                 TokenPrefetcher& prefetcher) const {
+    visit_fixed_path(path, [&]<CodePath kCodes>() {
+      add_quads<Products, kCodes>(quads, count, dim / groups / kLanes, dim, out, prefetcher);
     });
   }
   void add_floats(const float* weights, int64_t row_weights, int64_t count, int64_t groups,
@@ -159,23 +171,29 @@ class PackedSums {
                         dim / kUnit, out, dim, prefetcher);
     });
   }
-  // A token of weight 0 may be hidden: its params do not count, whatever they are.
-  void scale_weights(const BlockParams& params, const float* weights, int64_t count,
-                     float (*scaled)[kGather], float (*offsets)[kLanes]) const {
-    const PackFormat& f = side.format;
+  // Weights times the scales of a group; their sums with its offsets are added to `offsets`. A
+  // token of weight 0 may be hidden: its params do not count, whatever they are.
+  __attribute__((always_inline)) BlockWeights scale_weights(const BlockParams& params,
+                                                            int64_t group, const float* weights,
+                                                            int64_t count, float* offsets) const {
+    const bool has_offsets = side.format.scheme != PackScheme::fp8;
     const f32x16 zero = splat(0.0f);
-    for (int64_t g = 0; g < groups_per_row(f); ++g) {
-      f32x16 total = load(offsets[g]);
-      for (int64_t i = 0; i < count; i += kLanes) {
-        const f32x16 weight = load(weights + i);
-        const f32x16 product = weight * load(params.scale[g] + i);
-        store(scaled[g] + i, select_greater(weight, zero, product, zero));
-        if (f.scheme == PackScheme::fp8) continue;
-        const f32x16 sum = fma(weight, load(params.offset[g] + i), total);
-        total = select_greater(weight, zero, sum, total);
-      }
-      store(offsets[g], total);
+    BlockWeights scaled;
+    f32x16 total = load(offsets);
+#pragma GCC unroll 4
+    for (int i = 0; i < kGather / kLanes; ++i) {
+      const int64_t at = i * kLanes;
+      scaled.vec[i] = zero;
+      if (at >= count) continue;
+      const f32x16 weight = load(weights + at);
+      const f32x16 product = weight * load(params.scale[group] + at);
+      scaled.vec[i] = select_greater(weight, zero, product, zero);
+      if (!has_offsets) continue;
+      const f32x16 sum = fma(weight, load(params.offset[group] + at), total);
+      total = select_greater(weight, zero, sum, total);
     }
+    store(offsets, total);
+    return scaled;
   }
 
   void add_token_groups(const BlockAddresses& block, const float* weights,
@@ -197,7 +215,17 @@ class PackedSums {
         const float* weight = weights + row * kGather + first;
         fill_zero(part, here * dim * 4);
         if (fixed) {
-          add_fixed(quads, weight, kGather, here, 1, part, prefetcher);
+          visit_products(bytes, [&]<class Products>() {
+            for (int64_t r = 0; r < here; ++r) {
+              const float* from = weight + r * kGather;
+              BlockWeights plain;
+              for (int64_t i = 0; i < kGather; i += kLanes) {
+                plain.vec[i / kLanes] = load_row(from + i, end - first - i);
+              }
+              quads.weigh<Products>(r, 0, plain, f.bits);
+            }
+            add_fixed<Products>(quads, here, 1, part, prefetcher);
+          });
         } else {
           add_floats(weight, kGather, here, 1, block, first, end - first, part, prefetcher);
         }
