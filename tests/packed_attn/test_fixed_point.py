@@ -143,7 +143,7 @@ def test_tiny_queries(kernels: Backend, least: float, dtype: torch.dtype) -> Non
 def test_the_same_bits_however_numbers_meet_codes(
     on_every_cpu: Callable, text: str, rows: int
 ) -> None:
-    """As pairs or as bytes, in whole blocks, in part of one, and from lists; at the extremes too."""
+    """As pairs or bytes, in whole blocks, in part of one, and from lists; at the extremes too."""
     k = side(text, 192, 128)
     q = torch.randn(1, rows, 1, 128, generator=generator(8)).to(torch.bfloat16)
     q[:, -1] = 1.0
