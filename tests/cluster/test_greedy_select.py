@@ -242,7 +242,7 @@ def test_batch_strides_and_threads(kernels: Backend, rule: str, metric: str) -> 
 def test_threads_share_a_large_item(kernels: Backend, rule: str, metric: str) -> None:
     """Items of 2^18 numbers on the CPU, of 2^17 in parts on a device."""
     if kernels.name == "simt":
-        tokens, channels, k = 270, 512, 4
+        tokens, channels, k = 270, 512, 2
     else:
         tokens, channels, k = 530, 512, 20
     x, weight = randn(1, tokens, channels), randn(1, tokens, seed=1)
