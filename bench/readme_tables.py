@@ -1,12 +1,11 @@
 """Writes the tables of README.md and docs/ from bench/results: `python -m bench.readme_tables`.
 
-A table stands between <!-- table:NAME --> and <!-- /table -->; NAME is a bench (topk, score,
-decode, packed, block_sparse, match, merge, sparse_attn, models, cache, overhead, ceilings) of the
-quick run, NAME:full of the full one, headline, methods and methods:full, the methods by name and
-in full, those of choosing.py as choosing:NAME, or demo, demo_text and demo_cache: the demo's
-reports, which are first copied from demo_output where they are complete. Results of an unknown
-revision or of changed files are refused, and then nothing is written. Running it twice
-changes nothing; --check only says whether the pages are up to date.
+A table stands between <!-- table:NAME --> and <!-- /table -->; NAME is a bench (one of
+tables.TABLES) of the quick run, NAME:full of the full one, headline, methods and methods:full, the
+methods by name and in full, those of choosing.py as choosing:NAME, or demo, demo_text and
+demo_cache: the demo's reports, which are first copied from demo_output where they are complete.
+Results of an unknown revision or of changed files are refused, and then nothing is written.
+Running it twice changes nothing; --check only says whether the pages are up to date.
 """
 
 from __future__ import annotations
