@@ -35,6 +35,7 @@ def test_crops_of_a_padded_image() -> None:
     for n in range(tokens):
         crop, place = int(call.layout.crop[n]), int(call.layout.place[n])
         assert (values[:, crop, place] == n).all() and valid[:, crop, place].all()
+    assert torch.equal(crops.spread(crops.values(position), tokens), position)
     picks = torch.tensor([[0, 23], [6, 1], [20, -1], [3, 2], [0, -1], [1, 0]], dtype=torch.int32)
     expected = [[0, 23, 36, 25], [3, 2, 24, 31, 30]]
     assert [picked(row) for row in crops.tokens(picks, "score")] == expected
