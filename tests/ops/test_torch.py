@@ -133,3 +133,17 @@ def test_inference_mode_and_vmap() -> None:
     with torch.inference_mode():
         expected = torch.stack([tokred.match(item, item)[0] for item in x])
         assert torch.equal(torch.vmap(lambda item: tokred.match(item, item)[0])(x), expected)
+
+
+def test_an_error_leaves_autograd_on() -> None:
+    """The ops switch it off for their kernels."""
+    x = torch.randn(1, 4, 8)
+    token_map = torch.zeros(1, 5, dtype=torch.int32)
+    buffers = {"out": torch.empty(1, 3, 8), "out_size": torch.empty(1, 3)}
+    for out in ({}, buffers):
+        with pytest.raises(RuntimeError, match="token_map") as raised:
+            tokred.merge(x, token_map, 3, **out)
+        assert raised.tb is not None  # keeps the frames of the call
+        y = x.clone().requires_grad_() * 2
+        assert y.requires_grad
+        y.sum().backward()

@@ -38,8 +38,11 @@ def call(op: Any, *args: Any) -> Any:
                 return op(*args)
         elif torch.is_inference_mode_enabled():
             return op._op(*args)
-        with _below_autograd():
+        guard = _below_autograd()  # holds from here on; `with` would cost half a us more
+        try:
             return op._op(*args)
+        finally:
+            del guard
     except (RuntimeError, NotImplementedError):
         _refuse_missing(op, args)
         raise
@@ -62,12 +65,14 @@ def call_in_place(op: Any, written: Sequence[Tensor], *args: Any) -> None:
         return op(*args)
     if (torch.is_grad_enabled() and _any_requires_grad(*args)) or forward_ad._current_level >= 0:
         return op(*args)
-    with _below_in_place():
-        try:
-            op._op(*args)
-        except (RuntimeError, NotImplementedError):
-            _refuse_missing(op, args)
-            raise
+    guard = _below_in_place()  # as in call()
+    try:
+        op._op(*args)
+    except (RuntimeError, NotImplementedError):
+        _refuse_missing(op, args)
+        raise
+    finally:
+        del guard
     torch._C._increment_version(written)
     return None
 
