@@ -71,6 +71,7 @@ inline const char* dtype_name(ScalarType type) {
     case ScalarType::Long: return "int64";
     case ScalarType::Bool: return "bool";
     case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
     default: return "a dtype of another kind";
   }
 }

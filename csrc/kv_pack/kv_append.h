@@ -20,13 +20,15 @@ inline void check_ring(const PackFormat& f, const char* name, int64_t rows) {
 template <class Backend>
 void kv_append(const Tensor& x, Tensor codes, Tensor params, OptionalTensor window, int64_t length,
                int64_t bits, int64_t group_size, const Text& axis, const Text& scheme, bool rotated,
-               const OptionalTensor& lengths, const OptionalTensor& slots) {
+               const OptionalTensor& lengths, const OptionalTensor& slots,
+               const OptionalTensor& levels) {
   KvAppendParams p{};
   check_dim(x, "x", 4, "[B, H, L, D]");
   p.dtype = float_dtype(x, "x", false);
   check_last_contiguous(x, "x");
   check_token_count(x, "x", 2);
-  p.packed = packed_rows(codes, params, {"", bits, group_size, axis, scheme, rotated}, x, "x");
+  p.packed =
+      packed_rows(codes, params, {"", bits, group_size, axis, scheme, rotated, levels}, x, "x");
   const PackFormat& f = p.packed.format;
   p.batch = x.size(0);
   p.heads = x.size(1);
@@ -45,7 +47,7 @@ void kv_append(const Tensor& x, Tensor codes, Tensor params, OptionalTensor wind
   p.length = length;
   p.lengths = batch_lengths(lengths, p.batch, x, "x", p.lengths_stride);
   check_overlaps({{"codes", codes}, {"params", params}, {"window", window}},
-                 {{"x", x}, {"lengths", lengths}, {"slots", slots}});
+                 {{"x", x}, {"lengths", lengths}, {"slots", slots}, {"levels", levels}});
   p.x = head_tensor(x);
   if (p.batch == 0 || p.heads == 0 || p.tokens == 0) return;
   Backend(x).kv_append(p);

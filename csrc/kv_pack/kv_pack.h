@@ -8,13 +8,15 @@ namespace tokred {
 // codes u8 [B, H, N, bytes], params f16; see KvPackParams.
 template <class Backend>
 std::tuple<Tensor, Tensor> kv_pack(const Tensor& x, int64_t bits, int64_t group_size,
-                                   const Text& axis, const Text& scheme, bool rotate) {
+                                   const Text& axis, const Text& scheme, bool rotate,
+                                   const OptionalTensor& levels) {
   check_dim(x, "x", 4, "[B, H, N, D]");
   KvPackParams p{};
   p.dtype = float_dtype(x, "x", false);
   check_last_contiguous(x, "x");
   check_token_count(x, "x", 2);
-  const PackFormat f = pack_format({"", bits, group_size, axis, scheme, rotate}, x.size(3));
+  const FormatArguments format{"", bits, group_size, axis, scheme, rotate, levels};
+  const PackFormat f = pack_format(format, x.size(3));
   check_params_row(f, "", x.size(2));
   p.x = head_tensor(x);
   p.batch = x.size(0);
@@ -35,6 +37,7 @@ std::tuple<Tensor, Tensor> kv_pack(const Tensor& x, int64_t bits, int64_t group_
               params.stride(2),
               tokens,
               f};
+  set_levels(p.packed, format, p.heads, x, "x");
   backend.will_write(p.packed.codes, p.batch * codes.stride(0));
   backend.kv_pack(p);
   return {codes, params};

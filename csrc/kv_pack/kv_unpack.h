@@ -9,10 +9,11 @@ namespace tokred {
 // [B, H, N, D] in `dtype`; see KvUnpackParams.
 template <class Backend>
 Tensor kv_unpack(const Tensor& codes, const Tensor& params, int64_t bits, int64_t group_size,
-                 const Text& axis, const Text& scheme, bool rotated, const Text& dtype) {
+                 const Text& axis, const Text& scheme, bool rotated, const Text& dtype,
+                 const OptionalTensor& levels) {
   KvUnpackParams p{};
-  p.packed =
-      packed_rows(codes, params, {"", bits, group_size, axis, scheme, rotated}, codes, "codes");
+  p.packed = packed_rows(codes, params, {"", bits, group_size, axis, scheme, rotated, levels},
+                         codes, "codes");
   p.dtype = parse_choice<DType>(
       dtype, "dtype",
       {{"float32", DType::f32}, {"float16", DType::f16}, {"bfloat16", DType::bf16}});
@@ -33,10 +34,11 @@ Tensor kv_unpack(const Tensor& codes, const Tensor& params, int64_t bits, int64_
 // The same into a tensor that is there.
 template <class Backend>
 void kv_unpack_into(const Tensor& codes, const Tensor& params, int64_t bits, int64_t group_size,
-                    const Text& axis, const Text& scheme, bool rotated, Tensor out) {
+                    const Text& axis, const Text& scheme, bool rotated, Tensor out,
+                    const OptionalTensor& levels) {
   KvUnpackParams p{};
-  p.packed =
-      packed_rows(codes, params, {"", bits, group_size, axis, scheme, rotated}, codes, "codes");
+  p.packed = packed_rows(codes, params, {"", bits, group_size, axis, scheme, rotated, levels},
+                         codes, "codes");
   p.batch = codes.size(0);
   p.heads = codes.size(1);
   const int64_t tokens = p.packed.rows, head_dim = p.packed.format.head_dim;
@@ -47,7 +49,7 @@ void kv_unpack_into(const Tensor& codes, const Tensor& params, int64_t bits, int
   TOKRED_CHECK(tokens <= 1 || out.stride(2) == head_dim,
                "out must have the tokens of a head without gaps, ", head_dim,
                " numbers apart, got stride ", out.stride(2));
-  check_overlaps({{"out", out}}, {{"codes", codes}, {"params", params}});
+  check_overlaps({{"out", out}}, {{"codes", codes}, {"params", params}, {"levels", levels}});
   p.out = {out.mutable_data_ptr(), out.stride(0), out.stride(1), out.stride(2)};
   if (p.batch == 0 || p.heads == 0 || tokens == 0) return;
   Backend(codes).kv_unpack(p);

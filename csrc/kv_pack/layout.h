@@ -23,14 +23,21 @@ enum class GroupAxis : int32_t { channel, token };
 // symmetric   scale = max |x| / (2^(b-1) - 1), no offset, b >= 2;
 //             c = clamp(rint(x / scale), -2^(b-1), 2^(b-1) - 1) + 2^(b-1), x' = scale (c - 2^(b-1))
 // fp8         scale = max |x| / 448, no offset, b = 8; c = e4m3fn(x / scale), x' = scale c
+// codebook    scale = sqrt(mean x^2) / 32, no offset, b <= 4, along channels; c = the number of
+//             midpoints of neighbouring levels that are less than x / scale, x' = scale level[c].
+//             Levels are bytes, ascending, in 1/32 of the root mean square; see gaussian_levels().
+//             Channels l, l + 16, .. add their squares to sum l of sixteen, in order, and then sum
+//             l + 8 is added to l, l + 4 to l, l + 2 to l, 1 to 0; no |x| counts as more than 2^40.
 // All in f32, halves to even; scale and offset are stored in f16 and saturate at +-65504. Only
-// finite numbers count for min and max (without any both are 0). Where scale is 0 all codes are
-// those of 0, or of min (asymmetric: 0). NaN packs as 0, as min in asymmetric; +-inf as the
+// finite numbers count for min, max and mean (without any these are 0). Where scale is 0 all codes
+// are those of 0, or of min (asymmetric: 0). NaN packs as 0, as min in asymmetric; +-inf as the
 // largest and the smallest code.
-enum class PackScheme : int32_t { asymmetric, zero_point, symmetric, fp8 };
+enum class PackScheme : int32_t { asymmetric, zero_point, symmetric, fp8, codebook };
 
 inline constexpr float kFp8Max = 448.0f;
 inline constexpr float kMaxParam = 65504.0f;
+inline constexpr float kLevelStep = 0x1p-5f;      // of a level, in root mean squares
+inline constexpr float kMostInMean = 0x1p40f;   // that a number counts as in a mean square
 inline constexpr int64_t kPackMultiple = 16;  // of head_dim, and of group_size along channels
 
 struct PackFormat {
@@ -53,6 +60,43 @@ constexpr int64_t groups_per_row(const PackFormat& f) {
 }
 constexpr int64_t params_per_row(const PackFormat& f) {
   return groups_per_row(f) * (has_offset(f.scheme) ? 2 : 1);
+}
+
+// The bytes level + 128 of a codebook's codes 0 .. 7 and 8 .. 15, the first one lowest. A row of
+// codes through this table is a row of eight bits of the symmetric scheme with the same scales.
+struct LevelBytes {
+  uint64_t low = 0, high = 0;
+};
+constexpr LevelBytes with_level(LevelBytes bytes, int code, int level) {
+  const uint64_t byte = static_cast<uint64_t>(level + 128) << code % 8 * 8;
+  if (code < 8) return {bytes.low | byte, bytes.high};
+  return {bytes.low, bytes.high | byte};
+}
+// Levels -x and x for the given ones, of which there are half as many as codes.
+template <int kHalf>
+constexpr LevelBytes symmetric_levels(const int (&positive)[kHalf]) {
+  LevelBytes bytes;
+  for (int i = 0; i < kHalf; ++i) {
+    bytes = with_level(bytes, kHalf + i, positive[i]);
+    bytes = with_level(bytes, kHalf - 1 - i, -positive[i]);
+  }
+  return bytes;
+}
+// The levels with the least mean square error for normally distributed numbers (Lloyd and Max).
+constexpr LevelBytes gaussian_levels(int32_t bits) {
+  constexpr LevelBytes k1 = symmetric_levels({26}), k2 = symmetric_levels({14, 48});
+  constexpr LevelBytes k3 = symmetric_levels({8, 24, 43, 69});
+  constexpr LevelBytes k4 = symmetric_levels({4, 12, 21, 30, 40, 52, 66, 87});
+  return bits == 1 ? k1 : bits == 2 ? k2 : bits == 3 ? k3 : k4;
+}
+static_assert(gaussian_levels(2).low == 0xb08e7250 && gaussian_levels(2).high == 0);
+
+// The format as which rows of levels are read.
+constexpr PackFormat as_read(PackFormat f) {
+  if (f.scheme != PackScheme::codebook) return f;
+  f.bits = 8;
+  f.scheme = PackScheme::symmetric;
+  return f;
 }
 
 // Where the code of a channel lies in a row of 1, 2, 4 or 8 bits: in a byte, from a bit on. The

@@ -13,6 +13,7 @@ struct FormatArguments {
   int64_t bits, group_size;
   std::string_view axis, scheme;
   bool rotated;
+  const OptionalTensor& levels;
 };
 
 inline PackFormat pack_format(const FormatArguments& a, int64_t head_dim) {
@@ -27,11 +28,17 @@ inline PackFormat pack_format(const FormatArguments& a, int64_t head_dim) {
                                       {{"asymmetric", PackScheme::asymmetric},
                                        {"zero_point", PackScheme::zero_point},
                                        {"symmetric", PackScheme::symmetric},
-                                       {"fp8", PackScheme::fp8}});
+                                       {"fp8", PackScheme::fp8},
+                                       {"codebook", PackScheme::codebook}});
   TOKRED_CHECK(f.scheme != PackScheme::symmetric || a.bits >= 2, of,
                "scheme 'symmetric' needs at least 2 bits, got bits = ", a.bits);
   TOKRED_CHECK(f.scheme != PackScheme::fp8 || a.bits == 8, of, "scheme 'fp8' needs bits = 8, got ",
                a.bits);
+  TOKRED_CHECK(f.scheme != PackScheme::codebook || a.bits <= 4, of,
+               "scheme 'codebook' has at most 16 levels, which is 4 bits, got bits = ", a.bits);
+  TOKRED_CHECK(f.scheme != PackScheme::codebook || f.axis == GroupAxis::channel, of,
+               "scheme 'codebook' needs groups along channels, whose norm is the scale, got axis '",
+               a.axis, "'");
   TOKRED_CHECK(
       head_dim >= kPackMultiple && head_dim <= kMaxHeadDim && head_dim % kPackMultiple == 0,
       "the head dimension of a packed tensor must be a multiple of ", kPackMultiple, " up to ",
@@ -54,6 +61,24 @@ inline void check_params_row(const PackFormat& f, const std::string& of, int64_t
                "group_size along tokens must divide the ", tokens, " tokens, got ", f.group_size);
 }
 
+// levels i8 [H | 1, 2^bits] of a codebook with so many heads, checked; `p` has its format.
+inline void set_levels(PackedRows& p, const FormatArguments& a, int64_t heads, const Tensor& like,
+                       const char* like_name) {
+  if (!a.levels) return;
+  const Tensor& levels = *a.levels;
+  const std::string name = std::string(a.name) + "levels";
+  TOKRED_CHECK(p.format.scheme == PackScheme::codebook, name,
+               " are those of scheme 'codebook', got scheme '", a.scheme, "'");
+  check_dtype(levels, name.c_str(), ScalarType::Char);
+  check_shape(levels, name.c_str(), {-1, int64_t{1} << p.format.bits}, "[H | 1, 2^bits]");
+  TOKRED_CHECK(levels.size(0) == heads || levels.size(0) == 1, name, " must be those of the ",
+               heads, " heads or of 1, got shape ", shape_string(levels));
+  check_last_contiguous(levels, name.c_str());
+  check_same_device(levels, name.c_str(), like, like_name);
+  p.levels = static_cast<const int8_t*>(levels.const_data_ptr());
+  p.levels_stride_head = levels.size(0) == 1 ? 0 : levels.stride(0);
+}
+
 // codes [B, H, S, bytes] and params [B, H, S | S / group_size, P], checked.
 inline PackedRows packed_rows(const Tensor& codes, const Tensor& params, const FormatArguments& a,
                               const Tensor& like, const char* like_name) {
@@ -74,16 +99,18 @@ inline PackedRows packed_rows(const Tensor& codes, const Tensor& params, const F
   check_dtype(params, params_name.c_str(), ScalarType::Half);
   check_last_contiguous(params, params_name.c_str());
   check_same_device(params, params_name.c_str(), like, like_name);
-  return {static_cast<uint8_t*>(const_cast<void*>(codes.const_data_ptr())),
-          static_cast<uint16_t*>(const_cast<void*>(params.const_data_ptr())),
-          codes.stride(0),
-          codes.stride(1),
-          codes.stride(2),
-          params.stride(0),
-          params.stride(1),
-          params.stride(2),
-          codes.size(2),
-          f};
+  PackedRows p{static_cast<uint8_t*>(const_cast<void*>(codes.const_data_ptr())),
+               static_cast<uint16_t*>(const_cast<void*>(params.const_data_ptr())),
+               codes.stride(0),
+               codes.stride(1),
+               codes.stride(2),
+               params.stride(0),
+               params.stride(1),
+               params.stride(2),
+               codes.size(2),
+               f};
+  set_levels(p, a, codes.size(1), like, like_name);
+  return p;
 }
 
 // slots i32 [B, capacity] into a pool, or the rows themselves; see SlotTable.

@@ -15,6 +15,8 @@ struct PackedRows {
   int64_t params_stride_batch, params_stride_head, params_stride_row;
   int64_t rows;                        // S, a multiple of group_size along tokens
   PackFormat format;
+  const int8_t* levels = nullptr;  // i8 [H, 2^bits] of a codebook, or null: gaussian_levels()
+  int64_t levels_stride_head = 0;  // 0 where all heads share them
 };
 
 // Token t of item b lies in row t of PackedRows, or in row slots[b][t] where slots are given;

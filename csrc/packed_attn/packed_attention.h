@@ -27,12 +27,13 @@ std::tuple<Tensor, Tensor> packed_attention(
     const Text& v_axis, const Text& v_scheme, bool v_rotated, const OptionalTensor& residual_k,
     const OptionalTensor& residual_v, std::optional<double> scale, const OptionalTensor& indices,
     const OptionalTensor& mask, const OptionalTensor& key_bias, bool causal,
-    std::optional<int64_t> length, const OptionalTensor& lengths, const OptionalTensor& slots) {
+    std::optional<int64_t> length, const OptionalTensor& lengths, const OptionalTensor& slots,
+    const OptionalTensor& k_levels, const OptionalTensor& v_levels) {
   PackedAttentionParams p{};
   check_dim(q, "q", 4, "[B, Hq, L, D]");
   check_dim(k_codes, "k_codes", 4, "[B, Hkv, N, bytes of a row]");
-  const FormatArguments k_format{"k_", k_bits, k_group_size, k_axis, k_scheme, k_rotated};
-  const FormatArguments v_format{"v_", v_bits, v_group_size, v_axis, v_scheme, v_rotated};
+  const FormatArguments k_format{"k_", k_bits, k_group_size, k_axis, k_scheme, k_rotated, k_levels};
+  const FormatArguments v_format{"v_", v_bits, v_group_size, v_axis, v_scheme, v_rotated, v_levels};
   const int64_t heads_kv = k_codes.size(1);
   SlotTable value_slots;
   const SideInputs k = packed_side(k_codes, k_params, k_format, residual_k, "residual_k", length,

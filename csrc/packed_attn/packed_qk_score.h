@@ -12,12 +12,13 @@ Tensor packed_qk_score(const Tensor& q, const Tensor& codes, const Tensor& param
                        const OptionalTensor& residual, const Text& reduce,
                        std::optional<double> scale, std::optional<int64_t> length,
                        const OptionalTensor& lengths, const OptionalTensor& mask,
-                       const OptionalTensor& slots) {
+                       const OptionalTensor& slots, const OptionalTensor& levels) {
   PackedScoreParams p{};
   check_dim(q, "q", 4, "[B, Hq, L, D]");
   check_dim(codes, "codes", 4, "[B, Hkv, N, bytes of a row]");
-  const SideInputs k = packed_side(codes, params, {"", bits, group_size, axis, scheme, rotated},
-                                   residual, "residual", length, codes.size(1), q, &p.slots, slots);
+  const SideInputs k =
+      packed_side(codes, params, {"", bits, group_size, axis, scheme, rotated, levels}, residual,
+                  "residual", length, codes.size(1), q, &p.slots, slots);
   TOKRED_CHECK(k.tokens <= std::numeric_limits<int32_t>::max(),
                "there may be at most 2^31 - 1 tokens, got ", k.tokens);
   const AttentionParams a = packed_query(q, codes.size(1), k.side.packed.format.head_dim, scale);

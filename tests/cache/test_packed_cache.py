@@ -41,6 +41,7 @@ FORMATS = {
     "3 bits, not rotated": {"bits": 3, **TOKEN, "rotate": False},
     "8 and 2 bits": {"key_bits": 8, "value_bits": 2, **CHANNEL, "scheme": "zero_point"},
     "fp8": {"bits": 8, **CHANNEL, "scheme": "fp8"},
+    "codebook": {"key_bits": 4, "value_bits": 3, "window": 5, "scheme": "codebook"},
 }
 
 
@@ -192,6 +193,8 @@ def test_assisted_generation_rolls_back(llama: nn.Module) -> None:
         ({"scheme": "log"}, "scheme must be"),
         ({"scheme": "fp8"}, "needs 8 bits, got 4"),
         ({"bits": 1, "scheme": "symmetric"}, "at least 2 bits"),
+        ({"bits": 8, "scheme": "codebook"}, "at most 16 levels, 4 bits, got 8"),
+        ({"scheme": "codebook", "key_axis": "token"}, "needs key_axis='channel'"),
         ({"window": -1}, "window must be at least 0"),
         ({"bits": 2, "window": 0}, "multiple of the 32 tokens of a group"),
         ({"key_axis": "token", "group_size": 24, "window": 32}, "multiple of the 24 tokens"),

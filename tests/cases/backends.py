@@ -50,8 +50,8 @@ def move(value: Any, device: str) -> Any:
         moved = [move(v, device) for v in value]
         return moved if isinstance(value, list) else tuple(moved)
     if isinstance(value, PackedKV):
-        codes, params = move((value.codes, value.params), device)
-        return replace(value, codes=codes, params=params)
+        codes, params, levels = move((value.codes, value.params, value.levels), device)
+        return replace(value, codes=codes, params=params, levels=levels)
     if not isinstance(value, Tensor) or value.device.type == device:
         return value
     elements = value.untyped_storage().nbytes() // value.element_size()

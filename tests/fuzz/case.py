@@ -107,8 +107,11 @@ class Case:
         if isinstance(value, Tensor):
             return draw.strided(value, name in self.loose)
         if isinstance(value, PackedKV):
-            codes, params = (draw.strided(t, False) for t in (value.codes, value.params))
-            return replace(value, codes=codes, params=params)
+            codes, params, levels = (
+                t if t is None else draw.strided(t, False)
+                for t in (value.codes, value.params, value.levels)
+            )
+            return replace(value, codes=codes, params=params, levels=levels)
         if isinstance(value, list) and value and isinstance(value[0], Tensor):
             dims = self.arguments["token_dims"]
             return [_strided_tokens(draw, t, d) for t, d in zip(value, dims, strict=True)]

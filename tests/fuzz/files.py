@@ -33,13 +33,14 @@ _FORMS: tuple[dict[str, Any], ...] = (
     {"bits": 2, "group_size": 16, "window": 16, "capacity": 64},
     {"key_bits": 8, "value_bits": 2, "key_axis": "channel", "window": 5},
     {"bits": 8, "scheme": "fp8", "window": 4},
+    {"bits": 3, "scheme": "codebook", "window": 4},
 )
 _ODD: tuple[Any, ...] = (
     None, True, False, -1, 0, 1, 2, 3, 4, 5, 4.0, 0.5, 1e300, float("nan"), float("inf"), 16, 17,
     32, 39, 40, 41, 64, 100, 10**6, 10**9, 2**31 - 1, 2**31, 2**33, 2**53, 2**63 - 1, 2**63, 2**70,
     -(2**31), -(2**63), 10**30, "", "x", "float32", "float64", "float16", "int8", "nn", "load",
-    "Tensor", "__class__", "token", "channel", "asymmetric", "fp8", "packed", "DynamicLayer",
-    "DynamicSlidingWindowLayer", "../../x", "\0", [], {}, [[]], {"a": 1}, [1, 2, 3, 4],
+    "Tensor", "__class__", "token", "channel", "asymmetric", "fp8", "codebook", "DynamicLayer",
+    "packed", "DynamicSlidingWindowLayer", "../../x", "\0", [], {}, [[]], {"a": 1}, [1, 2, 3, 4],
     [2, 2, 16, 16], [0, 2, 16, 16], [2, 0, 16, 16], [2**40, 2, 16, 16], [-1, 2, 16, 16],
 )  # fmt: skip
 _DTYPES = {

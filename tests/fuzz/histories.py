@@ -39,13 +39,13 @@ def config(head_dim: int, heads: int) -> Any:
 
 def options(draw: Draw, head_dim: int) -> dict[str, Any]:
     """Of a PackedCache."""
-    scheme = draw.choice(["asymmetric", "asymmetric", "zero_point", "symmetric", "fp8"])
-    few = [2, 3, 4, 8] if scheme == "symmetric" else [1, 2, 3, 4, 8]
+    scheme = draw.choice(["asymmetric", "asymmetric", "zero_point", "symmetric", "fp8", "codebook"])
+    few = {"symmetric": [2, 3, 4, 8], "codebook": [1, 2, 3, 4]}.get(scheme, [1, 2, 3, 4, 8])
     bits = 8 if scheme == "fp8" else draw.choice(few)
     some: dict[str, Any] = {"bits": bits, "scheme": scheme, "rotate": draw.chance()}
     if scheme != "fp8" and draw.chance(0.3):
-        some["value_bits"] = draw.choice([2, 3, 4, 8])
-    axis = draw.choice([None, "channel", "token"])
+        some["value_bits"] = draw.choice([2, 3, 4] if scheme == "codebook" else [2, 3, 4, 8])
+    axis = draw.choice([None, "channel", "token"]) if scheme != "codebook" else "channel"
     if axis:
         some["key_axis"] = axis
     axis = axis or ("token" if min(bits, some.get("value_bits", bits)) < 4 else "channel")
@@ -92,7 +92,8 @@ def _allowed_packed(part: PackedKV, want: Tensor) -> float:
     """How far codes may be from what they were made of."""
     if not part.num_tokens:
         return 0.0
-    steps = {"fp8": 18.0, "zero_point": 1.1}.get(part.format.scheme, 0.51)
+    # Of a codebook 4.5 root mean squares, beyond its outer level.
+    steps = {"fp8": 18.0, "zero_point": 1.1, "codebook": 144.0}.get(part.format.scheme, 0.51)
     spread = math.sqrt(part.head_dim) if part.format.rotated else 1.0
     return steps * spread * float(part.scale.float().abs().max()) + 3e-3 * float(want.abs().max())
 

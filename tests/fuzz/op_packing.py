@@ -27,9 +27,10 @@ _INT32_ENDS = (-(2**31), 2**31 - 1, -1)
 
 def _format(draw: Draw, dim: int) -> PackFormat:
     axis = draw.choice(["channel", "token"])
-    scheme = draw.choice(["asymmetric", "asymmetric", "zero_point", "symmetric", "fp8"])
-    few = [2, 3, 4, 8] if scheme == "symmetric" else [1, 2, 3, 4, 8]
+    scheme = draw.choice(["asymmetric", "asymmetric", "zero_point", "symmetric", "fp8", "codebook"])
+    few = {"symmetric": [2, 3, 4, 8], "codebook": [1, 2, 3, 4]}.get(scheme, [1, 2, 3, 4, 8])
     number = 8 if scheme == "fp8" else draw.choice(few)
+    axis = "channel" if scheme == "codebook" else axis
     divisors = [n for n in range(16, dim + 1, 16) if dim % n == 0]
     group = draw.choice(divisors if axis == "channel" else [1, 2, 3, 5, 8, 16, 32])
     return PackFormat(number, group, axis, scheme, draw.chance())
@@ -47,13 +48,23 @@ def _packed(draw: Draw, batch: int, heads: int, tokens: int, dim: int, f: PackFo
     """Of numbers, or any codes and params."""
     if draw.chance(0.7):
         x = draw.floats((batch, heads, tokens, dim), F32, plain=True)
-        return reference.kv_pack(x, f.bits, f.group_size, f.axis, f.scheme, f.rotated)
-    packed = f.empty(batch, heads, tokens, dim)
+        levels = _levels(draw, heads, f)
+        return reference.kv_pack(x, f.bits, f.group_size, f.axis, f.scheme, f.rotated, levels)
+    packed = replace(f.empty(batch, heads, tokens, dim), levels=_levels(draw, heads, f))
     codes = torch.randint(0, 256, packed.codes.shape, generator=draw.generator()).to(torch.uint8)
     if f.scheme == "fp8":
         codes[(codes & 0x7F) == 0x7F] = 0  # NaN
     params = torch.randn(packed.params.shape, generator=draw.generator()).half()
     return replace(packed, codes=codes, params=params)
+
+
+def _levels(draw: Draw, heads: int, form: PackFormat) -> Tensor | None:
+    """Of a codebook its own ones, or any: mostly ascending."""
+    if form.scheme != "codebook" or draw.chance():
+        return None
+    shape = (draw.choice([1, heads]), 2**form.bits)
+    levels = torch.randint(-128, 128, shape, generator=draw.generator()).to(torch.int8)
+    return levels if draw.chance(0.2) else levels.sort(1).values
 
 
 @op_case
@@ -66,15 +77,21 @@ def kv_pack(draw: Draw) -> Case:
     x = draw.spoiled(x) if spoiled else x
     some = {"x": x, "bits": form.bits, "group_size": form.group_size, "axis": form.axis,
             "scheme": form.scheme, "rotate": form.rotated}  # fmt: skip
+    levels = _levels(draw, heads, form)
+    if levels is not None:
+        some["levels"] = levels
 
     def check(out: Any) -> None:
         if not form.rotated:
             expected = reference.kv_pack(**some)
             same([out.codes, bits(out.params)], [expected.codes, bits(expected.params)], "bytes")
-        if not spoiled and x.numel():
+        if not spoiled and x.numel() and form.scheme != "codebook":
             _check_round_trip(x, out)
 
-    return Case("kv_pack", some, check=check, batched=("x",))
+    def call(**inputs: Any) -> PackedKV:
+        return replace(tokred.kv_pack(**inputs), levels=None)  # they are arguments, not results
+
+    return Case("kv_pack", some, check=check, call=call, batched=("x",))
 
 
 def _check_round_trip(x: Tensor, packed: PackedKV) -> None:

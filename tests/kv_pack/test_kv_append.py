@@ -118,6 +118,8 @@ CASES = [
     *(Case("token", 16, (1,) * 40, group_size=8, bits=b, head_dim=80) for b in (1, 3)),
     *(Case("channel", 16, (1,) * 40, scheme=s, head_dim=48) for s in ("symmetric", "zero_point")),
     Case("channel", 8, bits=8, scheme="fp8", head_dim=112),
+    *(Case(window=w, bits=b, scheme="codebook", head_dim=64) for w, b in ((0, 3), (16, 2))),
+    Case("channel", 16, LONG, 4, 128, "codebook", False, 128, torch.bfloat16, capacity=202),
     *(Case(axis, 16, rotated=True, group_size=16, head_dim=96) for axis in ("channel", "token")),
     *(Case(axis, 32, LONG, capacity=208, head_dim=256) for axis in ("channel", "token")),
     Case("channel", 0, LONG, capacity=208, dtype=torch.bfloat16, head_dim=128),

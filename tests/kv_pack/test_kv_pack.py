@@ -15,20 +15,27 @@ from cases.compare import assert_bitwise_equal, assert_one_result
 from cases.inputs import FLOATS, generator, label
 from cases.oracle import reference
 from tokred import PackedKV
-from tokred.reference.kv_pack import hadamard
+from tokred.reference.kv_pack import gaussian_levels, hadamard
 
 OPS = torch.ops.tokred
 DISTRIBUTIONS = (
     "randn", "outliers", "ties", "constant", "zero", "special", "nothing", "huge", "tiny",
     "subnormal", "saturating",
 )  # fmt: skip
-SCHEMES = ("asymmetric", "zero_point", "symmetric", "fp8")
+SCHEMES = ("asymmetric", "zero_point", "symmetric", "fp8", "codebook")
 FORMS = [
     (bits, scheme)
     for scheme in SCHEMES
     for bits in (1, 2, 3, 4, 8)
-    if (scheme != "symmetric" or bits > 1) and (scheme != "fp8" or bits == 8)
+    if (scheme != "symmetric" or bits > 1)
+    and (scheme != "fp8" or bits == 8)
+    and (scheme != "codebook" or bits < 8)
 ]
+AXES = ("channel", "token")
+
+
+def axes(scheme: str) -> tuple[str, ...]:
+    return AXES[:1] if scheme == "codebook" else AXES
 
 
 def make_tokens(shape: tuple[int, ...], distribution: str) -> Tensor:
@@ -81,18 +88,24 @@ class Case:
         return self.bits, group_size, self.axis, self.scheme, self.rotate
 
 
-AXES = ("channel", "token")
 CASES = [
     *(
         Case(bits, scheme, axis, dtype=FLOATS[(bits + number) % 3])
         for bits, scheme in FORMS
-        for number, axis in enumerate(AXES)
+        for number, axis in enumerate(axes(scheme))
     ),
     *(
-        Case(8 if scheme == "fp8" else 3, scheme, AXES[n % 2], distribution=d)
+        Case(
+            8 if scheme == "fp8" else 3, scheme, axes(scheme)[n % len(axes(scheme))], distribution=d
+        )
         for scheme in SCHEMES
         for n, d in enumerate(DISTRIBUTIONS)
     ),
+    *(
+        Case(bits, "codebook", group_size=group, head_dim=d, dtype=FLOATS[bits % 3])
+        for bits, group, d in ((1, 16, 16), (2, 48, 48), (3, 80, 80), (4, 128, 128), (2, 256, 256))
+    ),
+    Case(3, "codebook", group_size=64, tokens=301, dtype=torch.bfloat16, rotate=True),
     *(Case(axis=AXES[(n + 1) % 2], distribution=d) for n, d in enumerate(DISTRIBUTIONS)),
     *(
         Case(bits, axis=AXES[bits % 2], head_dim=d, dtype=FLOATS[bits % 3])
@@ -103,7 +116,11 @@ CASES = [
         Case(axis=AXES[n % 2], head_dim=d, dtype=FLOATS[n % 3], rotate=True)
         for n, d in enumerate((16, 32, 48, 64, 80, 96, 112, 128, 224, 256))
     ),
-    *(Case(2, scheme, rotate=True, distribution="outliers") for scheme in SCHEMES[:3]),
+    *(
+        Case(2, scheme, rotate=True, distribution="outliers")
+        for scheme in SCHEMES
+        if scheme != "fp8"
+    ),
     *(Case(group_size=g, head_dim=128, tokens=5) for g in (16, 32, 64, 128)),
     *(Case(2, axis="token", group_size=g, tokens=48) for g in (1, 2, 3, 16, 48)),
     *(Case(axis="token", group_size=g, head_dim=256, tokens=300) for g in (60, 150, 300)),
@@ -208,8 +225,75 @@ def test_fp8_numbers_are_those_of_torch(backend: Backend) -> None:
     assert torch.equal(backend.run("kv_unpack", packed), numbers.float())
 
 
+def midpoints_of_means(bits: int) -> Tensor:
+    """Lloyd's levels for normally distributed numbers: means between midpoints, until they stay."""
+    normal = torch.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), 1.0)
+    levels = normal.icdf((torch.arange(2**bits, dtype=torch.float64) + 0.5) / 2**bits)
+    for _ in range(2000):
+        edges = torch.nn.functional.pad((levels[1:] + levels[:-1]) / 2, (1, 1), value=1e3)
+        edges[0] = -1e3
+        mass = normal.cdf(edges).diff()
+        levels = -normal.log_prob(edges).exp().diff() / mass
+    return levels
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_levels_of_a_codebook_are_those_of_lloyd(bits: int) -> None:
+    levels = midpoints_of_means(bits)
+    assert torch.equal(gaussian_levels(bits)[0], (levels * 32).round().to(torch.int8))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_turboquant(backend: Backend, bits: int) -> None:
+    """arXiv:2504.19874: every coordinate of a rotated unit vector to the nearest level."""
+    x = torch.randn(2, 2, 64, 128, generator=generator(1)) * torch.rand(128, generator=generator(2))
+    packed = backend.run("kv_pack", x, bits, 128, "channel", "codebook", True)
+    norm = x.norm(dim=3, keepdim=True)
+    unit = hadamard(x / norm) * 128**0.5
+    levels = gaussian_levels(bits)[0].float() / 32
+    codes = (unit[..., None] - levels).abs().argmin(-1)
+    assert ((read_codes(packed) != codes).float().mean() < 1e-4).all()
+    numbers = hadamard(levels[codes] / 128**0.5) * norm
+    error = (backend.run("kv_unpack", packed) - numbers).abs()
+    assert (error > 1e-3 * norm).float().mean() < 1e-2
+    # The paper's distortions of unit vectors, of 1 to 4 bits.
+    distortion = ((numbers - x) / norm).square().sum(3).mean()
+    assert abs(distortion / (0.36, 0.117, 0.03454, 0.0095)[bits - 1] - 1) < 0.08
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_levels_of_every_head(kernels: Backend, bits: int, shared: bool) -> None:
+    heads = 1 if shared else 3
+    levels = torch.randint(-128, 128, (heads, 2 * 2**bits), generator=generator(bits))
+    levels = levels.sort(1).values.to(torch.int8)[:, 1 : 1 + 2**bits]
+    x = torch.randn(2, 3, 20, 96, generator=generator(3))
+    packed = kernels.run("kv_pack", x, bits, 32, "channel", "codebook", False, levels)
+    expected = reference.kv_pack(x, bits, 32, "channel", "codebook", False, levels)
+    assert_bitwise_equal(tensors(packed), tensors(expected))
+    numbers = kernels.run("kv_unpack", packed)
+    assert_bitwise_equal(numbers, reference.kv_unpack(expected))
+    scale = packed.scale.repeat_interleave(32, 3).float()
+    table = levels.expand(3, -1).float()
+    for head in range(3):
+        stood_for = (numbers / scale).round()[:, head]
+        assert torch.isin(stood_for, table[head]).all()
+        nearest = (x / scale)[:, head, ..., None].sub(table[head]).abs().amin(-1)
+        assert ((x / scale)[:, head].sub(stood_for).abs() <= nearest + 0.2).all()
+
+
+def test_any_levels_give_the_same_codes(kernels: Backend) -> None:
+    """Levels in no order, and equal ones."""
+    x = make_tokens((1, 2, 30, 64), "special")
+    levels = torch.randint(-128, 128, (2, 8), generator=generator(9)).to(torch.int8)
+    levels[1, 2:5] = 7
+    some = (x, 3, 64, "channel", "codebook", True, levels)
+    packed, expected = kernels.run("kv_pack", *some), reference.kv_pack(*some)
+    assert_bitwise_equal(tensors(packed), tensors(expected))
+
+
 @pytest.mark.parametrize("axis", AXES)
-@pytest.mark.parametrize(("bits", "scheme"), FORMS)
+@pytest.mark.parametrize(("bits", "scheme"), [form for form in FORMS if form[1] != "codebook"])
 def test_error_is_at_most_half_a_scale(backend: Backend, bits: int, scheme: str, axis: str) -> None:
     x = torch.randn(1, 2, 32, 64, generator=generator(2)) + 0.5
     packed = backend.run("kv_pack", x, bits, 16, axis, scheme)
@@ -285,14 +369,33 @@ def test_strides(kernels: Backend, axis: str) -> None:
     assert packed.codes.is_contiguous() and packed.params.is_contiguous()
 
 
-@pytest.mark.parametrize("case", [Case(), Case(3, "symmetric", "token", 8, rotate=True)], ids=label)
+def test_every_cpu_agrees_on_a_codebook(on_every_cpu) -> None:
+    x = make_tokens((2, 3, 300, 80), "special").to(torch.float16)
+    levels = torch.randint(-128, 128, (3, 16), generator=generator(7)).to(torch.int8).sort(1).values
+
+    def run() -> tuple[Tensor, ...]:
+        packed = tokred.kv_pack(x, 4, 80, scheme="codebook", levels=levels)
+        return *tensors(packed), tokred.kv_unpack(packed)
+
+    assert_one_result(on_every_cpu(run))
+
+
+OPCHECKED = (
+    Case(),
+    Case(3, "symmetric", "token", 8, rotate=True),
+    Case(2, "codebook", group_size=32),
+)
+
+
+@pytest.mark.parametrize("case", OPCHECKED, ids=label)
 def test_opcheck(case: Case) -> None:
     x = case.x().transpose(1, 2).contiguous().transpose(1, 2)
-    torch.library.opcheck(OPS.kv_pack.default, (x, *case.options()))
+    levels = gaussian_levels(case.bits) if case.scheme == "codebook" else None
+    torch.library.opcheck(OPS.kv_pack.default, (x, *case.options(), levels))
     packed = reference.kv_pack(x, *case.options())
-    torch.library.opcheck(OPS.kv_unpack.default, (*packed.arguments(), "bfloat16"))
+    torch.library.opcheck(OPS.kv_unpack.default, (*packed.arguments(), "bfloat16", levels))
     out = torch.empty(*packed.codes.shape[:3], packed.head_dim)
-    torch.library.opcheck(OPS.kv_unpack_into.default, (*packed.arguments(), out))
+    torch.library.opcheck(OPS.kv_unpack_into.default, (*packed.arguments(), out, levels))
 
 
 def round_trip(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

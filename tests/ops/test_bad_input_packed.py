@@ -28,6 +28,25 @@ PACK = [
     (pack, (X, 1, 16), {"scheme": "symmetric"}, "scheme 'symmetric' needs at least 2 bits"),
     (pack, (X, 4, 16), {"scheme": "fp8"}, "scheme 'fp8' needs bits = 8"),
     (pack, (X, 4, 16), {"scheme": "linear"}, "scheme must be one of"),
+    (pack, (X, 8, 16), {"scheme": "codebook"}, "'codebook' has at most 16 levels.*got bits = 8"),
+    (pack, (X, 4, 8), {"scheme": "codebook", "axis": "token"}, "needs groups along channels"),
+    (
+        pack,
+        (X, 2, 16),
+        {"levels": torch.zeros(1, 4).char()},
+        "levels are those of scheme 'codebook'",
+    ),
+    *(
+        (pack, (X, 2, 16), {"scheme": "codebook", "levels": levels}, message)
+        for levels, message in (
+            (torch.zeros(1, 4), "levels must be int8, got float32"),
+            (torch.zeros(4).char(), "levels must have 2 dimensions"),
+            (torch.zeros(1, 3).char(), "levels must be .* with size 4 in dimension 1"),
+            (torch.zeros(3, 4).char(), "levels must be those of the 2 heads or of 1"),
+            (torch.zeros(0, 4).char(), "levels must be those of the 2 heads or of 1"),
+            (torch.zeros(1, 8).char()[:, ::2], "levels must be contiguous in its last dimension"),
+        )
+    ),
     (pack, (X, 4, 16), {"axis": "head"}, "axis must be one of"),
     (pack, (X, 4, 0), {}, "group_size must be at least 1"),
     (pack, (X, 4, -16), {"axis": "token"}, "group_size must be at least 1"),
@@ -55,6 +74,7 @@ def as_format(**fields: object) -> PackedKV:
     return replace(PACKED, format=replace(FORMAT, **fields))
 
 
+CODEBOOK = PackFormat(4, 16, scheme="codebook").empty(2, 2, 24, 32)
 CODES, PARAMS = PACKED.codes, PACKED.params
 BROKEN = [
     (changed(CODES[0]), "codes must have 4 dimensions"),
@@ -75,6 +95,10 @@ BROKEN = [
     (as_format(group_size=12), "group_size along channels must be"),
     (as_format(axis="token", group_size=7), "group_size along tokens must divide the 24"),
     (as_format(axis="token", group_size=8), "params must"),
+    (as_format(scheme="codebook"), "params must"),
+    (replace(PACKED, levels=torch.zeros(1, 16).char()), "levels are those of scheme 'codebook'"),
+    (replace(CODEBOOK, levels=torch.zeros(1, 8).char()), "levels must be .* with size 16"),
+    (replace(CODEBOOK, levels=torch.zeros(5, 16).char()), "levels must be those of the 2 heads"),
 ]
 OUT = torch.zeros(2, 2, 24, 32)
 UNPACK = [(unpack, (packed,), {}, message) for packed, message in BROKEN]

@@ -52,6 +52,7 @@ SIZES = [
     Case(window_k=16, window_v=32, lists="head", listed=40),
     Case(k="4 channel 32 symmetric rotated", v="3 token 16 symmetric rotated", lists="head"),
     Case(k="8 channel 64 fp8", v="8 channel 32 fp8", lists="one", queries=4, mask="full"),
+    Case(k="3 channel 64 codebook rotated", v="2 channel 32 codebook", lists="kv", queries=2),
     Case(k="1 token 8 zero_point", v="1 channel 16", lists="kv", queries=4, each_query=True),
     Case(lists="kv", mask="full", bias="holes", queries=4, each_query=True, causal=True),
     Case(lists="head", mask="heads", bias="tokens", queries=4),

@@ -49,6 +49,13 @@ FORMATS = [
     Case(k="4 token 16 asymmetric rotated", v="4 channel 32"),
     Case(k="4 channel 32", v="2 channel 32 asymmetric rotated", window_k=13, window_v=13),
     Case(k="4 channel 32 symmetric rotated", v="3 token 16 symmetric rotated", queries=5),
+    *(
+        Case(k=f"{bits} channel 64 codebook", v=f"{bits} channel 32 codebook")
+        for bits in range(1, 5)
+    ),
+    Case(k="2 channel 16 codebook", v="4 channel 16 codebook", tokens=72),
+    Case(1, 2, 3, 1, 90, 128, 80, "3 channel 128 codebook rotated", "2 channel 80 codebook"),
+    Case(k="2 token 16", v="3 channel 64 codebook rotated", window_k=16, window_v=16),
 ]
 SIZES = [
     *(replace(CHANNEL, group=group) for group in (1, 3, 4, 5, 8)),
@@ -129,6 +136,7 @@ def test_against_float64(backend: Backend, case: Case) -> None:
         Case(queries=3, bias="full", mask="padding"),
         replace(CHANNEL, window_k=13, window_v=13, group=4),
         Case(1, 1, 2, 33, 96, 128, 128, "2 token 32", "2 channel 32", causal=True),
+        Case(k="3 channel 64 codebook", v="2 channel 64 codebook", group=4),
     ],
     ids=label,
 )
@@ -152,6 +160,31 @@ def test_equals_attention_on_unpacked_tensors(
     torch.testing.assert_close(packed_lse, lse, rtol=1e-5, atol=slack)
     tolerance = max(4 * torch.finfo(dtype).eps, 1e-5)
     torch.testing.assert_close(packed_out.float(), out, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(k="3 channel 64 codebook", v="2 channel 64 codebook", tokens=150),
+        Case(k="1 channel 16 codebook", v="4 channel 64 codebook", queries=12, causal=True),
+        replace(PAGES, k="4 channel 32 codebook", v="3 channel 16 codebook", lists="head"),
+    ],
+    ids=label,
+)
+def test_levels_of_every_head(backend: Backend, case: Case, dtype: torch.dtype) -> None:
+    q, k, v, *rest = replace(case, dtype=dtype).inputs()
+    rng = generator(8)
+    levels = [
+        torch.randint(-128, 128, (heads, 2**side.format.bits), generator=rng).to(torch.int8)
+        for heads, side in ((case.heads, k), (1, v))
+    ]
+    k, v = (replace(side, levels=t) for side, t in zip((k, v), levels, strict=True))
+    check(backend, (q, k, v, *rest), values=16.0)
+    score = q, k, rest[0], "group_max", rest[2], rest[7], rest[8], None, rest[9]
+    out = backend.run("packed_qk_score", *score)
+    slack = fixed_point_slack(backend, q, k, rest[2]) + 1e-4
+    torch.testing.assert_close(out, reference.packed_qk_score(*score), rtol=1e-4, atol=slack)
 
 
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
@@ -251,6 +284,7 @@ BITWISE = [
     replace(PAGES, queries=33, causal=True),
     Case(3, 1, 4, 20, 80, k="3 token 16 symmetric rotated", v="8 channel 64 fp8", causal=True),
     Case(3, 1, 4, 1, 320, k="2 channel 16 zero_point", v="1 token 20", lists="head", listed=70),
+    Case(3, 2, 4, 2, 320, k="3 channel 64 codebook rotated", v="4 channel 32 codebook", lists="kv"),
 ]
 
 

@@ -31,6 +31,8 @@ SIZES = [
     *(Case(k=f"{bits} token 16") for bits in (1, 2, 3, 8)),
     *(replace(CHANNEL, k=f"{bits} channel 16") for bits in (1, 2, 3, 8)),
     replace(CHANNEL, k="8 channel 64 fp8"),
+    *(replace(CHANNEL, k=f"{bits} channel 64 codebook rotated") for bits in (1, 2, 3, 4)),
+    replace(CHANNEL, k="4 channel 16 codebook", window_k=9, window_v=9),
     Case(k="4 token 5 symmetric", group=3),
     Case(k="2 token 40 zero_point"),
     Case(k="4 token 16 asymmetric rotated", window_k=16, window_v=16),

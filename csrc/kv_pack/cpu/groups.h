@@ -3,6 +3,7 @@
 
 #include "common/cpu/row.h"
 #include "kv_pack/cpu/codes.h"
+#include "kv_pack/params.h"
 
 namespace tokred::TOKRED_ISA {
 
@@ -24,6 +25,7 @@ TOKRED_INLINE void visit_scheme(PackScheme scheme, F f) {
     case PackScheme::zero_point: f.template operator()<PackScheme::zero_point>(); break;
     case PackScheme::symmetric: f.template operator()<PackScheme::symmetric>(); break;
     case PackScheme::fp8: f.template operator()<PackScheme::fp8>(); break;
+    case PackScheme::codebook: f.template operator()<PackScheme::codebook>(); break;
   }
 }
 
@@ -39,6 +41,19 @@ TOKRED_INLINE f32x16 magnitude(f32x16 x) {
 // NaN in place of numbers that are not finite: min and max pass over it.
 TOKRED_INLINE f32x16 only_finite(f32x16 x) {
   return select_greater(splat(INFINITY), magnitude(x), x, splat(NAN));
+}
+
+// The sum of the squares of `count` numbers; see PackScheme.
+template <class T>
+TOKRED_INLINE float sum_squares(const T* x, int64_t count) {
+  const f32x16 zero = splat(0.0f), most = splat(kMostInMean);
+  f32x16 total = zero;
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const f32x16 size = magnitude(load_as(x + i));
+    const f32x16 number = select_greater(splat(INFINITY), size, min(size, most), zero);
+    total = total + number * number;
+  }
+  return sum(total);
 }
 
 // Fills the table up to whole vectors; false where a range is not finite: some number is not.
@@ -73,6 +88,8 @@ void make_scales(GroupTable& table, int64_t groups, int32_t bits) {
       scale = (high - low) / top;
     } else if constexpr (kScheme == PackScheme::symmetric) {
       scale = max(high, zero - low) / splat(middle_code(bits) - 1);
+    } else if constexpr (kScheme == PackScheme::codebook) {
+      scale = sqrt(high) * splat(kLevelStep);  // of the mean square
     } else {
       scale = max(high, zero - low) / splat(kFp8Max);
     }
@@ -114,12 +131,55 @@ TOKRED_INLINE f32x16 from_e4m3(i32x16 code) {
   });
 }
 
+// The levels of a head's codebook.
+class Levels {
+ public:
+  Levels(const PackedRows& p, int64_t head) : codes_(1 << p.format.bits) {
+    if (p.format.scheme != PackScheme::codebook) return;
+    LevelBytes bytes = gaussian_levels(p.format.bits);
+    if (p.levels) {
+      bytes = {};
+      for (int c = 0; c < codes_; ++c) {
+        bytes = with_level(bytes, c, p.levels[head * p.levels_stride_head + c]);
+      }
+    }
+    std::memcpy(byte_, &bytes, sizeof bytes);
+  }
+
+  // Codes, a byte each, to the bytes level + 128, in place.
+  void look_up(uint8_t* code, int64_t head_dim) const {
+    typedef uint8_t Bytes __attribute__((vector_size(16)));
+    Bytes table, codes;
+    std::memcpy(&table, byte_, sizeof table);
+    for (int64_t d = 0; d < head_dim; d += 16) {
+      std::memcpy(&codes, code + d, sizeof codes);
+      codes = __builtin_shuffle(table, codes);
+      std::memcpy(code + d, &codes, sizeof codes);
+    }
+  }
+  // The codes of numbers in units of the scale.
+  i32x16 nearest(f32x16 ratio) const {
+    f32x16 count = splat(0.0f);
+    for (int c = 1; c < codes_; ++c) {
+      const int twice = byte_[c - 1] + byte_[c] - 256;
+      const f32x16 midpoint = splat(0.5f * static_cast<float>(twice));
+      count = count + select_greater(ratio, midpoint, splat(1.0f), splat(0.0f));
+    }
+    return round_even(count);
+  }
+
+ private:
+  int codes_;
+  alignas(16) uint8_t byte_[16];
+};
+static_assert(sizeof(LevelBytes) == 16);
+
 // Scale and offset of sixteen numbers: of one group, or of sixteen side by side.
 struct Scales {
   f32x16 scale, offset;
 };
 template <PackScheme kScheme>
-TOKRED_INLINE i32x16 encode(const Scales& s, f32x16 x, f32x16 top) {
+TOKRED_INLINE i32x16 encode(const Scales& s, f32x16 x, f32x16 top, const Levels& levels) {
   const f32x16 zero = splat(0.0f);
   if constexpr (kScheme == PackScheme::asymmetric) {
     return round_even(min(max((x - s.offset) / s.scale, zero), top));  // NaN becomes 0
@@ -127,6 +187,9 @@ TOKRED_INLINE i32x16 encode(const Scales& s, f32x16 x, f32x16 top) {
     const f32x16 ratio = x / s.scale;
     const f32x16 clamped = min(max(ratio, splat(-kFp8Max)), splat(kFp8Max));
     return to_e4m3(select_number(ratio, clamped, splat(NAN)));
+  } else if constexpr (kScheme == PackScheme::codebook) {
+    const f32x16 ratio = x / s.scale;
+    return levels.nearest(select_number(ratio, ratio, zero));
   } else {
     // Bounds that are integers may come before the rounding.
     const f32x16 ratio = x / s.scale, number = select_number(ratio, ratio, zero);
@@ -136,7 +199,7 @@ TOKRED_INLINE i32x16 encode(const Scales& s, f32x16 x, f32x16 top) {
 }
 
 // With the scale as it is stored. The product is exact: 11 bits by 8. Symmetric codes have the
-// offset middle_code().
+// offset middle_code(), as have those of a codebook, of eight bits, after look_up().
 template <PackScheme kScheme>
 TOKRED_INLINE f32x16 decode(i32x16 code, const Scales& s) {
   if constexpr (kScheme == PackScheme::asymmetric) return s.scale * to_f32(code) + s.offset;

@@ -20,7 +20,9 @@ TOKRED_INLINE Scales load_scales(const f16* scale, const f16* offset, const Pack
 }
 template <PackScheme kScheme>
 TOKRED_INLINE Scales splat_scales(const f16* scale, const f16* offset, const PackFormat& f) {
-  f32x16 shared = splat(kScheme == PackScheme::symmetric ? middle_code(f.bits) : 0.0f);
+  f32x16 shared = splat(kScheme == PackScheme::symmetric  ? middle_code(f.bits)
+                        : kScheme == PackScheme::codebook ? middle_code(8)
+                                                          : 0.0f);
   if constexpr (has_offset(kScheme)) shared = splat(to_float(*offset));
   return {splat(to_float(*scale)), shared};
 }
@@ -47,11 +49,13 @@ TOKRED_INLINE void decode_row(const uint8_t* code, const f16* params, const Pack
 // Rows that share a row of params, or one row along channels.
 template <PackScheme kScheme, class T>
 TOKRED_INLINE void unpack_rows(const uint8_t* codes, int64_t stride, int64_t rows,
-                               const f16* params, const PackFormat& f, T* out) {
+                               const f16* params, const PackFormat& f, const Levels& levels,
+                               T* out) {
   alignas(64) float number[kMaxHeadDim];
   alignas(64) uint8_t code[kMaxHeadDim];
   for (int64_t i = 0; i < rows; ++i, codes += stride, out += f.head_dim) {
     bit_unpack(codes, f.head_dim, f.bits, code);
+    if constexpr (kScheme == PackScheme::codebook) levels.look_up(code, f.head_dim);
     if (!f.rotated) {
       decode_row<kScheme>(code, params, f, out);
       continue;
@@ -73,7 +77,8 @@ void unpack_part(const KvUnpackParams& p, int64_t batch, int64_t head, int64_t f
   const uint16_t* params = from.params + first / step * p.packed.params_stride_row;
   T* out = const_cast<T*>(head_start<T>(p.out, batch, head)) + first * f.head_dim;
   for (int64_t t = first; t < last; t += step, params += p.packed.params_stride_row) {
-    unpack_rows<kScheme>(codes, stride, step, reinterpret_cast<const f16*>(params), f, out);
+    unpack_rows<kScheme>(codes, stride, step, reinterpret_cast<const f16*>(params), f, from.levels,
+                         out);
     codes += step * stride;
     out += step * f.head_dim;
   }

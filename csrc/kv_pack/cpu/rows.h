@@ -62,6 +62,21 @@ TOKRED_INLINE void channel_ranges(const RowBlock<T>& block, int64_t rows, const 
   }
 }
 
+// The mean squares of the groups instead, as what make_scales() takes for `high`.
+template <class T>
+TOKRED_INLINE void mean_squares(const RowBlock<T>& block, int64_t rows, const PackFormat& f,
+                                GroupTable& table) {
+  int64_t g = 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t d = 0; d < f.head_dim; d += f.group_size, ++g) {
+      table.low[g] = 0.0f;
+      table.high[g] =
+          sum_squares(block.row[i] + d, f.group_size) / static_cast<float>(f.group_size);
+    }
+  }
+  for (; g % kLanes; ++g) table.low[g] = table.high[g] = 0.0f;
+}
+
 // Packs up to kMaxGroups groups of rows along channels.
 template <PackScheme kScheme, class T>
 void pack_channels(const RowBlock<T>& block, int64_t rows, const PackedRows& p,
@@ -70,9 +85,13 @@ void pack_channels(const RowBlock<T>& block, int64_t rows, const PackedRows& p,
   const int64_t per_row = groups_per_row(f), groups = rows * per_row;
   const f32x16 top = splat(static_cast<float>((1 << f.bits) - 1));
   GroupTable table;
-  channel_ranges<false>(block, rows, f, table);
-  if (!ranges_are_finite(table, groups)) {
-    channel_ranges<true>(block, rows, f, table);
+  if constexpr (kScheme == PackScheme::codebook) {
+    mean_squares(block, rows, f, table);
+  } else {
+    channel_ranges<false>(block, rows, f, table);
+    if (!ranges_are_finite(table, groups)) {
+      channel_ranges<true>(block, rows, f, table);
+    }
   }
   make_scales<kScheme>(table, groups, f.bits);
   alignas(64) uint8_t code[kMaxHeadDim];
@@ -85,7 +104,7 @@ void pack_channels(const RowBlock<T>& block, int64_t rows, const PackedRows& p,
     for (int64_t d = 0; d < f.head_dim; ++g) {
       const Scales scales{splat(table.divisor[g]), splat(table.offset[g])};
       for (const int64_t end = d + f.group_size; d < end; d += kLanes) {
-        store_bytes(code + d, encode<kScheme>(scales, load_as(block.row[i] + d), top));
+        store_bytes(code + d, encode<kScheme>(scales, load_as(block.row[i] + d), top, to.levels));
       }
     }
     if (slot >= 0) {
@@ -121,7 +140,8 @@ void code_rows(const RowBlock<T>& block, int64_t first, const GroupTable& table,
     const Scales scales{load(table.divisor + d), load(table.offset + d)};
 #pragma GCC unroll 4
     for (int i = 0; i < kRows; ++i) {
-      store_bytes(code[i] + d, encode<kScheme>(scales, load_as(block.row[first + i] + d), top));
+      const f32x16 x = load_as(block.row[first + i] + d);
+      store_bytes(code[i] + d, encode<kScheme>(scales, x, top, to.levels));
     }
   }
   for (int i = 0; i < kRows; ++i) {

@@ -3,6 +3,7 @@
 
 #include "common/cpu/parallel.h"
 #include "common/cpu/sizes.h"
+#include "kv_pack/cpu/groups.h"
 #include "kv_pack/params.h"
 
 namespace tokred::TOKRED_ISA {
@@ -45,10 +46,11 @@ void for_parts(const PackedRows& packed, int64_t batch, int64_t heads, const Par
 struct PackedHead {
   uint8_t* codes;
   uint16_t* params;
+  Levels levels;
 };
 TOKRED_INLINE PackedHead packed_head(const PackedRows& p, int64_t batch, int64_t head) {
   return {p.codes + batch * p.codes_stride_batch + head * p.codes_stride_head,
-          p.params + batch * p.params_stride_batch + head * p.params_stride_head};
+          p.params + batch * p.params_stride_batch + head * p.params_stride_head, Levels(p, head)};
 }
 
 }  // namespace tokred::TOKRED_ISA

@@ -88,6 +88,68 @@ struct CodeReader {
   }
 };
 
+// The levels of a head's codebook, as LevelBytes has them; of other schemes nothing.
+struct LevelTable {
+  uint32_t word[4];
+
+  __device__ LevelTable(const PackedRows& p, int64_t head) {
+    if (p.format.scheme != PackScheme::codebook) return;
+    LevelBytes bytes = gaussian_levels(p.format.bits);
+    if (p.levels) {
+      bytes = {};
+      const int8_t* row = p.levels + head * p.levels_stride_head;
+#pragma unroll 1
+      for (int c = 0; c < 1 << p.format.bits; ++c) bytes = with_level(bytes, c, row[c]);
+    }
+    word[0] = static_cast<uint32_t>(bytes.low);
+    word[1] = static_cast<uint32_t>(bytes.low >> 32);
+    word[2] = static_cast<uint32_t>(bytes.high);
+    word[3] = static_cast<uint32_t>(bytes.high >> 32);
+  }
+
+  // The bytes of four codes, a byte each: of codes below 8 and of the others.
+  __device__ __forceinline__ uint32_t look_up(uint32_t codes) const {
+    uint32_t nibbles = codes & 0x07070707u;
+    nibbles = __byte_perm(nibbles | nibbles >> 4, 0, 0x4420);
+    const uint32_t low = __byte_perm(word[0], word[1], nibbles);
+    const uint32_t high = __byte_perm(word[2], word[3], nibbles);
+    const uint32_t mask = (codes >> 3 & 0x01010101u) * 0xff;
+    return (low & ~mask) | (high & mask);
+  }
+  __device__ __forceinline__ uint2 look_up(uint2 codes) const {
+    return {look_up(codes.x), look_up(codes.y)};
+  }
+  // The codes of eight numbers with this scale, a byte each; NaN counts as 0.
+  __device__ __forceinline__ uint2 nearest(const float (&x)[8], float scale, int bits) const {
+    float ratio[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float quotient = scale == 0.0f ? 0.0f : __fdiv_rn(x[i], scale);
+      ratio[i] = quotient == quotient ? quotient : 0.0f;
+    }
+    uint2 codes{0, 0};
+    uint32_t last = word[0] & 0xff;
+#pragma unroll 1
+    for (int c = 1; c < 1 << bits; ++c) {
+      const uint32_t next = word_of(c / 4) >> 8 * (c % 4) & 0xff;
+      const float midpoint = 0.5f * static_cast<float>(static_cast<int>(last + next) - 256);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const uint32_t one = ratio[i] > midpoint ? 1u << 8 * (i % 4) : 0u;
+        (i < 4 ? codes.x : codes.y) += one;
+      }
+      last = next;
+    }
+    return codes;
+  }
+
+ private:
+  // Without an address the words stay in registers.
+  __device__ __forceinline__ uint32_t word_of(int i) const {
+    return i < 2 ? (i == 0 ? word[0] : word[1]) : i == 2 ? word[2] : word[3];
+  }
+};
+
 // The number that an e4m3fn code is.
 __device__ __forceinline__ float from_e4m3(uint32_t code) {
   const uint32_t magnitude = code & 0x7f;
@@ -126,7 +188,7 @@ struct GroupParams {
 __device__ __forceinline__ uint32_t byte_of(uint2 codes, int i) {
   return (i < 4 ? codes.x : codes.y) >> 8 * (i % 4) & 0xff;
 }
-// The codes as numbers; symmetric ones already less their middle.
+// The codes as numbers; symmetric ones, and the bytes of levels, already less their middle.
 __device__ __forceinline__ void to_floats(float (&x)[8], uint2 codes, const PackFormat& f) {
   if (f.scheme == PackScheme::fp8) {
 #pragma unroll
@@ -134,8 +196,9 @@ __device__ __forceinline__ void to_floats(float (&x)[8], uint2 codes, const Pack
     return;
   }
   // 2^23 + c has c in its low bits.
+  const PackFormat read = as_read(f);
   const float middle =
-      f.scheme == PackScheme::symmetric ? static_cast<float>(1 << (f.bits - 1)) : 0.0f;
+      read.scheme == PackScheme::symmetric ? static_cast<float>(1 << (read.bits - 1)) : 0.0f;
   const float base = 0x1p23f + middle;
 #pragma unroll
   for (int i = 0; i < 8; ++i) x[i] = __uint_as_float(byte_of(codes, i) | 0x4b000000u) - base;

@@ -39,6 +39,35 @@ struct Extremes {
   }
 };
 
+// The sum of the squares of a group's finite numbers, in the order of PackScheme. Its `lanes`
+// lanes, from `first` on, have eight channels each.
+__device__ __forceinline__ float sum_squares(const float (&x)[8], int lanes, int first) {
+  float square[8], total[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const float size = fabsf(x[i]), number = size < kInfinity ? fminf(size, kMostInMean) : 0.0f;
+    square[i] = __fmul_rn(number, number);
+    total[i] = 0.0f;
+  }
+#pragma unroll 1
+  for (int lane = first + lane_id() % 2; lane < first + lanes; lane += 2) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      total[i] = __fadd_rn(total[i], __shfl_sync(kAllLanes, square[i], lane % kWarp));
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    total[i] = __fadd_rn(total[i], __shfl_xor_sync(kAllLanes, total[i], 1));
+  }
+#pragma unroll
+  for (int half = 4; half > 0; half /= 2) {
+#pragma unroll
+    for (int i = 0; i < half; ++i) total[i] = __fadd_rn(total[i], total[i + half]);
+  }
+  return total[0];
+}
+
 // x / y, correctly rounded wherever the quotient matters to a code: with 1 / y at hand that takes a
 // product and its correction, twice. Of ordinary y only, else it divides.
 class Divider {
@@ -59,6 +88,11 @@ class Divider {
  private:
   float divisor_, inverse_;
 };
+
+// A scale or an offset as it is stored.
+__device__ __forceinline__ uint16_t storable(float x) {
+  return from_float<f16>(fminf(fmaxf(x, -kMaxParam), kMaxParam)).bits;
+}
 
 // How the numbers of a group become codes.
 class Quantizer {
@@ -83,8 +117,8 @@ class Quantizer {
 
   // Stores scale and offset as those of group `group` of `groups`.
   __device__ __forceinline__ void store(uint16_t* row, int group, int groups) const {
-    row[group] = rounded(scale_);
-    if (has_offset(scheme_)) row[groups + group] = rounded(second_);
+    row[group] = storable(scale_);
+    if (has_offset(scheme_)) row[groups + group] = storable(second_);
   }
 
  private:
@@ -92,9 +126,6 @@ class Quantizer {
     return fminf(fmaxf(x, low), high);
   }
   static __device__ __forceinline__ uint32_t whole(float x) { return static_cast<uint32_t>(x); }
-  static __device__ __forceinline__ uint16_t rounded(float x) {
-    return from_float<f16>(clamp(x, -kMaxParam, kMaxParam)).bits;
-  }
   // Sets both extremes to 0 where there is no finite number.
   static __device__ __forceinline__ float scale(const PackFormat& f, Extremes& range, float levels,
                                                 float half) {
@@ -209,20 +240,26 @@ struct RowReader {
   int channel;
   CodeReader reader;
   ChannelScales scales;
+  LevelTable levels;
 
   __device__ RowReader(const PackedRows& packed, int64_t batch, int64_t head, int channel,
                        const CodeReader& reader)
       : packed(packed),
         codes_start(batch * packed.codes_stride_batch + head * packed.codes_stride_head),
         params_start(batch * packed.params_stride_batch + head * packed.params_stride_head),
-        channel(channel), reader(reader) {}
+        channel(channel), reader(reader), levels(packed, head) {}
 
   __device__ const uint8_t* codes() const { return packed.codes + codes_start; }
   __device__ const HalfWord* params() const { return packed.params + params_start; }
 
+  // The codes in a row, wherever it lies, a byte each; of a codebook the bytes of their levels.
+  __device__ __forceinline__ uint2 read(const uint8_t* row, bool aligned) const {
+    const uint2 codes = reader.read(row, aligned);
+    return packed.format.scheme == PackScheme::codebook ? levels.look_up(codes) : codes;
+  }
   __device__ __forceinline__ void numbers(float (&x)[8], int64_t row) {
     const uint8_t* from = codes() + row * packed.codes_stride_token;
-    to_floats(x, reader.read(from, reinterpret_cast<uintptr_t>(from) % 4 == 0), packed.format);
+    to_floats(x, read(from, reinterpret_cast<uintptr_t>(from) % 4 == 0), packed.format);
     apply(x, row, params() + row * packed.params_stride_row);
   }
   // The row's codes to numbers; `params` are those of its groups along channels, wherever they lie.

@@ -110,10 +110,10 @@ __device__ __forceinline__ void pack_along_channels(const PackHead<T, kLanes>& h
   const int64_t token = head.tokens.first + unit * head.kRows + head.row();
   float x[8];
   head.load(x, token);
+  const int lanes = static_cast<int>(f.group_size) / 8, lane = head.channel / 8;
   Extremes extremes[1];
 #pragma unroll
   for (int i = 0; i < 8; ++i) extremes[0].add(x[i]);
-  const int lanes = static_cast<int>(f.group_size) / 8, lane = head.channel / 8;
   extremes[0].reduce(lanes, lane / lanes * lanes + lane_id() / kLanes * kLanes);
   const Quantizer quantizer(f, extremes[0]);
   uint2 codes{0, 0};
@@ -125,6 +125,24 @@ __device__ __forceinline__ void pack_along_channels(const PackHead<T, kLanes>& h
   head.store_codes(shared, codes, slot);
   if (slot < 0 || head.channel >= head.dim || lane % lanes != 0) return;
   quantizer.store(head.params_row(slot), lane / lanes, head.dim / static_cast<int>(f.group_size));
+}
+
+template <class T, int kLanes>
+__device__ __forceinline__ void pack_levels(const PackHead<T, kLanes>& head,
+                                            PackShared<kLanes>& shared, int64_t unit) {
+  const PackFormat& f = head.p.packed.format;
+  const int64_t token = head.tokens.first + unit * head.kRows + head.row();
+  const int lanes = static_cast<int>(f.group_size) / 8, lane = head.channel / 8;
+  float x[8];
+  head.load(x, token);
+  const float sum = sum_squares(x, lanes, lane / lanes * lanes + lane_id() / kLanes * kLanes);
+  const float mean = __fdiv_rn(sum, static_cast<float>(f.group_size));
+  const float scale = __fmul_rn(__fsqrt_rn(mean), kLevelStep);
+  const uint2 codes = LevelTable(head.p.packed, head.head).nearest(x, scale, f.bits);
+  const int64_t slot = head.slot(token);
+  head.store_codes(shared, codes, slot);
+  if (slot < 0 || head.channel >= head.dim || lane % lanes != 0) return;
+  head.params_row(slot)[lane / lanes] = storable(scale);
 }
 
 template <class T, int kLanes>
@@ -180,7 +198,9 @@ __global__ void __launch_bounds__(kPackThreads)
   auto& shared = shared_memory<PackShared<kLanes>>();
   const PackHead<T, kLanes> head(p, blockIdx.x / units);
   if (!head.tokens.valid()) return;
-  if (p.packed.format.axis == GroupAxis::channel) {
+  if (p.packed.format.scheme == PackScheme::codebook) {
+    pack_levels(head, shared, blockIdx.x % units);
+  } else if (p.packed.format.axis == GroupAxis::channel) {
     pack_along_channels(head, shared, blockIdx.x % units);
   } else if (head.tokens.first + blockIdx.x % units * p.packed.format.group_size <
              head.tokens.last) {

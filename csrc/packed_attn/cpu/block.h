@@ -100,6 +100,26 @@ struct GroupParams {
   }
 };
 
+// A block's tokens with rows of codes as SideView::format has them.
+class ReadableBlock {
+ public:
+  const BlockAddresses& of(const SideView& side, const BlockAddresses& block) {
+    if (!side.has_levels()) return block;
+    block_ = block;
+    for (int64_t i = 0; i < block.count; ++i) {
+      uint8_t* row = rows_ + i * side.format.head_dim;
+      side.read_codes(block.at[i].row, row);
+      block_.at[i].row = row;
+    }
+    block_.pad();
+    return block_;
+  }
+
+ private:
+  BlockAddresses block_;
+  alignas(64) uint8_t rows_[kGather * kMaxHeadDim];
+};
+
 // Up to sixteen tokens of a block as rows of f32.
 struct UnpackedRows {
   alignas(64) float numbers[kLanes * kMaxHeadDim];

@@ -59,7 +59,8 @@ class PackedQuery {
     if (path == CodePath::unpacked || !block.packed) {
       dot_unpacked(block, logits, prefetcher);
     } else if (side.format.axis == GroupAxis::channel) {
-      dot_channel_groups(block, logits, prefetcher);
+      ReadableBlock readable;
+      dot_channel_groups(readable.of(side, block), logits, prefetcher);
     } else {
       dot_token_groups(block, logits, prefetcher);
     }

@@ -90,14 +90,14 @@ struct PackedForward {
     PackedKeyBatch blocks[2];
     PackedKeyBatch *block = &blocks[0], *next = &blocks[1];
     entry = block->choose(p, at, visibility, keys, values, entry, end);
-    TokenPrefetcher(block->k, keys.format).rest();
+    TokenPrefetcher(block->k, keys.stored).rest();
     while (block->count > 0) {
       entry = next->choose(p, at, visibility, keys, values, entry, end);
       if (at.indices) next->prefetch_pages();
-      query.dot(block->k, weights, TokenPrefetcher(block->v, values.format));
+      query.dot(block->k, weights, TokenPrefetcher(block->v, values.stored));
       block->finish_logits(at.rows, weights);
       exponentiate(at.rows, block->count, weights, shrink, result);
-      sums.add(block->v, weights, shrink, TokenPrefetcher(next->k, keys.format));
+      sums.add(block->v, weights, shrink, TokenPrefetcher(next->k, keys.stored));
       PackedKeyBatch* done = block;
       block = next;
       next = done;

@@ -55,7 +55,7 @@ struct PackedScorer {
       const BlockAddresses& block = blocks[i / kGather % 2];
       BlockAddresses& next = blocks[1 - i / kGather % 2];
       find_block(side, i + kGather, next);
-      query.dot(block, logits, TokenPrefetcher(next, side.format));
+      query.dot(block, logits, TokenPrefetcher(next, side.stored));
       for (int64_t r = 0; r < count; ++r) {
         copy_bytes(scores + r * kScoreChunk + i, logits + r * kGather, 4 * block.count);
       }

@@ -3,7 +3,7 @@
 
 #include "attention/cpu/visibility.h"
 #include "common/cpu/row.h"
-#include "kv_pack/cpu/codes.h"
+#include "kv_pack/cpu/groups.h"
 #include "packed_attn/params.h"
 
 namespace tokred::TOKRED_ISA {
@@ -29,13 +29,15 @@ inline AttentionParams item_params(const PackedAttentionParams& s, int64_t item)
 // One kv head of an item that holds so many tokens.
 class SideView {
  public:
-  const PackFormat& format;
+  const PackFormat& stored;  // the format of packed rows
+  const PackFormat format;   // as which they are read: of a codebook the levels
+  const Levels levels;
   const DType dtype;  // of the window
 
   SideView(const PackedSide& side, const HeadTensor& window, const SlotTable& slots, DType type,
            int64_t tokens, int64_t item, int64_t head)
-      : format(side.packed.format), dtype(type), packed_(side.packed),
-        window_rows_(side.window_rows), ring_(side.ring),
+      : stored(side.packed.format), format(as_read(stored)), levels(side.packed, head), dtype(type),
+        packed_(side.packed), window_rows_(side.window_rows), ring_(side.ring),
         capacity_(slots.data ? slots.capacity : packed_.rows),
         boundary_(ring_ ? packed_tokens(format.axis, window_rows_, tokens) : capacity_),
         slots_(slots.data ? slots.data + item * slots.stride_batch : nullptr),
@@ -47,6 +49,13 @@ class SideView {
     window_stride_ = window.stride_token * size;
     if (window_) window_ += (item * window.stride_batch + head * window.stride_head) * size;
   }
+
+  // One byte for every channel of a row: codes of `format`.
+  void read_codes(const uint8_t* row, uint8_t* code) const {
+    bit_unpack(row, stored.head_dim, stored.bits, code);
+    if (has_levels()) levels.look_up(code, stored.head_dim);
+  }
+  bool has_levels() const { return stored.scheme == PackScheme::codebook; }
 
   // False where a token lies nowhere.
   bool find(int64_t token, TokenAddress& address) const {
@@ -137,10 +146,9 @@ TOKRED_INLINE f32x16 dequantize(PackScheme scheme, int32_t bits, f32x16 code, f3
   switch (scheme) {
     case PackScheme::asymmetric: return fma(scale, code, offset);
     case PackScheme::zero_point: return scale * (code - offset);
-    case PackScheme::symmetric: return scale * (code - splat(static_cast<float>(1 << (bits - 1))));
     case PackScheme::fp8: return scale * (code * splat(256.0f));
+    default: return scale * (code - splat(middle_code(bits)));
   }
-  return code;
 }
 
 // A token as head_dim numbers, rotated where the format is.
@@ -153,7 +161,7 @@ inline void unpack_token(const SideView& side, const TokenAddress& address, floa
     return;
   }
   alignas(64) uint8_t codes[kMaxHeadDim];
-  bit_unpack(address.row, f.head_dim, f.bits, codes);
+  side.read_codes(address.row, codes);
   const bool fp8 = f.scheme == PackScheme::fp8, by_channel = f.axis == GroupAxis::channel;
   const uint16_t* offsets = address.params + (has_offset(f.scheme) ? groups_per_row(f) : 0);
   f32x16 scale = splat(0.0f), offset = scale;

@@ -40,7 +40,8 @@ class PackedSums {
     if (path == CodePath::unpacked || !block.packed) {
       add_unpacked(block, weights, prefetcher);
     } else if (by_channel()) {
-      add_channel_groups(block, weights, prefetcher);
+      ReadableBlock readable;
+      add_channel_groups(readable.of(side, block), weights, prefetcher);
     } else {
       add_token_groups(block, weights, prefetcher);
     }

@@ -23,7 +23,7 @@ __device__ __forceinline__ void order_codes(float (&x)[8]) {
 // Codes less their middle are multiplied, so that offsets are those of the middle of a group's
 // range.
 __device__ __forceinline__ int middle_code(const PackFormat& f) {
-  return f.scheme == PackScheme::fp8 ? 0 : 1 << (f.bits - 1);
+  return f.scheme == PackScheme::fp8 ? 0 : 1 << (as_read(f).bits - 1);
 }
 
 // The pairs (0, 2), (1, 3), (4, 6), (5, 7) of eight codes less their middle. An integer below 128
@@ -40,7 +40,7 @@ __device__ __forceinline__ Chunk code_pairs(uint2 codes, const PackFormat& f) {
   for (int i = 0; i < 4; ++i) {
     uint32_t less = middle;
     // Of eight bits bf16 takes seven; from 128 on 128 is to be subtracted, below it 256.
-    if (!kWide && f.bits == 8) less = (words[i] & 0x00800080u) ^ 0x43804380u;
+    if (!kWide && as_read(f).bits == 8) less = (words[i] & 0x00800080u) ^ 0x43804380u;
     pairs.word[i] = subtract_pairs(T{}, (words[i] & kMask) | kBase, less);
   }
   return pairs;

@@ -74,7 +74,7 @@ struct SideRows {
   __device__ __forceinline__ void numbers(float (&x)[8], int place, const uint8_t* codes,
                                           const packing::HalfWord* params) {
     if (!exists(place) || !is_packed(place)) return window_numbers(x, place);
-    packing::to_floats(x, packed.reader.read(codes, true), packed.packed.format);
+    packing::to_floats(x, packed.read(codes, true), packed.packed.format);
     packed.apply(x, place, params);
   }
   // Of a row of the window.

@@ -166,7 +166,7 @@ struct SideTiles {
         rows.window_numbers(x, places[r]);
         pairs = number_pairs<T>(x);
       } else {
-        const uint2 codes = rows.packed.reader.read(stage + r * code_pitch, true);
+        const uint2 codes = rows.packed.read(stage + r * code_pitch, true);
         if (f.scheme == PackScheme::fp8) {
           float x[8];
           packing::to_floats(x, codes, f);

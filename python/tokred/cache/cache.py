@@ -47,13 +47,13 @@ class PackedCache(Cache):
         config: of the model.
         bits: 1, 2, 3, 4 or 8; key_bits, value_bits: of one side, `bits` where None.
         key_axis: "channel", groups of neighbouring channels of a token, or "token", groups of
-            tokens of a channel, as KIVI packs keys; by default the latter below 4 bits. Values are
-            always packed along channels.
+            tokens of a channel, as KIVI packs keys; by default the latter below 4 bits, unless the
+            scheme is "codebook". Values are always packed along channels.
         group_size: numbers that share a scale; by default 32 along tokens, and along channels 64,
-            32 below 4 bits, or what of it divides the head dimension.
+            32 below 4 bits, or what of it divides the head dimension; of a codebook all of a row.
         window: the last tokens, which are kept in full precision; along tokens a multiple of the
             group. 32 by default, 64 below 4 bits, or the next multiple of the group.
-        scheme: "asymmetric", "zero_point", "symmetric" or "fp8"; see `kv_pack`.
+        scheme: "asymmetric", "zero_point", "symmetric", "fp8" or "codebook"; see `kv_pack`.
         rotate: packs after a Hadamard rotation (QuaRot, arXiv:2404.00456).
         center: packs keys without their mean over the tokens that were there when packing began,
             for every row of the batch and head (SageAttention, arXiv:2410.02367): a bias of the
@@ -198,7 +198,7 @@ def _options(
     value_bits = bits if value_bits is None else value_bits
     few = any(isinstance(each, int) and each < 4 for each in (key_bits, value_bits))
     if key_axis is None:
-        key_axis = "token" if few else "channel"
+        key_axis = "token" if few and scheme != "codebook" else "channel"
     if window is None:
         window = 64 if few else 32
         if key_axis == "token" and isinstance(group_size, int) and group_size > 0:

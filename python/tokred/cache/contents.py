@@ -88,7 +88,7 @@ class Contents:
     def map(self, function: Callable[[Tensor], Tensor]) -> Contents:
         """The function applied to every tensor, the first dimension of which is the batch."""
         keys, values = (
-            PackedKV(function(side.codes), function(side.params), side.format)
+            replace(side, codes=function(side.codes), params=function(side.params))
             for side in self.packed
         )
         return replace(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,6 +13,7 @@ _MULTIPLE = 16  # of the head dimension, and of groups along channels
 _MAX_HEAD_DIM = 256
 _TOKEN_GROUP = 32
 _CHANNEL_GROUP = {1: 32, 2: 32, 3: 32, 4: 64, 8: 64}  # by bits
+SCHEMES = ("asymmetric", "zero_point", "symmetric", "fp8", "codebook")
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "key_bits": int,
     "value_bits": int,
@@ -51,13 +52,14 @@ class CacheOptions:
                 raise ValueError(f"scheme 'fp8' needs 8 bits, got {bits}")
             if self.scheme == "symmetric" and bits == 1:
                 raise ValueError("scheme 'symmetric' needs at least 2 bits, got 1")
-        if self.scheme not in ("asymmetric", "zero_point", "symmetric", "fp8"):
-            raise ValueError(
-                "scheme must be 'asymmetric', 'zero_point', 'symmetric' or 'fp8', got "
-                f"{self.scheme!r}"
-            )
+            if self.scheme == "codebook" and bits == 8:
+                raise ValueError("scheme 'codebook' has at most 16 levels, 4 bits, got 8")
+        if self.scheme not in SCHEMES:
+            raise ValueError(f"scheme must be one of {list(SCHEMES)}, got {self.scheme!r}")
         if self.key_axis not in ("channel", "token"):
             raise ValueError(f"key_axis must be 'channel' or 'token', got {self.key_axis!r}")
+        if self.scheme == "codebook" and self.key_axis == "token":
+            raise ValueError("scheme 'codebook' needs key_axis='channel', got 'token'")
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"group_size must be at least 1, got {self.group_size}")
         if self.window < 0:
@@ -86,6 +88,8 @@ class CacheOptions:
                 f"{_MAX_HEAD_DIM}, but the {name} is {dim}: use a transformers.DynamicCache"
             )
         default = _TOKEN_GROUP if axis == "token" else math.gcd(dim, _CHANNEL_GROUP[bits])
+        if self.scheme == "codebook":
+            default = dim
         group = self.group_size or default
         if axis == "channel" and (group % _MULTIPLE != 0 or dim % group != 0):
             raise ValueError(
@@ -155,8 +159,8 @@ class Layout:
 def rows(packed: PackedKV, first: int, stop: int) -> PackedKV:
     """The packed tokens first .. stop - 1, whole groups of them, a view."""
     group = packed.format.group_size if packed.format.axis == "token" else 1
-    return PackedKV(
-        packed.codes[:, :, first:stop],
-        packed.params[:, :, first // group : stop // group],
-        packed.format,
+    return replace(
+        packed,
+        codes=packed.codes[:, :, first:stop],
+        params=packed.params[:, :, first // group : stop // group],
     )

@@ -66,9 +66,9 @@ def packed_attention(
         out [B, Hq, L, Dv] in the dtype of q, and lse float32 [B, Hq, L]; 0 and -inf where a query
         sees no token. As attention on the unpacked tensors, up to float32 rounding, except that
         the CPU takes a float16 or bfloat16 query, and the weights of a block of tokens, in
-        sixteen-bit fixed point where they meet codes of 1, 2, 4 or 8 bits: channels are off by
-        2^-15 of the greatest one of their group at most, and most of a query that is not rotated
-        is exact. Under autocast q and the residuals are cast, as for attention.
+        sixteen-bit fixed point where they meet codes of 1, 2, 4 or 8 bits, or levels: channels are
+        off by 2^-15 of the greatest one of their group at most, and most of a query that is not
+        rotated is exact. Under autocast q and the residuals are cast, as for attention.
 
     Raises:
         RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
@@ -95,6 +95,8 @@ def packed_attention(
         length,
         lengths,
         slots,
+        packed_k.levels,
+        packed_v.levels,
     )
 
 
@@ -144,6 +146,7 @@ def packed_qk_score(
         lengths,
         mask,
         slots,
+        packed_k.levels,
     )
 
 
@@ -197,6 +200,7 @@ def _packed_qk_score_fake(
     lengths: Tensor | None = None,
     mask: Tensor | None = None,
     slots: Tensor | None = None,
+    levels: Tensor | None = None,
 ) -> Tensor:
     torch._check(q.dim() == 4, lambda: f"q must be [B, Hq, L, D], got {q.dim()}-D")
     check_dim("codes", codes, 4, "[B, Hkv, N, bytes]")

@@ -10,6 +10,8 @@ from tokred.ops.kv_pack import PackedKV, PackFormat, packed_tokens
 __all__ = ["kv_append", "kv_pack", "kv_unpack"]
 
 _MOST_PARAM = 65504.0
+# Of a codebook's levels in 1/32 root mean squares the positive ones, by bits.
+_GAUSSIAN = {1: (26,), 2: (14, 48), 3: (8, 24, 43, 69), 4: (4, 12, 21, 30, 40, 52, 66, 87)}
 
 
 def hadamard(x: Tensor) -> Tensor:
@@ -65,9 +67,41 @@ def _ungrouped(x: Tensor, form: PackFormat) -> Tensor:
     return x.flatten(3) if form.axis == "channel" else x.transpose(3, 4).flatten(2, 3)
 
 
-def _quantize(x: Tensor, form: PackFormat) -> tuple[Tensor, Tensor, Tensor | None]:
+def gaussian_levels(bits: int) -> Tensor:
+    """int8 [1, 2^bits]: the levels of a codebook to which none were given."""
+    positive = _GAUSSIAN[bits]
+    return torch.tensor([[-x for x in reversed(positive)] + list(positive)], dtype=torch.int8)
+
+
+def _levels(levels: Tensor | None, bits: int, device: torch.device) -> Tensor:
+    """[H | 1, 2^bits] as integers."""
+    return (gaussian_levels(bits).to(device) if levels is None else levels).int()
+
+
+def _nearest(x: Tensor, form: PackFormat, levels: Tensor | None) -> tuple[Tensor, Tensor, None]:
+    """As _quantize, of a codebook."""
+    size = torch.where(x.isfinite(), x.abs(), 0).clamp(max=2.0**40).unflatten(-1, (-1, 16))
+    total = torch.zeros_like(size[..., 0, :])
+    for i in range(size.shape[-2]):
+        total = total + size[..., i, :] * size[..., i, :]
+    while total.shape[-1] > 1:
+        low, high = total.chunk(2, -1)
+        total = low + high
+    scale = (total / x.shape[-1]).sqrt() / 32
+    ratio = (x / scale).masked_fill(scale == 0, 0).nan_to_num(0, torch.inf, -torch.inf)
+    table = _levels(levels, form.bits, x.device)
+    midpoints = (table[:, 1:] + table[:, :-1]) / 2
+    codes = (ratio[..., None] > midpoints[None, :, None, None, None]).sum(-1)
+    return codes, scale, None
+
+
+def _quantize(
+    x: Tensor, form: PackFormat, levels: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes int64 [.., group], and the scale and offset [.., 1], of float32 groups."""
-    levels = 2**form.bits - 1
+    if form.scheme == "codebook":
+        return _nearest(x, form, levels)
+    greatest_code = 2**form.bits - 1
     finite = x.isfinite()
     low = torch.where(finite, x, torch.inf).amin(-1, keepdim=True)
     high = torch.where(finite, x, -torch.inf).amax(-1, keepdim=True)
@@ -77,7 +111,7 @@ def _quantize(x: Tensor, form: PackFormat) -> tuple[Tensor, Tensor, Tensor | Non
     if form.scheme in ("asymmetric", "zero_point"):
         if form.scheme == "zero_point":
             low, high = low.clamp(max=0), high.clamp(min=0)
-        scale = (high - low) / levels
+        scale = (high - low) / greatest_code
         zero = ((0.0 - low) / scale).masked_fill(scale == 0, 0).round()
         offset = low if form.scheme == "asymmetric" else zero
     else:
@@ -88,10 +122,10 @@ def _quantize(x: Tensor, form: PackFormat) -> tuple[Tensor, Tensor, Tensor | Non
         return (numerator / scale).masked_fill(scale == 0, 0).nan_to_num(0, torch.inf, -torch.inf)
 
     if form.scheme == "asymmetric":
-        codes = ratio(x - low).clamp(0, levels).round()
+        codes = ratio(x - low).clamp(0, greatest_code).round()
     elif form.scheme == "zero_point":
         assert offset is not None
-        codes = (ratio(x).round() + offset).clamp(0, levels)
+        codes = (ratio(x).round() + offset).clamp(0, greatest_code)
     elif form.scheme == "symmetric":
         half = 2 ** (form.bits - 1)
         codes = ratio(x).round().clamp(-half, half - 1) + half
@@ -101,9 +135,9 @@ def _quantize(x: Tensor, form: PackFormat) -> tuple[Tensor, Tensor, Tensor | Non
     return codes.long(), scale, offset
 
 
-def _pack(x: Tensor, form: PackFormat) -> tuple[Tensor, Tensor]:
+def _pack(x: Tensor, form: PackFormat, levels: Tensor | None) -> tuple[Tensor, Tensor]:
     """Codes and params of float32 rows that are rotated where the format is."""
-    codes, scale, offset = _quantize(_grouped(x, form), form)
+    codes, scale, offset = _quantize(_grouped(x, form), form, levels)
     params = scale if offset is None else torch.cat([scale, offset], -1)
     # [B, H, rows, groups, 1 | 2] to a row of scales and then offsets.
     params = params.clamp(-_MOST_PARAM, _MOST_PARAM).transpose(3, 4).flatten(3)
@@ -118,11 +152,12 @@ def kv_pack(
     axis: str = "channel",
     scheme: str = "asymmetric",
     rotate: bool = False,
+    levels: Tensor | None = None,
 ) -> PackedKV:
     """See tokred.kv_pack."""
     form = PackFormat(bits, group_size, axis, scheme, rotate)
     rows = hadamard(x.float()) if rotate else x.float()
-    return PackedKV(*_pack(rows, form), form)
+    return PackedKV(*_pack(rows, form, levels), form, levels)
 
 
 def kv_unpack(packed: PackedKV, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -131,6 +166,10 @@ def kv_unpack(packed: PackedKV, dtype: torch.dtype = torch.float32) -> Tensor:
     numbers = _from_bytes(packed.codes.long(), packed.head_dim, form.bits)
     if form.scheme == "fp8":
         numbers = numbers.to(torch.uint8).view(torch.float8_e4m3fn)
+    elif form.scheme == "codebook":
+        table = _levels(packed.levels, form.bits, numbers.device)
+        heads = torch.arange(numbers.shape[1], device=numbers.device) % table.shape[0]
+        numbers = table[heads[:, None, None], numbers]
     codes = _grouped(numbers.to(wide), form)
     scale = packed.scale.to(wide)[..., None]
     minimum = 0.0 if packed.minimum is None else packed.minimum.to(wide)[..., None]
@@ -171,7 +210,7 @@ def kv_append(
                 arriving[item, :, t - held] if t >= held else window[item, :, t % rows].float()
                 for t in range(first, last)
             ]
-            codes, params = _pack(torch.stack(tokens, 1)[None], form)
+            codes, params = _pack(torch.stack(tokens, 1)[None], form, packed.levels)
             _store(packed, item, range(first, last), codes[0], params[0], slots)
         for t in range(max(last, held), held + new):
             window[item, :, t % rows] = arriving[item, :, t - held].to(window.dtype)
