@@ -183,6 +183,33 @@ def beside_dense_case(keys: int, device: str) -> Case:
     )
 
 
+def codebook_case(keys: int, bits: int, device: str) -> Case:
+    """TurboQuant's codes: a scale for a whole row."""
+
+    def build() -> dict[str, Callable]:
+        cache = Cache.make(keys, "bfloat16", device)
+        sides = [
+            tokred.kv_pack(x, bits, DIM, scheme="codebook", rotate=True) for x in (cache.k, cache.v)
+        ]
+        return {
+            f"tokred.packed_attention, {bits} bits": partial(
+                tokred.packed_attention, cache.q, *sides
+            ),
+            DENSE: cache.sdpa_packed,
+        }
+
+    return Case(
+        "packed",
+        f"decode, codebook of {bits} bits",
+        (1, HEADS_Q, HEADS_KV, keys, DIM),
+        "bfloat16",
+        build,
+        bytes_moved=2 * HEADS_KV * keys * (DIM * bits // 8 + 2),
+        flops=4 * HEADS_Q * keys * DIM,
+        ceiling="read",
+    )
+
+
 def unpack_first_case(keys: int, device: str) -> Case:
     """What a cache that unpacks does: all of it to bf16, then SDPA."""
 
@@ -284,6 +311,7 @@ def cases(run: Run) -> Iterator[Case]:
     for bits in (8, 4, 2):
         yield decode_case(longest, bits, "channel", run)
     yield decode_case(longest, 4, "token", run)
+    yield codebook_case(longest, 3, run.device)
     yield beside_dense_case(longest, run.device)
     yield unpack_first_case(8192, run.device)
     yield step_case(longest, run.device)
