@@ -106,12 +106,13 @@ class ReadableBlock {
   const BlockAddresses& of(const SideView& side, const BlockAddresses& block) {
     if (!side.has_levels()) return block;
     block_ = block;
+    block_.row_stride = side.format.head_dim;
     for (int64_t i = 0; i < block.count; ++i) {
-      uint8_t* row = rows_ + i * side.format.head_dim;
-      side.read_codes(block.at[i].row, row);
-      block_.at[i].row = row;
+      uint8_t* row = rows_ + i * block_.row_stride;
+      side.read_codes(block[i].row, row);
+      if (i == 0 || !block.run) block_.at[i].row = row;
     }
-    block_.pad();
+    if (!block.run) block_.finish(block.count);
     return block_;
   }
 
