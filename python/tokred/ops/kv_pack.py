@@ -224,8 +224,10 @@ def kv_pack(
             the root mean square of a group: (table * 32).round().to(torch.int8). By default those
             of Lloyd and Max for normally distributed numbers, which the channels of a rotated row
             nearly are: with rotate and one group a row this is TurboQuant for the mean square error
-            (arXiv:2504.19874). With fewer than 256 steps a level is the same number in every
-            precision and kernel; rounding them adds less than 1 % to the error of 4 bits.
+            (arXiv:2504.19874), with a Hadamard matrix in place of a random rotation, and without
+            its extra bit for unbiased products. With fewer than 256 steps a level is the same
+            number in every precision and kernel; rounding them adds less than 1 % to the error of
+            4 bits.
 
     Returns:
         PackedKV. An element is off by at most half a scale, and the rounding of the params; of a
