@@ -56,13 +56,14 @@ struct BlockParams {
   template <int kNumbers>
   void read(const PackFormat& f, const BlockAddresses& block) {
     const int64_t groups = groups_per_row(f), numbers = params_per_row(f);
-    const bool in_order = block.run && block.params_stride == numbers;
     alignas(64) uint16_t copied[2 * kMaxUnits * kLanes];
     alignas(64) float number[2 * kMaxUnits][kLanes];
     for (int64_t i = 0; i < block.count; i += kLanes) {
-      const uint16_t* from = in_order ? block[i].params : copied;
-      for (int64_t j = 0; j < kLanes && !in_order; ++j) {
-        copy_bytes(copied + j * numbers, block[i + j].params, 2 * numbers);
+      const uint16_t* from = block.tight ? block[i].params : copied;
+      for (int64_t j = 0; j < kLanes && !block.tight; ++j) {
+        // GCC copies without a call where it knows the size.
+        const auto bytes = static_cast<size_t>(2 * (kNumbers > 0 ? kNumbers : numbers));
+        std::memcpy(copied + j * numbers, block.at[i + j].params, bytes);
       }
       if constexpr (kNumbers > 0) {
         f32x16 x[kNumbers];

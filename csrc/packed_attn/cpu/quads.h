@@ -120,17 +120,22 @@ struct FixedWeights {
   template <class Products>
   __attribute__((always_inline)) void weigh(int64_t row, int64_t group, const BlockWeights& weights,
                                             int32_t bits) {
+    const int64_t whole = round_up(count, 2 * kLanes);  // as first_total() wants it
     i32x16 most = splat(0);
-#pragma GCC unroll 4
-    for (const f32x16& x : weights.vec) most = larger_magnitude(x, most);
-    const FixedStep step = fixed_step(most);
     int16_t* to = units[row][group];
 #pragma GCC unroll 4
     for (int i = 0; i < kGather / kLanes; ++i) {
-      store_units<Products>(to + i * kLanes, weights.vec[i] * splat(step.inverse));
+      if (i * kLanes < whole) most = larger_magnitude(weights.vec[i], most);
+    }
+    const FixedStep step = fixed_step(most);
+#pragma GCC unroll 4
+    for (int i = 0; i < kGather / kLanes; ++i) {
+      if (i * kLanes < whole) {
+        store_units<Products>(to + i * kLanes, weights.vec[i] * splat(step.inverse));
+      }
     }
     steps[row][group] = step.step;
-    first_totals[row][group] = Products::first_total(to, kGather, bits);
+    first_totals[row][group] = Products::first_total(to, whole, bits);
   }
 };
 

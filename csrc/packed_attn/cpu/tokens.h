@@ -22,34 +22,38 @@ struct TokenList {
 struct BlockAddresses {
   int64_t count = 0;
   bool packed = true;  // none lies in the window
-  bool run = false;  // kGather packed tokens, equally far apart from at[0] on; no others are in at
+  bool run = false;    // kGather packed tokens, equally far apart
+  bool tight = false;  // a run without gaps: of its tokens only the first is in at
   int64_t row_stride = 0, params_stride = 0;  // of a run
-  TokenAddress at[kGather + kLanes];  // valid up to whole_lanes(count)
+  TokenAddress at[kGather + kLanes];          // valid up to whole_lanes(count)
 
   // `tokens` of them are in at.
   void finish(int64_t tokens) {
     count = tokens;
     packed = true;
-    run = false;
+    run = tight = false;
     for (int64_t i = 0; i < count; ++i) packed = packed && at[i].params;
     for (int64_t i = count; count > 0 && i < count + kLanes; ++i) at[i] = at[count - 1];
   }
   // Tokens that side.packed_run() counted.
   void take_run(const SideView& side, int64_t token, int64_t tokens) {
-    run = tokens == kGather && side.format.axis == GroupAxis::channel;
-    if (!run) {
-      for (int64_t i = 0; i < tokens; ++i) at[i] = side.packed_address(token + i);
-      return finish(tokens);
-    }
-    count = tokens;
-    packed = true;
-    at[0] = side.packed_address(token);
+    const PackFormat& f = side.format;
     row_stride = side.row_stride();
     params_stride = side.params_stride();
+    const bool equally_far = tokens == kGather && f.axis == GroupAxis::channel;
+    const bool no_gaps =
+        row_stride == code_bytes(f.head_dim, f.bits) && params_stride == params_per_row(f);
+    const int64_t listed = equally_far && no_gaps ? 1 : tokens;
+    for (int64_t i = 0; i < listed; ++i) at[i] = side.packed_address(token + i);
+    if (listed == tokens) finish(tokens);
+    count = tokens;
+    packed = true;
+    run = equally_far;
+    tight = equally_far && no_gaps;
   }
 
   TokenAddress operator[](int64_t i) const {
-    if (!run) return at[i];
+    if (!tight) return at[i];
     return {at[0].row + i * row_stride, at[0].params + i * params_stride};
   }
   // f(the rows of codes from `first` on), as TokenRun or TokenList.
@@ -58,10 +62,10 @@ struct BlockAddresses {
     if (run) return f(TokenRun{at[0].row + first * row_stride, row_stride});
     f(TokenList{at + first});
   }
-  // The first token from i on whose params are not those of i.
+  // The first token from i on whose params are not those of i, along tokens.
   int64_t group_end(int64_t i) const {
     int64_t end = i + 1;
-    while (end < count && (*this)[end].params == (*this)[i].params) ++end;
+    while (end < count && at[end].params == at[i].params) ++end;
     return end;
   }
 };
@@ -72,50 +76,51 @@ class TokenPrefetcher {
  public:
   TokenPrefetcher() = default;
   TokenPrefetcher(const BlockAddresses& block, const PackFormat& f)
-      : block_(&block), row_bytes_(code_bytes(f.head_dim, f.bits)),
-        params_bytes_(2 * params_per_row(f)), pieces_(2 * block.count) {
-    if (block.run && block.row_stride == row_bytes_ && 2 * block.params_stride == params_bytes_) {
-      // Two pieces, as if it were one token.
-      row_bytes_ *= kGather;
-      params_bytes_ *= kGather;
-      pieces_ = 2;
-    }
+      : block_(&block), row_bytes_(code_bytes(f.head_dim, f.bits)), tokens_(block.count) {
+    if (!block.tight) return;
+    // The rows are bytes one after the other, and so are the params, of which there are few.
+    tokens_ = 0;
+    next_byte_ = block.at[0].row;
+    end_byte_ = next_byte_ + kGather * row_bytes_;
+    const auto* params = reinterpret_cast<const uint8_t*>(block.at[0].params);
+    for (int64_t i = 0; i < 2 * params_per_row(f) * kGather; i += kLine)
+      __builtin_prefetch(params + i);
   }
 
   // What is left is to be spread over so many steps.
   void spread(int64_t steps) {
-    const int64_t lines = (pieces_ - piece_ + 1) / 2 *
-                          (divide_up(row_bytes_, kLine) + divide_up(params_bytes_, kLine));
-    lines_a_step_ = divide_up(lines, max(steps, 1));
+    const bool by_token = tokens_ > 0;
+    const int64_t left = by_token ? tokens_ - next_token_ : (end_byte_ - next_byte_) / kLine;
+    step_ = divide_up(left, max(steps, 1)) * (by_token ? 1 : kLine);
   }
-  void step() { prefetch(lines_a_step_); }
-  void rest() { prefetch(INT64_MAX); }
+  void step() { prefetch(step_); }
+  void rest() { prefetch(tokens_ > 0 ? tokens_ : end_byte_ - next_byte_); }
 
  private:
   static constexpr int64_t kLine = 64;
   const BlockAddresses* block_ = nullptr;
-  const uint8_t *next_ = nullptr, *end_ = nullptr;  // in a piece: a row of codes, or of params
-  int64_t row_bytes_ = 0, params_bytes_ = 0;
-  int64_t piece_ = 0, pieces_ = 0;
-  int64_t lines_a_step_ = 0;
+  int64_t row_bytes_ = 0;
+  int64_t next_token_ = 0, tokens_ = 0;
+  const uint8_t *next_byte_ = nullptr, *end_byte_ = nullptr;
+  int64_t step_ = 0;  // tokens, or bytes
 
-  void prefetch(int64_t lines) {
-    const uint8_t* next = next_;
-    for (; lines > 0; --lines, next += kLine) {
-      while (next >= end_) {
-        if (piece_ == pieces_) return;
-        next = next_piece();
-      }
-      __builtin_prefetch(next);
+  void prefetch(int64_t count) {
+    const int64_t bytes = min(count, end_byte_ - next_byte_);
+    if (bytes > 0) {
+      const uint8_t* byte = next_byte_;
+      next_byte_ += bytes;
+      for (; byte < next_byte_; byte += kLine) __builtin_prefetch(byte);
+      return;
     }
-    next_ = next;
-  }
-  const uint8_t* next_piece() {
-    const TokenAddress token = (*block_)[piece_ / 2];
-    const bool params = piece_++ % 2;
-    const auto* first = params ? reinterpret_cast<const uint8_t*>(token.params) : token.row;
-    end_ = first + (params ? params_bytes_ : row_bytes_);
-    return first - reinterpret_cast<uintptr_t>(first) % kLine;
+    for (const int64_t end = min(next_token_ + count, tokens_); next_token_ < end; ++next_token_) {
+      const TokenAddress token = block_->at[next_token_];
+      for (int64_t byte = 0; byte < row_bytes_; byte += kLine) {
+        __builtin_prefetch(token.row + byte);
+      }
+      // Rows of records begin anywhere in a cache line.
+      __builtin_prefetch(token.row + row_bytes_ - 1);
+      __builtin_prefetch(token.params);
+    }
   }
 };
 

@@ -220,8 +220,10 @@ class PackedSums {
             for (int64_t r = 0; r < here; ++r) {
               const float* from = weight + r * kGather;
               BlockWeights plain;
+#pragma GCC unroll 4
               for (int64_t i = 0; i < kGather; i += kLanes) {
-                plain.vec[i / kLanes] = load_row(from + i, end - first - i);
+                plain.vec[i / kLanes] =
+                    i < end - first ? load_row(from + i, end - first - i) : splat(0.0f);
               }
               quads.weigh<Products>(r, 0, plain, f.bits);
             }
