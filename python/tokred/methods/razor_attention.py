@@ -8,7 +8,9 @@ in a few bits, heads of either kind share one pool, into which decoding appends:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -272,8 +274,8 @@ class PackedRazorHeads:
         leaving = places[:, others, max(self.window - self.entered, 0) :]
         count, left = self.dropped[..., None], leaving.shape[2]
         for pool, x, mean in zip((self.k, self.v), (k, v), self.means, strict=True):
-            rows = (part[:, :, leaving.flatten()] for part in (pool.codes, pool.params))
-            old = tokred.kv_unpack(PackedKV(*rows, pool.format))[0, 0].unflatten(0, leaving.shape)
+            rows = _of_both(pool, partial(torch.index_select, dim=2, index=leaving.flatten()))
+            old = tokred.kv_unpack(rows)[0, 0].unflatten(0, leaving.shape)
             _write(pool, x, places)
             if leaving.numel() > 0:
                 mean.copy_((count * mean + old.sum(2)) / (count + left))
@@ -300,8 +302,7 @@ class PackedRazorHeads:
             places += len(fresh)
         behind = (0, 0, 0, places - before)
         for name, pool in (("k", self.k), ("v", self.v)):
-            rows = (pad(part, behind) for part in (pool.codes, pool.params))
-            setattr(self, name, PackedKV(*rows, pool.format))
+            setattr(self, name, _of_both(pool, partial(pad, pad=behind)))
         self.rooms = rooms
 
     def _fill_tables(self) -> None:
@@ -312,6 +313,11 @@ class PackedRazorHeads:
         if len(others):
             bias = self.bias.view(batch, -1, self.bias.shape[2])
             bias[:, others, self.num_sinks] = self.dropped.log()
+
+
+def _of_both(pool: PackedKV, change: Callable[[Tensor], Tensor]) -> PackedKV:
+    """The pool with what becomes of its codes and of its params."""
+    return replace(pool, codes=change(pool.codes), params=change(pool.params))
 
 
 def _write(pool: PackedKV, x: Tensor, places: Tensor) -> None:
