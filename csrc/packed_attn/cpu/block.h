@@ -111,7 +111,7 @@ class ReadableBlock {
     for (int64_t i = 0; i < block.count; ++i) {
       uint8_t* row = rows_ + i * block_.row_stride;
       side.read_codes(block[i].row, row);
-      if (i == 0 || !block.run) block_.at[i].row = row;
+      if (i == 0 || !block.tight) block_.at[i].row = row;
     }
     if (!block.run) block_.finish(block.count);
     return block_;

@@ -112,8 +112,10 @@ class TokenPrefetcher {
       for (; byte < next_byte_; byte += kLine) __builtin_prefetch(byte);
       return;
     }
-    for (const int64_t end = min(next_token_ + count, tokens_); next_token_ < end; ++next_token_) {
-      const TokenAddress token = block_->at[next_token_];
+    const TokenAddress* next = block_->at + next_token_;
+    next_token_ = min(next_token_ + count, tokens_);
+    for (const TokenAddress* end = block_->at + next_token_; next < end; ++next) {
+      const TokenAddress token = *next;
       for (int64_t byte = 0; byte < row_bytes_; byte += kLine) {
         __builtin_prefetch(token.row + byte);
       }
