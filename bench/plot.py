@@ -19,9 +19,9 @@ from matplotlib.patches import Patch
 from .harness import Row
 from .machine import RESULTS
 from .published import load_rows
-from .tables import SHORT, caption, groups
+from .tables import caption, groups, short
 
-COLORS = {"float32": "#33658a", "float16": "#86bbd8", "bfloat16": "#f6ae2d"}
+COLORS = {"float32": "#33658a", "float16": "#86bbd8", "bfloat16": "#f6ae2d", "int32": "#758e4f"}
 BARS = (
     "topk",
     "score",
@@ -79,7 +79,7 @@ def bars(rows: Sequence[Row], path: Path) -> None:
     axes.set_title(f"{rows[0].bench}: {caption(rows[0]).strip('*')}", fontsize=9, loc="left")
     dtypes = dict.fromkeys(r.dtype for r in ours)
     axes.legend(
-        handles=[Patch(color=COLORS[d], label=SHORT[d]) for d in dtypes],
+        handles=[Patch(color=COLORS[d], label=short(d)) for d in dtypes],
         loc="lower right",
         fontsize=8,
     )
@@ -92,7 +92,7 @@ def curves(rows: Sequence[Row], path: Path) -> None:
     for group in groups(rows):
         points = sorted((r for r in group if "r" in r.metrics), key=lambda r: r.metrics["r"])
         first = points[0]
-        name = f"{first.case}, {first.shape[-1]} px, {SHORT[first.dtype]}"
+        name = f"{first.case}, {first.shape[-1]} px, {short(first.dtype)}"
         x = [r.metrics["r"] for r in points]
         (line,) = speed.plot(x, [r.ratio_to_best_peer for r in points], "o-", label=name)
         judged = [r for r in points if "cls_cosine" in r.metrics]

@@ -12,6 +12,10 @@ from .harness import Row
 SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
+def short(dtype: str) -> str:
+    return SHORT.get(dtype, dtype)
+
+
 def duration(microseconds: float) -> str:
     for unit, scale in (("s", 1e6), ("ms", 1e3)):
         if microseconds >= scale:
@@ -50,7 +54,7 @@ def op_table(rows: Sequence[Row]) -> str:
         for row in (r for r in group if r.role == "ours"):
             shape = ",".join(map(str, row.shape))
             cells = [
-                f"{row.case}: `{row.candidate}` [{shape}] {SHORT[row.dtype]} {row.distribution}",
+                f"{row.case}: `{row.candidate}` [{shape}] {short(row.dtype)} {row.distribution}",
                 f"{duration(row.median_us)} ({duration(row.p20_us)} – {duration(row.p80_us)})",
                 f"{peer.candidate}, {duration(peer.median_us)}" if peer else "",
                 f"**{row.ratio_to_best_peer:.2f}×**" if row.ratio_to_best_peer else "",
@@ -81,7 +85,7 @@ def models_table(rows: Sequence[Row]) -> str:
             cosines = (metrics.get(name) for name in ("cls_cosine", "patch_cosine"))
             lines.append(
                 [
-                    f"{row.case}, {row.shape[-1]} px, {SHORT[row.dtype]}: {row.candidate}",
+                    f"{row.case}, {row.shape[-1]} px, {short(row.dtype)}: {row.candidate}",
                     f"{metrics['tokens']:.0f}" if "tokens" in metrics else "",
                     duration(row.median_us / images),
                     f"**{row.ratio_to_best_peer:.2f}×**" if row.role == "ours" else "1",
@@ -123,7 +127,7 @@ def cache_table(rows: Sequence[Row]) -> str:
                 ]
             )
     header = [
-        f"{rows[0].case}, {SHORT[rows[0].dtype]}",
+        f"{rows[0].case}, {short(rows[0].dtype)}",
         "context",
         "a step (p20 – p80)",
         "to the best peer",

@@ -215,6 +215,7 @@ def test_results_are_named_after_machine_and_mode():
 @pytest.fixture(scope="module")
 def measured() -> list[harness.Row]:
     stored = rows() + rows(bench="merge", floors=()) + rows(bench="sparse_attn")
+    stored += rows(bench="merge", name="compose", dtype="int32", ceiling="")
     models = [
         dataclasses.replace(
             r, metrics={"r": 8.0, "tokens": 100.0, "cls_cosine": 0.995, "patch_cosine": 0.9}
