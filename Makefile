@@ -94,6 +94,8 @@ format: $(VENV)/test
 	@$(BIN)/clang-format -i $(CPP)
 
 PYTEST := pytest -n 2 --dist worksteal
+# Two workers on two cores: a second thread of each would only wait for the other worker.
+test test-all test-newest test-oldest: export OMP_NUM_THREADS := 1
 
 test: build $(VENV)/test lint
 	$(BIN)/python -m $(PYTEST) -m "not wide"
