@@ -38,7 +38,7 @@ def test_every_method_is_drawn_at_the_same_budget(tmp_path: Path) -> None:
     assert [entry["method"] for entry in entries] == [m.name for m in budgets.reducers((), "")]
     assert {"tome", "pitome", "ats"} <= {entry["method"] for entry in entries}
     for entry in entries:
-        assert 0.9 * 0.6 * 145 <= entry["tokens"] <= 1.15 * 0.6 * 145, entry
+        assert 0.95 * 0.6 * 145 <= entry["tokens"] <= 1.15 * 0.6 * 145, entry
         # Of a dropped patch nothing is left to compare.
         least = 0.4 if METHODS[entry["method"]].family is Family.PRUNE else 0.6
         assert least < entry["patch_cosine"] <= 1 and 0.6 < entry["cls_cosine"] <= 1, entry

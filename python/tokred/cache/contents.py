@@ -87,10 +87,7 @@ class Contents:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Contents:
         """The function applied to every tensor, the first dimension of which is the batch."""
-        keys, values = (
-            replace(side, codes=function(side.codes), params=function(side.params))
-            for side in self.packed
-        )
+        keys, values = (side.map(function) for side in self.packed)
         return replace(
             self,
             packed=(keys, values),

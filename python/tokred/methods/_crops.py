@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ._selection import close_gaps, head_mean, in_order
+from ._skipping import scatter_back
 
 if TYPE_CHECKING:
     from tokred.patching import VisualCall
@@ -37,10 +38,9 @@ class Crops:
 
     def spread(self, values: Tensor, tokens: int) -> Tensor:
         """[B * M, P] of the places -> [B, N] of the tokens; the inverse of `values`."""
-        place = torch.where(self.token >= 0, self.token, tokens).flatten().long()
-        rows = values.reshape(-1, len(place))
-        spare = rows.new_zeros(len(rows), tokens + 1)
-        return spare.scatter(1, place.expand_as(rows), rows)[:, :tokens]
+        rows = values.reshape(-1, self.token.numel(), 1)
+        nothing = rows.new_zeros(len(rows), tokens, 1)
+        return scatter_back(nothing, rows, self.token.flatten().expand(rows.shape[:2]))[..., 0]
 
     def valid(self, batch: int) -> Tensor:
         """bool [B * M, P]."""

@@ -12,6 +12,8 @@ from torch.nn import functional
 import tokred
 from tokred.selection import block_mask
 
+from ._lists import check_count
+
 Order: TypeAlias = Literal["position", "score"]
 Rounding: TypeAlias = Literal["floor", "nearest", "ceil"]
 Spare: TypeAlias = Literal["lost", "remainder", "weight"]
@@ -90,8 +92,8 @@ def keep_count(
         if rounding == "nearest":
             return round(share)
         return math.floor(share) if rounding == "floor" else math.ceil(share)
-    if keep is None or keep < 0:
-        raise ValueError(f"keep must be at least 0, got {keep}")
+    check_count("keep", keep)
+    assert keep is not None
     return min(keep, tokens)
 
 
@@ -213,9 +215,10 @@ def best(
         i32 [..., k], or [..., places] for a k of each row; -1 behind the last.
 
     Raises:
-        ValueError: another order.
+        ValueError: another order, or k that is no int or integers.
     """
     check_order(order)
+    check_count("k", k, per_row=True)
     scores = scores.detach()
     scores = scores.float() if scores.dtype == torch.float64 else scores
     if valid is not None:

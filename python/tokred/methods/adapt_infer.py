@@ -17,7 +17,6 @@ from torch import Tensor
 
 import tokred
 
-from ._lists import check_count
 from ._method import Family, Method, Needs
 from ._prompts import StagedOptions
 from ._selection import best
@@ -89,7 +88,6 @@ def adapt_infer(
     Returns:
         i32 [B, k], or [B, N] for a k of each row; -1 behind the last.
     """
-    check_count("k", k, per_row=True)
     return best(scores, k, valid, order)
 
 

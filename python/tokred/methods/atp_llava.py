@@ -140,8 +140,6 @@ def atp_llava(
     """
     check_count("k", k, optional=True)
     check_order(order)
-    if k is not None:
-        check_least(0, k=k)
 
     def above(scores: Tensor, threshold: float | Tensor) -> Tensor:
         if isinstance(threshold, Tensor):

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ._lists import check_count
 from ._method import Family, Method, Needs
 from ._selection import best, content_mask, head_mean
 from ._visual import VisualOptions
@@ -106,7 +105,6 @@ def select_tokens(
 
     O(B H N) time.
     """
-    check_count("k", k, per_row=True)
     scores = debiased(attention, trend)
     if content is not None:
         content = content.expand_as(scores)

@@ -9,15 +9,12 @@ approximate version: how attention is summed into what is taught follows a descr
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-
-import tokred
 
 from ._lists import check_count
 from ._method import Family, Method, Needs
-from ._prompts import best_share
-from ._selection import best
+from ._prompts import attention_from, best_share
+from ._selection import best, mask_of
 
 
 def covipal(
@@ -41,7 +38,6 @@ def covipal(
     Raises:
         ValueError: a ratio outside [0, 1], keep below 0, or another order.
     """
-    check_count("keep", keep, optional=True)
     return best_share(scores, ratio, keep, valid, order)
 
 
@@ -66,18 +62,9 @@ def attention_target(
         f32 [B, L].
     """
     check_count("num_chosen", num_chosen)
-    queries = (text if mask is None else text & mask).float()[:, None]
-    columns = tokred.attention_columns(
-        q.detach(),
-        k.detach(),
-        weight=queries,
-        causal=True,
-        scale=scale,
-        mask=None if mask is None else mask[:, None, None],
-    )
-    chosen = best(columns.sum(1), num_chosen, visual if mask is None else visual & mask)
-    target = torch.zeros(visual.shape[0], visual.shape[1] + 1, device=visual.device)
-    return target.scatter(1, torch.where(chosen < 0, visual.shape[1], chosen).long(), 1)[:, :-1]
+    scores = attention_from(text, q, k, scale, mask)
+    chosen = best(scores, num_chosen, visual if mask is None else visual & mask)
+    return mask_of(chosen, visual.shape[1]).float()
 
 
 METHOD = Method(

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._lists import check_count
 from ._method import Family, Method, Needs
 from ._prompts import best_share
 
@@ -93,7 +92,6 @@ def explain_compressor(
     Raises:
         ValueError: a ratio outside [0, 1], keep below 0, or another order.
     """
-    check_count("keep", keep, optional=True)
     return best_share(scores, ratio, keep, valid, order)
 
 

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ._crops import encoder_attention, select_in_crops
 from ._dropping import best_tokens, chosen_layers, finite
-from ._lists import check_count
 from ._method import Family, Method, Needs
 from ._selection import best, head_mean, keep_count
 from ._visual import VisualOptions
@@ -47,7 +46,6 @@ def select_tokens(
 
     O(B H N) time.
     """
-    check_count("k", k, per_row=True)
     return best(head_mean(attention), k, valid, order)
 
 

@@ -65,7 +65,9 @@ def select_tokens(
     check_grid(tokens, grid)
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be in [0, 1], got {alpha}")
-    anchors = (k.double() * alpha / 5).round() if isinstance(k, Tensor) else round(k * alpha / 5)
+    anchors = (
+        (k.double() * alpha / 5).round().int() if isinstance(k, Tensor) else round(k * alpha / 5)
+    )
     first = best(middle, anchors, valid, "score")
     if reference_compat:
         steps = torch.tensor([0, -1, 1, -grid[1], grid[1]], dtype=torch.int32, device=deep.device)

@@ -69,7 +69,6 @@ def prune(
     Returns:
         i32 [B, K], K = keep, or ratio of N rounded down.
     """
-    check_count("keep", keep, optional=True)
     return best(scores, keep_count(scores.shape[1], keep, ratio), order=order)
 
 

@@ -8,8 +8,7 @@ in a few bits, heads of either kind share one pool, into which decoding appends:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -274,7 +273,7 @@ class PackedRazorHeads:
         leaving = places[:, others, max(self.window - self.entered, 0) :]
         count, left = self.dropped[..., None], leaving.shape[2]
         for pool, x, mean in zip((self.k, self.v), (k, v), self.means, strict=True):
-            rows = _of_both(pool, partial(torch.index_select, dim=2, index=leaving.flatten()))
+            rows = pool.map(partial(torch.index_select, dim=2, index=leaving.flatten()))
             old = tokred.kv_unpack(rows)[0, 0].unflatten(0, leaving.shape)
             _write(pool, x, places)
             if leaving.numel() > 0:
@@ -302,7 +301,7 @@ class PackedRazorHeads:
             places += len(fresh)
         behind = (0, 0, 0, places - before)
         for name, pool in (("k", self.k), ("v", self.v)):
-            setattr(self, name, _of_both(pool, partial(pad, pad=behind)))
+            setattr(self, name, pool.map(partial(pad, pad=behind)))
         self.rooms = rooms
 
     def _fill_tables(self) -> None:
@@ -313,11 +312,6 @@ class PackedRazorHeads:
         if len(others):
             bias = self.bias.view(batch, -1, self.bias.shape[2])
             bias[:, others, self.num_sinks] = self.dropped.log()
-
-
-def _of_both(pool: PackedKV, change: Callable[[Tensor], Tensor]) -> PackedKV:
-    """The pool with what becomes of its codes and of its params."""
-    return replace(pool, codes=change(pool.codes), params=change(pool.params))
 
 
 def _write(pool: PackedKV, x: Tensor, places: Tensor) -> None:

@@ -21,7 +21,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 import tokred
 
-from ._lists import check_count
 from ._method import Family, Method, Needs
 from ._prompts import StagedOptions, attention_from
 from ._selection import best, check_features, features_of, mask_of, rows_of
@@ -118,7 +117,6 @@ def sparse_vlm(
     Returns:
         i32 [B, k], or [B, N] for a k of each row; -1 behind the last.
     """
-    check_count("k", k, per_row=True)
     return best(scores, k, valid, order)
 
 

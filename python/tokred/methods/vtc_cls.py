@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ._crops import encoder_attention, select_in_crops
-from ._lists import check_count
 from ._method import Family, Method, Needs
 from ._selection import best, head_mean, keep_count
 from ._visual import VisualOptions
@@ -54,7 +53,6 @@ def select_tokens(
     Returns:
         i32 [B, k] ([B, N] for a k of each row), -1 behind the last.
     """
-    check_count("k", k, per_row=True)
     return best(scores, k, valid, order)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -95,6 +96,10 @@ class PackedKV:
     params: Tensor
     format: PackFormat
     levels: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> PackedKV:
+        """With what the function makes of the codes, and of the params."""
+        return replace(self, codes=function(self.codes), params=function(self.params))
 
     @property
     def head_dim(self) -> int:
