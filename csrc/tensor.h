@@ -2,11 +2,6 @@
 // Every check names the argument, what it was and what it must be.
 #pragma once
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
-#include <cstdint>
 #include <initializer_list>
 #include <limits>
 #include <optional>
@@ -21,6 +16,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "common/cpu/pages.h"
 #include "common/types.h"
 
 // The text is all that callers see; torch's own macros add a file of the build to it.
@@ -186,25 +182,13 @@ inline Tensor allocate(const Tensor& like, std::initializer_list<int64_t> shape,
   return allocate(like, shape.begin(), static_cast<int64_t>(shape.size()), type);
 }
 
-// Asks for pages of 2 MiB: where memory is new at every call, as large blocks of malloc are, to
-// meet 47 MB in pages of 4 KiB took 34 ms, and to fill it 7. A hint; nothing follows where it
-// fails.
-inline void prefer_huge_pages(void* data, int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kPage = 2 << 20;
-  const uintptr_t start = reinterpret_cast<uintptr_t>(data), end = start + bytes;
-  const uintptr_t first = (start + kPage - 1) / kPage * kPage, last = end / kPage * kPage;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
 // Memory for one call: on the stack where kernels run on the host and need little, because an
 // allocation costs as much as a small op.
 class Scratch {
  public:
   Scratch(const Tensor& like, int64_t bytes, bool on_host) {
     if (!on_host || bytes > kInlineBytes) tensor_ = allocate(like, {bytes}, ScalarType::Byte);
-    if (on_host && bytes >= kLargeBytes) prefer_huge_pages(data(), bytes);
+    if (on_host) advise_huge_pages(data(), bytes, kLargeBytes);
   }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
@@ -212,6 +196,8 @@ class Scratch {
   void* data() { return tensor_ ? tensor_->mutable_data_ptr() : inline_; }
 
  private:
+  // Large blocks of malloc are new at every call: to meet 47 MB in pages of 4 KiB took 34 ms, and
+  // to fill them 7.
   static constexpr int64_t kInlineBytes = 16 << 10, kLargeBytes = 8 << 20;
   alignas(64) char inline_[kInlineBytes];
   OptionalTensor tensor_;

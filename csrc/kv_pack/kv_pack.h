@@ -27,17 +27,7 @@ std::tuple<Tensor, Tensor> kv_pack(const Tensor& x, int64_t bits, int64_t group_
   Tensor codes =
       allocate(x, {p.batch, p.heads, tokens, code_bytes(f.head_dim, bits)}, ScalarType::Byte);
   Tensor params = allocate(x, {p.batch, p.heads, rows, params_per_row(f)}, ScalarType::Half);
-  p.packed = {static_cast<uint8_t*>(codes.mutable_data_ptr()),
-              static_cast<uint16_t*>(params.mutable_data_ptr()),
-              codes.stride(0),
-              codes.stride(1),
-              codes.stride(2),
-              params.stride(0),
-              params.stride(1),
-              params.stride(2),
-              tokens,
-              f};
-  set_levels(p.packed, format, p.heads, x, "x");
+  p.packed = rows_of(codes, params, f, format, x, "x");
   backend.will_write(p.packed.codes, p.batch * codes.stride(0));
   backend.kv_pack(p);
   return {codes, params};

@@ -79,6 +79,23 @@ inline void set_levels(PackedRows& p, const FormatArguments& a, int64_t heads, c
   p.levels_stride_head = levels.size(0) == 1 ? 0 : levels.stride(0);
 }
 
+// codes and params that are known to fit the format, and levels, which are checked.
+inline PackedRows rows_of(const Tensor& codes, const Tensor& params, const PackFormat& f,
+                          const FormatArguments& a, const Tensor& like, const char* like_name) {
+  PackedRows p{static_cast<uint8_t*>(const_cast<void*>(codes.const_data_ptr())),
+               static_cast<uint16_t*>(const_cast<void*>(params.const_data_ptr())),
+               codes.stride(0),
+               codes.stride(1),
+               codes.stride(2),
+               params.stride(0),
+               params.stride(1),
+               params.stride(2),
+               codes.size(2),
+               f};
+  set_levels(p, a, codes.size(1), like, like_name);
+  return p;
+}
+
 // codes [B, H, S, bytes] and params [B, H, S | S / group_size, P], checked.
 inline PackedRows packed_rows(const Tensor& codes, const Tensor& params, const FormatArguments& a,
                               const Tensor& like, const char* like_name) {
@@ -99,18 +116,7 @@ inline PackedRows packed_rows(const Tensor& codes, const Tensor& params, const F
   check_dtype(params, params_name.c_str(), ScalarType::Half);
   check_last_contiguous(params, params_name.c_str());
   check_same_device(params, params_name.c_str(), like, like_name);
-  PackedRows p{static_cast<uint8_t*>(const_cast<void*>(codes.const_data_ptr())),
-               static_cast<uint16_t*>(const_cast<void*>(params.const_data_ptr())),
-               codes.stride(0),
-               codes.stride(1),
-               codes.stride(2),
-               params.stride(0),
-               params.stride(1),
-               params.stride(2),
-               codes.size(2),
-               f};
-  set_levels(p, a, codes.size(1), like, like_name);
-  return p;
+  return rows_of(codes, params, f, a, like, like_name);
 }
 
 // slots i32 [B, capacity] into a pool, or the rows themselves; see SlotTable.

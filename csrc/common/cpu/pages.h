@@ -1,4 +1,4 @@
-// Huge pages for large fresh outputs: with 4 KiB pages, faulting in a 100 MB output takes longer
+// Huge pages for large fresh memory: with 4 KiB pages, faulting in a 100 MB output takes longer
 // than computing it (30 ms against 6).
 #pragma once
 
@@ -10,11 +10,13 @@
 
 namespace tokred {
 
-inline void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+// A hint, from `least` bytes on; nothing follows where it fails.
+inline void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes,
+                              [[maybe_unused]] int64_t least = 16 << 20) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
-  if (bytes < static_cast<int64_t>(8 * kHugePage)) return;
-  // Only whole pages inside the output: the rest of the first and last page belongs to others.
+  if (bytes < least) return;
+  // Only whole pages inside: the rest of the first and last page belongs to others.
   const auto first = reinterpret_cast<uintptr_t>(data);
   const auto begin = (first + kHugePage - 1) & ~(kHugePage - 1);
   const auto end = (first + static_cast<uintptr_t>(bytes)) & ~(kHugePage - 1);
