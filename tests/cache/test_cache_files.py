@@ -18,6 +18,7 @@ from cases.compare import assert_bitwise_equal
 from cases.tiny_models import generated, left_padded, tiny_lm, transformers
 from tokred.cache import PackedCacheLayer
 from tokred.cache.files import safe_open, save_file
+from tokred.integrations.transformers import attention
 
 SLIDING = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
 MODELS = {
@@ -179,6 +180,7 @@ def test_another_model(path: Path) -> None:
 
 def test_another_sliding_window(tmp_path: Path) -> None:
     model = MODELS["gemma3"]()
+    attention.register()
     model.set_attn_implementation("tokred")
     path = tmp_path / "cache.safetensors"
     filled(model).save(path)
