@@ -95,6 +95,32 @@ def test_a_cache_without_tokens(model: nn.Module, tmp_path: Path) -> None:
     assert torch.equal(generated(model, ids, mask, past_key_values=loaded), expected)
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_shape_of_removed_tokens_is_remembered(
+    model: nn.Module, name: str, tmp_path: Path
+) -> None:
+    """Tokens that an emptied cache refuses, it still refuses when it was saved and loaded."""
+    path = tmp_path / "cache.safetensors"
+    emptied = filled(model, 5, **FORMATS[name])
+    emptied.crop(-5)
+    emptied.save(path)
+    loaded = tokred.PackedCache.load(path, model.config)
+    assert loaded.get_seq_length() == 0 and loaded.nbytes().codes == 0
+    again = tmp_path / "again.safetensors"
+    loaded.save(again)
+    with safe_open(path, "pt") as first, safe_open(again, "pt") as second:
+        assert first.metadata() == second.metadata()
+    for batch, heads in ((3, 3), (2, 1)):
+        token = torch.ones(batch, heads, 1, 16)
+        for layer in range(len(loaded.layers)):
+            for cache in (emptied, loaded):
+                with pytest.raises((ValueError, RuntimeError)):
+                    cache.update(token, token.clone(), layer)
+    ids, mask = left_padded()
+    expected = generated(model, ids, mask, past_key_values=emptied)
+    assert torch.equal(generated(model, ids, mask, past_key_values=loaded), expected)
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     path = tmp_path / "cache.safetensors"

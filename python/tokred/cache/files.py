@@ -88,7 +88,7 @@ def load_layers(
     except ValueError as error:
         raise ValueError(f"{path} does not fit the model: {error}") from error
     for number, (layer, described) in enumerate(zip(cache.layers, header.layers, strict=True)):
-        if described.length > 0:
+        if described.shape:
             names = layer_tensors(header.options, described)
             parts = {name: tensors[f"{number}.{name}"].to(device, copy=True) for name in names}
             _fill(layer, described, parts, device)
@@ -130,11 +130,11 @@ def _kind(layer: Any) -> str:
 
 def _parts(layer: Any) -> dict[str, Tensor]:
     """The tensors of a layer, without the room that holds no tokens."""
-    if _kind(layer) == "none" or layer.get_seq_length() == 0:
-        return {}
     if isinstance(layer, PackedCacheLayer):
-        assert layer.contents is not None  # it has tokens
-        return layer.contents.live(layer.length)
+        return {} if layer.contents is None else layer.contents.live(layer.length)
+    # transformers' layers begin with a tensor of no dimensions to speak of.
+    if _kind(layer) == "none" or not layer.is_initialized or layer.keys.dim() != 4:
+        return {}
     start = 1 - layer.sliding_window
     return {"keys": layer.keys[:, :, start:], "values": layer.values[:, :, start:]}
 
@@ -146,9 +146,9 @@ def _describe(layer: Any) -> LayerHeader:
         return LayerHeader(kind)
     length = layer.get_seq_length()
     window = layer.sliding_window if kind == "sliding" else None
-    if length == 0:
-        return LayerHeader(kind, sliding_window=window)
     parts = _parts(layer)
+    if not parts:
+        return LayerHeader(kind, sliding_window=window)
     if kind == "sliding":
         keys, values = parts["keys"], parts["values"]
         dtypes: tuple[torch.dtype, ...] = (keys.dtype, values.dtype)
@@ -196,7 +196,7 @@ def _check_model(layers: list[Any], header: Header, config: Any) -> None:
         if described.kind == expected["kind"] == "sliding":
             expected["sliding_window"] = layer.sliding_window
             found["sliding_window"] = described.sliding_window
-        if described.kind == "packed" and described.length > 0:
+        if described.kind == "packed" and described.shape:
             expected["num_key_value_heads"] = kv_heads_of(config, number)
             expected["head_dim"] = head_dim_of(config, number)
             found["num_key_value_heads"], found["head_dim"] = described.shape[1:3]

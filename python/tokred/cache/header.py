@@ -25,7 +25,7 @@ TensorHeader = tuple[torch.dtype, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class LayerHeader:
-    """One layer; without tokens only its kind and its sliding window are set.
+    """One layer; before its first tokens only its kind and its sliding window are set.
 
     kind: "packed", "sliding", or "none" where a layer caches nothing.
     dtypes: of windows and mean, or of the keys and the values of a sliding layer.
@@ -99,8 +99,10 @@ def _layer(value: Any, where: str) -> LayerHeader:
     dtypes = _tuple(value["dtypes"], f"{where}.dtypes")
     shape = _tuple(value["shape"], f"{where}.shape")
     known = _SLIDING_DTYPES if kind == "sliding" else _DTYPES
-    counts = {"packed": (1, 4), "sliding": (2, 4), "none": (0, 0)}[kind] if length > 0 else (0, 0)
-    if (len(dtypes), len(shape)) != counts or (kind == "none" and length > 0):
+    full = {"packed": (1, 4), "sliding": (2, 4)}.get(kind)
+    # A layer whose tokens were all removed still has their shape.
+    allowed = (full,) if length > 0 else (full, (0, 0))
+    if (len(dtypes), len(shape)) not in allowed:
         raise ValueError(
             f"{where} of kind {kind!r} with {length} tokens has dtypes {list(dtypes)} and shape "
             f"{list(shape)}"
@@ -121,7 +123,7 @@ def layer_tensors(options: CacheOptions, layer: LayerHeader) -> dict[str, Tensor
     Raises:
         ValueError: the options do not fit its head dimensions.
     """
-    if layer.length == 0:
+    if not layer.shape:
         return {}
     batch, heads, *dims = layer.shape
     if layer.kind == "sliding":
