@@ -58,9 +58,11 @@ def decode_case(model: torch.nn.Module, context: int) -> Case:
             "tokred.PackedCache, 4 bits": (ours, tokred.PackedCache(config, bits=4)),
             "tokred.PackedCache, 2 bits": (ours, tokred.PackedCache(config, bits=2)),
             "tokred attention, StaticCache": (ours, static()),
+            "tokred attention, DenseCache": (ours, tokred.DenseCache(config)),
             "tokred attention, DynamicCache": (ours, dynamic()),
             "tokred tidal_decode, k = 256, StaticCache": (tidal, static()),
             "SDPA, StaticCache": (sdpa, static()),
+            "SDPA, DenseCache": (sdpa, tokred.DenseCache(config)),
             "SDPA, DynamicCache": (sdpa, dynamic()),
         }
         calls = {

@@ -20,10 +20,10 @@ from .ops import *  # noqa: E402  (the ops must exist before their wrappers)
 from .ops import __all__ as _ops  # noqa: E402
 
 if TYPE_CHECKING:
-    from .cache import PackedCache
+    from .cache import DenseCache, PackedCache
     from .patching import apply, patch
 
-__all__ = ["PackedCache", "apply", "patch", *_ops]
+__all__ = ["DenseCache", "PackedCache", "apply", "patch", *_ops]
 
 _LAZY_MODULES = ("cache", "integrations", "methods", "models", "nn", "patching", "reference")
 
@@ -32,8 +32,8 @@ def __getattr__(name: str) -> Any:
     """Imports what is not needed to run an op when it is first asked for."""
     if name in ("apply", "patch"):
         return getattr(importlib.import_module("tokred.patching"), name)
-    if name == "PackedCache":
-        return importlib.import_module("tokred.cache").PackedCache
+    if name in ("DenseCache", "PackedCache"):
+        return getattr(importlib.import_module("tokred.cache"), name)
     if name in _LAZY_MODULES:
         return importlib.import_module(f"tokred.{name}")
     raise AttributeError(f"module 'tokred' has no attribute {name!r}")

@@ -1,7 +1,16 @@
-"""Caches of packed keys and values for transformers' models, which attention reads as they are."""
+"""Caches for transformers' models: of a few bits, which attention reads as they are, and dense."""
 
+from .base import CacheBytes
 from .cache import PackedCache
-from .layers import CacheBytes, PackedCacheLayer
+from .dense import DenseCache, DenseCacheLayer
+from .layers import PackedCacheLayer
 from .storage import CacheOptions
 
-__all__ = ["CacheBytes", "CacheOptions", "PackedCache", "PackedCacheLayer"]
+__all__ = [
+    "CacheBytes",
+    "CacheOptions",
+    "DenseCache",
+    "DenseCacheLayer",
+    "PackedCache",
+    "PackedCacheLayer",
+]

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from tokred import compat
-from tokred._library import tensors_in
 from tokred.integrations.transformers import attention
 
+from .base import InPlaceCache, check_capacity, replaced_layers
 from .files import load_layers, save_layers
-from .layers import CacheBytes, PackedCacheLayer
+from .layers import PackedCacheLayer
 from .storage import CacheOptions
 from .support import check_model
 
 
-class PackedCache(Cache):
+class PackedCache(InPlaceCache):
     """A cache of low-bit keys and values for transformers' generate.
 
         cache = tokred.PackedCache(model.config, bits=4)  # tells transformers of the attention
@@ -88,65 +83,11 @@ class PackedCache(Cache):
         options = _options(
             bits, key_bits, value_bits, key_axis, group_size, window, scheme, rotate, center
         )
-        if capacity is not None and (type(capacity) is not int or capacity < 1):
-            raise ValueError(f"capacity must be at least 1, got {capacity!r}")
+        check_capacity(capacity)
         self.options = options
         self.capacity = capacity
         super().__init__(layers=_layers(config, options, capacity))
         attention.register()
-
-    def __copy__(self) -> PackedCache:
-        """A copy with tensors of its own, as appending a token writes in place."""
-        return copy.deepcopy(self)
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Any, Any]:
-        """What the layer's update returns: PackedStates and None of a packed layer."""
-        layer = self.layers[layer_idx]
-        if isinstance(layer, PackedCacheLayer) or torch.compiler.is_compiling():
-            return layer.update(key_states, value_states, *args, **kwargs)
-        with _restored_on_failure([layer]):
-            return layer.update(key_states, value_states, *args, **kwargs)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Removes the last -tokens_to_remove tokens; see PackedCacheLayer.crop."""
-        with _restored_on_failure(self.layers):
-            super().crop(tokens_to_remove)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Takes the rows of the batch in this order, as beam search chooses them."""
-        with _restored_on_failure(self.layers):
-            super().reorder_cache(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats every row of the batch."""
-        with _restored_on_failure(self.layers):
-            super().batch_repeat_interleave(repeats)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps these rows of the batch, given by number or by a bool mask."""
-        with _restored_on_failure(self.layers):
-            super().batch_select_indices(indices)
-
-    def early_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """Makes room before the first tokens; see transformers.Cache."""
-        with _restored_on_failure(self.layers):
-            super().early_initialization(*args, **kwargs)
-
-    def reset(self) -> None:
-        """Drops all tokens."""
-        with _restored_on_failure(self.layers):
-            for layer in self.layers:
-                if isinstance(layer, DynamicLayer):
-                    compat.drop_tokens(layer)
-            super().reset()
-
-    def nbytes(self, layer: int | None = None) -> CacheBytes:
-        """What all layers take in bytes, or one; `.total` has everything."""
-        if layer is None:
-            return sum((_nbytes(each) for each in self.layers), CacheBytes())
-        return _nbytes(self.layers[layer])
 
     def bytes_per_token(self) -> float:
         """All bytes, divided by the tokens of all rows of the batch; 0 of an empty cache."""
@@ -209,47 +150,11 @@ def _options(
 
 def _layers(config: Any, options: CacheOptions, capacity: int | None) -> list[Any]:
     """transformers' own layers for the config, those of full attention replaced."""
-    layers = DynamicCache(config=config).layers
-    packed = [
-        PackedCacheLayer(options, capacity) if type(layer) is DynamicLayer else layer
-        for layer in layers
-    ]
-    if not any(isinstance(layer, PackedCacheLayer) for layer in packed):
-        raise ValueError(
-            f"PackedCache packs layers of full attention, and {type(config).__name__} has none: "
-            "use a transformers.DynamicCache"
-        )
+    refusal = (
+        f"PackedCache packs layers of full attention, and {type(config).__name__} has none: "
+        "use a transformers.DynamicCache"
+    )
+    packed = replaced_layers(config, partial(PackedCacheLayer, options, capacity), refusal)
     numbers = [n for n, layer in enumerate(packed) if isinstance(layer, PackedCacheLayer)]
     check_model(config, options, numbers)
     return packed
-
-
-@contextmanager
-def _restored_on_failure(layers: list[Any]) -> Iterator[None]:
-    """Gives layers back what they held where something raises.
-
-    They hold tensors, and numbers, lists and dicts of them, that a call replaces.
-    """
-    before = [{name: _shallow(value) for name, value in vars(layer).items()} for layer in layers]
-    try:
-        yield
-    except BaseException:
-        for layer, attributes in zip(layers, before, strict=True):
-            vars(layer).clear()
-            vars(layer).update(attributes)
-        raise
-
-
-def _shallow(value: Any) -> Any:
-    return copy.copy(value) if isinstance(value, dict | list) else value
-
-
-def _nbytes(layer: Any) -> CacheBytes:
-    if isinstance(layer, PackedCacheLayer):
-        return layer.nbytes()
-    # The storages: what is a view keeps all of its memory.
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for tensor in tensors_in(vars(layer))
-    }
-    return CacheBytes(full_precision=sum(storages.values()))

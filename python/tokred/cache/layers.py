@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from tokred._library import refuse_grad
 from tokred.integrations.transformers.packed_states import PackedStates
 from tokred.ops.kv_pack import PackedKV
 
+from .base import CacheBytes
 from .contents import FLOATS, Contents
 from .rollback import ROLLBACK, Checkpoint
 from .storage import CacheOptions, Layout
@@ -24,30 +24,6 @@ from .storage import CacheOptions, Layout
 # sixteen times on the way, which is nothing beside the steps of attention that read it.
 _GROWTH = 16
 _LEAST_GROWTH = 16  # tokens
-
-
-@dataclass(frozen=True)
-class CacheBytes:
-    """What a cache takes, in bytes.
-
-    codes, params: of the packed tokens. window: what is kept in full precision beside them.
-    full_precision: layers that are not packed. slack: room for more tokens.
-    """
-
-    codes: int = 0
-    params: int = 0
-    window: int = 0
-    full_precision: int = 0
-    slack: int = 0
-
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return sum(astuple(self))
-
-    def __add__(self, other: CacheBytes) -> CacheBytes:
-        pairs = zip(astuple(self), astuple(other), strict=True)
-        return CacheBytes(*(a + b for a, b in pairs))
 
 
 class PackedCacheLayer(CacheLayerMixin):
@@ -63,6 +39,7 @@ class PackedCacheLayer(CacheLayerMixin):
 
     is_sliding = False
     is_croppable = True
+    restores_itself = True
 
     def __init__(self, options: CacheOptions, capacity: int | None = None) -> None:
         super().__init__()

@@ -1,0 +1,241 @@
+"""The dense cache of a model: keys and values as they are, in memory that grows in place."""
+
+from __future__ import annotations
+
+import operator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from tokred._library import refuse_grad
+from tokred.integrations.transformers.token_buffer import TokenBuffer
+
+from .base import CacheBytes, InPlaceCache, check_capacity, replaced_layers
+
+
+class DenseCache(InPlaceCache):
+    """A cache of keys and values in full precision that appends in place.
+
+        model.generate(**inputs, cache=tokred.DenseCache(model.config))
+
+    (before transformers 5.24 the keyword is `past_key_values`).
+
+    It holds what a DynamicCache holds, and works where that works, with any attention: left
+    padding, beams, prompts in several parts, assisted generation, autocast. But a token costs no
+    copy of the cache, and removing tokens costs nothing; large layers ask for huge pages. Layers
+    with a sliding window, and others that keep no growing cache, stay transformers' own.
+
+    The keys and values that a layer hands out are views of its memory: tokens that are appended
+    after a crop overwrite those that it removed. There is no gradient. A call that raises leaves
+    the cache as it was.
+
+    Args:
+        config: of the model.
+        capacity: tokens to make room for at once, and no more; where None, memory grows by an
+            eighth whenever it is full.
+
+    Raises:
+        ValueError: a capacity below 1; a model without full-attention layers.
+    """
+
+    def __init__(self, config: Any, *, capacity: int | None = None) -> None:
+        check_capacity(capacity)
+        self.capacity = capacity
+        name = type(config).__name__
+        refusal = (
+            f"DenseCache keeps layers of full attention, and {name} has none: use a "
+            "transformers.DynamicCache"
+        )
+        super().__init__(
+            layers=replaced_layers(config, partial(DenseCacheLayer, capacity), refusal)
+        )
+
+
+class DenseCacheLayer(DynamicLayer):
+    """Keys [B, Hkv, N, D] and values [B, Hkv, N, Dv] of one layer, with room for more.
+
+    `keys` and `values` are views of the tokens. Assigning them replaces the tokens.
+
+    Args:
+        capacity: tokens to make room for at once, which then are all there is room for; grows with
+            the tokens where None.
+    """
+
+    restores_itself = True
+
+    def __init__(self, capacity: int | None = None) -> None:
+        self.capacity = capacity
+        self._buffers: dict[str, TokenBuffer] = {}
+        super().__init__()
+
+    @property
+    def keys(self) -> Tensor | None:
+        """[B, Hkv, N, D], or None before the first tokens."""
+        return self._tokens("keys")
+
+    @keys.setter
+    def keys(self, tokens: Tensor | None) -> None:
+        self._assign("keys", tokens)
+
+    @property
+    def values(self) -> Tensor | None:
+        """[B, Hkv, N, Dv], or None before the first tokens."""
+        return self._tokens("values")
+
+    @values.setter
+    def values(self, tokens: Tensor | None) -> None:
+        self._assign("values", tokens)
+
+    def _tokens(self, name: str) -> Tensor | None:
+        buffer = self._buffers.get(name)
+        return None if buffer is None else buffer.tokens
+
+    def _assign(self, name: str, tokens: Tensor | None) -> None:
+        others = {key: buffer for key, buffer in self._buffers.items() if key != name}
+        if tokens is not None:
+            others[name] = TokenBuffer(tokens, tokens.shape[2])
+        self._buffers = others
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Makes room for keys [B, Hkv, L, D] and values [B, Hkv, L, Dv]."""
+        self._hold(*(TokenBuffer.like(x, self.capacity or 0) for x in (key_states, value_states)))
+
+    def _hold(self, keys: TokenBuffer, values: TokenBuffer) -> None:
+        self._buffers = {"keys": keys, "values": values}
+        self.device = keys.memory.device
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Appends keys [B, Hkv, L, D] and values [B, Hkv, L, Dv]; returns all, as views.
+
+        As in a DynamicCache, of several dtypes the widest is kept.
+
+        Raises:
+            ValueError: tokens unlike those in the cache, or more than its capacity; keys or values
+                that require grad.
+        """
+        if not torch.compiler.is_compiling():
+            self._check(key_states, value_states)
+        states = (key_states, value_states)
+        if self.is_initialized:
+            held = tuple(self._buffers.values())
+        else:
+            held = tuple(TokenBuffer.like(x, self.capacity or 0) for x in states)
+        length, count = held[0].length, key_states.shape[2]
+        if self.capacity is not None and length + count > self.capacity:
+            raise ValueError(
+                f"the cache has a capacity of {self.capacity} tokens and holds {length}: there is "
+                f"no room for {count} more; nothing was appended"
+            )
+        keys, values = (
+            buffer.appended(_apart(x, buffer), self.capacity)
+            for buffer, x in zip(held, states, strict=True)
+        )
+        views = keys.tokens, values.tokens
+        self._hold(keys, values)
+        return views
+
+    def _check(self, keys: Tensor, values: Tensor) -> None:
+        """Whether these tokens fit each other, and those in the cache."""
+        for name, x in (("key_states", keys), ("value_states", values)):
+            if not isinstance(x, Tensor) or x.dim() != 4:
+                got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+                raise ValueError(f"{name} must be [B, Hkv, L, D], got {got}")
+        refuse_grad("DenseCache.update", key_states=keys, value_states=values)
+        if keys.shape[:3] != values.shape[:3] or keys.device != values.device:
+            raise ValueError(
+                "key_states and value_states must be of the same tokens on one device, got "
+                f"{list(keys.shape)} on {keys.device} and {list(values.shape)} on {values.device}"
+            )
+        if not self.is_initialized:
+            return
+        for name, x in (("keys", keys), ("values", values)):
+            held = self._buffers[name].memory
+            if x.shape[:2] != held.shape[:2] or x.shape[3] != held.shape[3]:
+                expected = [*held.shape[:2], x.shape[2], held.shape[3]]
+                raise ValueError(
+                    f"the cache holds {name} [B, Hkv, L, D] = {expected}, got {list(x.shape)}: "
+                    "reset() it before other tokens"
+                )
+            if x.device != held.device:
+                raise ValueError(
+                    f"the cache holds {name} on {held.device}, got {x.device}: reset() it before "
+                    "tokens on another device"
+                )
+
+    def get_seq_length(self) -> int:
+        """Tokens in the cache."""
+        return self._buffers["keys"].length if self.is_initialized else 0
+
+    def get_max_length(self) -> int:
+        """The capacity, or -1 where there is none."""
+        return -1 if self.capacity is None else self.capacity
+
+    def get_max_cache_shape(self) -> int:
+        """The name of get_max_length in older releases of transformers."""
+        return self.get_max_length()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last -tokens_to_remove tokens. No memory is touched.
+
+        Raises:
+            ValueError: a positive number, or more tokens than there are.
+        """
+        tokens_to_remove = operator.index(tokens_to_remove)
+        length = self.get_seq_length()
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop takes the number of tokens to remove as a negative one, got "
+                f"{tokens_to_remove}"
+            )
+        if -tokens_to_remove > length:
+            raise ValueError(f"the cache holds {length} tokens, {-tokens_to_remove} cannot go")
+        self._buffers = {
+            name: buffer.cropped(length + tokens_to_remove)
+            for name, buffer in self._buffers.items()
+        }
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Takes the rows of the batch in this order, as beam search chooses them."""
+        self._buffers = {name: buffer.rows(beam_idx) for name, buffer in self._buffers.items()}
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row of the batch."""
+        if self.is_initialized:
+            self.reorder_cache(self._numbers().repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Any) -> None:
+        """Keeps these rows of the batch, given by number or by a bool mask."""
+        if self.is_initialized:
+            self.reorder_cache(self._numbers()[indices])
+
+    def _numbers(self) -> Tensor:
+        memory = self._buffers["keys"].memory
+        return torch.arange(memory.shape[0], device=memory.device)
+
+    def offload(self) -> None:
+        """Moves everything to the CPU until prefetch."""
+        self._buffers = {name: buffer.to("cpu") for name, buffer in self._buffers.items()}
+
+    def prefetch(self) -> None:
+        """Moves everything back to the device of the tokens."""
+        self._buffers = {name: buffer.to(self.device) for name, buffer in self._buffers.items()}
+
+    def nbytes(self) -> CacheBytes:
+        """What the layer takes, in bytes."""
+        held = sum(buffer.token_bytes for buffer in self._buffers.values())
+        total = sum(buffer.memory.nbytes for buffer in self._buffers.values())
+        return CacheBytes(full_precision=held, slack=total - held)
+
+
+def _apart(x: Tensor, held: TokenBuffer) -> Tensor:
+    """x, or a copy where it lies in the memory that it will be appended to."""
+    if torch.compiler.is_compiling() or held.memory.nbytes == 0:
+        return x
+    same = x.untyped_storage().data_ptr() == held.memory.untyped_storage().data_ptr()
+    return x.clone() if same else x

@@ -1,0 +1,111 @@
+"""Tokens of a cache in memory with room for more, so that appending one copies no other."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+# A cache without a capacity grows by an eighth: a token is copied eight times on the way, which is
+# nothing beside the steps of attention that read it.
+_GROWTH = 8
+_LEAST_GROWTH = 16  # tokens
+_LARGE_BYTES = 16 << 20  # from which on outputs of the ops ask for huge pages
+_MADV_HUGEPAGE = 14
+
+
+@dataclass(frozen=True, eq=False)
+class TokenBuffer:
+    """The first `length` tokens of memory [B, H, room, ...].
+
+    Buffers are not changed but replaced. Only room that holds no tokens is written, so that a call
+    which fails leaves the tokens it began with.
+    """
+
+    memory: Tensor
+    length: int
+
+    @classmethod
+    def like(cls, x: Tensor, room: int = 0) -> TokenBuffer:
+        """An empty buffer for tokens like those of x [B, H, L, ...]."""
+        return cls(_memory(x, [x.shape[0], x.shape[1], room, *x.shape[3:]]), 0)
+
+    @property
+    def tokens(self) -> Tensor:
+        """[B, H, length, ...], a view."""
+        return self.memory.narrow(2, 0, self.length)
+
+    @property
+    def room(self) -> int:
+        """Tokens that there is memory for."""
+        return self.memory.shape[2]
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of the tokens, without the room."""
+        return self.tokens.numel() * self.memory.element_size()
+
+    def with_room(self, room: int) -> TokenBuffer:
+        """The same tokens with room for so many."""
+        x = self.memory
+        memory = _memory(x, [*x.shape[:2], room, *x.shape[3:]])
+        memory.narrow(2, 0, self.length).copy_(self.tokens)
+        return TokenBuffer(memory, self.length)
+
+    def appended(self, x: Tensor, capacity: int | None = None) -> TokenBuffer:
+        """With the tokens x [B, H, L, ...] behind; grows where there is no room, to the capacity at
+        once where there is one. As torch.cat, of two dtypes it takes the wider one."""
+        buffer, length = self, self.length + x.shape[2]
+        if x.dtype != self.memory.dtype:
+            dtype = torch.promote_types(x.dtype, self.memory.dtype)
+            if dtype != self.memory.dtype:
+                buffer = replace(self, memory=self.memory.to(dtype))
+        if length > buffer.room:
+            buffer = buffer.with_room(grown(length) if capacity is None else capacity)
+        buffer.memory.narrow(2, self.length, x.shape[2]).copy_(x)
+        return TokenBuffer(buffer.memory, length)
+
+    def cropped(self, length: int) -> TokenBuffer:
+        """The first tokens; the memory stays."""
+        return TokenBuffer(self.memory, length)
+
+    def rows(self, numbers: Tensor) -> TokenBuffer:
+        """These rows of the batch, int [B'], with the same room; memory of its own."""
+        x = self.memory
+        memory = _memory(x, [numbers.shape[0], *x.shape[1:]])
+        torch.index_select(self.tokens, 0, numbers, out=memory.narrow(2, 0, self.length))
+        return TokenBuffer(memory, self.length)
+
+    def to(self, device: torch.device | str) -> TokenBuffer:
+        """The same on a device."""
+        return replace(self, memory=self.memory.to(device, non_blocking=True))
+
+
+def grown(length: int) -> int:
+    """Room that is made where it has become too small for so many tokens."""
+    return length + max(length // _GROWTH, _LEAST_GROWTH)
+
+
+def _memory(x: Tensor, shape: list[int]) -> Tensor:
+    """Fresh memory for tokens like x, to be written in inference mode and out of it."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            return _memory(x, shape)
+    memory = torch.empty(shape, dtype=x.dtype, device=x.device)
+    if memory.nbytes >= _LARGE_BYTES and not torch.compiler.is_compiling():
+        _advise_huge_pages(memory)
+    return memory
+
+
+def _advise_huge_pages(memory: Tensor) -> None:
+    """Advice only: where the system has no huge pages, nothing changes but the speed."""
+    if memory.device.type != "cpu" or sys.platform != "linux":
+        return
+    page = 2 << 20
+    begin = -(-memory.data_ptr() // page) * page
+    end = (memory.data_ptr() + memory.nbytes) // page * page
+    madvise = ctypes.CDLL(None).madvise
+    madvise(ctypes.c_void_p(begin), ctypes.c_size_t(max(end - begin, 0)), _MADV_HUGEPAGE)
