@@ -89,11 +89,15 @@ PATCHES = (48 // 8) ** 2
 # Every method that tokred.patch puts into such models, a new one by its own defaults.
 
 
-def _patched(need: Needs, small: dict[str, dict[str, Any]], **common: Any) -> dict[str, dict]:
+def _patched(
+    need: Needs, small: dict[str, dict[str, Any]], adapter: str | None = None, **common: Any
+) -> dict[str, dict]:
     """name -> options: those of `small`, and what the method has of `common`."""
     found = {}
     for name, method in methods.METHODS.items():
         if method.options is None or need not in method.needs:
+            continue
+        if adapter is not None and adapter not in method.options.adapters:
             continue
         defaults = method.defaults()
         chosen = {option: value for option, value in common.items() if option in defaults}
@@ -125,7 +129,18 @@ def selectors(layers: int, heads: int, k: int) -> dict[str, dict[str, Any]]:
         "tidal_decode": dict(sparse_layer_start=0),
         "fasa": dict(dims=dims),
     }
-    return _patched(Needs.LANGUAGE_MODEL, small, k=k)
+    return _patched(Needs.LANGUAGE_MODEL, small, "causal_lm", k=k)
+
+
+def evictors(budget: int) -> dict[str, dict[str, Any]]:
+    """For decoders: the methods that keep fewer keys, with a budget of at least 3 tokens."""
+    small = {
+        "expected_attention": dict(sinks=1),
+        "knorm": dict(skipped=0),
+        "streaming_llm": dict(sinks=1),
+    }
+    windows = dict(window=2, kernel=1)
+    return _patched(Needs.LANGUAGE_MODEL, small, "causal_lm_cache", budget=budget, **windows)
 
 
 def tokens_of(model: nn.Module, pixels: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import tokred
-from cases.tiny_models import generated, left_padded, selectors, transformers
+from cases.tiny_models import evictors, generated, left_padded, selectors, transformers
 from tokred import compat
 from tokred.integrations.transformers import attention
 from tokred.integrations.transformers.full_attention import full_attention
@@ -53,12 +53,14 @@ class Family:
 
     layers: the model's numbers of its full-attention layers.
     compact: what the refusal of rotation "compact" says; None where the model has it.
+    whole: what the refusal of methods that keep fewer keys says; None where they work.
     """
 
     name: str
     options: dict[str, Any]
     layers: list[int] = field(default_factory=lambda: [0, 1])
     compact: str | None = None
+    whole: str | None = None
 
     def model(self) -> nn.Module:
         torch.manual_seed(0)
@@ -85,12 +87,13 @@ FAMILIES = (
     Family("Gemma", HEADS),
     Family("Gemma3Text", {**HEADS, **HYBRID}, layers=[1, 3], compact=LAYERED),
     Family("Gemma4Text", {**HEADS, **HYBRID, **SHARED, "num_global_key_value_heads": 2,
-                          "global_head_dim": 16}, layers=[1, 3], compact=LAYERED),
+                          "global_head_dim": 16}, layers=[1, 3], compact=LAYERED,
+           whole="shares its keys"),
     Family("GptOss", {**HEADS, "sliding_window": 6, "num_local_experts": 4,
-                      "num_experts_per_tok": 2}, layers=[1], compact=HALVES),
+                      "num_experts_per_tok": 2}, layers=[1], compact=HALVES, whole="sinks"),
     Family("Llama4Text", {**HEADS, **CHUNKS}, layers=[1, 3], compact=NO_ROTATION),
     Family("Cohere2", {**HEADS, **HYBRID}, layers=[1, 3], compact=HALVES),
-    Family("DeepseekV3", LATENT, compact=PARTIAL),
+    Family("DeepseekV3", LATENT, compact=PARTIAL, whole="latent attention"),
     Family("Phi", BASE, compact=PARTIAL),
     Family("Phi3", {**GROUPED, "sliding_window": None}),
     Family("GPT2", GPT, compact=NO_ROTATION),
@@ -175,6 +178,34 @@ def test_a_few_keys_and_an_exception(family: Family) -> None:
             assert generated(model, ids, None, min_new_tokens=5).shape == (2, 18)
             raise KeyError("inside")
         assert attributes(model) == before, name
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@torch.no_grad()
+def test_keeping_fewer_keys(family: Family) -> None:
+    """One of the methods on each family: with room for everything, and for three tokens."""
+    model = family.model()
+    ids, mask = left_padded()
+    before = attributes(model)
+    if family.whole is not None:
+        for name in evictors(99):
+            with pytest.raises(ValueError, match=family.whole):
+                tokred.patch(model, name)
+        return
+    name = sorted(evictors(99))[FAMILIES.index(family) % len(evictors(99))]
+    if name == "expected_attention" and family.compact is not None:
+        with pytest.raises(ValueError, match=family.compact):
+            tokred.patch(model, name)
+        name = "h2o"
+    text = generated(model, ids, mask)
+    with tokred.patch(model, name, **evictors(99)[name]):
+        assert torch.equal(generated(model, ids, mask), text), name
+    with tokred.patch(model, name, **evictors(3)[name]):
+        found = generated(model, ids, mask, min_new_tokens=5, return_dict_in_generate=True)
+        layer = found.past_key_values.layers[family.layers[-1]]
+        assert found.sequences.shape == (2, 18) and layer.length == 17
+        assert layer.keys.shape[2] < 17, name
+    assert attributes(model) == before, name
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)

@@ -91,7 +91,7 @@ def test_what_can_be_patched_is_swept(method: Method) -> None:
     test_vision_language."""
     swept = {
         Needs.VISION_ENCODER: {"timm", "transformers"},
-        Needs.LANGUAGE_MODEL: {"causal_lm"},
+        Needs.LANGUAGE_MODEL: {"causal_lm", "causal_lm_cache"},
         Needs.VISION_LANGUAGE_MODEL: {"vision_language"},
         Needs.IMAGE_DIFFUSION: {"diffusers"},
     }

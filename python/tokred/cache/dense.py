@@ -65,6 +65,7 @@ class DenseCacheLayer(DynamicLayer):
     """
 
     restores_itself = True
+    is_dense = True
 
     def __init__(self, capacity: int | None = None) -> None:
         self.capacity = capacity

@@ -22,6 +22,10 @@ _ADAPTERS = {
         "transformers.decoder",
         "transformers' language models with full causal attention",
     ),
+    "causal_lm_cache": (
+        "transformers.eviction",
+        "transformers' language models with full causal attention",
+    ),
     "vision_language": (
         "transformers.vision_language",
         "transformers' vision-language models, from LLaVA and Qwen2-VL on",

@@ -2,10 +2,11 @@
 methods and patches say to each other."""
 
 from .attention_call import AttentionCall
+from .eviction_call import Eviction, EvictionCall, Replacement
 from .handle import Patch, apply, patch
 from .overrides import Overrides
 from .prompt_call import LayerStates, PromptCall, PromptTokens
-from .protocols import KeySelector, PromptPruner, TokenReducer, VisualReducer
+from .protocols import KeyEvictor, KeySelector, PromptPruner, TokenReducer, VisualReducer
 from .reduction_call import LatentCall, LayerAttention, Reduced, Reduction, ReductionCall
 from .settings import Settings
 from .token_state import TokenState
@@ -14,6 +15,9 @@ from .visual_call import EncoderStates, Layout, VisualCall, VisualReduction, Vis
 __all__ = [
     "AttentionCall",
     "EncoderStates",
+    "Eviction",
+    "EvictionCall",
+    "KeyEvictor",
     "KeySelector",
     "LatentCall",
     "LayerAttention",
@@ -27,6 +31,7 @@ __all__ = [
     "Reduced",
     "Reduction",
     "ReductionCall",
+    "Replacement",
     "Settings",
     "TokenReducer",
     "TokenState",

@@ -1,4 +1,5 @@
-"""What a method gives a patch: a TokenReducer, a KeySelector, a VisualReducer or a PromptPruner.
+"""What a method gives a patch: a TokenReducer, a KeySelector, a KeyEvictor, a VisualReducer or a
+PromptPruner.
 
 A method is put into a model as an object of its options class. Its `adapters` name the integrations
 (tokred.integrations) whose layers it is for.
@@ -12,6 +13,7 @@ from typing import ClassVar, Literal, Protocol
 from torch import Tensor
 
 from .attention_call import AttentionCall
+from .eviction_call import Eviction, EvictionCall, Replacement
 from .prompt_call import LayerStates, PromptCall, PromptTokens
 from .reduction_call import Reduction, ReductionCall
 from .visual_call import VisualCall, VisualReduction
@@ -52,6 +54,23 @@ class KeySelector(Protocol):
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         """(out [B, Hq, L, Dv], lse f32 [B, Hq, L]) of one layer; call.dense() where it is dense."""
+
+
+class KeyEvictor(Protocol):
+    """A method that keeps fewer keys than there are tokens: an object of its options.
+
+    Its adapters are ("causal_lm_cache",). One object serves all layers, threads and forward passes,
+    so it keeps no state: what it knows of the stored keys goes into Eviction.state. Options that
+    compare equal are the same method: a cache goes on with either.
+    """
+
+    adapters: ClassVar[tuple[str, ...]]
+
+    def evict(self, call: EvictionCall) -> Eviction | Replacement | None:
+        """What stays of the keys of a layer, after the attention of every forward pass; None: all.
+
+        How many stay in a row may follow from values, as long as rows with fewer end in -1.
+        """
 
 
 class VisualReducer(Protocol):

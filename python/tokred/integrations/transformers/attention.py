@@ -27,6 +27,7 @@ from transformers.masking_utils import (
 
 from tokred.patching import AttentionCall
 
+from .kept_keys import KeptStates
 from .packed_states import ADVICE, PackedStates
 
 __all__ = [
@@ -114,7 +115,7 @@ def _causal_padding(
 def attention_forward(
     module: nn.Module,
     query: Tensor,
-    key: Tensor | PackedStates,
+    key: Tensor | PackedStates | KeptStates,
     value: Tensor | None,
     attention_mask: Tensor | None,
     dropout: float = 0.0,
@@ -157,6 +158,10 @@ def attention_forward(
             tokred_method.refuse_packed()
         if key.is_first:
             key, value = key.new_key, key.new_value  # type: ignore[attr-defined]
+    if isinstance(key, KeptStates):
+        key.refuse(module, tokred_method, s_aux, indices)
+        out, _ = key.attend(query, attention_mask, scaling)
+        return out.transpose(1, 2).contiguous(), None
     if value is not None:
         query, key, value = _same_dtype(query, key, value)
     call = _call(query, key, value, attention_mask, bool(is_causal), scaling, sliding_window)

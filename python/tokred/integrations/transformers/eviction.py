@@ -1,0 +1,166 @@
+"""transformers' language models: methods that keep fewer keys than there are tokens.
+
+The model runs on tokred's attention (attention.py) inside the patch. When a forward pass brings a
+cache without tokens, the layers of full attention get caches of their own (kept_keys.py), which ask
+the method, a KeyEvictor, after each attention what stays. Methods count full-attention layers
+alone, from 0. Layers that see only a part of the keys are left alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from tokred.compat import cache_keyword
+from tokred.patching import KeyEvictor, Overrides, Settings
+
+from . import attention
+from .decoder import _decoder, _decoders, _numbers
+from .full_attention import explain, full_attention
+from .kept_keys import KeptKeysLayer
+from .rotary import find_rotary
+
+_NAMES = ("cache", "past_key_values")
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The full-attention modules of one decoder, and what is needed to put a method there.
+
+    numbers: of their layers in a cache.
+    """
+
+    modules: list[nn.Module]
+    numbers: list[int]
+    decoder: nn.Module
+    evictor: KeyEvictor
+    rotary: Any
+
+    def install(self, method: Any, settings: Settings, overrides: Overrides) -> KeyEvictor:
+        """Puts the method into the decoder; returns it."""
+        # The attribute, as the property would set the configs of other parts of the model too.
+        config = self.modules[0].config
+        overrides.assign(config, "_attn_implementation_internal", attention.register())
+        names = [*inspect.signature(type(self.decoder).forward).parameters][1:]
+        place = next((n for n, name in enumerate(names) if name in _NAMES), None)
+        overrides.replace(self.decoder, "forward", _decoder_forward, self, place)
+        return self.evictor
+
+    def prepare(self, cache: Any) -> None:
+        """Gives the layers of a cache that the method works in caches of their own.
+
+        Raises:
+            ValueError: a cache of another kind, or one with tokens from elsewhere.
+        """
+        name = type(self.evictor).__name__
+        layers = getattr(cache, "layers", None)
+        if not isinstance(cache, Cache) or layers is None:
+            raise ValueError(
+                f"{name} works in a transformers.DynamicCache, got {type(cache).__name__}"
+            )
+        if cache.offloading:
+            raise ValueError(f"{name} does not work in an offloaded cache: use a DynamicCache")
+        if cache.layer_class_to_replicate is not None:
+            while len(layers) <= max(self.numbers):
+                layers.append(cache.layer_class_to_replicate())
+        fresh = {}
+        for place, number in enumerate(self.numbers):
+            layer = layers[number]
+            if isinstance(layer, KeptKeysLayer):
+                if layer.evictor == self.evictor and layer.number == place:
+                    continue
+                if layer.get_seq_length() > 0:
+                    raise ValueError(
+                        f"the cache holds what {layer.evictor} has kept, and cannot go on with "
+                        f"{self.evictor}: begin with a new cache"
+                    )
+            elif type(layer) is not DynamicLayer and not getattr(layer, "is_dense", False):
+                raise ValueError(
+                    f"{name} keeps keys in full precision in a cache that grows, and this one has "
+                    f"a {type(layer).__name__}: pass a DynamicCache, a tokred.DenseCache or none"
+                )
+            elif layer.get_seq_length() > 0:
+                raise ValueError(
+                    f"the cache holds {layer.get_seq_length()} tokens from outside of the patch, "
+                    f"whose attention {name} has not seen: begin with a new cache inside it"
+                )
+            fresh[number] = KeptKeysLayer(self.evictor, place, len(self.numbers), self.rotary)
+        for number, layer in fresh.items():
+            layers[number] = layer
+
+
+def stacks(model: nn.Module, method: Any, settings: Settings) -> Iterator[Stack]:
+    """The decoders in the model.
+
+    Raises:
+        ValueError: options of token merging; a model with what a cache of fewer keys cannot serve.
+    """
+    for names in _decoders(full_attention(model)):
+        modules = [model.get_submodule(name) for name in names]
+        if settings != Settings():
+            raise ValueError(
+                "prop_attn, trace_source, weighted_pool and num_prefix are for methods that merge "
+                "tokens; this one keeps fewer keys"
+            )
+        for module in modules:
+            lack = _lacks(module)
+            if lack:
+                raise ValueError(
+                    f"{type(module).__name__} {lack}: choose keys instead of evicting them, with "
+                    "token_select or top_k_attention"
+                )
+        rotary = find_rotary(model, modules) if getattr(method, "reads_rotary", False) else None
+        numbers = _numbers(modules)
+        check = getattr(method, "check_layers", None)
+        if check is not None:
+            check(len(modules), modules[0].config)
+        yield Stack(modules, numbers, _decoder(model, names), method, rotary)
+
+
+def why_not(model: nn.Module) -> str:
+    """Why there are no stacks in a model."""
+    return explain(model)
+
+
+def _lacks(module: nn.Module) -> str | None:
+    """What keeps keys of the module from being evicted; None where nothing does."""
+    config = module.config
+    if getattr(config, "is_encoder_decoder", False):
+        return "is of an encoder-decoder, whose cache is two"
+    if getattr(config, "num_kv_shared_layers", 0):
+        return "shares its keys with other layers, which would miss what it evicts"
+    if getattr(config, "kv_lora_rank", None):
+        return "has multi-head latent attention, which computes with cached keys itself"
+    if getattr(module, "attn_logit_softcapping", None) is not None:
+        return "has soft-capped logits, by which no attention is measured"
+    if any(isinstance(getattr(module, name, None), nn.Parameter) for name in ("sinks", "sink")):
+        return "has attention sinks that are no tokens, by which no attention is measured"
+    return None
+
+
+def _decoder_forward(
+    stack: Stack, place: int | None, original: Callable, *args: Any, **kwargs: Any
+) -> Any:
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{type(stack.evictor).__name__} keeps fewer keys in Python, which torch.compile does "
+            "not follow: run the model without it"
+        )
+    positional = args[place] if place is not None and len(args) > place else None
+    name = next((each for each in _NAMES if kwargs.get(each) is not None), None)
+    cache = positional if name is None else kwargs[name]
+    if cache is None:
+        use = kwargs.get("use_cache")
+        config = stack.modules[0].config
+        use = getattr(config, "use_cache", True) if use is None else use
+        if use and not torch.is_grad_enabled():
+            cache = kwargs[cache_keyword()] = DynamicCache(config=config)
+    if cache is not None:
+        stack.prepare(cache)
+    return original(*args, **kwargs)

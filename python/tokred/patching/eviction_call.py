@@ -1,0 +1,160 @@
+"""One layer's stored keys after a forward pass, as methods that evict some are given them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import tokred
+
+
+@dataclass(frozen=True)
+class Eviction:
+    """What a method does with the M stored keys of a layer.
+
+    slots: i32 [B, Hkv, K], those that stay, -1 for none behind them; None: all, or all but one.
+    dropped: int64 [B, Hkv, 1], the one that goes where a single key does; or None.
+    padded: whether slots may hold -1.
+    state: f32 [B, Hkv, M] by name, one number for every stored key, which the next call finds in
+        its `state` for those that stayed, and 0 for new ones.
+    """
+
+    slots: Tensor | None = None
+    dropped: Tensor | None = None
+    padded: bool = False
+    state: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """New keys and values in the place of the stored ones, as methods that merge make them.
+
+    k: [B, Hkv, K, D]. v: [B, Hkv, K, Dv].
+    position: i32 [B, Hkv, K], where they stand in the sequence.
+    bias: f32 [B, Hkv, K], what attention adds to their logits, -inf where there is no key; None
+        for 0.
+    """
+
+    k: Tensor
+    v: Tensor
+    position: Tensor
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class EvictionCall:
+    """One layer's stored keys after the attention of a forward pass.
+
+    q: [B, Hq, L, D], the queries of the pass. k: [B, Hkv, M, D] and v: [B, Hkv, M, Dv], what is
+        stored, the L new tokens last and the others in any order. Keys are rotated as the model
+        does it, to the places where they were.
+    lse: f32 [B, Hq, L], of the attention of these queries to these keys.
+    position: i32 [B, Hkv, M], the place of every key in the sequence, padding counted; -1 for none.
+    bias: f32 [B, Hkv, M], what attention adds to the logits of a key: -inf where it is hidden (it
+        is padding, or no key), the logarithm of the tokens that it stands for; None: 0.
+    length: tokens so far, those that are gone and padding included.
+    start: i32 [B], the first token that is no padding; None: 0.
+    scale: of the logits, or None.
+    layer: the number of this layer among num_layers of full attention, from 0.
+    state: what earlier calls have left, f32 [B, Hkv, M] by name, 0 for new tokens.
+    rotary: the model's rotary embedding, or None.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    lse: Tensor
+    position: Tensor
+    bias: Tensor | None
+    length: int
+    start: Tensor | None
+    scale: float | None
+    layer: int
+    num_layers: int
+    state: dict[str, Tensor]
+    rotary: Any = None
+
+    @property
+    def stored(self) -> int:
+        """M."""
+        return self.k.shape[2]
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether the forward pass brought several tokens at once."""
+        return self.q.shape[2] > 1
+
+    def received(self, last: int | None = None, reduce: str = "sum") -> Tensor:
+        """The attention that every stored key received: f32 [B, Hkv, M], the mean of its group.
+
+        Args:
+            last: from so many of the last queries of the pass; all of them where None.
+            reduce: over the queries, "sum", "mean" or "max"; see attention_columns. Padding among
+                the queries counts for nothing.
+
+        2 B Hq last M D flops; nothing else is stored.
+        """
+        count = self.q.shape[2] if last is None else min(last, self.q.shape[2])
+        q, lse = self.q[:, :, -count:], self.lse[..., -count:]
+        mask = weight = None
+        if self.bias is not None:
+            group = q.shape[1] // self.k.shape[1]
+            mask = (self.bias > -torch.inf).repeat_interleave(group, 1)
+            weight = mask[:, :1, -count:].float()
+            mask = mask[:, :, None]
+        columns = tokred.attention_columns(
+            q, self.k, lse.contiguous(), reduce, weight, causal=count > 1, scale=self.scale,
+            mask=mask,
+        )  # fmt: skip
+        heads = columns.unflatten(1, (self.k.shape[1], -1)).mean(2)
+        # What stands for n tokens receives n times what its logit says.
+        return heads if self.bias is None else heads * self.bias.exp()
+
+    def visible(self) -> Tensor | None:
+        """bool [B, Hkv, M]: the keys that are there; None: all."""
+        return None if self.bias is None else self.bias > -torch.inf
+
+    def recent(self, count: int) -> Tensor:
+        """bool [B, Hkv, M]: the last tokens of the sequence."""
+        return self.position >= self.length - count
+
+    def first(self, count: int) -> Tensor:
+        """bool [B, Hkv, M]: the first tokens of the sequence, padding left aside."""
+        if self.start is None:
+            return (self.position >= 0) & (self.position < count)
+        place = self.position - self.start[:, None, None]
+        return (place >= 0) & (place < count)
+
+    def all(self, **state: Tensor) -> Eviction:
+        """Every key stays."""
+        return Eviction(state=state)
+
+    def best(
+        self, scores: Tensor, budget: int, row_budget: Tensor | None = None, **state: Tensor
+    ) -> Eviction:
+        """The keys of greatest score stay, in the order of their places.
+
+        Args:
+            scores: f32 [B, Hkv, M]; inf for a key that must stay. Of two alike the later one goes.
+                Hidden keys go first, NaN next.
+            budget: how many stay. row_budget: i32 [B, Hkv], of every head, at most the budget.
+            state: see Eviction.
+        """
+        excess = self.stored - budget
+        if excess <= 0 and row_budget is None:
+            return self.all(**state)
+        scores = scores.nan_to_num(-torch.inf, torch.inf, -torch.inf)
+        if self.bias is not None:
+            scores = scores.masked_fill(self.bias == -torch.inf, -torch.inf)
+        if excess == 1 and row_budget is None and not self.is_prompt:
+            alike = scores == scores.amin(2, keepdim=True)
+            place = torch.where(alike, self.position, -2)
+            return Eviction(dropped=place.argmax(2, keepdim=True), state=state)
+        _, slots = tokred.topk(
+            scores.contiguous(), min(budget, self.stored), order="position", row_k=row_budget
+        )
+        padded = self.bias is not None or row_budget is not None
+        return Eviction(slots, padded=padded, state=state)
