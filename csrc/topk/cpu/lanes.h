@@ -120,9 +120,9 @@ TOKRED_INLINE void pack_lanes(T* to, Vec<T> v, uint32_t mask) {
 #endif
 }
 
-// Appends the lanes of v above the limit, and their positions: lane i is at first + i. Overwrites
-// sixteen elements behind the last one.
-TOKRED_INLINE void append_greater(f32x16 v, f32x16 limit, int32_t first, float* value,
+// Appends the lanes of v above the limit, and their positions: lane i is at start + i, where all
+// lanes of `start` are equal. Overwrites sixteen elements behind the last one.
+TOKRED_INLINE void append_greater(f32x16 v, f32x16 limit, i32x16 start, float* value,
                                   int32_t* index, int64_t& count) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
 #pragma GCC unroll 2
@@ -131,13 +131,34 @@ TOKRED_INLINE void append_greater(f32x16 v, f32x16 limit, int32_t first, float* 
     const __m256i lanes = lanes_of(mask);
     _mm256_storeu_ps(value + count, _mm256_permutevar8x32_ps((__m256)v.r[i], lanes));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(index + count),
-                        _mm256_add_epi32(lanes, _mm256_set1_epi32(first + 8 * i)));
+                        _mm256_add_epi32(lanes, (__m256i)(start.r[i] + 8 * i)));
     count += __builtin_popcount(mask);
   }
 #else
   const uint32_t mask = greater_mask(v, limit);
   pack_lanes(value + count, v, mask);
-  pack_lanes(index + count, load(kLaneNumbers) + splat(first), mask);
+  pack_lanes(index + count, load(kLaneNumbers) + start, mask);
+  count += bit_count(mask);
+#endif
+}
+
+// The same where every lane has a position of its own.
+TOKRED_INLINE void append_greater_of(f32x16 v, f32x16 limit, i32x16 position, float* value,
+                                     int32_t* index, int64_t& count) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t mask = _mm256_movemask_ps((__m256)(v.r[i] > limit.r[i]));
+    const __m256i lanes = lanes_of(mask);
+    _mm256_storeu_ps(value + count, _mm256_permutevar8x32_ps((__m256)v.r[i], lanes));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(index + count),
+                        _mm256_permutevar8x32_epi32((__m256i)position.r[i], lanes));
+    count += __builtin_popcount(mask);
+  }
+#else
+  const uint32_t mask = greater_mask(v, limit);
+  pack_lanes(value + count, v, mask);
+  pack_lanes(index + count, position, mask);
   count += bit_count(mask);
 #endif
 }

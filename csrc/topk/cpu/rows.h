@@ -11,6 +11,9 @@ namespace tokred::TOKRED_ISA {
 template <class T>
 TOKRED_INLINE const T* row_start(const RowView& view, int64_t r) {
   if (!view.data) return nullptr;
+  // Most often there is one dimension of rows; two divisions cost as much as a pass over a short
+  // row.
+  if (r < view.size[2]) return static_cast<const T*>(view.data) + r * view.stride[2];
   const int64_t last = r % view.size[2], rest = r / view.size[2];
   return static_cast<const T*>(view.data) + rest / view.size[1] * view.stride[0] +
          rest % view.size[1] * view.stride[1] + last * view.stride[2];

@@ -1,6 +1,6 @@
 // topk of rows whose scores are spread as those of the row before: predicts an interval that holds
-// the threshold. One pass counts the entries above the interval and packs those inside, a few
-// dozen, to find the one of the rank sought; a second pass packs the entries chosen.
+// the threshold. One pass packs the entries above its lower end, few more than are wanted; those
+// inside the interval, a few dozen, are ranked to find the threshold.
 #pragma once
 
 #include "topk/cpu/threshold_search.h"
@@ -19,19 +19,19 @@ struct ThresholdPredictor {
     ++misses;
   }
   // From a search that left `excess` entries between `below` and the threshold: the interval is to
-  // hold 14 entries on either side. No more predictions after four misses that no hits made good.
+  // hold 12 entries on either side. No more predictions after four misses that no hits made good.
   void learn(float threshold, float below, int64_t excess) {
     constexpr int kMaxMisses = 4;
-    constexpr float kEntries = 14.0f;
+    constexpr float kEntries = 12.0f;
     if (misses >= kMaxMisses) return;
     center = threshold;
     radius = (threshold - below) * (kEntries / static_cast<float>(excess));
   }
   // After a hit with `inside` entries in the interval: it moves a quarter of the way, and widens or
-  // narrows towards 28 entries, by at most a factor of two. Of 40 entries inside it keeps 0.7 of
+  // narrows towards 24 entries, by at most a factor of two. Of 40 entries inside it keeps 0.6 of
   // its radius.
   void adapt(float threshold, int64_t inside) {
-    constexpr float kEntries = 28.0f;
+    constexpr float kEntries = 24.0f;
     const float ratio = kEntries / static_cast<float>(inside);
     if (misses > 0) --misses;
     center += (threshold - center) * 0.25f;
@@ -41,32 +41,30 @@ struct ThresholdPredictor {
 
 inline constexpr int64_t kMaxInside = 4 * kLanes;
 
-// Finds exactly the best `wanted` candidates where the threshold lies in the predicted interval,
-// else returns false.
+// Finds the best `wanted` candidates, exactly where the threshold lies in the predicted interval
+// and with some more where it lies above it; returns false where it lies below.
 template <class T>
 bool find_predicted(const Candidates<T>& c, int64_t capacity, ThresholdPredictor& predictor,
                     Entries& found) {
-  const float from = predictor.center - predictor.radius;
-  const f32x16 low = splat(from > c.floor ? from : c.floor);
-  const f32x16 high = splat(predictor.center + predictor.radius);
-  alignas(64) float inside[kMaxInside + 2 * kLanes];
-  i32x16 total = splat(0);
-  int64_t count = 0;
-  for (int64_t i = 0; i < c.n && count <= kMaxInside; i += kLanes) {
-    const f32x16 v = load_entries(c.x, i, c.n);
-    total = count_greater(total, v, high);
-    pack_between(v, low, high, inside, count);
-  }
-  const int64_t rest = c.wanted - sum_lanes(total);
-  if (count > kMaxInside || rest <= 0 || rest > count) {
+  const float low = predictor.center - predictor.radius;
+  if (!find_above(c, low > c.floor ? low : c.floor, capacity, found)) {
     predictor.miss();
     return false;
   }
+  if (found.count <= c.wanted) return true;
+  alignas(64) float inside[kMaxInside + 2 * kLanes];
+  const int64_t n = fill_up(found);
+  const f32x16 below = splat(found.below), high = splat(predictor.center + predictor.radius);
+  int64_t count = 0;
+  for (int64_t i = 0; i < n && count <= kMaxInside; i += kLanes) {
+    pack_between(load(found.value + i), below, high, inside, count);
+  }
+  const int64_t rest = c.wanted - (found.count - count);
+  if (count > kMaxInside || rest <= 0) return true;
   store(inside + count, splat(kNaN));
   const Threshold threshold = threshold_among(inside, count, rest);
-  found.count = 0;
+  keep_chosen(found, n, threshold);
   found.below = threshold.value;
-  append(c.x, c.n, c.first, threshold, capacity, found);
   predictor.adapt(threshold.value, count);
   return true;
 }

@@ -119,22 +119,41 @@ TOKRED_INLINE uint32_t chosen_mask(f32x16 v, f32x16 limit, Threshold& threshold)
   return mask | equal;
 }
 
+// Ranks kVectors vectors of value[0, count) among all of it; `lowest` becomes the minimum of what
+// it was and of the values whose rank is below the limit.
+template <int kVectors>
+TOKRED_INLINE void lowest_chosen(const float* value, int64_t count, const float* own_value,
+                                 i32x16 limit, f32x16& lowest) {
+  const f32x16 infinity = splat(kInfinity<float>);
+  f32x16 own[kVectors];
+  i32x16 rank[kVectors];
+#pragma GCC unroll 2
+  for (int j = 0; j < kVectors; ++j) own[j] = load(own_value + j * kLanes), rank[j] = splat(0);
+  for (int64_t i = 0; i < count; ++i) {
+    const f32x16 other = splat(value[i]);
+#pragma GCC unroll 2
+    for (int j = 0; j < kVectors; ++j) rank[j] = count_greater(rank[j], other, own[j]);
+  }
+#pragma GCC unroll 2
+  for (int j = 0; j < kVectors; ++j) {
+    const f32x16 chosen = select_greater(limit, rank[j], own[j], infinity);
+    lowest = min(select_number(own[j], chosen, infinity), lowest);
+  }
+}
+
 // The threshold that leaves the best `rest` of value[0, count), by the rank of every value; NaN
 // lies behind them up to whole vectors.
 inline Threshold threshold_among(const float* value, int64_t count, int64_t rest) {
-  const f32x16 infinity = splat(kInfinity<float>);
   const i32x16 limit = splat(static_cast<int32_t>(rest));
-  f32x16 lowest = infinity;
-  for (int64_t first = 0; first < count; first += kLanes) {
-    const f32x16 own = load(value + first);
-    i32x16 rank = splat(0);
-    for (int64_t i = 0; i < count; ++i) rank = count_greater(rank, splat(value[i]), own);
-    const f32x16 chosen = select_greater(limit, rank, own, infinity);
-    lowest = min(select_number(own, chosen, infinity), lowest);
+  f32x16 lowest = splat(kInfinity<float>);
+  int64_t first = 0;
+  for (; first + kLanes < count; first += 2 * kLanes) {
+    lowest_chosen<2>(value, count, value + first, limit, lowest);
   }
+  if (first < count) lowest_chosen<1>(value, count, value + first, limit, lowest);
   const float kth = min_lane(lowest);
   int64_t above = 0, equal = 0;
-  for (int64_t first = 0; first < count; first += kLanes) {
+  for (first = 0; first < count; first += kLanes) {
     above += bit_count(greater_mask(load(value + first), splat(kth)));
     equal += bit_count(equal_mask(load(value + first), splat(kth)));
   }
@@ -191,20 +210,22 @@ template <bool kSparse, bool kTies, class T>
 bool append_above(const T* x, int64_t n, int64_t first, Threshold threshold, int64_t capacity,
                   Entries& to) {
   const f32x16 limit = splat(threshold.value);
+  float* const value = to.value;
+  int32_t* const index = to.index;
   int64_t count = to.count;
-  const auto append = [&](f32x16 v, int64_t i) {
-    const auto position = static_cast<int32_t>(first + vec_start(i, n));
+  const auto append = [&](f32x16 v, i32x16 start) {
     v = v + splat(0.0f);  // makes -0 into +0, which are equal
     if constexpr (kTies) {
       const uint32_t mask = chosen_mask(v, limit, threshold);
-      pack_lanes(to.value + count, v, mask);
-      pack_lanes(to.index + count, load(kLaneNumbers) + splat(position), mask);
+      pack_lanes(value + count, v, mask);
+      pack_lanes(index + count, load(kLaneNumbers) + start, mask);
       count += bit_count(mask);
     } else {
-      append_greater(v, limit, position, to.value, to.index, count);
+      append_greater(v, limit, start, value, index, count);
     }
     return count <= capacity;
   };
+  const auto position = [&](int64_t i) { return splat(static_cast<int32_t>(first + i)); };
   int64_t i = 0;
   if constexpr (kSparse) {
     for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
@@ -214,13 +235,15 @@ bool append_above(const T* x, int64_t n, int64_t first, Threshold threshold, int
       const f32x16 highest = max(max(v[0], max(v[1], limit)), max(v[2], max(v[3], limit)));
       if (!greater_mask(highest, limit)) continue;
       for (int part = 0; part < 4; ++part) {
-        if (!append(v[part], i + part * kLanes)) return false;
+        if (!append(v[part], position(i + part * kLanes))) return false;
       }
     }
   }
-  for (; i < n; i += kLanes) {
-    if (!append(load_entries(x, i, n), i)) return false;
+  i32x16 start = position(i);
+  for (; i + kLanes <= n; i += kLanes, start = start + splat(kLanes)) {
+    if (!append(load_as(x + i), start)) return false;
   }
+  if (i < n && !append(load_entries(x, i, n), position(vec_start(i, n)))) return false;
   to.count = count;
   return true;
 }
@@ -242,6 +265,10 @@ inline void keep_chosen(Entries& entries, int64_t n, Threshold threshold) {
   for (int64_t i = 0; i < n; i += kLanes) {
     const f32x16 v = load(value + i);
     const i32x16 position = load(index + i);
+    if (threshold.ties == 0) {
+      append_greater_of(v, limit, position, value, index, kept);
+      continue;
+    }
     const uint32_t mask = chosen_mask(v, limit, threshold);
     pack_lanes(value + kept, v, mask);
     pack_lanes(index + kept, position, mask);
