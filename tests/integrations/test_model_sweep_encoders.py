@@ -172,8 +172,12 @@ FAMILIES = (
         lambda model: model(pixel_values=pixels(), input_ids=torch.tensor([[1] + [3] * 36] * 2)),
         EVERY,
     ),
-    Family("DINOv3", hf("DINOv3ViTModel", "DINOv3ViTConfig"), refused="has no layer"),
-    Family("BEiT", hf("BeitModel", "BeitConfig"), refused="has no layer"),
+    Family("DINOv3", hf("DINOv3ViTModel", "DINOv3ViTConfig")),
+    Family(
+        "BEiT with relative positions",
+        hf("BeitModel", "BeitConfig", use_relative_position_bias=True),
+        refused="a bias for every pair of positions",
+    ),
     Family("timm Twins", lambda: timm.create_model("twins_svt_small"), refused="has no layer"),
 )
 SERVED = [family for family in FAMILIES if not family.refused]

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 _ADAPTERS = {
     "timm": ("timm", "timm models made of vision_transformer.Block"),
     "transformers": (
-        "transformers.vision",
-        "transformers' ViT, DeiT, DINOv2, SigLIP and CLIP vision models",
+        "transformers.encoder",
+        "transformers' ViT, DINOv2, SigLIP, CLIP, BERT and what is built of such layers",
     ),
     "diffusers": ("diffusers", "diffusers models made of BasicTransformerBlock"),
     "causal_lm": (

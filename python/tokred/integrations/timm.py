@@ -152,7 +152,7 @@ def _block_forward(
     attn_mask: torch.Tensor | None = None,
     is_causal: bool = False,
 ) -> torch.Tensor:
-    state.enter(x, layer)
+    x = state.enter(x, layer)
     if not state.reduces(layer):
         x = original(x, **_given(attn_mask, is_causal))
     else:
@@ -160,8 +160,7 @@ def _block_forward(
         x = x + block.drop_path1(block.ls1(block.attn(block.norm1(x))))
         x = state.reduce(x, layer, block.attn.scale)
         x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-    state.leave(x, layer)
-    return x
+    return state.leave(x, layer)
 
 
 def _attention_forward(

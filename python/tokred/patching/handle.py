@@ -44,21 +44,25 @@ def patch(
     trace_source: bool = False,
     weighted_pool: bool = False,
     num_prefix: int | None = None,
+    restore_tokens: bool | None = None,
     **options: Any,
 ) -> Patch:
     """A context manager inside which `model` runs with fewer tokens, or attends to fewer keys.
 
     Methods that merge work on timm VisionTransformers (and any module tree with timm Blocks) and on
-    the ViT, DeiT, DINOv2, SigLIP and CLIP vision models of transformers; "tomesd" on diffusers'
-    transformer blocks. In training and in eval mode, with any batch, under
-    torch.compile(fullgraph=True).
+    the encoders of images, sound and text of transformers, whose layers are recognised by what they
+    compute; "tomesd" on diffusers' transformer blocks. In training and in eval mode, with any
+    batch, under torch.compile(fullgraph=True).
+
+    Padding never takes part: every row of a padded batch is reduced as it would be alone, which
+    reads its length on the host and so does not compile.
 
     Methods that choose keys, such as "token_select", work on transformers' language models with
-    full causal attention, with left padding and with any cache. They keep all tokens, and the four
-    arguments from prop_attn to num_prefix are not for them.
+    full causal attention, with left padding and with any cache. They keep all tokens, and the
+    arguments from prop_attn to restore_tokens are not for them.
 
     Methods for vision-language models drop or merge visual tokens before the language model or
-    between its layers, through generate: see docs/vision_language.md. They have none of these four
+    between its layers, through generate: see docs/vision_language.md. They have none of these
     arguments either.
 
     Patches nest: the innermost one counts, in whatever order they are left.
@@ -74,6 +78,12 @@ def patch(
             the mean of all patches expects. By default the merged tokens count alike, as published
             for supervised models.
         num_prefix: how many of the first tokens never merge; read off the model by default.
+        restore_tokens: whether what is outside of the layers sees all tokens: every layer takes and
+            returns as many as there were, those that have merged alike, those that were dropped
+            (and padding) 0. Needed by what reads tokens as a grid or one by one: feature maps,
+            intermediate features, DPT, segmentation, projectors of vision-language models. By
+            default True for text, so that heads and means over the attention mask stay right, and
+            False for all else.
         options: the method's own, such as r for "tome" and ratio for "pitome".
 
     Returns:
@@ -90,9 +100,9 @@ def patch(
     torch.utils.checkpoint around whole layers or the whole model; backward() then belongs inside
     the patch, as it runs them again.
 
-    Not supported, with an error that says so: attention masks, attention dropout in training and
-    attention weights in layers that see merged tokens; models that need every token, such as those
-    that reshape them to a grid; copying or pickling a patched model.
+    Not supported, with an error that says so: attention dropout in training, attention weights and
+    masks of more than padding (or a window) in layers that see merged tokens; without
+    restore_tokens models that need every token; copying or pickling a patched model.
     """
     entry = methods.get(method)
     if entry.options is None:
@@ -105,9 +115,10 @@ def patch(
     if unknown:
         raise TypeError(
             f"{method!r} has no option {', '.join(unknown)}; its options are {', '.join(names)}, "
-            "and every method has prop_attn, trace_source, weighted_pool, num_prefix"
+            "and every method has prop_attn, trace_source, weighted_pool, num_prefix, "
+            "restore_tokens"
         )
-    settings = Settings(prop_attn, trace_source, weighted_pool, num_prefix)
+    settings = Settings(prop_attn, trace_source, weighted_pool, num_prefix, restore_tokens)
     return Patch(_module_of(model), entry.options(**options), settings)
 
 
@@ -214,7 +225,8 @@ class Patch:
 
     @property
     def size(self) -> torch.Tensor:
-        """f32 [B, N]: how many original tokens each final token stands for."""
+        """f32 [B, N]: how many original tokens each final token stands for, 0 behind a row that has
+        fewer than others."""
         return self._token_state().size
 
     @property

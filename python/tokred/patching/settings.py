@@ -7,9 +7,10 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """prop_attn, trace_source, weighted_pool and num_prefix, as patch() documents them."""
+    """What patch() documents under these names."""
 
     prop_attn: bool = True
     trace_source: bool = False
     weighted_pool: bool = False
     num_prefix: int | None = None
+    restore_tokens: bool | None = None

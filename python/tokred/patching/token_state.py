@@ -7,9 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 import tokred
 
+from .padding import Padding
 from .protocols import TokenReducer
 from .recomputation import PerThread, StorageTable, backward_task
 from .reduction_call import LayerAttention, Reduced, Reduction, ReductionCall, as_token_map
@@ -25,6 +27,10 @@ class Pass:
     merged, and token_map i32 [B, N0] as long as all tokens are left. task is the id of the backward
     pass that recomputes the layers, -1 for none. carried is what the method's layers have left for
     later ones, see ReductionCall.
+
+    first i64 [B, N] is the first original token of each, where the state needs it. mask bool
+    [B, N0] tells the original tokens from padding, None where there is none; once something has
+    merged, padding says so of those that are left, and carried_rows is `carried` of each row.
     """
 
     layer: int
@@ -34,6 +40,10 @@ class Pass:
     size: torch.Tensor | None = None
     token_map: torch.Tensor | None = None
     carried: dict[str, torch.Tensor] = field(default_factory=dict)
+    first: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    padding: Padding | None = None
+    carried_rows: tuple[dict[str, torch.Tensor], ...] = ()
 
 
 @dataclass
@@ -57,10 +67,17 @@ class TokenState:
 
     The properties show the pass that the calling thread has completed last; in a thread that has
     run none, the one completed last by any thread.
+
+    follow_positions: layers read `first`, as their tokens have positions that go with them.
     """
 
     def __init__(
-        self, method: TokenReducer, num_layers: int, num_prefix: int, settings: Settings
+        self,
+        method: TokenReducer,
+        num_layers: int,
+        num_prefix: int,
+        settings: Settings,
+        follow_positions: bool = False,
     ) -> None:
         self.method = method
         self.num_layers = num_layers
@@ -68,6 +85,9 @@ class TokenState:
         self.num_prefix = num_prefix
         self.prop_attn = settings.prop_attn
         self.trace_source = settings.trace_source
+        self.restores = bool(settings.restore_tokens)
+        self.follows_positions = follow_positions
+        self._needs_first = self.restores or follow_positions
         self._threads = PerThread(_ThreadState)
         self._latest: Pass | None = None
         self._passes: StorageTable[Pass] = StorageTable()
@@ -90,13 +110,16 @@ class TokenState:
     def size(self) -> torch.Tensor:
         """f32 [B, N]: how many original tokens each final token stands for."""
         shown = self._shown()
-        return shown.ones[:, : shown.counts[-1]] if shown.size is None else shown.size
+        if shown.size is not None:
+            return shown.size
+        ones = shown.ones[:, : shown.counts[-1]]
+        return ones if shown.mask is None else shown.mask.to(ones.dtype)
 
     @property
     def token_map(self) -> torch.Tensor:
         """i32 [B, N0]: the final token that each original token went to. Needs trace_source."""
         shown = self._shown()
-        if not self.trace_source:
+        if not (self.trace_source or self.restores):
             raise RuntimeError("the token map is only kept with tokred.patch(trace_source=True)")
         if shown.token_map is None:
             batch, tokens = shown.ones.shape
@@ -125,8 +148,15 @@ class TokenState:
         """Whether the layer may give up tokens."""
         return layer in self.layers
 
-    def enter(self, x: torch.Tensor, layer: int) -> None:
+    def enter(self, x: torch.Tensor, layer: int, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Before a layer runs on x [B, N, C]: makes the pass it belongs to the thread's own.
+
+        Args:
+            x: with restore_tokens all N0 original tokens.
+            mask: bool [B, N], True is no padding; read in layer 0.
+
+        Returns:
+            the tokens that the layer shall run on.
 
         Raises:
             RuntimeError: the layer runs out of order, so that the tokens' sizes are not known.
@@ -138,12 +168,13 @@ class TokenState:
             # One element, so that a pass which merges nothing costs nothing.
             wide = torch.float64 if x.dtype == torch.float64 else torch.float32
             ones = torch.ones(1, 1, dtype=wide, device=x.device).expand(x.shape[0], x.shape[1])
-            self._thread.current = Pass(0, task, (x.shape[1],), ones)
-            return
+            self._thread.current = Pass(0, task, (x.shape[1],), ones, mask=mask)
+            return x
         found = self._passes.find(x, layer)
         if found is None and task == -1:
             found = self._thread.current
-        if found is None or found.layer != layer or found.counts[-1] != x.shape[1]:
+        place = 0 if self.restores else -1
+        if found is None or found.layer != layer or found.counts[place] != x.shape[1]:
             raise RuntimeError(
                 f"layer {layer} was run out of order, so the sizes of its tokens are not known: "
                 "run the patched layers one after the other, and checkpoint whole layers or the "
@@ -151,14 +182,20 @@ class TokenState:
             )
         self._thread.current = replace(found, task=task)
         self._passes.add(x, layer, self._thread.current)
+        if self.restores and found.first is not None:
+            return x.gather(1, found.first[..., None].expand(-1, -1, x.shape[2]))
+        return x
 
-    def leave(self, x: torch.Tensor, layer: int) -> None:
-        """After a layer has returned x [B, N, C]."""
+    def leave(self, x: torch.Tensor, layer: int) -> torch.Tensor:
+        """After a layer has run on its tokens, x [B, N, C]: what it shall return."""
         done = replace(self._running, layer=layer + 1)
+        if self.restores and done.token_map is not None:
+            x = tokred.unmerge(x, done.token_map)
         self._thread.current = done
         self._passes.add(x, layer + 1, done)
         if layer + 1 == self.num_layers and backward_task() == -1:
             self._thread.latest = self._latest = done
+        return x
 
     def keep_projection(
         self, name: str, output: torch.Tensor, in_heads: Callable[[torch.Tensor], torch.Tensor]
@@ -188,6 +225,38 @@ class TokenState:
             )
         return None if now.size is None else now.size.log().unsqueeze(1)
 
+    def hides(self) -> torch.Tensor | None:
+        """What `key_bias` is with prop_attn=False: 0, and -inf where a row has fewer tokens than
+        others; None where all have as many, or nothing has merged."""
+        now = self._thread.current
+        if now is None or now.padding is None or now.size is None:
+            return None
+        return now.size.clamp(max=1).log().unsqueeze(1)
+
+    def first(self) -> torch.Tensor | None:
+        """i64 [B, N]: the first original token of each that the running layer sees; None as long as
+        these are all tokens. Of a row with fewer than others, any one."""
+        now = self._thread.current
+        return None if now is None else now.first
+
+    @property
+    def counts_of_pass(self) -> tuple[int, ...]:
+        """`counts` of the pass that runs in the calling thread."""
+        return self._running.counts
+
+    def has_reduced(self) -> bool:
+        """Whether the running layer sees other tokens than the first one."""
+        now = self._thread.current
+        return now is not None and len(now.counts) > 1
+
+    def final_weight(self, x: torch.Tensor) -> torch.Tensor | None:
+        """[B, N]: what attention to what the last layer returned adds to its logits, the log of the
+        sizes, or with prop_attn=False -inf behind rows with fewer tokens; see final_size."""
+        size = self.final_size(x)
+        if size is None or self.prop_attn:
+            return None if size is None else size.log()
+        return None if self._running.padding is None else size.clamp(max=1).log()
+
     def final_size(self, x: torch.Tensor) -> torch.Tensor | None:
         """The sizes [B, N] of what the last layer returned, of which x [B, n <= N, C] is the end.
 
@@ -213,34 +282,6 @@ class TokenState:
         Raises:
             RuntimeError: the layer ran without its patched attention.
         """
-        reduction = self._plan(x, layer, scale)
-        if reduction is None:
-            return x
-        now = self._running
-        if isinstance(reduction, Reduced):
-            token_map, num_out = reduction.token_map, reduction.tokens.shape[1]
-            x = reduction.tokens
-            size: torch.Tensor | None = reduction.size
-        else:
-            token_map, num_out = as_token_map(reduction, x.shape[1])
-            # SigLIP's tokens come channel-first out of the patch convolution; the ops want rows.
-            x = x.contiguous()
-            if isinstance(reduction, torch.Tensor) and now.size is None:
-                # Each stands for itself still: later layers attend as the model itself does.
-                x, size = tokred.unmerge(x, reduction), None
-            else:
-                x, size = tokred.merge(x, token_map, num_out, now.size)
-        source = None
-        if self.trace_source:
-            earlier = now.token_map
-            source = token_map if earlier is None else tokred.compose(token_map, earlier)
-        self._thread.current = replace(
-            now, counts=(*now.counts, num_out), size=size, token_map=source
-        )
-        return x
-
-    def _plan(self, x: torch.Tensor, layer: int, scale: float) -> Reduction:
-        """What the method does with the tokens; keeps what it leaves for later layers."""
         attention, self._thread.attention = self._thread.attention, None
         if attention is None or not attention.projections:
             raise RuntimeError(
@@ -248,20 +289,106 @@ class TokenState:
                 "the forward pass ran in, where checkpoints recompute its layers"
             )
         now = self._running
-        call = ReductionCall(
-            x,
-            layer,
-            self.num_layers,
-            self.num_prefix,
-            now.size,
-            attention,
-            scale,
-            dict(now.carried),
+        if now.mask is not None and x.shape[0]:
+            return self._reduce_rows(x, layer, scale, attention)
+        call = self._call(x, layer, now.size, attention, scale, now.carried)
+        reduced = self._reduced(call)
+        now = replace(now, carried=call.carried)
+        if reduced is not None:
+            x, size, token_map = reduced
+            now = self._after(now, x.shape[1], size, token_map)
+        self._thread.current = now
+        return x
+
+    def _reduce_rows(
+        self, x: torch.Tensor, layer: int, scale: float, attention: LayerAttention
+    ) -> torch.Tensor:
+        """`reduce` of a padded batch, each row as if it were alone."""
+        now = self._running
+        assert now.mask is not None
+        padding = Padding.of(now.mask) if now.padding is None else now.padding
+        batch, tokens, _ = x.shape
+        carried = now.carried_rows or ({},) * batch
+        calls, rows, changes = [], [], False
+        for row, length in enumerate(padding.lengths):
+            size = None if now.size is None else padding.row(now.size, row, 1)
+            call = self._call(
+                padding.row(x, row, 1), layer, size, padding.attention(attention, row), scale,
+                carried[row],
+            )  # fmt: skip
+            reduced = self._reduced(call) if length > self.num_prefix + 1 else None
+            changes = changes or reduced is not None
+            calls.append(call)
+            rows.append(reduced)
+        carried = tuple(call.carried for call in calls)
+        if not changes:
+            self._thread.current = replace(now, padding=now.padding, carried_rows=carried)
+            return x
+        whole = [
+            self._whole(call) if reduced is None else reduced
+            for call, reduced in zip(calls, rows, strict=True)
+        ]
+        sizes = [
+            now.ones[:1, :1].expand(1, y.shape[1]) if size is None else size for y, size, _ in whole
+        ]
+        token_map = padding.token_map([token_map for _, _, token_map in whole], tokens)
+        x = pad_sequence([y[0] for y, _, _ in whole], batch_first=True)
+        size = pad_sequence([size[0] for size in sizes], batch_first=True)
+        lengths = tuple(y.shape[1] for y, _, _ in whole)
+        now = replace(now, padding=Padding(lengths), carried_rows=carried)
+        self._thread.current = self._after(now, x.shape[1], size, token_map)
+        return x
+
+    def _call(
+        self,
+        x: torch.Tensor,
+        layer: int,
+        size: torch.Tensor | None,
+        attention: LayerAttention,
+        scale: float,
+        carried: dict[str, torch.Tensor],
+    ) -> ReductionCall:
+        return ReductionCall(
+            x, layer, self.num_layers, self.num_prefix, size, attention, scale, dict(carried)
         )
-        reduction = self.method.plan(call)
-        if call.carried:
-            self._thread.current = replace(now, carried=call.carried)
-        return reduction
+
+    def _reduced(
+        self, call: ReductionCall
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor] | None:
+        """The tokens as the method plans it, their sizes (None: all 1) and the token map."""
+        reduction: Reduction = self.method.plan(call)
+        if reduction is None:
+            return None
+        if isinstance(reduction, Reduced):
+            return reduction.tokens, reduction.size, reduction.token_map
+        token_map, num_out = as_token_map(reduction, call.tokens.shape[1])
+        # SigLIP's tokens come channel-first out of the patch convolution; the ops want rows.
+        x = call.tokens.contiguous()
+        if isinstance(reduction, torch.Tensor) and call.size is None:
+            # Each stands for itself still: later layers attend as the model itself does.
+            return tokred.unmerge(x, reduction), None, token_map
+        x, size = tokred.merge(x, token_map, num_out, call.size)
+        return x, size, token_map
+
+    def _whole(self, call: ReductionCall) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """As `_reduced`, of a row that keeps all its tokens."""
+        x = call.tokens
+        slots = torch.arange(x.shape[1], dtype=torch.int32, device=x.device)
+        return x, call.size, slots[None]
+
+    def _after(
+        self, now: Pass, num_out: int, size: torch.Tensor | None, token_map: torch.Tensor
+    ) -> Pass:
+        """The pass after a reduction to num_out tokens."""
+        source, first = None, None
+        if self.trace_source or self._needs_first:
+            source = (
+                token_map if now.token_map is None else tokred.compose(token_map, now.token_map)
+            )
+        if self._needs_first:
+            assert source is not None
+            first = _first_members(source, num_out)
+        return replace(now, counts=(*now.counts, num_out), size=size, token_map=source, first=first)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         refuse_copy()
@@ -276,3 +403,12 @@ def refuse_copy() -> NoReturn:
     raise RuntimeError(
         "a patched model cannot be copied or pickled: leave the patch first, then patch the copy"
     )
+
+
+def _first_members(token_map: torch.Tensor, num_out: int) -> torch.Tensor:
+    """i64 [B, num_out]: the first token of each slot of an i32 map [B, N]; of an empty one, any."""
+    batch, tokens = token_map.shape
+    place = torch.arange(tokens, device=token_map.device).expand(batch, -1)
+    slots = torch.where(token_map < 0, num_out, token_map).long()
+    first = place.new_full((batch, num_out + 1), tokens - 1)
+    return first.scatter_reduce(1, slots, place, "amin")[:, :num_out]
