@@ -145,8 +145,11 @@ def test_rows_against_float64(backend: Backend, case: Case, dtype: torch.dtype) 
     check(backend, "attention_rows", case, slack)
     check(backend, "attention_rows", case, 8 * slack, softmax=False)
     if case.magnitude == 1:
-        for first, last in ((0, case.keys // 2), (case.keys // 3, case.keys), (0, 0)):
-            own = {"denominator": (first, last)}
+        ranges = [(0, case.keys // 2), (case.keys // 3, case.keys), (0, 0)]
+        if backend.name == "simt":  # it takes half a second a call: one of them with each dtype
+            ranges = [ranges[FLOATS.index(dtype)]]
+        for denominator in ranges:
+            own = {"denominator": denominator}
             check(backend, "attention_rows", replace(case, scale=0.1), 8 * slack, **own)
 
 

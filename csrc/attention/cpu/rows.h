@@ -105,33 +105,6 @@ struct Prefetcher {
 
 // ---- Tiles --------------------------------------------------------------------------------------
 
-template <class Acc>
-using Register = typename Vec<Acc>::N;
-
-// a * b + c of one register.
-TOKRED_INLINE Register<float> multiply_add(Register<float> a, Register<float> b,
-                                           Register<float> c) {
-#if defined(__AVX512F__)
-  return (Register<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__)
-  return (Register<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-  for (int i = 0; i < f32x16::kWidth; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
-  return c;
-#endif
-}
-TOKRED_INLINE Register<double> multiply_add(Register<double> a, Register<double> b,
-                                            Register<double> c) {
-#if defined(__AVX512F__)
-  return (Register<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
-#elif defined(__FMA__)
-  return (Register<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
-#else
-  for (int i = 0; i < f64x16::kWidth; ++i) c[i] = __builtin_fma(a[i], b[i], c[i]);
-  return c;
-#endif
-}
-
 // x, in a register: GCC would repeat its load in every multiply-add that can read memory, and run
 // out of load ports.
 template <class R>
@@ -239,7 +212,7 @@ TOKRED_INLINE void dot_tile(const Accumulator<T>* x, int64_t x_stride, const T* 
         const Register<Acc> q = in_register(load(x + row * x_stride + c).r[part]);
 #pragma GCC unroll 8
         for (int key = 0; key < kKeys; ++key) {
-          sum[row][key] = multiply_add(k[key], q, sum[row][key]);
+          sum[row][key] = fma(k[key], q, sum[row][key]);
         }
       }
     };

@@ -104,36 +104,49 @@ TOKRED_INLINE Vec<T> operator/(Vec<T> a, Vec<T> b) {
   return map<Vec<T>>([&](int i) { return a.r[i] / b.r[i]; });
 }
 
-// a * b + c, rounded once on every instruction set.
-TOKRED_INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
-  return map<f32x16>([&](int i) {
-#if defined(__AVX512F__)
-    return (f32x16::N)_mm512_fmadd_ps((__m512)a.r[i], (__m512)b.r[i], (__m512)c.r[i]);
-#elif defined(__FMA__)
-    return (f32x16::N)_mm256_fmadd_ps((__m256)a.r[i], (__m256)b.r[i], (__m256)c.r[i]);
+// a * b + c in each lane, rounded once on every instruction set.
+template <class T>
+using Register = typename Native<T>::type;
+#ifdef __FMA__
+TOKRED_INLINE Register<float> fma(Register<float> a, Register<float> b, Register<float> c) {
+#ifdef __AVX512F__
+  return (Register<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #else
-    f32x16::N out;
-    for (int j = 0; j < f32x16::kWidth; ++j) {
-      out[j] = __builtin_fmaf(a.r[i][j], b.r[i][j], c.r[i][j]);
-    }
-    return out;
+  return (Register<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #endif
-  });
 }
-TOKRED_INLINE f64x16 fma(f64x16 a, f64x16 b, f64x16 c) {
-  return map<f64x16>([&](int i) {
-#if defined(__AVX512F__)
-    return (f64x16::N)_mm512_fmadd_pd((__m512d)a.r[i], (__m512d)b.r[i], (__m512d)c.r[i]);
-#elif defined(__FMA__)
-    return (f64x16::N)_mm256_fmadd_pd((__m256d)a.r[i], (__m256d)b.r[i], (__m256d)c.r[i]);
+TOKRED_INLINE Register<double> fma(Register<double> a, Register<double> b, Register<double> c) {
+#ifdef __AVX512F__
+  return (Register<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
 #else
-    f64x16::N out;
-    for (int j = 0; j < f64x16::kWidth; ++j) {
-      out[j] = __builtin_fma(a.r[i][j], b.r[i][j], c.r[i][j]);
-    }
-    return out;
+  return (Register<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
 #endif
-  });
+}
+#else
+// Where a multiply-add is a call of the C library, one function holds the calls of a register:
+// inline, they would be most of the machine code, and of the time to compile it.
+#ifdef __FP_FAST_FMAF
+TOKRED_INLINE
+#else
+static inline __attribute__((noinline))
+#endif
+Register<float> fma(Register<float> a, Register<float> b, Register<float> c) {
+  for (int i = 0; i < Vec<float>::kWidth; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
+}
+#ifdef __FP_FAST_FMA
+TOKRED_INLINE
+#else
+static inline __attribute__((noinline))
+#endif
+Register<double> fma(Register<double> a, Register<double> b, Register<double> c) {
+  for (int i = 0; i < Vec<double>::kWidth; ++i) c[i] = __builtin_fma(a[i], b[i], c[i]);
+  return c;
+}
+#endif
+template <class T>
+TOKRED_INLINE Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
+  return map<Vec<T>>([&](int i) { return fma(a.r[i], b.r[i], c.r[i]); });
 }
 
 // Lane-wise a > b ? x : y. False where either is NaN.

@@ -143,8 +143,8 @@ TOKRED_INLINE void add_code_tile(const float* weights, int64_t row_weights, int6
         const Register<float> w = weight[u][row * row_weights + token] - Register<float>{};
 #pragma GCC unroll 2
         for (int p = 0; p < kParts; ++p) {
-          sum[row][u][p][0] = multiply_add(w, x[p][0], sum[row][u][p][0]);
-          sum[row][u][p][1] = multiply_add(w, x[p][1], sum[row][u][p][1]);
+          sum[row][u][p][0] = fma(w, x[p][0], sum[row][u][p][0]);
+          sum[row][u][p][1] = fma(w, x[p][1], sum[row][u][p][1]);
         }
       }
     }

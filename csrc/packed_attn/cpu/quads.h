@@ -179,7 +179,7 @@ TOKRED_INLINE void add_quad_tile(const FixedWeights& block, int64_t group, int64
       float* to = out + row * out_stride + vec * kLanes + part * f32x16::kWidth;
       Register<float> before;
       std::memcpy(&before, to, sizeof before);
-      before = multiply_add(units, step, before);
+      before = fma(units, step, before);
       std::memcpy(to, &before, sizeof before);
     }
   }

@@ -120,7 +120,7 @@ TOKRED_INLINE void add_group(const TransposedCodes& transposed, int64_t group, i
         Register<float> scale, before = {};
         std::memcpy(&scale, transposed.scales + group * kGather + first, sizeof scale);
         if (group > 0) std::memcpy(&before, to, sizeof before);
-        sum[row][part] = multiply_add(sum[row][part], scale, before);
+        sum[row][part] = fma(sum[row][part], scale, before);
       }
       std::memcpy(to, &sum[row][part], sizeof sum[row][part]);
     }
@@ -179,7 +179,7 @@ struct FloatQueries {
               const Register<float> q = number - Register<float>{};
 #pragma GCC unroll 4
               for (int part = 0; part < kParts; ++part) {
-                sum[row][part] = multiply_add(codes[part], q, sum[row][part]);
+                sum[row][part] = fma(codes[part], q, sum[row][part]);
               }
             }
           };
@@ -249,7 +249,7 @@ struct FixedQueries {
         for (int part = 0; part < kParts; ++part) {
           const auto units =
               __builtin_convertvector(Products::total(sum[row][part]), Register<float>);
-          total[row][part] = multiply_add(units, step, rest);
+          total[row][part] = fma(units, step, rest);
         }
       }
       add_group(transposed, group, token, total, out);
