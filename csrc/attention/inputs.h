@@ -52,6 +52,17 @@ inline double attention_scale(std::optional<double> scale, int64_t head_dim) {
   return scale ? *scale : 1.0 / std::sqrt(static_cast<double>(head_dim));
 }
 
+// See AttentionParams: after this p.scale is that of the tanh.
+inline void set_softcap(AttentionParams& p, std::optional<double> softcap) {
+  if (!softcap) return;
+  p.scale /= *softcap;
+  // Both are numbers of float32 in the kernels.
+  TOKRED_CHECK(static_cast<float>(*softcap) > 0 && std::isfinite(static_cast<float>(*softcap)) &&
+                   std::isfinite(static_cast<float>(p.scale)),
+               "softcap must be positive and finite, and so must scale / softcap, got ", *softcap);
+  p.softcap = *softcap;
+}
+
 inline void set_key_bias(AttentionParams& p, const OptionalTensor& bias, const Tensor& q) {
   if (!bias) return;
   check_dim(*bias, "key_bias", 3, "[B | 1, Hkv | 1, N]");

@@ -27,7 +27,9 @@ struct BlockMask {
 };
 
 // logits(i, j) = scale * q_i . k_j + key_bias[j], for the visible j: mask(i, j) true, with causal
-// j <= i + N - L (the last query sees every key), and visible by positions and blocks.
+// j <= i + N - L (the last query sees every key), and visible by positions and blocks. With a
+// softcap it is softcap * tanh(scale * q_i . k_j) + key_bias[j], and scale the front end's divided
+// by the softcap.
 // out_i = softmax . v, lse_i = log sum exp.
 // A query that sees no key, or only keys of logit -inf, has out 0 and lse -inf.
 // Query head h reads key head h / (heads_q / heads_kv).
@@ -47,6 +49,7 @@ struct AttentionParams {
   DType dtype;
   bool causal;
   double scale;
+  double softcap;                      // 0: none
   void* workspace;                     // biased_attention_workspace(params) bytes
 
   constexpr HeadTensor out_view() const {

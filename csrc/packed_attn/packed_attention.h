@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor> packed_attention(
     const OptionalTensor& residual_v, std::optional<double> scale, const OptionalTensor& indices,
     const OptionalTensor& mask, const OptionalTensor& key_bias, bool causal,
     std::optional<int64_t> length, const OptionalTensor& lengths, const OptionalTensor& slots,
-    const OptionalTensor& k_levels, const OptionalTensor& v_levels) {
+    const OptionalTensor& k_levels, const OptionalTensor& v_levels, std::optional<double> softcap) {
   PackedAttentionParams p{};
   check_dim(q, "q", 4, "[B, Hq, L, D]");
   check_dim(k_codes, "k_codes", 4, "[B, Hkv, N, bytes of a row]");
@@ -51,6 +51,7 @@ std::tuple<Tensor, Tensor> packed_attention(
   a.keys = k.tokens;
   a.value_dim = v.side.packed.format.head_dim;
   a.causal = causal;
+  set_softcap(a, softcap);
   set_key_bias(a, key_bias, q);
   set_attention_mask(a, mask, q);
   p.k = k.side;

@@ -23,8 +23,10 @@ std::tuple<Tensor, Tensor> biased_attention(const Tensor& q, const Tensor& k, co
                                             const OptionalTensor& key_bias, bool causal,
                                             std::optional<double> scale, const OptionalTensor& mask,
                                             const OptionalTensor& query_position,
-                                            const OptionalTensor& key_position) {
+                                            const OptionalTensor& key_position,
+                                            std::optional<double> softcap) {
   AttentionParams p = attention_inputs<Backend>(q, k, v, key_bias, causal, scale, mask);
+  set_softcap(p, softcap);
   set_positions(p, query_position, key_position, q);
   return run_attention<Backend>(p, q);
 }
@@ -90,8 +92,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> biased_attention_backward(
     const Tensor& grad_out, const Tensor& grad_lse, const Tensor& q, const Tensor& k,
     const Tensor& v, const OptionalTensor& key_bias, const Tensor& out, const Tensor& lse,
     bool causal, std::optional<double> scale, const OptionalTensor& mask,
-    const OptionalTensor& query_position, const OptionalTensor& key_position) {
+    const OptionalTensor& query_position, const OptionalTensor& key_position,
+    std::optional<double> softcap) {
   AttentionParams f = attention_inputs<Backend>(q, k, v, key_bias, causal, scale, mask);
+  set_softcap(f, softcap);
   set_positions(f, query_position, key_position, q);
   AttentionBackwardParams p = backward_inputs(f, grad_out, grad_lse, out, lse, q);
   return run_attention_backward<Backend>(p, q);

@@ -20,13 +20,12 @@ inline void set_block_mask(AttentionParams& p, const Tensor& block_mask, int64_t
 
 // biased_attention where block_mask hides whole blocks of queries and keys.
 template <class Backend>
-std::tuple<Tensor, Tensor> block_sparse_attention(const Tensor& q, const Tensor& k, const Tensor& v,
-                                                  const Tensor& block_mask, int64_t block_q,
-                                                  int64_t block_k, bool causal,
-                                                  std::optional<double> scale,
-                                                  const OptionalTensor& key_bias,
-                                                  const OptionalTensor& mask) {
+std::tuple<Tensor, Tensor> block_sparse_attention(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& block_mask, int64_t block_q,
+    int64_t block_k, bool causal, std::optional<double> scale, const OptionalTensor& key_bias,
+    const OptionalTensor& mask, std::optional<double> softcap) {
   AttentionParams p = attention_inputs<Backend>(q, k, v, key_bias, causal, scale, mask);
+  set_softcap(p, softcap);
   set_block_mask(p, block_mask, block_q, block_k, q);
   return run_attention<Backend>(p, q);
 }
@@ -36,8 +35,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> block_sparse_attention_backward(
     const Tensor& grad_out, const Tensor& grad_lse, const Tensor& q, const Tensor& k,
     const Tensor& v, const Tensor& block_mask, int64_t block_q, int64_t block_k, const Tensor& out,
     const Tensor& lse, bool causal, std::optional<double> scale, const OptionalTensor& key_bias,
-    const OptionalTensor& mask) {
+    const OptionalTensor& mask, std::optional<double> softcap) {
   AttentionParams f = attention_inputs<Backend>(q, k, v, key_bias, causal, scale, mask);
+  set_softcap(f, softcap);
   set_block_mask(f, block_mask, block_q, block_k, q);
   AttentionBackwardParams p = backward_inputs(f, grad_out, grad_lse, out, lse, q);
   return run_attention_backward<Backend>(p, q);

@@ -8,7 +8,8 @@ namespace tokred {
 
 // With p = exp(logit - lse), dp = grad_out . v, delta = out . grad_out - grad_lse:
 // ds = p (dp - delta); grad_q = scale ds k, grad_k = scale ds^T q, grad_v = p^T grad_out,
-// grad_bias = column sums of ds over the queries and the heads of the group.
+// grad_bias = column sums of ds over the queries and the heads of the group. With a softcap ds
+// times softcap (1 - tanh^2) takes the place of ds in grad_q and grad_k.
 struct AttentionBackwardParams {
   AttentionParams forward;  // out and lse hold the forward result
   HeadTensor grad_out;  // [B, Hq, L, Dv]

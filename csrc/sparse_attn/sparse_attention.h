@@ -35,9 +35,11 @@ std::tuple<Tensor, Tensor> sparse_attention(const Tensor& q, const Tensor& k, co
                                             const OptionalTensor& key_bias, bool causal,
                                             const OptionalTensor& mask, int64_t block_q,
                                             const OptionalTensor& rope_cos,
-                                            const OptionalTensor& rope_sin) {
+                                            const OptionalTensor& rope_sin,
+                                            std::optional<double> softcap) {
   SparseAttentionParams p{};
   p.attention = attention_inputs<Backend>(q, k, v, key_bias, causal, scale, mask);
+  set_softcap(p.attention, softcap);
   p.lists = key_lists(p.attention, indices, block_q, q);
   p.rotation = rotation(p.attention, rope_cos, rope_sin, p.lists.length, q);
   Backend backend(q);
@@ -54,9 +56,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_attention_backward(
     const Tensor& grad_out, const Tensor& grad_lse, const Tensor& q, const Tensor& k,
     const Tensor& v, const Tensor& indices, const Tensor& out, const Tensor& lse,
     std::optional<double> scale, const OptionalTensor& key_bias, bool causal,
-    const OptionalTensor& mask, int64_t block_q) {
+    const OptionalTensor& mask, int64_t block_q, std::optional<double> softcap) {
   SparseAttentionBackwardParams p{};
-  const AttentionParams f = attention_inputs<Backend>(q, k, v, key_bias, causal, scale, mask);
+  AttentionParams f = attention_inputs<Backend>(q, k, v, key_bias, causal, scale, mask);
+  set_softcap(f, softcap);
   p.backward = backward_inputs(f, grad_out, grad_lse, out, lse, q);
   p.lists = key_lists(f, indices, block_q, q);
   Backend backend(q);

@@ -18,7 +18,8 @@ from cases.oracle import reference
 # those of its backward op.
 KEY_BIAS = {"biased_attention": 3, "sparse_attention": 5, "block_sparse_attention": 8}
 RESULTS = {"biased_attention": 4, "sparse_attention": 4, "block_sparse_attention": 6}
-POSITIONS = {"biased_attention": (None, None)}  # which the backward op takes besides
+FORWARD = {"biased_attention": 9}  # arguments that the backward op takes, positions included
+ROTATION = {"sparse_attention": (9, 10)}  # which it does not take
 
 
 # ---- Inputs -------------------------------------------------------------------------------------
@@ -106,7 +107,9 @@ def gradients(
     if backend.name == "simt":
         ops, middle = torch.ops.tokred_simt, RESULTS[op]
         results = getattr(ops, op)(*inputs)
-        arguments = (*inputs[:middle], *results, *inputs[middle:], *POSITIONS.get(op, ()))
+        missing = [None] * (FORWARD.get(op, 0) - len(inputs))
+        rest = [t for i, t in enumerate(inputs) if i >= middle and i not in ROTATION.get(op, ())]
+        arguments = (*inputs[:middle], *results, *rest, *missing)
         *grads, grad_bias = getattr(ops, f"{op}_backward")(grad_out, grad_lse, *arguments)
         return grads if bias is None else [*grads, grad_bias.sum_to_size(bias.shape)]
     arguments = move(inputs, backend.device)

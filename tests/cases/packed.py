@@ -116,6 +116,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     magnitude: float = 1.0
     scale: float | None = None
+    softcap: float | None = None
 
     @property
     def page(self) -> int:
@@ -209,12 +210,12 @@ class Case:
         return (
             *(q, k, v, residual_k, residual_v, self.scale, self.make_lists(rng)),
             *(self.make_mask(rng), self.make_bias(rng), self.causal),
-            *(self.tokens if self.cache else None, lengths, self.make_slots(rng)),
+            *(self.tokens if self.cache else None, lengths, self.make_slots(rng), self.softcap),
         )
 
     def score_inputs(self, reduce: str) -> tuple:
         """The arguments of packed_qk_score."""
-        q, k, _, residual, _, scale, _, mask, _, _, length, lengths, slots = self.inputs()
+        q, k, _, residual, _, scale, _, mask, _, _, length, lengths, slots, _ = self.inputs()
         return (q, k, residual, reduce, scale, length, lengths, mask, slots)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 # A bias of a key head, one number a key, and what is hidden.
 LOOSE = ("key_bias", "mask", "block_mask")
+HOW = ("key_bias", "scale", "softcap")  # logits are made
 BATCHED = (
     "q", "k", "v", "key_bias", "mask", "query_position", "key_position", "indices", "block_mask",
     "grad_out", "grad_lse", "out", "lse",
@@ -24,6 +25,7 @@ def attend(
     times: Tensor,
     key_bias: Tensor | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention in which every query meets every key so many times [B|1, Hq|1, L, N].
 
@@ -33,6 +35,8 @@ def attend(
     group = heads // max(key_heads, 1)
     k, v = (t.repeat_interleave(group, 1) for t in (k, v))
     logits = (q @ k.mT) * (max(dim, 1) ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        logits = softcap * (logits / softcap).tanh()
     times = times.expand(batch, heads, queries, keys)
     seen = times > 0
     if key_bias is not None:
@@ -75,7 +79,7 @@ def seen_by(
 
 
 def biased(q: Tensor, k: Tensor, v: Tensor, **some: Any) -> tuple[Tensor, Tensor]:
-    how = {name: some.pop(name) for name in ("key_bias", "scale") if name in some}
+    how = {name: some.pop(name) for name in HOW if name in some}
     return attend(q, k, v, seen_by(q.shape[2], k.shape[2], **some).to(q.dtype), **how)
 
 
@@ -101,7 +105,7 @@ def lists(
 ) -> tuple[Tensor, Tensor]:
     """Every key as often as it is listed; with rope, every place of a list as a key of its own."""
     (batch, heads, queries, _), keys = q.shape, k.shape[2]
-    how = {name: some.pop(name) for name in ("key_bias", "scale") if name in some}
+    how = {name: some.pop(name) for name in HOW if name in some}
     listed = indices.long().repeat_interleave(heads // max(indices.shape[1], 1), 1)
     listed = listed.repeat_interleave(min(block_q, max(queries, 1)), 2)[:, :, :queries]
     valid = (listed >= 0) & (listed < keys)
@@ -124,6 +128,7 @@ def _rotated(
     sin: Tensor,
     key_bias: Tensor | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Query by query: the listed keys, each rotated to its place."""
     (batch, heads, queries, dim), places = q.shape, listed.shape[3]
@@ -140,7 +145,7 @@ def _rotated(
                 times = (valid[b, h, i] & seen[b, h, i, row]).to(q.dtype)
                 some_bias = None if bias is None else bias[source % len(bias), row][None, None]
                 one = q[b, h, i][None, None, None], key[None, None], v[b, source, row][None, None]
-                result = attend(*one, times, some_bias, scale)
+                result = attend(*one, times, some_bias, scale, softcap)
                 out[b, h, i], lse[b, h, i] = result[0][0, 0, 0], result[1][0, 0, 0]
     return out, lse
 
@@ -182,6 +187,8 @@ def _hiding(draw: Draw, some: dict[str, Any]) -> dict[str, Any]:
         options["key_bias"] = bias(draw, q, k.shape[1], k.shape[2])
     if draw.chance(0.45):
         options["mask"] = full_mask(draw, q, k.shape[2])
+    if draw.chance(0.2):
+        options["softcap"] = draw.choice([0.5, 5.0, 50.0])
     return options
 
 

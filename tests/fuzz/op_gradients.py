@@ -26,15 +26,15 @@ _SLACK = {F32: 3e-5, F16: 6e-3, BF16: 4e-2, F64: 1e-11}
 # The arguments of the backward ops in their order; None where absent.
 _BIASED = (
     "grad_out", "grad_lse", "q", "k", "v", "key_bias", "out", "lse", "causal", "scale", "mask",
-    "query_position", "key_position",
+    "query_position", "key_position", "softcap",
 )  # fmt: skip
 _SPARSE = (
     "grad_out", "grad_lse", "q", "k", "v", "indices", "out", "lse", "scale", "key_bias", "causal",
-    "mask", "block_q",
+    "mask", "block_q", "softcap",
 )  # fmt: skip
 _BLOCKS = (
     "grad_out", "grad_lse", "q", "k", "v", "block_mask", "block_q", "block_k", "out", "lse",
-    "causal", "scale", "key_bias", "mask",
+    "causal", "scale", "key_bias", "mask", "softcap",
 )  # fmt: skip
 
 

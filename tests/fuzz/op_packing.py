@@ -337,6 +337,8 @@ def packed_attention(draw: Draw) -> Case:
         some["mask"] = full_mask(draw, some["q"], tokens)
     if draw.chance(0.3):
         some["key_bias"] = bias(draw, some["q"].float(), key_heads, tokens)
+    if draw.chance(0.2):
+        some["softcap"] = draw.choice([0.5, 5.0, 50.0])
 
     def plain(
         q: Tensor,
@@ -366,7 +368,7 @@ def packed_attention(draw: Draw) -> Case:
             counts = torch.zeros(batch, heads, queries, tokens + 1, dtype=q.dtype)
             counts.scatter_add_(3, torch.where(valid, listed, tokens), valid.to(q.dtype))
             times = times * counts[..., :tokens]
-        return attend(q, keys, values, times, key_bias, rest["scale"])
+        return attend(q, keys, values, times, key_bias, rest["scale"], rest.get("softcap"))
 
     slack = _rounding(some, k)
     names = ("q", "residual_k", "residual_v", "indices", "mask", "key_bias", "lengths", "slots")

@@ -120,6 +120,9 @@ CASES = [
     *(replace(case, dtype=dtype) for case in PREFILL for dtype in FLOATS),
     *(Case(magnitude=m, bias="full", dtype=d) for m in (1e-3, 30, 300) for d in FLOATS),
     Case(scale=0.5, queries=4),
+    Case(softcap=2.0, magnitude=3, bias="holes", dtype=FLOATS[2]),
+    replace(RING, softcap=2.0, magnitude=3, lists="kv"),
+    Case(softcap=2.0, magnitude=3, queries=33, causal=True, mask="full", bias="full"),
     Case(scale=0.0),
 ]
 

@@ -133,8 +133,14 @@ struct KeyBatch {
     return first;
   }
 
-  // logits[row][kGather] plus the biases, -inf where a row does not see a key and behind the last.
-  void finish_logits(int64_t rows, Acc* logits) const {
+  // Products [row][kGather] to logits: softcap and biases, -inf where a row does not see a key and
+  // behind the last. Where slopes is given a softcap leaves its derivatives there.
+  void finish_logits(int64_t rows, double softcap, Acc* logits, Acc* slopes = nullptr) const {
+    for (int64_t row = 0; row < rows && softcap > 0; ++row) {
+      cap_logits(
+          logits + row * kGather, divide_up(count, kLanes), softcap,
+          [](int64_t) { return splat(Acc{0}); }, slopes ? slopes + row * kGather : nullptr);
+    }
     for (int64_t row = 0; row < rows; ++row, logits += kGather) {
       for (int64_t i = 0; i < count && !plain; i += kLanes) {
         store(logits + i, load(logits + i) + load(bias + i));

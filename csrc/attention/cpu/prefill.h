@@ -89,14 +89,19 @@ struct Forward {
     });
     if (!any) return;
     source.pack(block, p, batch, kv_head);
+    const Acc* bias = p.softcap > 0 ? kNoBias<Acc> : block.bias;
     visit_panels<Acc>(panels, coverage, [&](int64_t panel, int64_t count) {
       multiply<Layout::row_step>(
           block.k, p.head_dim, block.count, query + panel * p.head_dim * kLanes,
           p.head_dim * kLanes, count, p.head_dim, [&](int64_t key, int i, Vec<Acc> sum) {
-            store(logits + i * kLogits + key * kLanes, sum + splat(block.bias[key]));
+            store(logits + i * kLogits + key * kLanes, sum + splat(bias[key]));
           });
       for (int64_t i = 0; i < count; ++i) {
         Acc* tile_logits = logits + i * kLogits;
+        if (p.softcap > 0) {
+          cap_logits(tile_logits, block.count, p.softcap,
+                     [&](int64_t key) { return splat(block.bias[key]); });
+        }
         if (coverage[panel + i] == Coverage::some) {
           hide_keys<T>(see, block, panel_row(panel + i), tile_logits);
         }

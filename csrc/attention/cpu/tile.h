@@ -8,6 +8,7 @@
 #include "common/cpu/register_tile.h"
 #include "common/cpu/row.h"
 #include "common/cpu/vexp.h"
+#include "common/cpu/vtanh.h"
 
 namespace tokred::TOKRED_ISA {
 
@@ -128,6 +129,34 @@ template <class Acc>
 TOKRED_INLINE Vec<Acc> grad_of_logit(Vec<Acc> weight, Vec<Acc> grad, Vec<Acc> delta) {
   return select_equal(weight, Acc{0}, weight, weight * (grad - delta));
 }
+
+// ---- Softcap ------------------------------------------------------------------------------------
+
+// What is added to products on their way to memory where a softcap has to come before the biases.
+template <class Acc>
+alignas(64) inline constexpr Acc kNoBias[kBlock] = {};
+
+// Products to logits softcap tanh(product) + bias(step), sixteen a step; where slopes is given,
+// also the derivatives.
+template <class Acc, class Bias>
+__attribute__((noinline)) static void cap_logits(Acc* logits, int64_t steps, double softcap,
+                                                 const Bias& bias, Acc* slopes = nullptr) {
+  const Vec<Acc> cap = splat(static_cast<Acc>(softcap));
+  for (int64_t i = 0; i < steps; ++i) {
+    const Vec<Acc> x = tanh(load(logits + i * kLanes));
+    store(logits + i * kLanes, fma(cap, x, bias(i)));
+    if (slopes) store(slopes + i * kLanes, cap - cap * x * x);
+  }
+}
+
+// The gradient of a product from that of its logit. A hidden pair may have a slope of NaN, and its
+// gradient of 0 remains.
+template <class Acc>
+TOKRED_INLINE Vec<Acc> grad_of_product(Vec<Acc> grad, Vec<Acc> slope) {
+  return select_number(slope, grad * slope, grad);
+}
+
+// ---- Blocks of keys -----------------------------------------------------------------------------
 
 // Up to kBlock keys with their values and biases.
 template <class T>

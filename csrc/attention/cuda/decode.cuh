@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 #pragma unroll
     for (int k = 0; k < C::kDim / 16; ++k) load_left(query[k], shared.query, 0, 16 * k);
   }
-  const float scale = static_cast<float>(a.scale) * kLog2E;
+  const float scale = logit_scale(a);
   const bool per_row_mask = rows_differ(a);
   for (int tile = 0; tile < tiles; ++tile) {
     cp_async_wait<C::kStages - 2>();

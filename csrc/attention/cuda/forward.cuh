@@ -235,6 +235,7 @@ __device__ __forceinline__ void to_logits(float (&product)[C::kRowTiles][C::kKey
                                           bool per_row_mask) {
   const float (&bias)[C::kKeys] = shared.bias[stage];
   const int first_column = lane_id() % 4 * 2;
+  if constexpr (C::kSparse) cap_products(product, p);
 #pragma unroll
   for (int i = 0; i < C::kRowTiles; ++i) {
 #pragma unroll

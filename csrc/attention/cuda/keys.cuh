@@ -184,6 +184,7 @@ __device__ __forceinline__ void list_logits(float (&product)[kRowTiles][kKeys / 
                                             const AttentionParams& p, int64_t batch, float scale,
                                             bool per_row_mask, Row row) {
   const int first_column = lane_id() % 4 * 2;
+  cap_products(product, p);
 #pragma unroll
   for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll

@@ -175,7 +175,9 @@ __global__ void __launch_bounds__(256, 1)
       const auto found = mine.of(lane);
       LaneRow x;
       keys.load_key(x, found, first + lane);
-      const float logit = fmaf(dot(q, x), static_cast<float>(a.scale) * kLog2E, found.bias);
+      float product = dot(q, x);
+      cap_product(product, a);
+      const float logit = fmaf(product, logit_scale(a), found.bias);
       const float next = fmaxf(top, logit), base = next == -kInfinity ? 0.0f : next;
       const float shrink = exp2_approx(top - base), weight = exp2_approx(logit - base);
       top = next;

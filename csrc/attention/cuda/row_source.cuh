@@ -1,7 +1,7 @@
 // Attention: tiles of keys, values and queries loaded from the rows of a head.
 #pragma once
 
-#include "attention/cuda/visibility.cuh"
+#include "attention/cuda/softcap.cuh"
 #include "common/cuda/mma_tile.cuh"
 #include "common/cuda/row_io.cuh"
 

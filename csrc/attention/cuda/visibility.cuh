@@ -150,6 +150,11 @@ __host__ __device__ __forceinline__ bool hides_pairs(const AttentionParams& p) {
   return p.positions.columns > 0 || p.blocks.mask.data;
 }
 
+// Whether biased_attention needs the kernels of these, which dense attention has no room for.
+__host__ __device__ __forceinline__ bool is_general(const AttentionParams& p) {
+  return hides_pairs(p) || p.softcap > 0;
+}
+
 // Whether rows may see different keys.
 __host__ __device__ __forceinline__ bool rows_differ(const AttentionParams& p) {
   return (p.causal && p.queries > 1) || (p.mask.data && !masks_keys_only(p)) || hides_pairs(p);

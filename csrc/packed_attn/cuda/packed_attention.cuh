@@ -239,7 +239,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 
   ForwardState<C> state;
   start(state);
-  const float scale = static_cast<float>(a.scale) * kLog2E;
+  const float scale = logit_scale(a);
   const bool per_row_mask = rows_differ(a);
   for (int tile = 0; tile < tiles; ++tile) {
     cp_async_wait<C::kStages - 2>();

@@ -55,6 +55,17 @@ void add_products(const Acc* block, int64_t dim, const Acc* weights, int64_t wei
   }
 }
 
+// Gradients of logits [panel][step][16] to those of their products, through a softcap.
+template <class Acc>
+void multiply_by_slopes(Acc* grads, const Acc* slopes, int64_t stride, int64_t panels,
+                        int64_t steps) {
+  for (int64_t panel = 0; panel < panels; ++panel, grads += stride, slopes += stride) {
+    for (int64_t i = 0; i < steps * kLanes; i += kLanes) {
+      store(grads + i, grad_of_product(load(grads + i), load(slopes + i)));
+    }
+  }
+}
+
 // Whether grad_q is stored as it is summed, so that a KeyPass can add to it panel by panel: then it
 // is a sum of sums over the sixteen keys of a panel, and one of sums over kBlock keys otherwise.
 template <class T>

@@ -27,6 +27,7 @@ struct KeyPass {
   alignas(64) Acc bias[kMaxPanels * kLanes];
   alignas(64) Acc grad_bias[kMaxPanels * kLanes];
   alignas(64) Acc weights[kTilePanels<Acc> * kWeights];
+  alignas(64) Acc slopes[kTilePanels<Acc> * kWeights];  // of the softcap, where there is one
   int64_t block_count, block_row[kBlock];
   alignas(64) Acc lse[kBlock];
   alignas(64) Acc delta[kBlock];
@@ -140,13 +141,20 @@ struct KeyPass {
 
   // weights = p
   void weigh(int64_t panel, int64_t count, const Coverage* coverage) {
+    const Acc* added = p.softcap > 0 ? kNoBias<Acc> : bias + panel * kLanes;
     multiply<Layout::row_step>(
         q, p.head_dim, block_count, key + panel * p.head_dim * kLanes, p.head_dim * kLanes, count,
         p.head_dim, [&](int64_t row, int i, Vec<Acc> sum) {
-          store(weights + i * kWeights + row * kLanes, sum + load(bias + (panel + i) * kLanes));
+          store(weights + i * kWeights + row * kLanes, sum + load(added + i * kLanes));
         });
     for (int64_t i = 0; i < count; ++i) {
       Acc* tile_weights = weights + i * kWeights;
+      if (p.softcap > 0) {
+        const Vec<Acc> of_keys = load(bias + (panel + i) * kLanes);
+        cap_logits(
+            tile_weights, block_count, p.softcap, [&](int64_t) { return of_keys; },
+            slopes + i * kWeights);
+      }
       if (coverage[i] == Coverage::some) {
         hide_listed_rows(see, block_row, block_count, panel_key(panel + i), tile_weights);
       }
@@ -157,7 +165,8 @@ struct KeyPass {
     }
   }
 
-  // grad_value += p^T grad_out, weights = ds, grad_key += ds^T q, grad_bias += the sums of ds
+  // grad_value += p^T grad_out, weights = ds, grad_bias += the sums of ds, grad_key += ds^T q with
+  // the ds of products
   template <bool kSkipZeros>
   void add_gradients(int64_t panel, int64_t count) {
     add_products<kSkipZeros>(grad_out, p.value_dim, weights, kWeights, count, block_count,
@@ -168,8 +177,6 @@ struct KeyPass {
                                  Acc* at = weights + i * kWeights + row * kLanes;
                                  store(at, grad_of_logit(load(at), sum, splat(delta[row])));
                                });
-    add_products<kSkipZeros>(q, p.head_dim, weights, kWeights, count, block_count,
-                             grad_key + panel * p.head_dim * kLanes);
     for (int64_t i = 0; i < count; ++i) {
       Vec<Acc> sum = splat(Acc{0});
       for (int64_t row = 0; row < block_count; ++row) {
@@ -178,6 +185,9 @@ struct KeyPass {
       Acc* at = grad_bias + (panel + i) * kLanes;
       store(at, load(at) + sum);
     }
+    if (p.softcap > 0) multiply_by_slopes(weights, slopes, kWeights, count, block_count);
+    add_products<kSkipZeros>(q, p.head_dim, weights, kWeights, count, block_count,
+                             grad_key + panel * p.head_dim * kLanes);
     if constexpr (kWhole) {
       for (int64_t i = 0; i < count; ++i) add_grad_query<kSkipZeros>(panel + i, i);
     }

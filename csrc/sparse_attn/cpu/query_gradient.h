@@ -22,6 +22,7 @@ struct QueryPass {
   alignas(64) Acc lse[kMaxPanels * kLanes];
   alignas(64) Acc delta[kMaxPanels * kLanes];
   alignas(64) Acc weights[kTilePanels<Acc> * kWeights];
+  alignas(64) Acc slopes[kTilePanels<Acc> * kWeights];  // of the softcap, where there is one
   KeyBlock<T> block;
 
   QueryPass(const AttentionBackwardParams& b, int64_t batch_index, int64_t head, int64_t group,
@@ -96,13 +97,19 @@ struct QueryPass {
 
   // weights = p
   void weigh(int64_t panel, int64_t count, const Coverage* coverage) {
+    const Acc* bias = p.softcap > 0 ? kNoBias<Acc> : block.bias;
     multiply<Layout::row_step>(
         block.k, p.head_dim, block.count, query + panel * p.head_dim * kLanes, p.head_dim * kLanes,
         count, p.head_dim, [&](int64_t key, int i, Vec<Acc> sum) {
-          store(weights + i * kWeights + key * kLanes, sum + splat(block.bias[key]));
+          store(weights + i * kWeights + key * kLanes, sum + splat(bias[key]));
         });
     for (int64_t i = 0; i < count; ++i) {
       Acc* tile_weights = weights + i * kWeights;
+      if (p.softcap > 0) {
+        cap_logits(
+            tile_weights, block.count, p.softcap,
+            [&](int64_t key) { return splat(block.bias[key]); }, slopes + i * kWeights);
+      }
       if (coverage[i] == Coverage::some)
         hide_keys<T>(see, block, panel_row(panel + i), tile_weights);
       const Vec<Acc> base = load(lse + (panel + i) * kLanes);
@@ -112,7 +119,7 @@ struct QueryPass {
     }
   }
 
-  // weights = ds, grad_query += ds k
+  // weights = ds, of the products; grad_query += ds k
   template <bool kSkipZeros>
   void add_gradient(int64_t panel, int64_t count) {
     multiply<Layout::row_step>(
@@ -121,6 +128,7 @@ struct QueryPass {
           Acc* at = weights + i * kWeights + key * kLanes;
           store(at, grad_of_logit(load(at), sum, load(delta + (panel + i) * kLanes)));
         });
+    if (p.softcap > 0) multiply_by_slopes(weights, slopes, kWeights, count, block.count);
     const KeyPanels cut(see);
     for (int64_t key = 0, next; key < block.count; key = next) {
       next = key + 1;

@@ -103,7 +103,7 @@ struct ListForward {
     } else {
       dot_rows<T>(query, stride, at.rows, block.k, block.count, p.head_dim, weights, kGather, keys);
     }
-    block.finish_logits(at.rows, weights);
+    block.finish_logits(at.rows, p.softcap, weights);
     exponentiate(at.rows, block.count, weights, shrink, result);
     if constexpr (kSkipZeros) {
       for (int64_t row = 0; row < at.rows; ++row) {

@@ -23,6 +23,7 @@ struct ListGradient {
   Acc lse[kMaxRows], delta[kMaxRows];
   alignas(64) Acc weights[kMaxRows * kGather];
   alignas(64) Acc grad_logits[kMaxRows * kGather];
+  alignas(64) Acc capped[kMaxRows * kGather];  // slopes of the softcap, then grad_products()
   GatheredKeys<T> block;
 
   ListGradient(const AttentionBackwardParams& params, const ListRows& rows)
@@ -65,6 +66,9 @@ struct ListGradient {
     }
   }
 
+  // Those of the products q . k: what a softcap leaves of grad_logits.
+  const Acc* grad_products() const { return p.softcap > 0 ? capped : grad_logits; }
+
   // visit() for every block of entries, once weights and grad_logits are its.
   template <class Visit>
   void visit_blocks(int64_t entries, const Visit& visit) {
@@ -78,7 +82,7 @@ struct ListGradient {
 
   __attribute__((noinline)) void weigh() {
     dot_rows<T>(query, key_stride, at.rows, block.k, block.count, p.head_dim, weights, kGather);
-    block.finish_logits(at.rows, weights);
+    block.finish_logits(at.rows, p.softcap, weights, capped);
     dot_rows<T>(grad_out, value_stride, at.rows, block.v, block.count, p.value_dim, grad_logits,
                 kGather);
     for (int64_t row = 0; row < at.rows; ++row) {
@@ -86,6 +90,10 @@ struct ListGradient {
         Acc *weight = weights + row * kGather + i, *grad = grad_logits + row * kGather + i;
         store(weight, weight_of(load(weight), splat(lse[row])));
         store(grad, grad_of_logit(load(weight), load(grad), splat(delta[row])));
+        if (p.softcap > 0) {
+          Acc* slope = capped + row * kGather + i;
+          store(slope, grad_of_product(load(grad), load(slope)));
+        }
       }
     }
   }
@@ -105,15 +113,15 @@ void query_pass(const AttentionBackwardParams& b, const ListRows& at, int64_t en
   };
   clear();
   list.visit_blocks(entries, [&] {
-    add_rows<T>(list.grad_logits, kGather, at.rows, list.block.k, list.block.count, p.head_dim, one,
-                grad, stride);
+    add_rows<T>(list.grad_products(), kGather, at.rows, list.block.k, list.block.count, p.head_dim,
+                one, grad, stride);
   });
   if (any_nan(grad, at.rows * stride)) {
     clear();
     list.visit_blocks(entries, [&] {
       for (int64_t row = 0; row < at.rows; ++row) {
-        add_nonzero<T>(list.grad_logits + row * kGather, list.block.k, list.block.count, p.head_dim,
-                       Acc{1}, grad + row * stride);
+        add_nonzero<T>(list.grad_products() + row * kGather, list.block.k, list.block.count,
+                       p.head_dim, Acc{1}, grad + row * stride);
       }
     });
   }
@@ -159,21 +167,21 @@ void add_list(ListGradient<T>& list, int64_t entries, const KeyRanges& ranges,
   list.load_delta();
   list.visit_blocks(entries, [&] {
     for (int64_t i = 0; i < list.block.count; ++i) {
-      Acc weight[kMaxRows], grad_logit[kMaxRows];
+      Acc weight[kMaxRows], grad_product[kMaxRows];
       Acc* grad_key = sums + (list.block.key[i] - list.at.first_key) * ranges.numbers;
       Acc* grad_value = grad_key + list.key_stride;
       Acc* grad_bias = grad_value + list.value_stride;
       for (int64_t row = 0; row < rows; ++row) {
         weight[row] = list.weights[row * kGather + i];
-        grad_logit[row] = list.grad_logits[row * kGather + i];
-        *grad_bias += grad_logit[row];
+        grad_product[row] = list.grad_products()[row * kGather + i];
+        *grad_bias += list.grad_logits[row * kGather + i];
       }
       const Acc one = 1;
       if constexpr (kSkipZeros) {
-        add_nonzero<Acc>(grad_logit, queries, rows, list.key_stride, one, grad_key);
+        add_nonzero<Acc>(grad_product, queries, rows, list.key_stride, one, grad_key);
         add_nonzero<Acc>(weight, grads_out, rows, list.value_stride, one, grad_value);
       } else {
-        add_rows<Acc>(grad_logit, 0, 1, queries, rows, list.key_stride, &one, grad_key, 0);
+        add_rows<Acc>(grad_product, 0, 1, queries, rows, list.key_stride, &one, grad_key, 0);
         add_rows<Acc>(weight, 0, 1, grads_out, rows, list.value_stride, &one, grad_value, 0);
       }
     }

@@ -17,7 +17,7 @@ void launch_forward(const AttentionParams& p, Stream stream) {
   static_assert(sizeof(ForwardShared<ForwardConfig<T, kDim>>) ==
                 forward_shared_bytes(kDim, kFloat));
   const LaunchPlan plan = plan_forward(attention_shape(p));
-  if (hides_pairs(p)) {
+  if (is_general(p)) {
     launch(biased_attention_kernel<ForwardConfig<T, kDim, true>>, plan, stream, p);
   } else {
     launch(biased_attention_kernel<ForwardConfig<T, kDim>>, plan, stream, p);

@@ -7,7 +7,8 @@
 
 namespace tokred::cuda::attention {
 
-// kSparse: with positions or a block mask, which dense attention should not have to make room for.
+// kSparse: with positions, a block mask or a softcap, which dense attention should not have to make
+// room for.
 template <class StorageType, int kHeadDim, bool kHidesPairs = false>
 struct ForwardConfig {
   using T = StorageType;
@@ -117,7 +118,7 @@ __global__ void __launch_bounds__(C::kThreads, 2)
     biased_attention_kernel(const __grid_constant__ AttentionParams p) {
   auto& shared = shared_memory<ForwardShared<C>>();
   ForwardBlock<C> block(p, shared);
-  const auto scale = static_cast<float>(p.scale) * kLog2E;
+  const float scale = logit_scale(p);
   // A warp without rows only helps with loading.
   const bool has_rows = block.first_row + warp_id() * C::kRowTiles * 16 < block.view.rows;
   block.load_rows();

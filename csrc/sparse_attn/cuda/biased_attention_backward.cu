@@ -18,9 +18,14 @@ void launch_gradients(const AttentionBackwardParams& p, const AttentionShape& sh
   static_assert(sizeof(KeyGradShared<Config>) == grad_key_shared_bytes(kDim, kFloat));
   launch(attention_grad_query_kernel<Config>, plan_grad_query(shape), stream, p);
   const LaunchPlan plan = plan_grad_key(shape);
-  if constexpr (kDim <= 128) {
+  if constexpr (kDim <= 64 || (kDim <= 128 && !kSparse)) {
     launch(attention_grad_key_kernel<Config>, plan, stream, p);
   } else {
+    if constexpr (kDim <= 128) {
+      if (p.forward.softcap == 0) {
+        return launch(attention_grad_key_kernel<Config>, plan, stream, p);
+      }
+    }
     using Value = BackwardConfig<T, kDim, KeyGrads::value, kSparse>;
     using Key = BackwardConfig<T, kDim, KeyGrads::key, kSparse>;
     launch(attention_grad_key_kernel<Value>, plan, stream, p);
@@ -32,7 +37,7 @@ template <class T, int kDim>
 void launch_backward(const AttentionBackwardParams& p, Stream stream) {
   const AttentionShape shape = attention_shape(p.forward);
   launch(attention_delta_kernel<T>, plan_delta(shape), stream, p);
-  if (hides_pairs(p.forward)) {
+  if (is_general(p.forward)) {
     launch_gradients<T, kDim, true>(p, shape, stream);
   } else {
     launch_gradients<T, kDim, false>(p, shape, stream);

@@ -13,7 +13,8 @@ namespace tokred::cuda::attention {
 // The sums of an owner of keys. Where registers are short, grad_k and grad_v take a launch each.
 enum class KeyGrads { all, key, value };
 
-// kSparse: with positions or a block mask, which dense attention should not have to make room for.
+// kSparse: with positions, a block mask or a softcap, which dense attention should not have to make
+// room for.
 template <class StorageType, int kHeadDim, KeyGrads kGrads = KeyGrads::all,
           bool kHidesPairs = false>
 struct BackwardConfig {
@@ -22,6 +23,8 @@ struct BackwardConfig {
   static constexpr bool kSparse = kHidesPairs;
   static constexpr bool kWantsKey = kGrads != KeyGrads::value;
   static constexpr bool kWantsValue = kGrads != KeyGrads::key;
+  // Whether the owners of keys know the softcap; else they have no registers for it.
+  static constexpr bool kKeysAreCapped = kSparse && (kGrads != KeyGrads::all || kDim <= 64);
   static constexpr AttentionTiles kTiles = backward_tiles(kDim, Operand<T>::kPlanes == 3);
   static constexpr int kThreads = kTiles.threads(), kRows = kTiles.rows();
   static constexpr int kColumns = kTiles.columns, kStages = kTiles.stages;
@@ -226,12 +229,15 @@ __device__ __forceinline__ void add_queries(KeyGradSums<C>& sums, const KeyGradS
       for (int half = 0; half < 2; ++half) {
         const int row = warp_id() * 16 + half * 8 + lane_id() / 4;
         float& x = weight[0][j][2 * half + e];
+        float slope = 1.0f;
+        if constexpr (C::kKeysAreCapped) slope = cap_product(x, p);
         x = probability<C>(x, scale, shared.bias[row], first_key + row, info, p,
                            hidden.at(0, half, j, e));
         if constexpr (C::kWantsKey) {
           float& g = grad[0][j][2 * half + e];
           g = grad_logit(x, g, info.delta);
           sums.bias[half] += g;
+          if constexpr (C::kKeysAreCapped) g = grad_product(g, slope);
         }
       }
     }
@@ -313,8 +319,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kSparse ? 2 : 0)
   sums.bias[0] = sums.bias[1] = 0.0f;
   const VisitedTile<C::kSparse> first = next_tile(first_tile, true);
   visit_tiles<C>(tiles, first, next_tile, load, [&](VisitedTile<C::kSparse> tile, int stage) {
-    add_queries<C>(sums, shared, f, view, first_key, tile, stage,
-                   static_cast<float>(f.scale) * kLog2E);
+    add_queries<C>(sums, shared, f, view, first_key, tile, stage, logit_scale(f));
   });
   store_key_grads<C>(sums, p, view, first_key);
 }

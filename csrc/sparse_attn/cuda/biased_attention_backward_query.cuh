@@ -72,9 +72,12 @@ __device__ __forceinline__ void add_keys(typename C::Sums& grad_q, const QueryGr
         const int column = 8 * j + lane_id() % 4 * 2 + e;
         const int64_t key = int64_t{tile.number()} * C::kColumns + column;
         float& x = product[0][j][2 * half + e];
+        float slope = 1.0f;
+        if constexpr (C::kSparse) slope = cap_product(x, p);
         x = probability<C>(x, scale, shared.bias[stage][column], key, info, p,
                            hidden.at(0, half, j, e));
         x = grad_logit(x, grad[0][j][2 * half + e], info.delta);
+        if constexpr (C::kSparse) x = grad_product(x, slope);
       }
     }
   }
@@ -129,7 +132,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kSparse ? 2 : 0)
   zero(grad_q);
   visit_tiles<C>(tiles, next_tile(0, true), next_tile, load,
                  [&](VisitedTile<C::kSparse> tile, int stage) {
-                   add_keys<C>(grad_q, shared, f, view, first_row, tile, stage, scale * kLog2E);
+                   add_keys<C>(grad_q, shared, f, view, first_row, tile, stage, logit_scale(f));
                  });
 #pragma unroll
   for (int half = 0; half < 2; ++half) {

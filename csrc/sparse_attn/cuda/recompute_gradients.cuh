@@ -7,9 +7,9 @@
 
 namespace tokred::cuda::attention {
 
-// The gradients of one pair: its probability, and the gradient of its logit.
+// One pair: its probability, and the gradients of its logit and of its product.
 struct PairGradient {
-  float probability, logit;
+  float probability, logit, product;
 };
 template <class T>
 __device__ __forceinline__ PairGradient pair_gradient(const AttentionBackwardParams& b,
@@ -17,10 +17,13 @@ __device__ __forceinline__ PairGradient pair_gradient(const AttentionBackwardPar
                                                       const LaneRow& grad_out, const LaneRow& k,
                                                       const LaneRow& v, float bias) {
   const float lse = static_cast<const float*>(b.forward.lse)[flat];
-  const float logit = fmaf(dot(q, k), static_cast<float>(b.forward.scale) * kLog2E, bias);
+  float product = dot(q, k);
+  const float slope = cap_product(product, b.forward);
+  const float logit = fmaf(product, logit_scale(b.forward), bias);
   const float probability = lse == -kInfinity ? 0.0f : exp2_approx(logit - lse * kLog2E);
   const float delta = static_cast<const float*>(b.delta)[flat], along = dot(grad_out, v);
-  return {probability, probability == 0.0f ? 0.0f : probability * (along - delta)};
+  const float grad = probability == 0.0f ? 0.0f : probability * (along - delta);
+  return {probability, grad, grad_product(grad, slope)};
 }
 
 template <class T>
@@ -44,7 +47,7 @@ __global__ void __launch_bounds__(256, 1)
       keys.load_key(k, found, first + lane);
       keys.load_value(v, found);
       const auto grad = pair_gradient<T>(b, at.flat, q, grad_out, k, v, found.bias);
-      if (grad.logit != 0.0f) add(sum, grad.logit, k);
+      if (grad.product != 0.0f) add(sum, grad.product, k);
     });
   }
   store_row(grad_q, f.head_dim, sum, static_cast<float>(f.scale));
@@ -94,7 +97,7 @@ __global__ void __launch_bounds__(256, 1)
         const auto grad = pair_gradient<T>(b, row, q, grad_out, k, v, keys.bias_of(key));
         sum_bias = fmaf(count, grad.logit, sum_bias);
         if (grad.probability != 0.0f) add(sum_v, count * grad.probability, grad_out);
-        if (grad.logit != 0.0f) add(sum_k, count * grad.logit, q);
+        if (grad.product != 0.0f) add(sum_k, count * grad.product, q);
       });
     }
   }

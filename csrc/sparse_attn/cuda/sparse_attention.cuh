@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(C::kThreads, 2)
 
   // A warp without rows only helps with loading.
   const bool has_rows = first_row + warp_id() * C::kRowTiles * 16 < view.rows;
-  const auto scale = static_cast<float>(a.scale) * kLog2E;
+  const float scale = logit_scale(a);
   const bool per_row_mask = rows_differ(a);
   ForwardState<C> state;
   start(state);

@@ -62,9 +62,10 @@ __device__ __forceinline__ void add_listed_keys(typename C::Sums& grad_q,
       for (int e = 0; e < 2; ++e) {
         const int column = 8 * j + lane_id() % 4 * 2 + e;
         float& x = product[0][j][2 * half + e];
+        const float slope = cap_product(x, p);
         x = list_probability(x, scale, slots.bias[column], slots.key[column], info, p, view.batch,
                              per_row_mask);
-        x = grad_logit(x, grad[0][j][2 * half + e], info.delta);
+        x = grad_product(grad_logit(x, grad[0][j][2 * half + e], info.delta), slope);
       }
     }
   }
@@ -108,7 +109,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   typename C::Sums grad_q;
   zero(grad_q);
   for_each_tile<C::kColumns, C::kStages>(f, list, shared.slots, load, [&](int tile) {
-    if (has_rows) add_listed_keys<C>(grad_q, shared, f, view, tile, scale * kLog2E, per_row_mask);
+    if (has_rows) add_listed_keys<C>(grad_q, shared, f, view, tile, logit_scale(f), per_row_mask);
   });
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -177,7 +178,8 @@ __device__ __forceinline__ void look_at_keys(ListKeyGradShared<C>& shared, const
 // Adds one tile of query rows: products have a key a row and a query row a column.
 template <class C>
 __device__ __forceinline__ void add_listing_rows(KeyGradSums<C>& sums, ListKeyGradShared<C>& shared,
-                                                 float scale) {
+                                                 const AttentionParams& p) {
+  const float scale = logit_scale(p);
   typename C::Products weight, grad;
   float bias[2] = {};
   multiply_owned<C>(weight, shared.key, shared.query);
@@ -193,12 +195,14 @@ __device__ __forceinline__ void add_listing_rows(KeyGradSums<C>& sums, ListKeyGr
         const int row = warp_id() * 16 + half * 8 + lane_id() / 4;
         const float times = shared.times[column][row];
         float& x = weight[0][j][2 * half + e];
+        const float slope = cap_product(x, p);
         const float probability = exp2_approx(fmaf(x, scale, shared.bias[row]) - lse);
         x = times == 0.0f ? 0.0f : times * probability;
         if constexpr (C::kWantsKey) {
           float& g = grad[0][j][2 * half + e];
           g = grad_logit(x, g, delta);
           bias[half] += g;
+          g = grad_product(g, slope);
         }
       }
     }
@@ -250,7 +254,7 @@ __device__ __forceinline__ void add_rows_of_lists(KeyGradSums<C>& sums,
     __syncthreads();
     look_at_keys(shared, f, first_key);
     __syncthreads();
-    add_listing_rows<C>(sums, shared, static_cast<float>(f.scale) * kLog2E);
+    add_listing_rows<C>(sums, shared, f);
   }
 }
 

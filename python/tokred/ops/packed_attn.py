@@ -33,6 +33,7 @@ def packed_attention(
     length: int | None = None,
     lengths: Tensor | None = None,
     slots: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention that reads packed keys and values as they are: no unpacked copy is ever written.
 
@@ -61,6 +62,8 @@ def packed_attention(
         lengths: int32 [B], the tokens of each row of the batch, at most length.
         slots: int32 [B, capacity], where the packed tokens are in a pool [1, Hkv, S, ..] that all
             rows share.
+        softcap: where given, logits are softcap * tanh(scale q k^T / softcap) before key_bias and
+            masks, as in Gemma 2 (arXiv:2408.00118); positive.
 
     Returns:
         out [B, Hq, L, Dv] in the dtype of q, and lse float32 [B, Hq, L]; 0 and -inf where a query
@@ -97,6 +100,7 @@ def packed_attention(
         slots,
         packed_k.levels,
         packed_v.levels,
+        softcap,
     )
 
 

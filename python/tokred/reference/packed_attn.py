@@ -69,6 +69,7 @@ def packed_attention(
     length: int | None = None,
     lengths: Tensor | None = None,
     slots: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See tokred.packed_attention."""
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -92,12 +93,12 @@ def packed_attention(
     k, v = (t.masked_fill(~exists[:, None, :, None], 0) for t in (k, v))
     query = q.to(dtype)
     if indices is None:
-        out, lse = biased_attention(query, k, v, key_bias, False, scale, visible)
+        out, lse = biased_attention(query, k, v, key_bias, False, scale, visible, softcap=softcap)
     else:
         block_q = max(queries, 1) if indices.shape[2] == 1 else 1
         visible = visible.expand(q.shape[0], q.shape[1], queries, tokens)
         out, lse = sparse_attention(
-            query, k, v, indices, scale, key_bias, mask=visible, block_q=block_q
+            query, k, v, indices, scale, key_bias, mask=visible, block_q=block_q, softcap=softcap
         )
     return out.to(q.dtype), lse
 

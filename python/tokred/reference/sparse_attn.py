@@ -24,6 +24,7 @@ def biased_attention(
     mask: Tensor | None = None,
     query_position: Tensor | None = None,
     key_position: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See tokred.biased_attention. Differentiable in q, k, v and key_bias."""
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -53,6 +54,8 @@ def biased_attention(
     if len(nonfinite):
         rows = _seen(key, visible, nonfinite)
         logits = logits.index_copy(3, nonfinite, (query[..., None, :] * rows).sum(-1))
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     logits = (logits + bias).masked_fill(~visible, -torch.inf)
 
     # A row of -inf is computed as a row of zeros, and its results replaced at the end.
@@ -88,6 +91,7 @@ def block_sparse_attention(
     scale: float | None = None,
     key_bias: Tensor | None = None,
     mask: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See tokred.block_sparse_attention. Differentiable in q, k, v and key_bias."""
     query_block = torch.arange(q.shape[2], device=q.device) // block_q
@@ -95,7 +99,7 @@ def block_sparse_attention(
     visible = block_mask[:, :, query_block][..., key_block]
     if mask is not None:
         visible = visible & mask
-    return biased_attention(q, k, v, key_bias, causal, scale, visible)
+    return biased_attention(q, k, v, key_bias, causal, scale, visible, softcap=softcap)
 
 
 def sparse_attention(
@@ -110,6 +114,7 @@ def sparse_attention(
     block_q: int = 1,
     rope_cos: Tensor | None = None,
     rope_sin: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See tokred.sparse_attention. Differentiable in q, k, v and key_bias."""
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -147,6 +152,8 @@ def sparse_attention(
         left, right = k_listed.chunk(2, dim=-1)
         k_listed = torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
     logits = scale * (k_listed @ q.to(dtype)[..., None])[..., 0]
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     if key_bias is not None:
         logits = logits + bias
     logits = logits.masked_fill(~visible, -torch.inf)

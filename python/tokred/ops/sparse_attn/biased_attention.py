@@ -41,6 +41,7 @@ def biased_attention(
     mask: Tensor | None = None,
     query_position: Tensor | None = None,
     key_position: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention with a per-key log-weight: softmax(scale q k^T + key_bias) v, tile by tile.
 
@@ -68,6 +69,8 @@ def biased_attention(
         mask: bool [B | 1, Hq | 1, L | 1, N], or [B, N]; True is visible.
         query_position, key_position: int32 [B | 1, L, c] and [B | 1, N, c] with c = 1 or 2, or
             [B | 1, L] and [B | 1, N] for one column; together or not at all.
+        softcap: where given, logits are softcap * tanh(scale q k^T / softcap) before key_bias and
+            masks, as in Gemma 2 (arXiv:2408.00118); positive.
 
     Returns:
         out [B, Hq, L, Dv] in the dtype of q, and lse float32 [B, Hq, L], the log of the sum of the
@@ -95,6 +98,7 @@ def biased_attention(
         broadcast_mask(mask),
         query_position,
         key_position,
+        softcap,
     )
 
 
@@ -144,6 +148,7 @@ def _biased_attention_fake(
     mask: Tensor | None = None,
     query_position: Tensor | None = None,
     key_position: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     return fake_attention(q, k, v)
 
@@ -163,6 +168,7 @@ def _biased_attention_backward_fake(
     mask: Tensor | None,
     query_position: Tensor | None,
     key_position: Tensor | None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return fake_gradients(q, k, v, key_bias)
 
@@ -177,7 +183,7 @@ def _combine_states_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, key_bias, ctx.causal, ctx.scale, mask, *positions = inputs
+    q, k, v, key_bias, ctx.causal, ctx.scale, mask, *positions, ctx.softcap = inputs
     ctx.save_for_backward(q, k, v, key_bias, mask, *positions, *output)
 
 
@@ -197,8 +203,9 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | No
         mask,
         query_position,
         key_position,
+        ctx.softcap,
     )
-    return *wanted(grads, q, k, v, key_bias), None, None, None, None, None
+    return *wanted(grads, q, k, v, key_bias), None, None, None, None, None, None
 
 
 differentiable("biased_attention", ("q", "k", "v", "key_bias"), _backward, _setup_context)

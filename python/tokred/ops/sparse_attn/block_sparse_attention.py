@@ -46,6 +46,7 @@ def block_sparse_attention(
     scale: float | None = None,
     key_bias: Tensor | None = None,
     mask: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention in which only chosen rectangles of queries by keys exist; the rest costs nothing.
 
@@ -68,6 +69,8 @@ def block_sparse_attention(
         scale: 1 / sqrt(D) where None.
         key_bias: float32 (float64 beside float64 q) [B | 1, Hkv | 1, N], or [B, N].
         mask: bool [B | 1, Hq | 1, L | 1, N], or [B, N]; True is visible.
+        softcap: where given, logits are softcap * tanh(scale q k^T / softcap) before key_bias and
+            masks, as in Gemma 2 (arXiv:2408.00118); positive.
 
     Returns:
         out [B, Hq, L, Dv] in the dtype of q, and lse float32 [B, Hq, L]; 0 and -inf where a query
@@ -109,6 +112,7 @@ def block_sparse_attention(
         scale,
         broadcast_bias(key_bias),
         broadcast_mask(mask),
+        softcap,
     )
 
 
@@ -185,6 +189,7 @@ def _block_sparse_attention_fake(
     scale: float | None = None,
     key_bias: Tensor | None = None,
     mask: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     torch._check(
         block_mask.dim() == 4,
@@ -209,12 +214,13 @@ def _block_sparse_attention_backward_fake(
     scale: float | None,
     key_bias: Tensor | None,
     mask: Tensor | None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return fake_gradients(q, k, v, key_bias)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, block_mask, *sizes, ctx.causal, ctx.scale, key_bias, mask = inputs
+    q, k, v, block_mask, *sizes, ctx.causal, ctx.scale, key_bias, mask, ctx.softcap = inputs
     ctx.sizes = sizes
     ctx.save_for_backward(q, k, v, block_mask, key_bias, mask, *output)
 
@@ -235,9 +241,10 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | No
         ctx.scale,
         key_bias,
         mask,
+        ctx.softcap,
     )
     grad_q, grad_k, grad_v, grad_bias = wanted(grads, q, k, v, key_bias)
-    return grad_q, grad_k, grad_v, None, None, None, None, None, grad_bias, None
+    return grad_q, grad_k, grad_v, None, None, None, None, None, grad_bias, None, None
 
 
 differentiable("block_sparse_attention", ("q", "k", "v", "key_bias"), _backward, _setup_context)

@@ -42,6 +42,7 @@ def sparse_attention(
     block_q: int | None = None,
     rope_cos: Tensor | None = None,
     rope_sin: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention in which every query sees only the keys its list names; they are read in place.
 
@@ -67,6 +68,8 @@ def sparse_attention(
         mask: bool [B | 1, Hq | 1, L | 1, N], or [B, N]; True is visible.
         block_q: consecutive queries that share a list; where None, L if there is one list, else 1.
         rope_cos, rope_sin: float32 [K or more, D / 2]; together or not at all, not with gradients.
+        softcap: where given, logits are softcap * tanh(scale q k^T / softcap) before key_bias and
+            masks, as in Gemma 2 (arXiv:2408.00118); positive.
 
     Returns:
         out [B, Hq, L, Dv] in the dtype of q, and lse float32 [B, Hq, L]; 0 and -inf where a query
@@ -99,6 +102,7 @@ def sparse_attention(
         block_q,
         rope_cos,
         rope_sin,
+        softcap,
     )
 
 
@@ -115,6 +119,7 @@ def _sparse_attention_fake(
     block_q: int = 1,
     rope_cos: Tensor | None = None,
     rope_sin: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     torch._check(
         indices.dim() == 4, lambda: f"indices must be [B, H, lists, K], got {indices.dim()}-D"
@@ -138,12 +143,15 @@ def _sparse_attention_backward_fake(
     causal: bool,
     mask: Tensor | None,
     block_q: int,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return fake_gradients(q, k, v, key_bias)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, indices, ctx.scale, key_bias, ctx.causal, mask, ctx.block_q, *rotation = inputs
+    q, k, v, indices, ctx.scale, key_bias, ctx.causal, mask, ctx.block_q, *rotation, ctx.softcap = (
+        inputs
+    )
     if any(table is not None for table in rotation):
         refuse_history(
             "sparse_attention with rope_cos", ("q", "k", "v", "key_bias"), (q, k, v, key_bias)
@@ -167,9 +175,10 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | No
         ctx.causal,
         mask,
         ctx.block_q,
+        ctx.softcap,
     )
     grad_q, grad_k, grad_v, grad_bias = wanted(grads, q, k, v, key_bias)
-    return grad_q, grad_k, grad_v, None, None, grad_bias, None, None, None, None, None
+    return grad_q, grad_k, grad_v, None, None, grad_bias, *[None] * 6
 
 
 differentiable("sparse_attention", ("q", "k", "v", "key_bias"), _backward, _setup_context)
