@@ -29,7 +29,6 @@ def threads(one_thread: None) -> None:
         ("DeepseekV2", MLA, "multi-head latent attention.*kv_lora_rank = 32.*DynamicCache"),
         ("DeepseekV3", MLA, "multi-head latent attention.*kv_lora_rank = 32.*DynamicCache"),
         ("MiniCPM3", MLA, "multi-head latent attention.*kv_lora_rank = 32.*DynamicCache"),
-        ("Gemma2", {}, "no soft-capped logits.*attn_logit_softcapping = 50.*DynamicCache"),
         ("Llama", {"head_dim": 512}, "layer 0 of LlamaConfig.*up to 256.*512.*DynamicCache"),
         ("Llama", {"head_dim": 8}, "layer 0 of LlamaConfig.*multiple of 16.*8"),
         ("Llama", {"num_attention_heads": 8}, "layer 0 of LlamaConfig.*keys is 8"),
@@ -41,6 +40,29 @@ def test_models_that_are_refused_at_once(name: str, options: dict, message: str)
     config = getattr(transformers, f"{name}Config")(**{**LM, **options})
     with pytest.raises(ValueError, match=message):
         tokred.PackedCache(config)
+
+
+@torch.no_grad()
+def test_a_softcap_of_the_logits() -> None:
+    """Keys are packed with their mean, as tanh of logits needs it."""
+    options = {"head_dim": 16, "num_hidden_layers": 2, "sliding_window": 8}
+    model = tiny_lm("Gemma2", attn_logit_softcapping=0.5, **options)
+    with pytest.raises(ValueError, match=r"softcapping = .*: pass center=False"):
+        tokred.PackedCache(model.config, center=True)
+    ids, mask = left_padded(2, 40)
+    keyword = compat.cache_keyword()
+    model.set_attn_implementation("eager")
+    expected = model(ids, attention_mask=mask).logits
+    model.set_attn_implementation(attention.register())
+    cache = tokred.PackedCache(model.config, 8, window=16)
+    for start, stop in ((0, 30), (30, 31), (31, 39), (39, 40)):
+        options = {"attention_mask": mask[:, :stop], keyword: cache}
+        logits = model(ids[:, start:stop], **options).logits
+        real = mask[:, start:stop].bool()
+        error = (logits - expected[:, start:stop])[real].norm() / expected[:, start:stop][
+            real
+        ].norm()
+        assert error < (1e-5 if start == 0 else 1e-2)
 
 
 def encoder_decoder() -> tuple[nn.Module, dict[str, Any]]:

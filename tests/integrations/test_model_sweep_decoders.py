@@ -85,6 +85,7 @@ FAMILIES = (
     Family("Qwen3Moe", {**HEADS, **EXPERTS}),
     Family("Qwen3Next", {**HEADS, **EXPERTS, **LINEAR, "num_hidden_layers": 4}, layers=[3]),
     Family("Gemma", HEADS),
+    Family("Gemma2", {**HEADS, "sliding_window": 6, "attn_logit_softcapping": 0.2}, layers=[1]),
     Family("Gemma3Text", {**HEADS, **HYBRID}, layers=[1, 3], compact=LAYERED),
     Family("Gemma4Text", {**HEADS, **HYBRID, **SHARED, "num_global_key_value_heads": 2,
                           "global_head_dim": 16}, layers=[1, 3], compact=LAYERED,
@@ -117,7 +118,6 @@ FAMILIES = (
 )  # fmt: skip
 WINDOW = {**GROUPED, "sliding_window": 6}
 REFUSED = (
-    (Family("Gemma2", {**HEADS, "sliding_window": 6}), "caps its logits at 50.0"),
     (Family("Mistral", WINDOW), "has a sliding window of 6"),
     (Family("Mixtral", {**WINDOW, "num_local_experts": 4}), "has a sliding window of 6"),
     (Family("Phi3", WINDOW), "has a sliding window of 6"),

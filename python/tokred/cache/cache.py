@@ -15,7 +15,7 @@ from .base import InPlaceCache, check_capacity, replaced_layers
 from .files import load_layers, save_layers
 from .layers import PackedCacheLayer
 from .storage import CacheOptions
-from .support import check_model
+from .support import check_model, softcap_of
 
 
 class PackedCache(InPlaceCache):
@@ -55,14 +55,15 @@ class PackedCache(InPlaceCache):
             key projection would take most of a group's range. Subtracting it changes all logits of
             a query by the same amount, so attention stays that to the whole keys. On by default
             where groups lie along channels, and only where packing begins with 16 tokens or more;
-            along tokens every group has a minimum of its own.
+            along tokens every group has a minimum of its own. Off, and refused, where the model has
+            a softcap of its logits.
         capacity: tokens to make room for at once, and no more; grows by a sixteenth where None.
 
     Raises:
         ValueError: options that do not fit each other; a model without full-attention layers, or
-            whose attention cannot read packed keys (multi-head latent attention, soft-capped
-            logits, a head dimension that is no multiple of 16 up to 256). What the config does not
-            tell is checked with the first tokens.
+            whose attention cannot read packed keys (multi-head latent attention, a head dimension
+            that is no multiple of 16 up to 256). What the config does not tell is checked with the
+            first tokens.
     """
 
     def __init__(
@@ -80,6 +81,8 @@ class PackedCache(InPlaceCache):
         center: bool | None = None,
         capacity: int | None = None,
     ) -> None:
+        if center is None and softcap_of(config) is not None:
+            center = False
         options = _options(
             bits, key_bits, value_bits, key_axis, group_size, window, scheme, rotate, center
         )

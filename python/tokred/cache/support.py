@@ -23,11 +23,10 @@ def check_model(config: Any, options: CacheOptions, packed: list[int]) -> None:
             f"multi-head latent attention: what it caches are latents, of kv_lora_rank = "
             f"{text.kv_lora_rank}, which every step expands to keys and values: {_INSTEAD}"
         )
-    softcap = getattr(text, "attn_logit_softcapping", None)
-    if softcap:
+    if options.center and softcap_of(config) is not None:
         raise ValueError(
-            f"attention over packed keys has no soft-capped logits, and {name} has "
-            f"attn_logit_softcapping = {softcap}: {_INSTEAD}"
+            f"center packs keys without their mean, which a softcap of their logits needs, and "
+            f"{name} has attn_logit_softcapping = {softcap_of(config)}: pass center=False"
         )
     for number in packed:
         head_dim = head_dim_of(config, number)
@@ -36,6 +35,11 @@ def check_model(config: Any, options: CacheOptions, packed: list[int]) -> None:
                 options.layout(head_dim, head_dim)
             except ValueError as error:
                 raise ValueError(f"layer {number} of {name}: {error}") from error
+
+
+def softcap_of(config: Any) -> float | None:
+    """The softcap of the decoder's logits, or None."""
+    return getattr(text_config(config), "attn_logit_softcapping", None)
 
 
 def text_config(config: Any) -> Any:

@@ -156,6 +156,7 @@ def fasa_attention(
     num_keys: int = 256,
     mask: Tensor | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Full attention to the keys that score highest on the dominant dimensions.
 
@@ -165,6 +166,7 @@ def fasa_attention(
         num_keys: keys each query head attends to, or, with DominantKeys, each group of them; at
             least 1. A row with fewer visible keys attends to them all.
         mask: bool [B, N], False where a key is padding.
+        scale, softcap: of the logits of the chosen keys; see tokred.sparse_attention.
 
     Returns:
         out [B, Hq, 1, Dv], lse f32 [B, Hq, 1].
@@ -180,7 +182,9 @@ def fasa_attention(
     else:
         scores = tokred.qk_score(q.detach(), k.detach(), dims=dims, mask=mask)
     indices = tokred.topk(scores, min(num_keys, k.shape[2]), order="position")[1]
-    return tokred.sparse_attention(q, k, v, indices[:, :, None], scale=scale, mask=mask)
+    return tokred.sparse_attention(
+        q, k, v, indices[:, :, None], scale=scale, mask=mask, softcap=softcap
+    )
 
 
 class FasaAttention:
@@ -202,7 +206,8 @@ class FasaAttention:
         if call.is_prompt or self.options.k >= call.num_keys:
             return call.dense()
         visible = call.visible()
-        return fasa_attention(call.q, call.k, call.v, dims, self.options.k, visible, call.scale)
+        how = visible, call.scale, call.softcap
+        return fasa_attention(call.q, call.k, call.v, dims, self.options.k, *how)
 
 
 @dataclass(frozen=True)

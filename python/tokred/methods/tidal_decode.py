@@ -31,8 +31,8 @@ class TidalAttention:
         """(out [B, Hq, L, Dv], lse f32 [B, Hq, L]) of one layer; see AttentionMethod."""
         if call.is_prompt or self.options.k >= call.num_keys:
             return call.dense()
-        mask = call.visible()
-        return self.step(call.layer, call.q, call.k, call.v, call.carried, mask, call.scale)
+        how = call.carried, call.visible(), call.scale, call.softcap
+        return self.step(call.layer, call.q, call.k, call.v, *how)
 
     def step(
         self,
@@ -43,6 +43,7 @@ class TidalAttention:
         carried: dict[str, Tensor],
         mask: Tensor | None = None,
         scale: float | None = None,
+        softcap: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The attention of one layer to the cache, for one new token.
 
@@ -52,7 +53,7 @@ class TidalAttention:
             carried: a dict for the layers of one step, empty at first; it holds the keys chosen
                 last, `indices` i32 [B, Hq, k].
             mask: bool [B | 1, N], False where a key is padding.
-            scale: 1 / sqrt(D) where None.
+            scale: 1 / sqrt(D) where None. softcap: of the logits; see tokred.biased_attention.
 
         Returns:
             out [B, Hq, 1, Dv], lse f32 [B, Hq, 1].
@@ -68,14 +69,14 @@ class TidalAttention:
                 logits = tokred.qk_score(q.detach(), k.detach(), scale=scale, mask=mask)
                 kept = min(options.k, k.shape[2])
                 carried["indices"] = tokred.topk(logits, kept, order="position")[1]
-            return tokred.biased_attention(q, k, v, scale=scale, mask=key_mask)
+            return tokred.biased_attention(q, k, v, scale=scale, mask=key_mask, softcap=softcap)
         if "indices" not in carried:
             raise ValueError(
                 f"layer {layer} is sparse, and layer {options.sparse_layer_start}, which chooses "
                 "for it, has not run yet in this forward pass"
             )
         chosen = carried["indices"][:, :, None]
-        return tokred.sparse_attention(q, k, v, chosen, scale=scale, mask=key_mask)
+        return tokred.sparse_attention(q, k, v, chosen, scale=scale, mask=key_mask, softcap=softcap)
 
 
 @dataclass(frozen=True)

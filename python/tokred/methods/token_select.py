@@ -108,6 +108,7 @@ class TokenSelectAttention:
             block_q=queries,
             rope_cos=cos,
             rope_sin=sin,
+            softcap=call.softcap,
         )
 
     def _choose(self, call: AttentionCall) -> tuple[Tensor, Tensor]:

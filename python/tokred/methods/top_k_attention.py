@@ -32,6 +32,7 @@ def top_k_attention(
     mask: Tensor | None = None,
     scale: float | None = None,
     chunk: int = 64,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of each query to its own num_keys keys.
 
@@ -42,6 +43,7 @@ def top_k_attention(
         causal: query i sees the keys j <= i + N - L.
         mask: bool [B | 1, Hq | 1, L | 1, N], True is visible.
         chunk: queries whose logits exist at a time, at least 1.
+        softcap: of the logits; see tokred.biased_attention.
 
     Returns:
         out [B, Hq, L, Dv], lse f32 [B, Hq, L]; with num_keys >= N exactly those of
@@ -53,7 +55,9 @@ def top_k_attention(
     check_least(1, num_keys=num_keys, chunk=chunk)
     queries, keys = q.shape[2], k.shape[2]
     if num_keys >= keys:
-        return tokred.biased_attention(q, k, v, causal=causal, scale=scale, mask=mask)
+        return tokred.biased_attention(
+            q, k, v, causal=causal, scale=scale, mask=mask, softcap=softcap
+        )
     parts = []
     for start in range(0, queries, chunk):
         rows = slice(start, min(start + chunk, queries))
@@ -67,7 +71,8 @@ def top_k_attention(
         chooser = (x.detach() for x in inputs)
         logits = tokred.attention_rows(*chooser, softmax=False, **options)
         indices = tokred.topk(logits, min(num_keys, seen), order="position")[1]
-        part = tokred.sparse_attention(*inputs, v[:, :, :seen], indices, block_q=1, **options)
+        options |= {"block_q": 1, "softcap": softcap}
+        part = tokred.sparse_attention(*inputs, v[:, :, :seen], indices, **options)
         parts.append(part)
     outs, lses = zip(*parts, strict=True)
     return torch.cat(outs, 2), torch.cat(lses, 2)
@@ -88,7 +93,14 @@ class TopKState:
         if call.is_packed and call.q.shape[2] == 1:
             return self._attend_packed(call)
         return top_k_attention(
-            call.q, call.k, call.v, self.options.k, call.causal, call.mask, call.scale
+            call.q,
+            call.k,
+            call.v,
+            self.options.k,
+            call.causal,
+            call.mask,
+            call.scale,
+            softcap=call.softcap,
         )
 
     def _attend_packed(self, call: AttentionCall) -> tuple[Tensor, Tensor]:

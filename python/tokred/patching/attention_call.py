@@ -20,12 +20,23 @@ class PackedKeys(Protocol):
         """See AttentionCall.score."""
 
     def attend(
-        self, q: Tensor, scale: float | None, causal: bool, mask: Tensor | None
+        self,
+        q: Tensor,
+        scale: float | None,
+        causal: bool,
+        mask: Tensor | None,
+        softcap: float | None,
     ) -> tuple[Tensor, Tensor]:
         """See AttentionCall.dense."""
 
     def attend_to(
-        self, q: Tensor, indices: Tensor, scale: float | None, causal: bool, mask: Tensor | None
+        self,
+        q: Tensor,
+        indices: Tensor,
+        scale: float | None,
+        causal: bool,
+        mask: Tensor | None,
+        softcap: float | None,
     ) -> tuple[Tensor, Tensor]:
         """See AttentionCall.attend_to."""
 
@@ -47,6 +58,8 @@ class AttentionCall:
         keeps nothing else from call to call: its object is shared by threads.
     in_prompt: an earlier layer of the pass had several queries; models whose last layers share
         keys ask these for the last tokens only.
+    softcap: logits s become softcap * tanh(s / softcap) in `dense` and `attend_to`, or None. Those
+        of `score` are s itself: the order of keys is the same.
     """
 
     q: Tensor
@@ -60,6 +73,7 @@ class AttentionCall:
     window: int | None = None
     carried: dict[str, Tensor] = field(default_factory=dict)
     in_prompt: bool = False
+    softcap: float | None = None
 
     @property
     def num_keys(self) -> int:
@@ -100,22 +114,35 @@ class AttentionCall:
             block_q: queries that share a list; 1 or L of packed keys.
         """
         if self.is_packed:
-            return self.k.attend_to(self.q, indices, self.scale, self.causal, self.mask)
-        options = {"causal": self.causal, "mask": self.mask, "block_q": block_q}
+            return self.k.attend_to(
+                self.q, indices, self.scale, self.causal, self.mask, self.softcap
+            )
+        options = {
+            "causal": self.causal,
+            "mask": self.mask,
+            "block_q": block_q,
+            "softcap": self.softcap,
+        }
         return tokred.sparse_attention(self.q, self.k, self.v, indices, self.scale, **options)
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """Attention over all keys: (out [B, Hq, L, Dv], lse f32 [B, Hq, L])."""
         q, k = self.q, self.k
         if self.is_packed and self.rotary is None:
-            return k.attend(q, self.scale, self.causal, self.mask)
+            return k.attend(q, self.scale, self.causal, self.mask, self.softcap)
         if self.rotary is not None:
             keys = k.shape[2]
             k = self.rotary.rotate(k, (self.visible().cumsum(-1) - 1).clamp(min=0), keys)
             q = self.rotary.rotate(q, self._query_ranks().clamp(min=0), keys)
         if self.window is None:
             return tokred.biased_attention(
-                q, k, self.v, causal=self.causal, scale=self.scale, mask=self.mask
+                q,
+                k,
+                self.v,
+                causal=self.causal,
+                scale=self.scale,
+                mask=self.mask,
+                softcap=self.softcap,
             )
         query, key = self._window_positions()
         return tokred.biased_attention(
@@ -126,6 +153,7 @@ class AttentionCall:
             mask=self.mask,
             query_position=query,
             key_position=key,
+            softcap=self.softcap,
         )
 
     def narrow(self, start: int, stop: int) -> AttentionCall:

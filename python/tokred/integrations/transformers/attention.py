@@ -13,6 +13,7 @@ raises an error.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -124,6 +125,7 @@ def attention_forward(
     sliding_window: int | None = None,
     s_aux: Tensor | None = None,
     indices: Tensor | None = None,
+    softcap: float | None = None,
     tokred_method: Any = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
@@ -140,6 +142,7 @@ def attention_forward(
         sliding_window: applied where the mask does not carry it.
         s_aux: [Hq], logits that join each head's softmax without a value (attention sinks).
         indices: int [B, L, K], the keys each query attends to, in addition to the mask.
+        softcap: of the logits, before the mask.
         tokred_method: given by tokred.patch.
 
     Returns:
@@ -165,6 +168,7 @@ def attention_forward(
     if value is not None:
         query, key, value = _same_dtype(query, key, value)
     call = _call(query, key, value, attention_mask, bool(is_causal), scaling, sliding_window)
+    call = replace(call, softcap=softcap)
     if indices is not None:
         out, lse = _listed(call, indices)
     elif tokred_method is not None:
@@ -229,7 +233,6 @@ def _listed(call: AttentionCall, indices: Tensor) -> tuple[Tensor, Tensor]:
 
 
 _REFUSED = {
-    "softcap": "soft-capped logits",
     "position_bias": "a bias for every pair of query and key",
     "block_indices": "lists of blocks",
     "sinks": "sinks with keys of their own",

@@ -107,9 +107,6 @@ def _lacks(module: nn.Module) -> str | None:
         return "adds a position bias to the logits"
     if _passes(module, "block_indices"):
         return "attends to lists of blocks"
-    cap = getattr(module, "attn_logit_softcapping", None)
-    if _passes(module, "softcap") and cap is not None:
-        return f"caps its logits at {cap} (softcap)"
     parameters = inspect.signature(type(module).forward).parameters.values()
     if all(p.kind is not p.VAR_KEYWORD for p in parameters):
         return "takes no further arguments for its attention"

@@ -31,7 +31,7 @@ class PackedStates:
         precision.
     key_mean: [B, Hkv, 1, D], subtracted from every key in the cache, or None. Subtracting it
         changes all logits of a query by the same amount, so out needs no correction; scores and lse
-        get it back.
+        get it back. A softcap needs whole logits, and refuses it.
     """
 
     key: PackedKV
@@ -63,7 +63,12 @@ class PackedStates:
             )
 
     def attend(
-        self, q: Tensor, scale: float | None, causal: bool, mask: Tensor | None
+        self,
+        q: Tensor,
+        scale: float | None,
+        causal: bool,
+        mask: Tensor | None,
+        softcap: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Attention over all tokens: (out [B, Hq, L, Dv], lse f32 [B, Hq, L]).
 
@@ -72,22 +77,34 @@ class PackedStates:
         window, and to the older ones in the cache.
         """
         if q.shape[2] == 1:
-            return self._from_cache(q, scale, mask=mask)
+            return self._from_cache(q, scale, softcap, mask=mask)
         older = self.length - self.new_key.shape[2]
         seen = torch.arange(self.length, device=q.device) < older
         seen = seen[None, None, None] if mask is None else mask & seen
         own = None if mask is None else mask[..., older:]
-        from_cache = self._from_cache(q, scale, mask=seen)
+        from_cache = self._from_cache(q, scale, softcap, mask=seen)
         from_new = tokred.biased_attention(
-            q, _as(self.new_key, q), _as(self.new_value, q), causal=causal, scale=scale, mask=own
+            q,
+            _as(self.new_key, q),
+            _as(self.new_value, q),
+            causal=causal,
+            scale=scale,
+            mask=own,
+            softcap=softcap,
         )
         return tokred.combine_states(*from_cache, *from_new)
 
     def attend_to(
-        self, q: Tensor, indices: Tensor, scale: float | None, causal: bool, mask: Tensor | None
+        self,
+        q: Tensor,
+        indices: Tensor,
+        scale: float | None,
+        causal: bool,
+        mask: Tensor | None,
+        softcap: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Attention to listed tokens, read from the cache; see tokred.packed_attention."""
-        return self._from_cache(q, scale, mask=mask, causal=causal, indices=indices)
+        return self._from_cache(q, scale, softcap, mask=mask, causal=causal, indices=indices)
 
     def score(self, q: Tensor, reduce: str, scale: float | None, mask: Tensor | None) -> Tensor:
         """See tokred.packed_qk_score."""
@@ -107,11 +124,17 @@ class PackedStates:
             q, self.key, _as(self.key_window, q), reduce, scale, self.length, mask=mask
         )
 
-    def _from_cache(self, q: Tensor, scale: float | None, **options: Any) -> tuple[Tensor, Tensor]:
+    def _from_cache(
+        self, q: Tensor, scale: float | None, softcap: float | None, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        if softcap is not None and self.key_mean is not None:
+            raise ValueError(
+                f"softcap = {softcap} needs whole logits, and the cache packs keys without their "
+                "mean: make it with center=False"
+            )
         windows = _as(self.key_window, q), _as(self.value_window, q)
-        out, lse = tokred.packed_attention(
-            q, self.key, self.value, *windows, scale, length=self.length, **options
-        )
+        options |= {"length": self.length, "softcap": softcap}
+        out, lse = tokred.packed_attention(q, self.key, self.value, *windows, scale, **options)
         mean = self._mean_logits(q, scale)
         return out, lse if mean is None else lse + mean
 
