@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import tokred
+from bench import encoder_families, model_families
 from cases.tiny_models import (
     HF,
     TIMM,
@@ -25,6 +26,7 @@ from cases.tiny_models import (
     require_dinov2,
     transformers,
 )
+from tokred import compat
 from tokred.methods import METHODS
 
 VISION = {**HF, "intermediate_size": 64}
@@ -181,10 +183,11 @@ FAMILIES = (
     Family("timm Twins", lambda: timm.create_model("twins_svt_small"), refused="has no layer"),
 )
 SERVED = [family for family in FAMILIES if not family.refused]
+EVERY_METHOD = ("timm ViT", "DINOv2 with registers", "SigLIP", "DINOv3")  # others: two of them
 REFUSED = [family for family in FAMILIES if family.refused]
 
 
-def name_of(family: Family) -> str:
+def name_of(family: Family | model_families.Family) -> str:
     return family.name
 
 
@@ -196,7 +199,10 @@ def test_served(family: Family) -> None:
     with tokred.patch(model, "tome", r=0):
         same = tensors(family.run(model))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(same, plain, strict=True))
-    for method, options in reducers().items():
+    methods = reducers()
+    if family.name not in EVERY_METHOD:
+        methods = {method: methods[method] for method in ("tome", "evit")}
+    for method, options in methods.items():
         with tokred.patch(model, method, trace_source=True, **options) as handle:
             merged = tensors(family.run(model))
             assert handle.counts[-1] < handle.counts[0], f"{method} merges nothing: {options}"
@@ -230,13 +236,31 @@ def test_refused_when_the_patch_is_made(family: Family) -> None:
 
 
 @torch.no_grad()
-def test_nothing_to_merge_serves_every_model() -> None:
+def test_what_needs_every_token_gets_them_back() -> None:
+    """And with nothing to merge needs no restore_tokens."""
+    prefix = {"timm MobileViT": 0, "timm PiT": 1}
     for family in REFUSED:
-        if family.refused in (GRID, EVERY):
-            model = family.model()
-            plain = tensors(family.run(model))[0]
-            with tokred.patch(model, "tome", r=0):
-                assert torch.equal(tensors(family.run(model))[0], plain), family.name
+        if not any(word in family.refused for word in (GRID, EVERY, "num_prefix")):
+            continue
+        model, first = family.model(), prefix.get(family.name)
+        plain = tensors(family.run(model))
+        with tokred.patch(model, "tome", r=0, num_prefix=first):
+            same = tensors(family.run(model))
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(same, plain, strict=True))
+        with tokred.patch(model, "tome", r=2, num_prefix=first, restore_tokens=True) as handle:
+            merged = tensors(family.run(model))
+            assert all(len(state.counts) > 1 for state in handle.states[:1]), family.name
+        for ours, theirs in zip(merged, plain, strict=True):
+            assert ours.shape == theirs.shape and ours.isfinite().all(), family.name
+
+
+@pytest.mark.parametrize("family", encoder_families.FAMILIES, ids=name_of)
+def test_the_page_says_what_a_family_does(family: model_families.Family) -> None:
+    """`python -m bench.model_families` writes the page."""
+    if compat.release("transformers") < (5, 24):
+        pytest.skip("the page is that of transformers 5.24 and newer")
+    found = model_families.row(family, encoder_families.examine(family))
+    assert model_families.written(family) == found
 
 
 def test_grids_are_refused_even_with_known_prefix() -> None:
@@ -257,13 +281,26 @@ def test_intermediate_features_of_timm() -> None:
     )
     plain = tensors(takes[0]())
     for take in takes:
-        with tokred.patch(model, "tome", r=4), pytest.raises(ValueError, match="outside the patch"):
+        with (
+            tokred.patch(model, "tome", r=4),
+            pytest.raises(ValueError, match="restore_tokens=True"),
+        ):
             take()
     with tokred.patch(model, "tome", r=0):
         assert all(
             torch.equal(ours, theirs)
             for ours, theirs in zip(tensors(takes[0]()), plain, strict=True)
         )
+    with tokred.patch(model, "tome", r=4, trace_source=True) as handle:
+        features = handle.unmerge(model.forward_features(pixels()))
+    with tokred.patch(model, "tome", r=4, restore_tokens=True):
+        for _take in takes:
+            assert all(x.isfinite().all() for x in tensors(_take()))
+        grid, prefix = model.forward_intermediates(
+            pixels(), indices=1, norm=True, return_prefix_tokens=True
+        )[1][0]
+    assert torch.equal(grid.flatten(2).transpose(1, 2), features[:, 1:])
+    assert torch.equal(prefix, features[:, :1])
     hidden = timm_in_transformers().eval()
-    with tokred.patch(hidden, "tome", r=2), pytest.raises(ValueError, match="outside the patch"):
+    with tokred.patch(hidden, "tome", r=2), pytest.raises(ValueError, match="restore_tokens=True"):
         hidden(pixels(), output_hidden_states=True)

@@ -37,10 +37,12 @@ class Stack:
                 overrides.hook(block.attn.q_norm, partial(_keep, state, "q", _as_they_are))
                 overrides.hook(block.attn.k_norm, partial(_keep, state, "k", _as_they_are))
                 overrides.hook(block.attn.qkv, partial(_keep, state, "v", values))
-        if state.layers:
+        if state.layers and not state.restores:
             for module in self.around:
                 if hasattr(module, "forward_intermediates"):
                     overrides.replace(module, "forward_intermediates", _refuse_intermediates)
+        if state.restores:  # what pools has all tokens
+            return state
         pool = getattr(self.vit, "attn_pool", None)
         if pool is not None and settings.prop_attn:
             overrides.replace(pool, "forward", _attention_pool_forward, state)
@@ -73,7 +75,7 @@ def stacks(model: nn.Module, method: TokenReducer, settings: Settings) -> Iterat
                     "only timm.layers.Attention is supported"
                 )
         around = list(ancestors(model, name))
-        if method.layers(len(blocks)):
+        if method.layers(len(blocks)) and not settings.restore_tokens:
             _refuse_grids(around)
         vit = next((m for m in around if hasattr(m, "num_prefix_tokens")), None)
         _check_vit(vit, settings)
@@ -95,8 +97,9 @@ def _refuse_grids(around: list[nn.Module]) -> None:
         kinds = [kind for kind in type(module).__mro__ if kind.__module__.startswith("timm.models")]
         if kinds and not isinstance(module, tuple(supported)):
             raise ValueError(
-                f"{kinds[0].__name__} reshapes its tokens to a grid and needs all of them: patch a "
-                "VisionTransformer created without features_only, and take its forward_features"
+                f"{kinds[0].__name__} reshapes its tokens to a grid and needs all of them: pass "
+                "restore_tokens=True, or patch a VisionTransformer created without features_only, "
+                "and take its forward_features"
             )
 
 
@@ -113,8 +116,10 @@ def _num_prefix(vit: nn.Module | None, settings: Settings) -> int:
 
 def _check_vit(vit: nn.Module | None, settings: Settings) -> None:
     pool = getattr(vit, "attn_pool", None)
-    if pool is not None and (
-        type(pool).__name__ != "AttentionPoolLatent" or pool.pos_embed is not None
+    if (
+        pool is not None
+        and not settings.restore_tokens
+        and (type(pool).__name__ != "AttentionPoolLatent" or pool.pos_embed is not None)
     ):
         raise ValueError(
             f"the pooling head {type(pool).__name__} of {type(vit).__name__} needs every token; "
@@ -207,8 +212,8 @@ def _refuse_masks(attn_mask: torch.Tensor | None, is_causal: bool) -> None:
 def _refuse_intermediates(original: Callable, *args: Any, **kwargs: Any) -> None:
     raise ValueError(
         "forward_intermediates and get_intermediate_layers need every token in every block, and "
-        "this model is patched to merge them: call them outside the patch, or take "
-        "forward_features and handle.unmerge inside"
+        "this model is patched to merge them: patch with restore_tokens=True, call them outside "
+        "the patch, or take forward_features and handle.unmerge inside"
     )
 
 
