@@ -19,7 +19,7 @@ test_bad_input_names_the_argument = names_the_argument(
         (select, (X, 2, "random"), {}, "rule must be one of kcenter, maxsum, mmr, facility"),
         (select, (X, 2), {"weight": X[..., 0].double()}, "weight must be float32"),
         (select, (X, 2), {"weight": X[:, :4, 0]}, "weight must be"),
-        (select, (X, 2), {"start": START.long()}, "start must be int32"),
+        (select, (X, 2), {"start": START.short()}, "start must be int32"),
         (select, (X, 2), {"start": START[:1]}, "start must be"),
         (select, (X, 2), {"mask": X[..., 0]}, "mask must be bool"),
         (select, (X, 2), {"mask": X[:1, :, 0] > 0}, "mask must be"),

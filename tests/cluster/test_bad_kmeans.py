@@ -18,7 +18,7 @@ test_bad_input_names_the_argument = names_the_argument(
         (kmeans, (X, -1), {}, "num_clusters must be between 0"),
         (kmeans, (X, 2**31), {}, "num_clusters must be between 0"),
         (kmeans, (X, 3, -1), {}, "iterations must be between 0 and 100000, got -1"),
-        (kmeans, (X, 3), {"start": START.long()}, "start must be int32 token numbers"),
+        (kmeans, (X, 3), {"start": START.short()}, "start must be int32 token numbers"),
         (kmeans, (X, 3), {"start": START[:, :2]}, "start must be"),
         (kmeans, (X, 3), {"start": START[:1]}, "start must be"),
         (kmeans, (X, 3), {"start": torch.zeros(2, 3, 7)}, "start must be"),

@@ -17,7 +17,7 @@ test_bad_input_names_the_argument = names_the_argument(
         (kmedoids, (X[..., ::2], 3, 9, START), {}, "x must be contiguous"),
         (kmedoids, (X, -1, 9, START), {}, "num_clusters must be between 0"),
         (kmedoids, (X, 3, -1, START), {}, "iterations must be between 0 and 100000, got -1"),
-        (kmedoids, (X, 3, 9, START.long()), {}, "start must be int32"),
+        (kmedoids, (X, 3, 9, START.short()), {}, "start must be int32"),
         (kmedoids, (X, 3, 9, START[:, :2]), {}, "start must be"),
         (kmedoids, (X, 3, 9, START[:1]), {}, "start must be"),
         (kmedoids, (X, 3, 9, START[0]), {}, "start must have 2 dimensions"),

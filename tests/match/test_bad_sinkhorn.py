@@ -47,7 +47,7 @@ CASES += [
         ((ANCHORS, GRADS[1][:, :3]), STEPS, OPTIONS, "grad_load must be"),
         ((ANCHORS, GRADS[1].double()), STEPS, OPTIONS, "grad_load must be float32"),
         (GRADS, STEPS[:1], OPTIONS, "steps must be"),
-        (GRADS, STEPS.long(), OPTIONS, "steps must be int32"),
+        (GRADS, STEPS.short(), OPTIONS, "steps must be int32"),
         (GRADS, STEPS, (0.5, 1.5, 0.0, 100), "eps must be finite and at least 1e-6"),
         (GRADS, STEPS, (0.5, 1.5, 0.1, 0), "iterations must be at least 1"),
     )

@@ -23,7 +23,7 @@ test_bad_input_names_the_argument = names_the_argument(
         (tokred.ema_scan, (C.double(), P), {}, "p must be float64"),
         (tokred.ema_scan, (C, P, STATE[:, :5]), {}, r"state must be \[B, C\]"),
         (tokred.ema_scan, (C, P, STATE.double()), {}, "state must be float32"),
-        (tokred.ema_scan, (C, P, None, LENGTHS.long()), {}, "lengths must be int32"),
+        (tokred.ema_scan, (C, P, None, LENGTHS.short()), {}, "lengths must be int32"),
         (tokred.ema_scan, (C, P, None, LENGTHS[:1]), {}, "lengths must be"),
     ]
 )

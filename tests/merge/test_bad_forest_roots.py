@@ -14,7 +14,7 @@ CYCLE = torch.tensor([[-1, 0, 1], [-1, 2, 1]], dtype=torch.int32)
 
 test_bad_input_names_the_argument = names_the_argument(
     [
-        (tokred.forest_roots, (PARENT.long(),), {}, "parent must be int32"),
+        (tokred.forest_roots, (PARENT.short(),), {}, "parent must be int32"),
         (tokred.forest_roots, (PARENT[0],), {}, "parent must have 2 dimensions"),
         (tokred.forest_roots, (CYCLE,), {}, "parent must be a forest, but in item 1 token 1"),
         (tokred.forest_merge, (X, CYCLE), {}, "parent must be a forest, but in item 1 token 1"),

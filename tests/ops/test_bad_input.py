@@ -33,8 +33,8 @@ M = torch.zeros(2, 6, 8)
 ROWS = torch.zeros(3, dtype=torch.int32)
 BIPARTITE = [
     (bipartite, (M[0], 1), {}, "metric must"),
-    (bipartite, (M, 1), {"sources": ROWS.long(), "destinations": ROWS}, "sources must be int32"),
-    (bipartite, (M, 1), {"sources": ROWS, "destinations": ROWS.long()}, "destinations must be"),
+    (bipartite, (M, 1), {"sources": ROWS.short(), "destinations": ROWS}, "sources must be int32"),
+    (bipartite, (M, 1), {"sources": ROWS, "destinations": ROWS.short()}, "destinations must be"),
     (bipartite, (M, 1), {"sources": ROWS.expand(3, 3), "destinations": ROWS}, "the batch size"),
 ]
 
@@ -44,7 +44,7 @@ MERGE = [
     (tokred.merge, (X[0], MAP, 3), {}, "x must"),
     (tokred.merge, (X.int(), MAP, 3), {}, "x must be float32, float16 or bfloat16"),
     (tokred.merge, (X[..., ::2], MAP, 3), {}, "x must be contiguous in its last dimension"),
-    (tokred.merge, (X, MAP.long(), 3), {}, "token_map must be int32"),
+    (tokred.merge, (X, MAP.short(), 3), {}, "token_map must be int32"),
     (tokred.merge, (X, MAP[:, :5], 3), {}, "token_map must be"),
     (tokred.merge, (X, MAP, -1), {}, "num_out must be between 0"),
     (tokred.merge, (X, MAP, 3), {"size": SIZE[:, :5]}, "size must be"),
@@ -62,8 +62,8 @@ MERGE = [
     (tokred.merge, (X, MAP, 3), {"out": Y[..., :4], "out_size": SIZE[:, :3]}, "out must be"),
     (tokred.unmerge, (Y[0], MAP), {}, "y must"),
     (tokred.unmerge, (Y, MAP[:1]), {}, "token_map must be"),
-    (tokred.unmerge, (Y, MAP.long()), {}, "token_map must be int32"),
-    (tokred.compose, (MAP.long(), MAP), {}, "second must be int32"),
+    (tokred.unmerge, (Y, MAP.short()), {}, "token_map must be int32"),
+    (tokred.compose, (MAP.short(), MAP), {}, "second must be int32"),
     (tokred.compose, (MAP, MAP[0]), {}, "first must"),
     (tokred.compose, (MAP, MAP[:1]), {}, "must be"),
 ]
@@ -102,7 +102,7 @@ POSITIONS = [
     (
         attention,
         (Q, K, K),
-        {"query_position": PLACE[0].long(), "key_position": PLACE[1]},
+        {"query_position": PLACE[0].short(), "key_position": PLACE[1]},
         "query_position must be int32",
     ),
     (
@@ -123,7 +123,7 @@ LISTS = torch.zeros(2, 2, 5, 3, dtype=torch.int32)
 ANGLES = torch.zeros(3, 4)
 sparse, blocks = tokred.sparse_attention, tokred.block_sparse_attention
 SPARSE = [
-    (sparse, (Q, K, K, LISTS.long()), {}, "indices must be int32"),
+    (sparse, (Q, K, K, LISTS.short()), {}, "indices must be int32"),
     (sparse, (Q, K, K, LISTS[0]), {}, "indices must have 4 dimensions"),
     (sparse, (Q, K, K, LISTS[:1]), {}, "indices must be"),
     (sparse, (Q, K, K, LISTS[:, :, :4]), {}, "indices must be"),

@@ -22,8 +22,8 @@ test_unmerged_attention = names_the_argument(
         (unmerged, (Q, K, V[:, :, :4], MAP), {}, "v must have the batch, heads and keys of k"),
         (unmerged, (Q, K, V, MAP[0]), {}, "token_map must have 2 dimensions"),
         (unmerged, (Q, K, V, MAP[:1]), {}, r"token_map must be \[B, N\]"),
-        (unmerged, (Q, K, V, MAP.long()), {}, "token_map must be int32, got int64"),
-        (unmerged, OK, {"query_map": MAP.long()}, "query_map must be int32, got int64"),
+        (unmerged, (Q, K, V, MAP.short()), {}, "token_map must be int32"),
+        (unmerged, OK, {"query_map": MAP.short()}, "query_map must be int32"),
         (unmerged, OK, {"query_map": MAP[:1]}, r"query_map must be \[B, L\]"),
         (
             unmerged,

@@ -239,7 +239,7 @@ def kv_pack(
         codebook by half the distance of two levels, beyond the outer ones by more.
 
     Raises:
-        RuntimeError: naming the argument whose shape, dtype or value does not fit.
+        ValueError: naming the argument whose shape, dtype or value does not fit.
         ValueError: x requires grad.
 
     Complexity: one read of x, one write of the codes.
@@ -260,7 +260,7 @@ def kv_unpack(
             takes longer to get from the system than to compute.
 
     Raises:
-        RuntimeError: codes and params that do not fit each other or the format; an out of another
+        ValueError: codes and params that do not fit each other or the format; an out of another
             shape or device, or with strides that do not fit.
         ValueError: another dtype, one that is not out's, or an input that requires grad.
         TypeError: packed is no PackedKV.
@@ -309,7 +309,7 @@ def kv_append(
             is then [1, H, S, ..]. Along tokens a page is a multiple of group_size slots in order.
 
     Raises:
-        RuntimeError: no room for the tokens (the cache is unchanged), or naming the argument whose
+        ValueError: no room for the tokens (the cache is unchanged), or naming the argument whose
             shape, dtype, device or value does not fit.
         ValueError: x or what is written requires grad.
         TypeError: packed is no PackedKV.

@@ -61,7 +61,7 @@ def linear_attention(
         are cast.
 
     Raises:
-        RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
+        ValueError: naming the argument whose shape, dtype, device or value does not fit.
         ValueError: decay requires grad.
 
     Complexity: O(B Hq N D Dv), memory O(B H D Dv) beside the results. Pieces that end at multiples

@@ -74,7 +74,7 @@ def packed_attention(
         rotated is exact. Under autocast q and the residuals are cast, as for attention.
 
     Raises:
-        RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
+        ValueError: naming the argument whose shape, dtype, device or value does not fit.
         ValueError: an input requires grad.
         TypeError: packed_k or packed_v is no PackedKV.
 
@@ -129,7 +129,7 @@ def packed_qk_score(
         the logits of `packed_attention`. Under autocast q and residual_k are cast.
 
     Raises:
-        RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
+        ValueError: naming the argument whose shape, dtype, device or value does not fit.
         ValueError: an input requires grad.
         TypeError: packed_k is no PackedKV.
 

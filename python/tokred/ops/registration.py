@@ -12,6 +12,7 @@ so that no result ever carries a gradient that is missing or wrong.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .._library import named_tensors, refuse_history
+from .op_log import LOGS_OPS, logged
+from .refusals import again
 
 _library = torch.library.Library("tokred", "IMPL")
 _any_requires_grad = torch._C._any_requires_grad
@@ -43,9 +46,8 @@ def call(op: Any, *args: Any) -> Any:
             return op._op(*args)
         finally:
             del guard
-    except (RuntimeError, NotImplementedError):
-        _refuse_missing(op, args)
-        raise
+    except (RuntimeError, NotImplementedError) as error:
+        return again(op, args, error, partial(call, op))
 
 
 def choose(op: Any, *args: Any) -> Any:
@@ -54,9 +56,8 @@ def choose(op: Any, *args: Any) -> Any:
         return op(*args)
     try:
         return op._op(*args)
-    except (RuntimeError, NotImplementedError):
-        _refuse_missing(op, args)
-        raise
+    except (RuntimeError, NotImplementedError) as error:
+        return again(op, args, error, partial(choose, op))
 
 
 def call_in_place(op: Any, written: Sequence[Tensor], *args: Any) -> None:
@@ -68,13 +69,17 @@ def call_in_place(op: Any, written: Sequence[Tensor], *args: Any) -> None:
     guard = _below_in_place()  # as in call()
     try:
         op._op(*args)
-    except (RuntimeError, NotImplementedError):
-        _refuse_missing(op, args)
-        raise
+    except (RuntimeError, NotImplementedError) as error:
+        again(op, args, error, partial(call_in_place, op, written))
+        return None  # the second try has counted the versions
     finally:
         del guard
     torch._C._increment_version(written)
     return None
+
+
+if LOGS_OPS:
+    call, choose, call_in_place = logged(call, 0), logged(choose, 0), logged(call_in_place, 1)
 
 
 def differentiable(
@@ -184,13 +189,6 @@ def _refuse_tangents(called: str, names: Sequence[str], values: Iterable[Any]) -
                 f"{called} has no derivative in forward mode, but {name} has a tangent: use "
                 "reverse mode"
             )
-
-
-def _refuse_missing(op: Any, args: Sequence[Any]) -> None:
-    """Explains the failure of an op by a tensor that is None."""
-    for argument, value in zip(op._schema.arguments, args, strict=False):
-        if value is None and str(argument.type) == "Tensor":
-            raise TypeError(f"{argument.name} must be a tensor, got None") from None
 
 
 def _overload(name: str) -> Any:

@@ -63,7 +63,7 @@ def topk(
         differentiable: they never require grad; gather the scores by the indices for a gradient.
 
     Raises:
-        RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
+        ValueError: naming the argument whose shape, dtype, device or value does not fit.
 
     Complexity: O(N), one or two reads of the row as a rule, then O(k log k) to put k in order.
     """
@@ -122,7 +122,7 @@ def compact(
         written. Not differentiable.
 
     Raises:
-        RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
+        ValueError: naming the argument whose shape, dtype, device or value does not fit.
 
     Complexity: O(N) a row.
     """
@@ -147,7 +147,7 @@ def gather_tokens(
         the tensors with K tokens, contiguous.
 
     Raises:
-        RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
+        ValueError: naming the argument whose shape, dtype, device or value does not fit.
         ValueError: an input requires grad; torch.gather is differentiable.
 
     Complexity: reads and writes K tokens of every tensor.
@@ -185,7 +185,7 @@ def inverse_transform_sample(
         -1 behind them, and counts int32 [...]. Not differentiable.
 
     Raises:
-        RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
+        ValueError: naming the argument whose shape, dtype, device or value does not fit.
 
     Complexity: a sort of every row, O(N log N), and a search for every sample.
     """

@@ -31,7 +31,7 @@ def connected_components(
         differentiable.
 
     Raises:
-        RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
+        ValueError: naming the argument whose shape, dtype, device or value does not fit.
 
     Complexity: two distances a token, and unions that are all but linear in their number.
     """

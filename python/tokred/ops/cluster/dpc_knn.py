@@ -39,7 +39,7 @@ def dpc_knn(
         differentiable.
 
     Raises:
-        RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
+        ValueError: naming the argument whose shape, dtype, device or value does not fit.
 
     Complexity: B N^2 C flops on the CPU where a thread has an item (each pair once), 4 B N^2 C on
         CUDA, and 2 B N M C for the assignment; memory O(N (C + k)), never N x N.

@@ -54,7 +54,7 @@ def greedy_select(
         whose score is -inf or NaN, from its weight, is not picked. Not differentiable.
 
     Raises:
-        RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
+        ValueError: naming the argument whose shape, dtype, device or value does not fit.
 
     Complexity: at most 2 B N k C flops, memory O(N C) on the CPU and O(N) on CUDA, never N x N. To
         kcenter and mmr, most tokens need only be compared when their old score is the best left

@@ -57,7 +57,7 @@ def kmeans(
         float32 products, have assignment -1. Not differentiable.
 
     Raises:
-        RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
+        ValueError: naming the argument whose shape, dtype, device or value does not fit.
 
     Complexity: 2 B N K C flops a round, O(B (N + K) C) memory traffic; at most N C / 8 + K C
     numbers of workspace an item.

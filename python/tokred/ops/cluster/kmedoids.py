@@ -46,7 +46,7 @@ def kmedoids(
         products, have assignment -1. Not differentiable.
 
     Raises:
-        RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
+        ValueError: naming the argument whose shape, dtype, device or value does not fit.
 
     Complexity: 2 B N K C flops a round, and 3 C for every pair of a cluster: 3 B N^2 C / K where
     clusters are of one size. O(B (N + K C)) numbers of workspace.

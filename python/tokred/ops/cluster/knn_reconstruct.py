@@ -44,7 +44,7 @@ def knn_reconstruct(
         the gradient of a centroid sums those of its tokens in order, without N x M in memory.
 
     Raises:
-        RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
+        ValueError: naming the argument whose shape, dtype, device or value does not fit.
         ValueError: x or centroids requires grad while gradients are recorded.
 
     Complexity: 3 B N M C + 2 B N k D flops, and as many for the gradient, which finds the

@@ -44,7 +44,7 @@ def local_soft_kmeans(
         and no weight; a centroid without weight stays where it was. Not differentiable.
 
     Raises:
-        RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
+        ValueError: naming the argument whose shape, dtype, device or value does not fit.
 
     Complexity: 5 B H W window^2 C flops an iteration, and 2 B H W h w C for the assignment.
     """

@@ -49,7 +49,7 @@ def linear_assignment(cost: Tensor, maximize: bool = False, check: bool = True) 
         row_dual u float64 [B, N] and column_dual v float64 [B, M]. Not differentiable.
 
     Raises:
-        RuntimeError: naming the argument whose shape, dtype or device does not fit, or the item,
+        ValueError: naming the argument whose shape, dtype or device does not fit, or the item,
             row and column of a cost, as said under `check`.
 
     Complexity: O(min(N, M)^2 max(N, M)) at worst. On the CPU mostly two or three passes over the

@@ -56,7 +56,7 @@ def match(
         of the two.
 
     Raises:
-        RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
+        ValueError: naming the argument whose shape, dtype, device or value does not fit.
 
     Complexity: 2 B Na Nb C flops in one pass, O(B (Na + Nb) C) memory traffic. With k > 1 an
         insertion into a sorted list for every partner that is among the k best so far: for rows in
@@ -102,7 +102,7 @@ def bipartite_soft_matching(
         differentiable.
 
     Raises:
-        RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
+        ValueError: naming the argument whose shape, dtype, device or value does not fit.
 
     Complexity: 2 B Ns Nd C flops (B N^2 C / 2 by default), then O(N) per item.
     """
@@ -143,7 +143,7 @@ def threshold_matching(
         differentiable.
 
     Raises:
-        RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
+        ValueError: naming the argument whose shape, dtype, device or value does not fit.
 
     Complexity: as `bipartite_soft_matching`.
     """

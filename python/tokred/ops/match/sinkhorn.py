@@ -80,7 +80,7 @@ def sinkhorn(
         length has none through its cosine.
 
     Raises:
-        RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
+        ValueError: naming the argument whose shape, dtype, device or value does not fit.
         ValueError: a position, a time or offset requires grad.
 
     Complexity: 4 B M N C flops, and B M N exponentials a step (twice as many on CUDA). Memory

@@ -34,7 +34,7 @@ def ema_scan(
         as it was rounded.
 
     Raises:
-        RuntimeError: naming the argument whose shape, dtype or device does not fit.
+        ValueError: naming the argument whose shape, dtype or device does not fit.
 
     Complexity: O(B M C), each of c and z touched once.
     """

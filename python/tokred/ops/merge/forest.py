@@ -23,7 +23,7 @@ def forest_roots(parent: Tensor) -> tuple[Tensor, Tensor]:
         whose parent a token is.
 
     Raises:
-        RuntimeError: parent is no int32 [B, N]; on the CPU also where it has a cycle, naming item
+        ValueError: parent is no int32 [B, N]; on the CPU also where it has a cycle, naming item
             and token. On devices, which report nothing back, tokens in a cycle and those that lead
             into one have root -1, so that `merge` drops them.
 
@@ -55,7 +55,7 @@ def forest_merge(
         [B, N], which `unmerge` takes. Differentiable in x and size.
 
     Raises:
-        RuntimeError: naming the argument whose shape, dtype, device or value does not fit; cycles
+        ValueError: naming the argument whose shape, dtype, device or value does not fit; cycles
             as in `forest_roots`.
         ValueError: size beside reference_compat.
 

@@ -72,7 +72,7 @@ def merge(
         "plain_mean", "prune", "halving"); others raise a RuntimeError.
 
     Raises:
-        RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
+        ValueError: naming the argument whose shape, dtype, device or value does not fit.
         ValueError: only one of out and out_size, or buffers beside inputs that require grad.
 
     Complexity: one pass, O(B (N + num_out) C).
@@ -106,7 +106,7 @@ def unmerge(y: Tensor, token_map: Tensor) -> Tensor:
         [B, N, C] in the dtype of y. Differentiable in y, any number of times.
 
     Raises:
-        RuntimeError: naming the argument whose shape, dtype or device does not fit.
+        ValueError: naming the argument whose shape, dtype or device does not fit.
 
     Complexity: O(B N C).
     """
@@ -127,7 +127,7 @@ def compose(second: Tensor, first: Tensor) -> Tensor:
         int32 [B, N].
 
     Raises:
-        RuntimeError: naming the argument whose shape, dtype or device does not fit.
+        ValueError: naming the argument whose shape, dtype or device does not fit.
 
     Complexity: O(B N).
     """

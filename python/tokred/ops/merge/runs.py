@@ -63,7 +63,7 @@ def adjacent_runs(
         Under autocast x and y are cast to the wider dtype of the two.
 
     Raises:
-        RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
+        ValueError: naming the argument whose shape, dtype, device or value does not fit.
         ValueError: leading dimensions that do not fold, or an input requires grad.
 
     Complexity: 6 N C flops and two reads of x per row, one of them from the cache.

@@ -66,7 +66,7 @@ def segment_pool(
         "softmax"; "gaussian" refuses weights that require grad.
 
     Raises:
-        RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
+        ValueError: naming the argument whose shape, dtype, device or value does not fit.
         ValueError: both or neither of offsets and ids, descending offsets, or an argument that the
             mode does not take.
 
@@ -133,7 +133,7 @@ def segment_weights(
         x for "gaussian"; once.
 
     Raises:
-        RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
+        ValueError: naming the argument whose shape, dtype, device or value does not fit.
         ValueError: both or neither of offsets and ids, N is unknown, or weight of "gaussian"
             requires grad.
 

@@ -42,7 +42,7 @@ def attention_rows(
         visible. Under autocast q and k are cast, as for attention.
 
     Raises:
-        RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
+        ValueError: naming the argument whose shape, dtype, device or value does not fit.
         ValueError: an input requires grad.
 
     Complexity: 2 B Hq L N D flops, O(B Hq L N) memory: the result.
@@ -85,7 +85,7 @@ def attention_columns(
         float32 [B, Hq, N]. Under autocast q and k are cast, as for attention.
 
     Raises:
-        RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
+        ValueError: naming the argument whose shape, dtype, device or value does not fit.
         ValueError: an input requires grad.
 
     Complexity: 2 B Hq L N D flops (twice that without lse), memory linear in L and N.
@@ -131,7 +131,7 @@ def pagerank(
         float32 [B, Hq, N]. Under autocast q and k are cast, as for attention.
 
     Raises:
-        RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
+        ValueError: naming the argument whose shape, dtype, device or value does not fit.
         ValueError: an input requires grad.
 
     Complexity: 2 B Hq N^2 D flops an iteration, memory linear in N.

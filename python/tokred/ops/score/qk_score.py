@@ -58,7 +58,7 @@ def qk_score(
         float32 [B, Hq | Hkv | 1, N]. Under autocast q and k are cast, as for attention.
 
     Raises:
-        RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
+        ValueError: naming the argument whose shape, dtype, device or value does not fit.
         ValueError: an input requires grad: scores serve to choose, and have no gradient.
 
     Complexity: 2 B Hq N D flops (F in place of D with dims), one read of k.
@@ -102,7 +102,7 @@ def block_pool(
         (mean first), else 1; and counts int32 [B, M], the visible tokens. An empty block is 0.
 
     Raises:
-        RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
+        ValueError: naming the argument whose shape, dtype, device or value does not fit.
         ValueError: x requires grad.
 
     Complexity: one read of x (two for mean_deviation).
@@ -142,7 +142,7 @@ def block_score(
         float32 [B, Hq | Hkv | 1, L, M].
 
     Raises:
-        RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
+        ValueError: naming the argument whose shape, dtype, device or value does not fit.
         ValueError: an input requires grad.
 
     Complexity: 2 B Hq L M D flops (4 for "bounds" and "deviation").

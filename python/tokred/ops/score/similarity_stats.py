@@ -67,7 +67,7 @@ def similarity_stats(
         autocast a and b are cast to the wider dtype of the two.
 
     Raises:
-        RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
+        ValueError: naming the argument whose shape, dtype, device or value does not fit.
         ValueError: an input requires grad.
 
     Complexity: 2 B Na Nb C flops, memory linear in Na and Nb.
@@ -95,7 +95,7 @@ def transition_stats(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
         ratio and cosine, float32 [B, N]. Under autocast the inputs are cast to the wider dtype.
 
     Raises:
-        RuntimeError: naming the argument whose shape, dtype or device does not fit.
+        ValueError: naming the argument whose shape, dtype or device does not fit.
         ValueError: an input requires grad.
 
     Complexity: one read of both.

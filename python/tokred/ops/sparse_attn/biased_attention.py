@@ -79,7 +79,7 @@ def biased_attention(
         autocast q, k and v are cast, key_bias is not.
 
     Raises:
-        RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
+        ValueError: naming the argument whose shape, dtype, device or value does not fit.
 
     Complexity: 2 B Hq L N (D + Dv) flops, memory linear in L and N.
     """
@@ -127,7 +127,7 @@ def combine_states(
         out in the dtype of out_a, and lse; 0 and -inf where both sets are empty.
 
     Raises:
-        RuntimeError: naming the argument whose shape, dtype or device does not fit.
+        ValueError: naming the argument whose shape, dtype or device does not fit.
         ValueError: an input requires grad.
 
     Under autocast out_a and out_b are cast to the wider dtype of the two.

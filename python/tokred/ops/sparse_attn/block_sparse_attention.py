@@ -78,7 +78,7 @@ def block_sparse_attention(
         autocast q, k and v are cast.
 
     Raises:
-        RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
+        ValueError: naming the argument whose shape, dtype, device or value does not fit.
         ValueError: block sizes missing, or other than the BlockMask's; a mask_mod that block_mask
             alone cannot express.
 

@@ -77,7 +77,7 @@ def sparse_attention(
         autocast q, k and v are cast.
 
     Raises:
-        RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
+        ValueError: naming the argument whose shape, dtype, device or value does not fit.
         ValueError: rope_cos and rope_sin beside inputs that require grad.
 
     Complexity: 2 B Hq L K (D + Dv) flops; in decoding, one read of the listed keys and values for

@@ -51,7 +51,7 @@ def unmerged_attention(
         for a position that sees nothing. Not differentiable: inputs that require grad are refused.
 
     Raises:
-        RuntimeError: naming the argument whose shape, dtype, device or value does not fit.
+        ValueError: naming the argument whose shape, dtype, device or value does not fit.
         ValueError: an input requires grad.
 
     Complexity: 2 B Hq L N D flops for the logits, half of it seen if causal, and on the CPU
