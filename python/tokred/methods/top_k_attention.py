@@ -8,7 +8,7 @@ are measured against it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -90,7 +90,7 @@ class TopKState:
         """(out [B, Hq, L, Dv], lse f32 [B, Hq, L]) of one layer; see AttentionMethod."""
         if call.is_prompt and self.options.prefill == "dense":
             return call.dense()
-        if call.is_packed and call.q.shape[2] == 1:
+        if call.is_packed:
             return self._attend_packed(call)
         return top_k_attention(
             call.q,
@@ -104,11 +104,28 @@ class TopKState:
         )
 
     def _attend_packed(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
-        """A decoding step on a PackedCache: scores, choice and attention read packed tokens."""
+        """On a PackedCache, query by query: scores, choice and attention read packed tokens."""
         if self.options.k >= call.num_keys:
             return call.dense()
+        queries = call.q.shape[2]
+        if queries > 1:
+            parts = (self._attend_packed(_query(call, number)) for number in range(queries))
+            outs, lses = zip(*parts, strict=True)
+            return torch.cat(outs, 2), torch.cat(lses, 2)
         indices = tokred.topk(call.score(), self.options.k, order="position")[1]
         return call.attend_to(indices[:, :, None], block_q=1)
+
+
+def _query(call: AttentionCall, number: int) -> AttentionCall:
+    """The call of one query of several, with a mask in the place of causality."""
+    queries, keys = call.q.shape[2], call.num_keys
+    mask = call.mask
+    if mask is not None and mask.shape[2] > 1:
+        mask = mask[:, :, number : number + 1]
+    if call.causal:
+        earlier = torch.arange(keys, device=call.q.device) <= keys - queries + number
+        mask = earlier[None, None, None] if mask is None else mask & earlier
+    return replace(call, q=call.q[:, :, number : number + 1], mask=mask, causal=False)
 
 
 @dataclass(frozen=True)
@@ -116,7 +133,7 @@ class TopKAttentionOptions(Options):
     """Options of tokred.patch(model, "top_k_attention", ...).
 
     k: keys a query attends to. prefill: "select", prompts choose too; or "dense". On a PackedCache
-        decoding chooses among packed keys; a prompt's later parts need "dense" there.
+        later parts of a prompt choose among packed keys, one query at a time.
     """
 
     k: int = 256
