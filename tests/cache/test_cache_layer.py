@@ -40,8 +40,8 @@ def test_the_moments_of_arrival_do_not_matter(axis: dict) -> None:
     grown = PackedCacheLayer(options(**axis, center=False))
     parts = [1, 0, 30, 1, 1, 9, 33]
     for key, value in zip(*(side.split(parts, 2) for side in states(75)), strict=True):
-        handle, nothing = grown.update(key, value)
-        assert nothing is None and handle.length == grown.get_seq_length()
+        handle, same = grown.update(key, value)
+        assert same is handle and handle.length == grown.get_seq_length()
         assert grown.get_mask_sizes(3) == (grown.length + 3, 0)
     assert grown.length == 75 and whole.length == 75
     assert_same(grown, whole)

@@ -30,6 +30,7 @@ def threads(one_thread: None) -> None:
         ("DeepseekV3", MLA, "multi-head latent attention.*kv_lora_rank = 32.*DynamicCache"),
         ("MiniCPM3", MLA, "multi-head latent attention.*kv_lora_rank = 32.*DynamicCache"),
         ("Llama", {"head_dim": 512}, "layer 0 of LlamaConfig.*up to 256.*512.*DynamicCache"),
+        ("MllamaText", {"head_dim": 16}, "states of images in the same cache, in layers"),
         ("Llama", {"head_dim": 8}, "layer 0 of LlamaConfig.*multiple of 16.*8"),
         ("Llama", {"num_attention_heads": 8}, "layer 0 of LlamaConfig.*keys is 8"),
     ],
@@ -63,6 +64,25 @@ def test_a_softcap_of_the_logits() -> None:
             real
         ].norm()
         assert error < (1e-5 if start == 0 else 1e-2)
+
+
+def test_a_model_in_the_place_of_its_config() -> None:
+    model = tiny_lm("Llama", head_dim=16)
+    cache = tokred.PackedCache(model, 8, window=32)
+    assert cache.options == tokred.PackedCache(model.config, 8, window=32).options
+    bloom = transformers.BloomConfig(vocab_size=97, hidden_size=64, n_layer=2, n_head=4)
+    with pytest.raises(ValueError, match="BloomAttention computes with cached keys in its own"):
+        tokred.PackedCache(transformers.BloomForCausalLM(bloom))
+    relative = transformers.T5Config(vocab_size=97, d_model=64, d_kv=16, d_ff=48, num_layers=2)
+    with pytest.raises(ValueError, match="T5Attention adds a position bias"):
+        tokred.PackedCache(transformers.T5ForConditionalGeneration(relative))
+    for nothing in ("llama", nn.Linear(2, 2)):
+        with pytest.raises(TypeError, match="a model of transformers or its config, got"):
+            tokred.PackedCache(nothing)
+    deeper = tiny_lm("Llama", head_dim=16, num_hidden_layers=3)
+    deeper.set_attn_implementation("tokred")
+    with torch.no_grad(), pytest.raises(ValueError, match=r"a model of 2 layers, .* no layer 2"):
+        deeper(left_padded()[0], **{compat.cache_keyword(): cache})
 
 
 def encoder_decoder() -> tuple[nn.Module, dict[str, Any]]:

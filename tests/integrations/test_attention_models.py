@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -352,6 +354,46 @@ def test_a_changed_implementation_is_noticed_and_undone() -> None:
     assert model.config._attn_implementation == "eager"
     assert all("forward" not in m.__dict__ for m in model.modules())
     model(ids)
+
+
+@torch.no_grad()
+def test_prompts_that_see_later_tokens() -> None:
+    """The modules say that they are not causal; masks say what is, as in PaliGemma."""
+    model = tiny_lm("Gemma", use_bidirectional_attention=True)
+    ids, mask = left_padded()
+    prefix = (torch.arange(13) < 8)[None, None, None] | torch.ones(13, 13).tril().bool()
+    prefix = prefix & mask.bool()[:, None, None]
+    for given in (mask, torch.ones_like(mask), prefix):
+        real = mask.bool() if given is not prefix else prefix.any(-1)[:, 0]
+        expected = logits(model, "eager", ids, attention_mask=given)[real]
+        dense = logits(model, "tokred", ids, attention_mask=given)
+        if given is prefix:  # eager attention would add the bool mask to its logits
+            expected = logits(model, "sdpa", ids, attention_mask=given)[real]
+        torch.testing.assert_close(dense[real], expected, rtol=1e-4, atol=1e-4)
+        with patched(model, Recorded()):
+            assert_bitwise_equal(model(ids, attention_mask=given).logits, dense)
+    with pytest.raises(ValueError, match=r"a prompt see later ones.*rotation='cached'"):
+        tokred.patch(model, "token_select", rotation="compact")
+    # An encoder of the same kind generates nothing, so there is no key to choose.
+    with pytest.raises(ValueError, match="GemmaAttention is not causal"):
+        tokred.patch(model.model, "token_select")
+
+
+def test_a_patched_model_is_moved_but_not_copied() -> None:
+    model = MODELS["llama"]()
+    ids, _ = left_padded()
+    expected = logits(model, "tokred", ids)
+    with tokred.patch(model, "token_select", k=99):
+        for make in (copy.deepcopy, pickle.dumps):
+            with pytest.raises(RuntimeError, match="leave the patch first"):
+                make(model)
+        # Layers of another kind, as quantisation puts them in, belong to the model, not the patch.
+        wider = model.double().model.layers[0].self_attn.q_proj
+        model.model.layers[0].self_attn.q_proj = nn.Sequential(wider)
+        torch.testing.assert_close(model(ids).logits.float(), expected, rtol=1e-4, atol=1e-4)
+        assert_bitwise_equal(model.float()(ids).logits, expected)
+    assert all("forward" not in module.__dict__ for module in model.modules())
+    assert_bitwise_equal(copy.deepcopy(model)(ids).logits, expected)
 
 
 def test_unsuitable_models_are_refused() -> None:

@@ -85,7 +85,8 @@ FAMILIES = (
     Family("Qwen3Moe", {**HEADS, **EXPERTS}),
     Family("Qwen3Next", {**HEADS, **EXPERTS, **LINEAR, "num_hidden_layers": 4}, layers=[3]),
     Family("Gemma", HEADS),
-    Family("Gemma2", {**HEADS, "sliding_window": 6, "attn_logit_softcapping": 0.2}, layers=[1]),
+    Family("Gemma2", {**HEADS, "sliding_window": 6, "attn_logit_softcapping": 0.2}, layers=[1],
+           whole="soft-capped logits"),
     Family("Gemma3Text", {**HEADS, **HYBRID}, layers=[1, 3], compact=LAYERED),
     Family("Gemma4Text", {**HEADS, **HYBRID, **SHARED, "num_global_key_value_heads": 2,
                           "global_head_dim": 16}, layers=[1, 3], compact=LAYERED,
@@ -128,7 +129,9 @@ REFUSED = (
     (Family("Falcon", dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)),
      "does not call transformers' attention interface"),
     (Family("Bloom", dict(hidden_size=32, n_layer=2, n_head=4)),
-     "no causal attention calls transformers' attention interface"),
+     "BloomAttention does not call transformers' attention interface"),
+    (Family("Mamba", dict(hidden_size=32, num_hidden_layers=2)), "it has no attention"),
+    (Family("Llama", {**HEADS, "head_dim": 512}), "has heads of 512 dimensions, above 256"),
 )  # fmt: skip
 
 

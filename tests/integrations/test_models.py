@@ -205,6 +205,8 @@ def test_refusals(pixels: Tensor) -> None:
     timm_model, dinov2 = CASES[0].model(), next(c for c in CASES if c.name == "dinov2").model()
     with pytest.raises(ValueError, match=r"act_qkv, .*token_select, .*tome, tomesd"):
         tokred.patch(timm_model, "tomee")
+    with pytest.raises(ValueError, match=r"'token_selct', did you mean 'token_select'\?"):
+        tokred.patch(timm_model, "token_selct")
     with pytest.raises(TypeError, match=r"no option ratio.*r, order"):
         tokred.patch(timm_model, "tome", ratio=0.5)
     with pytest.raises(ValueError, match=r"Linear has no layer.*transformers' ViT"):

@@ -54,6 +54,11 @@ class InPlaceCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
         """What the layer's update returns."""
+        if not -len(self.layers) <= layer_idx < len(self.layers):
+            raise ValueError(
+                f"the cache is for a model of {len(self.layers)} layers, and has no layer "
+                f"{layer_idx}: make one for the model that it is passed to"
+            )
         layer = self.layers[layer_idx]
         if getattr(layer, "restores_itself", False) or torch.compiler.is_compiling():
             return layer.update(key_states, value_states, *args, **kwargs)

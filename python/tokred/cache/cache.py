@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from tokred.integrations.transformers import attention
 
@@ -15,13 +16,13 @@ from .base import InPlaceCache, check_capacity, replaced_layers
 from .files import load_layers, save_layers
 from .layers import PackedCacheLayer
 from .storage import CacheOptions
-from .support import check_model, softcap_of
+from .support import check_layers, check_model, config_of, softcap_of
 
 
 class PackedCache(InPlaceCache):
     """A cache of low-bit keys and values for transformers' generate.
 
-        cache = tokred.PackedCache(model.config, bits=4)  # tells transformers of the attention
+        cache = tokred.PackedCache(model, bits=4)  # tells transformers of the attention
         model.set_attn_implementation("tokred")
         model.generate(**inputs, cache=cache)
 
@@ -39,7 +40,8 @@ class PackedCache(InPlaceCache):
     DynamicCache(config=config))` of transformers.
 
     Args:
-        config: of the model.
+        config: of the model; or the model itself, of which it is also seen whether its layers read
+            the cache through transformers' attention interface.
         bits: 1, 2, 3, 4 or 8; key_bits, value_bits: of one side, `bits` where None.
         key_axis: "channel", groups of neighbouring channels of a token, or "token", groups of
             tokens of a channel, as KIVI packs keys; by default the latter below 4 bits, unless the
@@ -81,6 +83,9 @@ class PackedCache(InPlaceCache):
         center: bool | None = None,
         capacity: int | None = None,
     ) -> None:
+        model, config = config, config_of(config)
+        if isinstance(model, nn.Module):
+            check_layers(model)
         if center is None and softcap_of(config) is not None:
             center = False
         options = _options(
@@ -113,13 +118,13 @@ class PackedCache(InPlaceCache):
     def load(
         cls, path: str | os.PathLike, config: Any, device: torch.device | str | None = None
     ) -> PackedCache:
-        """The cache that `save` wrote, on a device, by default the CPU.
+        """The cache that `save` wrote, on a device, by default the CPU; config as above.
 
         Raises:
             ValueError: a file that is damaged, or of a model with other layers.
             OSError: a file that cannot be read.
         """
-        return load_layers(path, config, device or "cpu", cls._from_options)
+        return load_layers(path, config_of(config), device or "cpu", cls._from_options)
 
     @classmethod
     def _from_options(cls, config: Any, options: CacheOptions, capacity: int | None) -> PackedCache:

@@ -27,7 +27,7 @@ _LEAST_GROWTH = 16  # tokens
 
 
 class PackedCacheLayer(CacheLayerMixin):
-    """Keys and values of one layer, packed; its update returns PackedStates in place of tensors.
+    """Keys and values of one layer, packed; its update returns PackedStates in place of both.
 
     A call that raises leaves the layer as it was.
 
@@ -109,7 +109,7 @@ class PackedCacheLayer(CacheLayerMixin):
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[PackedStates, None]:
+    ) -> tuple[PackedStates, PackedStates]:
         """Appends keys [B, Hkv, L, D] and values [B, Hkv, L, Dv].
 
         Their dtypes are float32, float16 or bfloat16 and may differ from each other and from
@@ -143,7 +143,7 @@ class PackedCacheLayer(CacheLayerMixin):
         states = PackedStates(
             *contents.packed, *windows, self.length, key_states, value_states, contents.key_mean
         )
-        return states, None
+        return states, states
 
     def _recorded(
         self, contents: Contents, keys: Tensor, values: Tensor, history: tuple[Checkpoint, ...]

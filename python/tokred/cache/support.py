@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
+from tokred.integrations.transformers.full_attention import (
+    explain,
+    full_attention,
+    reads_cache_itself,
+)
+
 from .storage import CacheOptions
 
 _INSTEAD = "use a transformers.DynamicCache"
@@ -28,6 +36,11 @@ def check_model(config: Any, options: CacheOptions, packed: list[int]) -> None:
             f"center packs keys without their mean, which a softcap of their logits needs, and "
             f"{name} has attn_logit_softcapping = {softcap_of(config)}: pass center=False"
         )
+    if getattr(text, "cross_attention_layers", None):
+        raise ValueError(
+            f"PackedCache packs tokens of text, and {name} keeps the states of images in the same "
+            f"cache, in layers {list(text.cross_attention_layers)}: {_INSTEAD}"
+        )
     for number in packed:
         head_dim = head_dim_of(config, number)
         if head_dim is not None:
@@ -40,6 +53,39 @@ def check_model(config: Any, options: CacheOptions, packed: list[int]) -> None:
 def softcap_of(config: Any) -> float | None:
     """The softcap of the decoder's logits, or None."""
     return getattr(text_config(config), "attn_logit_softcapping", None)
+
+
+def config_of(model: Any) -> Any:
+    """The config of a model, or the config that it is.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    config = getattr(model, "config", None) if isinstance(model, nn.Module) else model
+    if not hasattr(config, "get_text_config"):
+        raise TypeError(
+            f"PackedCache needs a model of transformers or its config, got {type(model).__name__}"
+        )
+    return config
+
+
+def check_layers(model: nn.Module) -> None:
+    """Refuses a model whose attention does not read its cache through tokred's.
+
+    Raises:
+        ValueError: saying which, and what would work.
+    """
+    for module in model.modules():
+        if reads_cache_itself(module):
+            raise ValueError(
+                f"{type(module).__name__} computes with cached keys in its own code, and packed "
+                f"ones are read through transformers' attention interface: {_INSTEAD}"
+            )
+    if not full_attention(model):
+        raise ValueError(
+            f"PackedCache serves causal attention to all keys, and {type(model).__name__} has "
+            f"none ({explain(model)}): {_INSTEAD}"
+        )
 
 
 def text_config(config: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pkgutil
 from dataclasses import replace
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
@@ -29,11 +30,15 @@ def get(name: str) -> Method:
     """The method of that name; no other is imported.
 
     Raises:
-        ValueError: there is none; the message lists what there is.
+        ValueError: there is none; the message has the nearest names, and all there are.
         TypeError: its file has no METHOD.
     """
     if name not in (known := names()):
-        raise ValueError(f"unknown method {name!r}; the methods are {', '.join(known)}")
+        near = [repr(each) for each in get_close_matches(str(name), known, cutoff=0.7)]
+        meant = f", did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(
+            f"unknown method {name!r}{meant or ';'} the methods are {', '.join(known)}"
+        )
     module = import_module(f"{__name__}.{name}")
     method = getattr(module, "METHOD", None)
     if not isinstance(method, Method):

@@ -28,6 +28,7 @@ from transformers.masking_utils import (
 
 from tokred.patching import AttentionCall
 
+from .full_attention import looks_both_ways
 from .kept_keys import KeptStates
 from .packed_states import ADVICE, PackedStates
 
@@ -74,6 +75,8 @@ def attention_mask(
         no padding, and that the queries are the last of the keys.
     """
     last = None if isinstance(q_offset, Tensor) else q_offset + q_length
+    # Modules that do not say that they are causal need masks that do.
+    allow_is_causal_skip = allow_is_causal_skip and not looks_both_ways(options.get("config"))
     causal = allow_is_causal_skip and mask_function is causal_mask_function and q_length > 1
     if causal and last is not None and kv_offset == 0 and last <= kv_length:
         return _causal_padding(attention_mask, last, kv_length, options.get("device", "cpu"))
@@ -117,7 +120,7 @@ def attention_forward(
     module: nn.Module,
     query: Tensor,
     key: Tensor | PackedStates | KeptStates,
-    value: Tensor | None,
+    value: Tensor | PackedStates | None,
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
@@ -134,7 +137,7 @@ def attention_forward(
     Args:
         module: the layer's attention module.
         query: [B, Hq, L, D]. key: [B, Hkv, N, D], N of a static cache counting its empty part.
-            value: [B, Hkv, N, Dv]. From a PackedCache: its PackedStates, and None.
+            value: [B, Hkv, N, Dv]. From a PackedCache: both are its PackedStates.
         attention_mask: from `attention_mask` above, or a bool mask [B, 1, L, N] of your own.
             Without one the queries of a causal module are the last of the keys, and see all before.
         scaling: of the logits; 1 / sqrt(D) where None.
@@ -159,8 +162,7 @@ def attention_forward(
         key.refuse_cross_attention(module, bool(is_causal))
         if tokred_method is not None:
             tokred_method.refuse_packed()
-        if key.is_first:
-            key, value = key.new_key, key.new_value  # type: ignore[attr-defined]
+        key, value = (key.new_key, key.new_value) if key.is_first else (key, None)
     if isinstance(key, KeptStates):
         key.refuse(module, tokred_method, s_aux, indices)
         out, _ = key.attend(query, attention_mask, scaling)
@@ -259,3 +261,7 @@ def _refuse(dropout: float, options: dict[str, Any]) -> None:
             f"tokred attention has no dropout, but the config's is {dropout}: set it to 0, or call "
             "model.eval()"
         )
+
+
+# Whoever imports tokred's part of transformers may ask a model for it by name.
+register()

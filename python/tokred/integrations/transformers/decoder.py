@@ -16,16 +16,17 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from tokred.patching import AttentionCall, KeySelector, Overrides, Settings
 from tokred.patching.recomputation import refuse_late_backward
+from tokred.patching.token_state import refuse_copy
 
 from . import attention
-from .full_attention import explain, full_attention
+from .full_attention import explain, full_attention, looks_both_ways
 from .rotary import Rotary, find_rotary, unrotated
 
 __all__ = ["Rotary", "Stack", "stacks"]
@@ -37,6 +38,9 @@ class Bound:
 
     method: KeySelector
     rotary: Rotary | None
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        refuse_copy()
 
     def forward_pass(self) -> Pass:
         """This model's innermost pass in this thread; a new one for a layer called by itself."""
@@ -156,6 +160,11 @@ def stacks(model: nn.Module, method: Any, settings: Settings) -> Iterator[Stack]
             )
         state = method.attention(_numbers(modules))
         compact = getattr(method, "rotation", "cached") == "compact"
+        if compact and looks_both_ways(modules[0].config):
+            raise ValueError(
+                f"{type(modules[0]).__name__} lets tokens of a prompt see later ones, and compact "
+                "positions are those of the keys before a query: use rotation='cached'"
+            )
         rotary = find_rotary(model, modules) if compact else None
         yield Stack(modules, _decoder(model, names), state, rotary)
 

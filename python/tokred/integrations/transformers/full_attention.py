@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from types import FunctionType
+from typing import Any
 
 from torch import nn
 from transformers import modeling_utils
@@ -16,6 +17,8 @@ from transformers import modeling_utils
 # What config.layer_types calls layers that attend to everything before them.
 _FULL = ("full_attention", "attention", "hybrid", "global")
 _LISTS = ("indices", "block_indices")
+_NO_INTERFACE = "does not call transformers' attention interface"
+_MAX_HEAD_DIM = 256  # of tokred's attention
 
 
 def full_attention(model: nn.Module) -> dict[str, nn.Module]:
@@ -24,7 +27,12 @@ def full_attention(model: nn.Module) -> dict[str, nn.Module]:
     Raises:
         ValueError: tokred's attention lacks something that a module beside them needs.
     """
-    causal = {name: m for name, m in model.named_modules() if _is_causal(m) and dispatches(m)}
+    generates = _generates(model)
+    causal = {
+        name: module
+        for name, module in model.named_modules()
+        if _is_causal(module, generates) and dispatches(module)
+    }
     found = {name: module for name, module in causal.items() if _limit(module) is None}
     configs = {id(module.config) for module in found.values()}
     for module in causal.values():
@@ -40,24 +48,37 @@ def full_attention(model: nn.Module) -> dict[str, nn.Module]:
 def explain(model: nn.Module) -> str:
     """Why full_attention finds nothing."""
     reasons: dict[str, None] = {}
+    others: dict[str, None] = {}
+    generates = _generates(model)
     for module in model.modules():
-        if _is_causal(module):
-            limit = _limit(module)
-            if not dispatches(module):
-                limit = "does not call transformers' attention interface"
-            reasons[f"{type(module).__name__} {limit}"] = None
-    return ", ".join(reasons) or "no causal attention calls transformers' attention interface"
+        name = type(module).__name__
+        if _is_causal(module, generates):
+            limit = _limit(module) if dispatches(module) else _NO_INTERFACE
+            reasons[f"{name} {limit}"] = None
+        elif "Attention" in name and type(module).forward is not nn.Module.forward:
+            limit = "is not causal" if dispatches(module) else _NO_INTERFACE
+            others[f"{name} {limit}"] = None
+    return ", ".join(reasons or list(others)[:3]) or "it has no attention"
 
 
-def _is_causal(module: nn.Module) -> bool:
+def looks_both_ways(config: Any) -> bool:
+    """Whether attention under causal masks says that it is not causal: a prompt's first tokens see
+    one another, as PaliGemma's do, which the masks then say."""
+    return getattr(config, "use_bidirectional_attention", None) in (True, "all")
+
+
+def _generates(model: nn.Module) -> bool:
+    """Whether it, or a part of it, generates text."""
+    return any(getattr(m, "can_generate", bool)() for m in model.modules())
+
+
+def _is_causal(module: nn.Module, generates: bool) -> bool:
     """Whether it is causal attention with a place in the cache; of other models' too."""
     layer = getattr(module, "layer_idx", None)
-    return (
-        getattr(module, "is_causal", False) is True
-        and isinstance(layer, int)
-        and not isinstance(layer, bool)
-        and hasattr(module, "config")
-    )
+    if not isinstance(layer, int) or isinstance(layer, bool) or not hasattr(module, "config"):
+        return False
+    causal = getattr(module, "is_causal", None)
+    return causal is True or (causal is False and generates and looks_both_ways(module.config))
 
 
 def _forwards(module: nn.Module) -> Iterator[FunctionType]:
@@ -76,6 +97,14 @@ def dispatches(module: nn.Module) -> bool:
         for function in _forwards(module)
         for name in function.__code__.co_names
     )
+
+
+def reads_cache_itself(module: nn.Module) -> bool:
+    """Whether it appends to a cache, and then attends without what is registered."""
+    if not any(isinstance(vars(module).get(name), int) for name in ("layer_idx", "layer_id")):
+        return False
+    appends = any("update" in function.__code__.co_names for function in _forwards(module))
+    return appends and not dispatches(module)
 
 
 def _passes(module: nn.Module, keyword: str) -> bool:
@@ -107,6 +136,10 @@ def _lacks(module: nn.Module) -> str | None:
         return "adds a position bias to the logits"
     if _passes(module, "block_indices"):
         return "attends to lists of blocks"
+    for name in ("head_dim", "qk_head_dim", "v_head_dim"):
+        dim = getattr(module, name, None)
+        if isinstance(dim, int) and dim > _MAX_HEAD_DIM:
+            return f"has heads of {dim} dimensions, above {_MAX_HEAD_DIM}"
     parameters = inspect.signature(type(module).forward).parameters.values()
     if all(p.kind is not p.VAR_KEYWORD for p in parameters):
         return "takes no further arguments for its attention"
