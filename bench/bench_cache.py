@@ -3,7 +3,7 @@
 Every candidate decodes into a cache of its own that starts with the same random keys and values.
 The best dense practice is SDPA on transformers' StaticCache; its DynamicCache copies itself at
 every step. transformers' QuantizedCache (quanto) keeps few bits too, but unpacks all of them at
-every step.
+every step. Methods that evict keep a quarter of the keys of the same context.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from tokred.demo.text import dense_attention
 from .bench_models import allow_torchvision
 from .harness import MOST_SAMPLES, Case
 from .machine import Run
+
+EVICTORS = ("snap_kv", "h2o", "streaming_llm")
 
 
 def filled(cache: Any, config: Any, tokens: int) -> Any:
@@ -69,6 +71,13 @@ def decode_case(model: torch.nn.Module, context: int) -> Case:
             name: partial(step, attention, filled(cache, config, context))
             for name, (attention, cache) in caches.items()
         }
+        for method in EVICTORS:
+            # A prompt as long as the budget: a step costs what it costs after a longer one.
+            patched = partial(tokred.patch, model, method, budget=context // 4)
+            with patched(), torch.inference_mode():
+                prompt = torch.randint(config.vocab_size, (1, context // 4))
+                cache = model(prompt, use_cache=True, logits_to_keep=1)[cache_keyword()]
+            calls[f"tokred {method}, a quarter of the keys"] = partial(step, patched, cache)
         for bits in (4, 2) if find_spec("optimum") else ():
             name = f"SDPA, QuantizedCache, {bits} bits"
             try:

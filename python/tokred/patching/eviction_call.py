@@ -124,7 +124,11 @@ class EvictionCall:
     def first(self, count: int) -> Tensor:
         """bool [B, Hkv, M]: the first tokens of the sequence, padding left aside."""
         if self.start is None:
-            return (self.position >= 0) & (self.position < count)
+            return (
+                self.position < count
+                if self.bias is None
+                else ((self.position >= 0) & (self.position < count))
+            )
         place = self.position - self.start[:, None, None]
         return (place >= 0) & (place < count)
 
@@ -138,21 +142,19 @@ class EvictionCall:
         """The keys of greatest score stay, in the order of their places.
 
         Args:
-            scores: f32 [B, Hkv, M]; inf for a key that must stay. Of two alike the later one goes.
-                Hidden keys go first, NaN next.
+            scores: f32 [B, Hkv, M]; inf for a key that must stay. Hidden keys and NaN go first. Of
+                two alike the later one goes, where a single key goes the one stored first.
             budget: how many stay. row_budget: i32 [B, Hkv], of every head, at most the budget.
             state: see Eviction.
         """
         excess = self.stored - budget
         if excess <= 0 and row_budget is None:
             return self.all(**state)
-        scores = scores.nan_to_num(-torch.inf, torch.inf, -torch.inf)
         if self.bias is not None:
             scores = scores.masked_fill(self.bias == -torch.inf, -torch.inf)
         if excess == 1 and row_budget is None and not self.is_prompt:
-            alike = scores == scores.amin(2, keepdim=True)
-            place = torch.where(alike, self.position, -2)
-            return Eviction(dropped=place.argmax(2, keepdim=True), state=state)
+            # The least, or NaN: in place, as other keys need not move.
+            return Eviction(dropped=scores.argmin(2, keepdim=True), state=state)
         _, slots = tokred.topk(
             scores.contiguous(), min(budget, self.stored), order="position", row_k=row_budget
         )

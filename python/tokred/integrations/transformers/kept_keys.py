@@ -57,7 +57,7 @@ class Kept:
         position, bias = self.position, self.bias
         if position is not None:
             new = torch.arange(length, length + count, dtype=torch.int32, device=keys.device)
-            position = position.appended(new.expand(batch, heads, -1))
+            position = position.appended(new[None, None])
         zeros = None
         if bias is not None or self.state:
             zeros = torch.zeros(batch, heads, count, device=keys.device)
@@ -77,20 +77,20 @@ class Kept:
         if bias is None:
             bias = TokenBuffer(torch.zeros(batch, heads, stored, device=device), stored)
         new = torch.zeros(visible.shape, device=device).masked_fill(~visible, -torch.inf)
-        bias.tokens[..., stored - count :].copy_(new[:, None])
+        bias.memory.narrow(2, stored - count, count).copy_(new[:, None])
         return replace(self, bias=bias)
 
     def of(self, eviction: Eviction, call: EvictionCall) -> Kept:
         """What stays of the keys, which the call describes."""
         kept = replace(self, state={name: _full(x) for name, x in eviction.state.items()})
+        if eviction.slots is None and eviction.dropped is None:
+            return kept
         position, bias = call.position.contiguous(), call.bias
         if eviction.dropped is not None:
             if kept.position is None:
                 own = None if bias is None else _full(bias.contiguous())
                 kept = replace(kept, position=_full(position), bias=own)
             return kept.without_one(eviction.dropped)
-        if eviction.slots is None:
-            return kept
         slots = eviction.slots
         tensors = {"keys": self.keys.tokens, "values": self.values.tokens, "position": position}
         tensors |= {name: each.tokens.contiguous() for name, each in kept.state.items()}
@@ -114,7 +114,7 @@ class Kept:
         """The last key takes the place of the one in slot, int64 [B, Hkv, 1], in memory."""
 
         def moved(buffer: TokenBuffer) -> TokenBuffer:
-            x, last = buffer.tokens, buffer.length - 1
+            x, last = buffer.memory, buffer.length - 1
             index = slot if x.dim() == 3 else slot[..., None].expand(-1, -1, -1, x.shape[3])
             x.scatter_(2, index, x.narrow(2, last, 1).clone())
             return buffer.cropped(last)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ class TokenBuffer:
         """An empty buffer for tokens like those of x [B, H, L, ...]."""
         return cls(_memory(x, [x.shape[0], x.shape[1], room, *x.shape[3:]]), 0)
 
-    @property
+    @cached_property
     def tokens(self) -> Tensor:
         """[B, H, length, ...], a view."""
         return self.memory.narrow(2, 0, self.length)
@@ -63,7 +64,9 @@ class TokenBuffer:
             dtype = torch.promote_types(x.dtype, self.memory.dtype)
             if dtype != self.memory.dtype:
                 buffer = replace(self, memory=self.memory.to(dtype))
-        if length > buffer.room:
+        # What inference mode has made can only be written there.
+        locked = buffer.memory.is_inference() and not torch.is_inference_mode_enabled()
+        if length > buffer.room or locked:
             buffer = buffer.with_room(grown(length) if capacity is None else capacity)
         buffer.memory.narrow(2, self.length, x.shape[2]).copy_(x)
         return TokenBuffer(buffer.memory, length)
