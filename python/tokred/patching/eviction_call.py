@@ -105,10 +105,16 @@ class EvictionCall:
             mask = (self.bias > -torch.inf).repeat_interleave(group, 1)
             weight = mask[:, :1, -count:].float()
             mask = mask[:, :, None]
-        columns = tokred.attention_columns(
-            q, self.k, lse.contiguous(), reduce, weight, causal=count > 1, scale=self.scale,
-            mask=mask,
-        )  # fmt: skip
+        if count > 1:
+            columns = tokred.attention_columns(
+                q, self.k, lse.contiguous(), reduce, weight, causal=True, scale=self.scale,
+                mask=mask,
+            )  # fmt: skip
+        elif weight is None:
+            columns = tokred.attention_rows(q, self.k, scale=self.scale)[:, :, 0]
+        else:
+            logits = tokred.attention_rows(q, self.k, False, scale=self.scale, mask=mask)
+            columns = (logits - lse[..., None]).exp().nan_to_num(0)[:, :, 0] * weight
         heads = columns.unflatten(1, (self.k.shape[1], -1)).mean(2)
         # What stands for n tokens receives n times what its logit says.
         return heads if self.bias is None else heads * self.bias.exp()
