@@ -140,7 +140,8 @@ def evictors(budget: int) -> dict[str, dict[str, Any]]:
         "streaming_llm": dict(sinks=1),
     }
     windows = dict(window=2, kernel=1)
-    return _patched(Needs.LANGUAGE_MODEL, small, "causal_lm_cache", budget=budget, **windows)
+    found = _patched(Needs.LANGUAGE_MODEL, small, "causal_lm_cache", budget=budget, **windows)
+    return {name: options for name, options in found.items() if "budget" in options}
 
 
 def tokens_of(model: nn.Module, pixels: Tensor) -> Tensor:

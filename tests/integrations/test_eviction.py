@@ -158,7 +158,7 @@ def test_generation_stays_within_the_budget(llama: nn.Module, name: str) -> None
         with torch.inference_mode():  # the chat goes on without
             state = generated(llama, ids, mask, return_dict_in_generate=True)
         held = [layer.keys.shape[2] for layer in state.past_key_values.layers]
-        grows = name in ("snap_kv", "pyramid_kv", "expected_attention", "ada_kv")
+        grows = name in ("snap_kv", "pyramid_kv", "expected_attention", "ada_kv", "ems")
         assert (
             max(held) <= (30 if name == "ada_kv" else 9 if name == "pyramid_kv" else 5) + 4 * grows
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ import tokred
 from cases.dense import close, heads, listed, logits, repeat
 from cases.inputs import generator
 from tokred import PackFormat
+from tokred.integrations.transformers.kept_keys import KeptKeysLayer
 from tokred.methods import ems, kv_merger
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -175,3 +178,77 @@ def test_merging_next_to_nothing(tokens: int) -> None:
     close(cache.v, v.mean(2, keepdim=True))
     everything = ems.ems(k, v, torch.rand(2, 2, tokens), 4, 4)
     close(everything.attend(q)[0], tokred.biased_attention(q, k, v)[0])
+
+
+# Inside a patch.
+
+
+def prompted(options: Any) -> tuple[KeptKeysLayer, Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """A layer's cache after a prompt with left padding in its second row, q, k and v, the keys that
+    are left, and the output of a token that follows."""
+    draw, layer = generator(5), KeptKeysLayer(options, 2, 4)
+    q = torch.randn(2, 4, 61, 16, generator=draw)
+    k, v = (torch.randn(2, 2, 61, 16, generator=draw) for _ in range(2))
+    k = k + 3 * torch.randn(2, 2, 21, 16, generator=draw).repeat_interleave(3, 2)[:, :, :61]
+    mask = torch.ones(2, 1, 1, 61, dtype=torch.bool)
+    mask[1, ..., :9] = False
+    parts = []
+    for first, last in ((0, 60), (60, 61)):
+        states, _ = layer.update(k[:, :, first:last], v[:, :, first:last])
+        parts.append(states.attend(q[:, :, first:last], mask[..., :last], None)[0])
+        if first == 0:
+            layer_keys = layer.keys.clone()
+    return layer, q, k, v, (layer_keys, parts[1])
+
+
+METHODS = (
+    (kv_merger.KvMergerOptions(threshold=0.6, recent=4, heavy=3), False),
+    (kv_merger.KvMergerOptions(threshold=0.6, recent=4, sigma=None, counted=True), True),
+    (ems.EmsOptions(budget=20, merged=15, window=4), False),
+    (ems.EmsOptions(budget=20, merged=15, window=4, counted=True), True),
+)
+
+
+@pytest.mark.parametrize(("options", "counted"), METHODS, ids=lambda each: type(each).__name__)
+def test_a_patch_merges_every_row_without_its_padding(options: Any, counted: bool) -> None:
+    layer, q, k, v, (kept, out) = prompted(options)
+    for row, skip in ((0, 0), (1, 9)):
+        own = [x[row : row + 1, :, skip:60] for x in (q, k, v)]
+        if isinstance(options, ems.EmsOptions):
+            scores = ems.global_local_score(own[0], own[1], 4)
+            cache = ems.ems(own[1], own[2], scores, 20, 15, 4)
+            assert torch.equal(layer.position[row, :, :20], cache.indices[0] + skip)
+        else:
+            scores = tokred.attention_columns(own[0], own[1], causal=True)
+            scores = scores.unflatten(1, (2, -1)).sum(2)
+            cache = kv_merger.kv_merger(
+                own[1], own[2], scores, 0.6, options.heavy, 4, options.sigma
+            )
+        count = cache.k.shape[2]
+        torch.testing.assert_close(kept[row, :, :count], cache.k[0])
+        bias = cache.counts.log() if counted else cache.counts.clamp(max=1).log()
+        new = [torch.cat([held, x[row : row + 1, :, 60:]], 2) for held, x in
+               ((cache.k, k), (cache.v, v))]  # fmt: skip
+        bias = torch.cat([bias, torch.zeros(1, 2, 1)], 2)
+        expected, _ = tokred.biased_attention(q[row : row + 1, :, 60:], *new, bias)
+        torch.testing.assert_close(out[row], expected[0])
+    assert layer.length == 61 and layer.keys.shape[2] < 61
+
+
+def test_layers_that_kv_merger_leaves_alone() -> None:
+    for number, layers in ((0, 4), (1, 4), (3, 4)):
+        layer = KeptKeysLayer(kv_merger.KvMergerOptions(threshold=-2.0, recent=0), number, layers)
+        states, _ = layer.update(*torch.randn(2, 1, 2, 9, 16))
+        states.attend(torch.randn(1, 4, 9, 16), None, None)
+        assert layer.keys.shape[2] == 9
+
+
+def test_options_of_patches_that_merge() -> None:
+    for kind, options, words in (
+        (ems.EmsOptions, {"budget": 8}, "budget must be at least 32, the window"),
+        (ems.EmsOptions, {"merged": -1}, "merged must be at least 0"),
+        (kv_merger.KvMergerOptions, {"sigma": 0.0}, "sigma must be positive"),
+        (kv_merger.KvMergerOptions, {"first": -1}, "first must be at least 0"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            kind(**options)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
 
+import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
 if TYPE_CHECKING:
-    from tokred.patching import EvictionCall
+    from tokred.patching import EvictionCall, Replacement
+
+Merged: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor | None]
+"""k, v, position and bias, as a Replacement has them."""
 
 
 def check_budget(budget: int, least: int, of: str) -> None:
@@ -39,3 +44,31 @@ def window_scores(call: EvictionCall, window: int, kernel: int, pool: str) -> Te
     scores = scores.clone()
     scores[..., : before.shape[2]] = before
     return scores.masked_fill(call.recent(window), float("inf"))
+
+
+def merged_prompt(call: EvictionCall, scores: Tensor, merge: Callable[..., Merged]) -> Replacement:
+    """What a method that merges makes of the tokens of a prompt, padding left out.
+
+    Args:
+        scores: f32 [B, Hkv, N]. merge: is called with k, v, scores and position of tokens that are
+            no padding, for all rows at once or one after another.
+
+    With padding this waits for the device. Rows with fewer keys get empty places.
+    """
+    states = (call.k, call.v, scores, call.position)
+    if call.bias is None:
+        return call.replaced(*merge(*states))
+    rows = []
+    for number, hidden in enumerate(call.bias[:, 0] == -torch.inf):
+        real = (~hidden).nonzero()[:, 0]
+        rows.append(merge(*(x[number : number + 1].index_select(2, real) for x in states)))
+    heads, longest = call.k.shape[1], max(row[0].shape[2] for row in rows)
+    k, v = (x.new_zeros(len(rows), heads, longest, x.shape[3]) for x in (call.k, call.v))
+    position = torch.full((len(rows), heads, longest), -1, dtype=torch.int32, device=k.device)
+    bias = torch.full(position.shape, -torch.inf, device=k.device)
+    for number, (own_k, own_v, place, own_bias) in enumerate(rows):
+        count = own_k.shape[2]
+        k[number, :, :count], v[number, :, :count] = own_k[0], own_v[0]
+        position[number, :, :count] = place[0]
+        bias[number, :, :count] = 0 if own_bias is None else own_bias[0]
+    return call.replaced(k, v, position, bias)

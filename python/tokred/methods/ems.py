@@ -10,12 +10,14 @@ thrown away, so that all heads do the same work; keys merge as directions, their
 Different, or not known to be the same: the two scores add up; how many tokens merge is an argument
 and the same for all heads, where the published rule adapts both to each head; the least likeness is
 an argument; directions, norms and values merge in plain means, where the published ones are
-weighted by attention.
+weighted by attention. Inside a patch the first prompt is brought to the budget; what follows stays
+as it comes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,8 +25,12 @@ from torch.nn.functional import normalize
 
 import tokred
 
+from ._eviction import Merged, check_budget, merged_prompt
 from ._lists import check_least
-from ._method import Family, Method, Needs
+from ._method import Family, Method, Needs, Options
+
+if TYPE_CHECKING:
+    from tokred.patching import EvictionCall, Replacement
 
 
 def global_local_score(q: Tensor, k: Tensor, window: int = 32) -> Tensor:
@@ -44,9 +50,12 @@ def global_local_score(q: Tensor, k: Tensor, window: int = 32) -> Tensor:
         tokred.attention_columns(x, k, causal=True).unflatten(1, (k.shape[1], -1)).sum(2)
         for x in (q, q[:, :, -window:])
     ]
-    overall, local = columns
-    align = local.mean(2, keepdim=True) / overall.mean(2, keepdim=True)
-    return overall * align + local
+    return _joined(*columns)
+
+
+def _joined(overall: Tensor, local: Tensor) -> Tensor:
+    """The sum of both, brought to the same mean."""
+    return overall * (local.mean(2, keepdim=True) / overall.mean(2, keepdim=True)) + local
 
 
 @dataclass
@@ -131,6 +140,45 @@ def ems(
     return EmsCache(key, value, kept, counts)
 
 
+@dataclass(frozen=True)
+class EmsOptions(Options):
+    """Options of tokred.patch(model, "ems", ...).
+
+    budget: tokens that every head keeps of a prompt, the last `window` among them.
+    merged: tokens that follow them in score, and merge into kept ones that are alike.
+    window: the last queries, whose attention counts for itself.
+    threshold: likeness below which a token is evicted.
+    counted: a token weighs as all that it stands for.
+    """
+
+    budget: int = 1024
+    merged: int = 512
+    window: int = 32
+    threshold: float = 0.6
+    counted: bool = False
+
+    adapters = ("causal_lm_cache",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(0, merged=self.merged)
+        check_least(1, window=self.window)
+        check_budget(self.budget, self.window, "the window")
+
+    def evict(self, call: EvictionCall) -> Replacement | None:
+        """The first prompt, evicted and merged."""
+        known = call.q.shape[2] < call.length
+        if not call.is_prompt or known or call.stored <= self.budget:
+            return None
+        scores = _joined(call.received(), call.received(self.window))
+        return merged_prompt(call, scores, self._merge)
+
+    def _merge(self, k: Tensor, v: Tensor, scores: Tensor, position: Tensor) -> Merged:
+        cache = ems(k, v, scores, self.budget, self.merged, self.window, self.threshold)
+        place = position.gather(2, cache.indices.long())
+        return cache.k, cache.v, place, cache.counts.log() if self.counted else None
+
+
 METHOD = Method(
     title=(
         "EMS: Adaptive Evict-then-Merge Strategy for Head-wise KV Cache Compression Based on "
@@ -141,4 +189,5 @@ METHOD = Method(
     needs=(Needs.LANGUAGE_MODEL,),
     status="approximate",
     summary="each head evicts its least important tokens, merges the middle ones into kept ones",
+    options=EmsOptions,
 )

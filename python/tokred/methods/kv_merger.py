@@ -12,13 +12,15 @@ weights that need it; the default here is 5, which the paper's search finds best
 says that sigma lies. The printed weights of values have a factor, the size of the run, that the
 text does not explain; here they are those of keys. The number of tokens that a merged one stands
 for is kept: attention may count it (see `MergedCache.attend`), the published one does not. The
-paper leaves the first two layers and the last one alone, and takes numbers of heavy hitters and
-recent tokens that meet its budgets, which are up to the caller.
+paper takes numbers of heavy hitters and recent tokens that meet its budgets, which are up to the
+caller. Inside a patch the first prompt is merged; what follows stays as it comes.
 """
 
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,8 +28,12 @@ from torch import Tensor
 import tokred
 from tokred import PackedKV, PackFormat
 
+from ._eviction import Merged, merged_prompt
 from ._lists import check_least
-from ._method import Family, Method, Needs
+from ._method import Family, Method, Needs, Options
+
+if TYPE_CHECKING:
+    from tokred.patching import EvictionCall, Replacement
 
 
 def run_map(k: Tensor, alone: Tensor, threshold: float = 0.75) -> Tensor:
@@ -149,6 +155,53 @@ def kv_merger(
     return merge_runs(k, v, scores, runs, sigma=sigma)
 
 
+@dataclass(frozen=True)
+class KvMergerOptions(Options):
+    """Options of tokred.patch(model, "kv_merger", ...).
+
+    threshold: cosine above which neighbouring keys are in one run.
+    heavy, recent: tokens of greatest attention, and last ones, which stay alone.
+    sigma: width of the weights; each run's own where None.
+    counted: a merged token weighs as all that it stands for.
+    first, last: so many of the first and of the last layers are left alone.
+    """
+
+    threshold: float = 0.75
+    heavy: int = 0
+    recent: int = 32
+    sigma: float | None = 5.0
+    counted: bool = False
+    first: int = 2
+    last: int = 1
+
+    adapters = ("causal_lm_cache",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(0, heavy=self.heavy, recent=self.recent, first=self.first, last=self.last)
+        if self.sigma is not None and not self.sigma > 0:
+            raise ValueError(f"sigma must be positive, got {self.sigma}")
+
+    def evict(self, call: EvictionCall) -> Replacement | None:
+        """The runs of the first prompt, merged."""
+        alone = call.layer < self.first or call.layer >= call.num_layers - self.last
+        if alone or not call.is_prompt or call.q.shape[2] < call.length:
+            return None
+        return merged_prompt(call, call.received(), self._merge)
+
+    def _merge(self, k: Tensor, v: Tensor, scores: Tensor, position: Tensor) -> Merged:
+        runs = run_map(k, stays_alone(scores, self.heavy, self.recent), self.threshold)
+        merged = merge_runs(k, v, scores, runs, sigma=self.sigma)
+        # A run stands where its pivot stood.
+        pivot = partial(tokred.merge, weight=scores.flatten(0, 1), mode="prune")
+        place, _ = pivot(
+            position.flatten(0, 1)[..., None].float(), runs.flatten(0, 1), merged.k.shape[2]
+        )
+        place = place[..., 0].unflatten(0, position.shape[:2]).to(torch.int32)
+        place = place.masked_fill(merged.counts == 0, -1)
+        return merged.k, merged.v, place, merged.bias(self.counted)
+
+
 METHOD = Method(
     title=(
         "Model Tells You Where to Merge: Adaptive KV Cache Merging for LLMs on Long-Context Tasks"
@@ -158,4 +211,5 @@ METHOD = Method(
     needs=(Needs.LANGUAGE_MODEL,),
     status="approximate",
     summary="runs of neighbouring keys that are alike become one, weighted around a pivot",
+    options=KvMergerOptions,
 )

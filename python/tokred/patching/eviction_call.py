@@ -138,6 +138,12 @@ class EvictionCall:
         place = self.position - self.start[:, None, None]
         return (place >= 0) & (place < count)
 
+    def replaced(
+        self, k: Tensor, v: Tensor, position: Tensor, bias: Tensor | None = None
+    ) -> Replacement:
+        """New keys and values in the place of the stored ones; see Replacement."""
+        return Replacement(k, v, position, bias)
+
     def all(self, **state: Tensor) -> Eviction:
         """Every key stays."""
         return Eviction(state=state)
