@@ -164,7 +164,7 @@ def attention_forward(
             tokred_method.refuse_packed()
         key, value = (key.new_key, key.new_value) if key.is_first else (key, None)
     if isinstance(key, KeptStates):
-        key.refuse(module, tokred_method, s_aux, indices)
+        key.refuse(module, tokred_method, s_aux, indices, softcap)
         out, _ = key.attend(query, attention_mask, scaling)
         return out.transpose(1, 2).contiguous(), None
     if value is not None:

@@ -317,16 +317,16 @@ class KeptStates:
     length: int
     new: int
 
-    def refuse(self, module: nn.Module, method: Any, s_aux: Any, indices: Any) -> None:
+    def refuse(
+        self, module: nn.Module, method: Any, s_aux: Any, indices: Any, softcap: float | None
+    ) -> None:
         """Refuses what a layer adds to attention, and another method in the same layer.
 
         Raises:
             ValueError: saying what.
         """
-        what = {
-            "attention sinks (s_aux)": s_aux, "lists of keys": indices,
-            "soft-capped logits": getattr(module, "attn_logit_softcapping", None),
-        }  # fmt: skip
+        what = {"attention sinks (s_aux)": s_aux, "lists of keys": indices}
+        what["soft-capped logits"] = softcap
         for name, each in what.items():
             if each is not None:
                 raise ValueError(
