@@ -100,6 +100,8 @@ FAMILIES = (
     _timm("ViT of timm", "vit_tiny_patch16_224", **SMALL),
     _timm("DeiT of timm", "deit_tiny_distilled_patch16_224", **SMALL),
     _timm("NaFlexViT of timm", "naflexvit_base_patch16_gap", **SMALL),
+    _timm("EVA-02 of timm", "eva02_tiny_patch14_224", 56, **(SMALL | {"img_size": 56})),
+    _timm("DINOv3 of timm", "vit_small_patch16_dinov3", **SMALL),
     _image("ViT", "ViTModel"),
     _image("DeiT", "DeiTModel"),
     _image("ViT-MSN", "ViTMSNModel"),

