@@ -83,8 +83,9 @@ MUTANTS = (
     Mutant(
         "unordered reduction",
         "merge/cpu/merge.cpp",
-        "const int64_t token = slot.members[m];",
-        "const int64_t token = slot.members[slot.item % 2 ? slot.count - 1 - m : m];",
+        "slot.members[m];\n    const T* x = slot.x(token) + c;",
+        "slot.members[slot.item % 2 ? slot.count - 1 - m : m];\n"
+        "    const T* x = slot.x(token) + c;",
         ("merge",),
     ),
     Mutant(
