@@ -1,6 +1,7 @@
 """The families of models that methods are tried on, built small, and docs/models.md from them.
 
-    python -m bench.model_families          # writes the page
+    python -m bench.model_families                    # writes the page
+    python -m bench.model_families decoder_families   # writes one section of it
 
 A section is a file of its own beside this one, with SECTION; the sweeps in tests/integrations find
 that each line of the page is what a family does.
@@ -9,7 +10,8 @@ that each line of the page is what a family does.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from torch import nn
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 
 # Modules of this package with a SECTION, in the order of the page.
-SECTIONS = ("encoder_families",)
+SECTIONS = ("encoder_families", "decoder_families")
 
 HEAD = """\
 # Models
@@ -77,11 +79,16 @@ def written(family: Family) -> tuple[str, ...]:
     return ()
 
 
-def page() -> str:
-    """The whole page, for which every family is examined."""
+def page(renewed: Sequence[str] = SECTIONS) -> str:
+    """The page; every family of the sections to renew is examined, others stay as they are."""
+    before = PAGE.read_text().split("\n## ")[1:]
     parts = [HEAD]
     for name in SECTIONS:
         section: Section = importlib.import_module(f"{__package__}.{name}").SECTION
+        if name not in renewed:
+            kept = (each for each in before if each.startswith(f"{section.title}\n"))
+            parts.append("\n## " + next(kept).rstrip("\n") + "\n")
+            continue
         lines = [row(family, section.examine(family)) for family in section.families]
         exact = sum(line[2].startswith("exact") for line in lines)
         parts.append(
@@ -101,4 +108,4 @@ if __name__ == "__main__":
     from .bench_models import allow_torchvision
 
     allow_torchvision()
-    PAGE.write_text(page())
+    PAGE.write_text(page(sys.argv[1:] or SECTIONS))

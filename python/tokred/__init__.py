@@ -9,9 +9,10 @@ diffusers model.
 from __future__ import annotations
 
 import importlib
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from . import _library
+from . import _library, compat
 from ._version import __version__ as __version__
 
 _library.load()
@@ -33,10 +34,24 @@ def __getattr__(name: str) -> Any:
     if name in ("apply", "patch"):
         return getattr(importlib.import_module("tokred.patching"), name)
     if name in ("DenseCache", "PackedCache"):
-        return getattr(importlib.import_module("tokred.cache"), name)
+        return getattr(_imported("cache"), name)
     if name in _LAZY_MODULES:
-        return importlib.import_module(f"tokred.{name}")
+        return _imported(name)
     raise AttributeError(f"module 'tokred' has no attribute {name!r}")
+
+
+def _imported(module: str) -> ModuleType:
+    """A module of tokred.
+
+    Raises:
+        ImportError: it needs a package that is not installed, with what installs it.
+    """
+    try:
+        return importlib.import_module(f"tokred.{module}")
+    except ModuleNotFoundError as error:
+        if advice := compat.advice(error):
+            raise ImportError(f"tokred.{module}: {advice}") from None
+        raise
 
 
 def __dir__() -> list[str]:

@@ -12,6 +12,18 @@ def release(package: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
+# Packages that an extra of the same name installs.
+_EXTRAS = ("transformers", "timm", "diffusers")
+
+
+def advice(error: ModuleNotFoundError) -> str | None:
+    """What to install for a module that is missing; None where no extra has it."""
+    package = (error.name or "").partition(".")[0]
+    if package not in _EXTRAS:
+        return None
+    return f"{package} is not installed: pip install 'tokred[{package}]'"
+
+
 def cache_keyword() -> str:
     """The cache's name in `forward` and `generate`: `past_key_values` before transformers 5.24."""
     return "cache" if release("transformers") >= (5, 24) else "past_key_values"

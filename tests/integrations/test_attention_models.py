@@ -396,6 +396,23 @@ def test_a_patched_model_is_moved_but_not_copied() -> None:
     assert_bitwise_equal(copy.deepcopy(model)(ids).logits, expected)
 
 
+@torch.no_grad()
+def test_hooks_that_move_parts_of_a_model() -> None:
+    """As accelerate puts them into a model that is spread over devices."""
+    accelerate = pytest.importorskip("accelerate")
+    model = MODELS["llama"]()
+    ids, mask = left_padded()
+    expected = logits(model, "tokred", ids, attention_mask=mask)
+    model.set_attn_implementation("eager")
+    accelerate.dispatch_model(model, {"model.embed_tokens": "cpu", "": "cpu"}, force_hooks=True)
+    hooked = [module.__dict__.get("forward") for module in model.modules()]
+    assert any(hooked)
+    with tokred.patch(model, "token_select", k=99):
+        assert_bitwise_equal(model(ids, attention_mask=mask).logits, expected)
+        generated(model, ids, mask)
+    assert [module.__dict__.get("forward") for module in model.modules()] == hooked
+
+
 def test_unsuitable_models_are_refused() -> None:
     for model, reason in (
         (tiny_lm("Gemma3Text", num_hidden_layers=2), "is sliding_attention"),

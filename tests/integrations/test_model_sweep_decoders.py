@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import tokred
+from bench import decoder_families, model_families
 from cases.tiny_models import evictors, generated, left_padded, selectors, transformers
 from tokred import compat
 from tokred.integrations.transformers import attention
@@ -258,3 +259,43 @@ def test_encoder_decoders_attend_through_the_method_in_their_decoder_alone() -> 
                                      num_heads=4)  # fmt: skip
     with pytest.raises(ValueError, match="adds a position bias"):
         tokred.patch(transformers.T5ForConditionalGeneration(relative), "token_select")
+
+
+@torch.no_grad()
+def test_whisper_listens_as_before() -> None:
+    """Its decoder chooses among its own tokens; the sounds are attended to by other modules."""
+    sizes = {f"{side}_{what}": n for side in ("encoder", "decoder")
+             for what, n in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 64))}  # fmt: skip
+    special = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)
+    config = transformers.WhisperConfig(
+        vocab_size=97, d_model=64, num_mel_bins=8, max_source_positions=32,
+        max_target_positions=64, suppress_tokens=None, begin_suppress_tokens=None, **special,
+        **sizes,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.WhisperForConditionalGeneration(config).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            nn.init.normal_(parameter, std=0.3)
+    model.set_attn_implementation("eager")
+    sounds = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0))
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    text = model.generate(sounds, **options)
+    for name, chosen in selectors(2, 4, 99).items():
+        with tokred.patch(model, name, **chosen):
+            assert torch.equal(model.generate(sounds, **options), text), name
+    model.set_attn_implementation("tokred")
+    own = tokred.PackedCache(model, 8, window=64, rotate=False)
+    both = transformers.EncoderDecoderCache(own, transformers.DynamicCache(config=config))
+    packed = model.generate(sounds, **options, **{compat.cache_keyword(): both})
+    assert torch.equal(packed, text)
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("family", decoder_families.SECTION.families, ids=lambda each: each.model)
+def test_the_page_says_what_a_family_does(family: model_families.Family) -> None:
+    """`python -m bench.model_families decoder_families` writes the page."""
+    if compat.release("transformers") != (5, 24):
+        pytest.skip("the page is that of transformers 5.24")
+    found = model_families.row(family, decoder_families.examine(family))
+    assert model_families.written(family) == found

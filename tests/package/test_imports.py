@@ -126,3 +126,22 @@ def test_patching_knows_no_integration() -> None:
         [sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == []
+
+
+def test_missing_packages_are_named_with_their_extra() -> None:
+    code = """
+import sys
+sys.modules["transformers"] = None
+import torch, tokred
+layer = torch.nn.Linear(2, 2)
+for call in (lambda: tokred.PackedCache, lambda: tokred.patch(layer, "fasa", dims=[])):
+    try:
+        call()
+    except (ImportError, ValueError) as error:
+        print(type(error).__name__, error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    missing, refused = done.stdout.splitlines()
+    advice = "transformers is not installed: pip install 'tokred[transformers]'"
+    assert missing == f"ImportError tokred.cache: {advice}"
+    assert refused.startswith("ValueError Linear has no layer") and advice in refused

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from tokred.compat import advice
+
 if TYPE_CHECKING:
     from tokred.patching import Settings
 
@@ -45,7 +47,13 @@ def find(model: nn.Module, method: Any, settings: Settings) -> list[Any]:
     stacks: list[Any] = []
     reasons = []
     for name in method.adapters:
-        adapter = importlib.import_module(f"{__name__}.{_ADAPTERS[name][0]}")
+        try:
+            adapter = importlib.import_module(f"{__name__}.{_ADAPTERS[name][0]}")
+        except ModuleNotFoundError as error:
+            if (missing := advice(error)) is None:
+                raise
+            reasons.append(missing)
+            continue
         stacks += adapter.stacks(model, method, settings)
         if stacks and name == "vision_language":
             break  # the model's vision encoder is part of what has been found
