@@ -9,6 +9,7 @@
 #include "common/cpu/parallel.h"
 #include "common/cpu/row.h"
 #include "common/cpu/workspace.h"
+#include "match/cpu/norms.h"
 #include "match/cpu/token_set.h"
 
 namespace tokred::TOKRED_ISA {
@@ -101,6 +102,27 @@ TOKRED_INLINE float row_weight(const TokenSet& set, int64_t item, int64_t positi
              : 1.0f;
 }
 
+// Turns the dot products of sixteen destinations, the first of which is `column`, into scores.
+template <class T>
+TOKRED_INLINE void prepare_sixteen(const MatchParams& p, int64_t item, const Columns& columns,
+                                   int64_t column, int64_t count) {
+  const T* rows[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) {
+    rows[lane] = lane < count
+                     ? row_data<T>(p.b, item, row_position(p.b, item, columns.row[column + lane]))
+                     : nullptr;
+  }
+  const f32x16 squared = squared_norms(rows, p.channels);
+  f32x16 scale = splat(2.0f), offset = splat(0.0f) - squared;
+  if (p.metric != Metric::l2) {
+    const bool half = p.metric == Metric::half_cosine;
+    scale = splat(half ? 0.5f : 1.0f) * inverse_norm(squared);
+    offset = splat(half ? 0.5f : 0.0f);
+  }
+  store_row(columns.scale + column, scale, count);
+  store_row(columns.offset + column, offset, count);
+}
+
 // Lists the usable destinations of one item, with the terms that make scores of dot products.
 template <class T>
 void prepare_columns(const MatchParams& p, int64_t item) {
@@ -109,22 +131,16 @@ void prepare_columns(const MatchParams& p, int64_t item) {
   for (int64_t t = 0; t < p.b.count; ++t) {
     const int64_t position = row_position(p.b, item, t);
     if (position < 0 || row_masked(p.b, item, position)) continue;
-    float scale = 1.0f, offset = 0.0f;
-    if (p.metric != Metric::dot) {
-      const float squared = squared_norm(row_data<T>(p.b, item, position), p.channels);
-      switch (p.metric) {
-        case Metric::l2: scale = 2.0f, offset = -squared; break;
-        case Metric::half_cosine: scale = 0.5f * inverse_norm(squared), offset = 0.5f; break;
-        default: scale = inverse_norm(squared); break;
-      }
-    }
     columns.row[count] = static_cast<int32_t>(t);
-    columns.scale[count] = scale;
-    columns.offset[count] = offset;
+    columns.scale[count] = 1.0f;
+    columns.offset[count] = 0.0f;
     columns.weight[count] = row_weight(p.b, item, position);
     ++count;
   }
   *columns.count = count;
+  for (int64_t column = 0; p.metric != Metric::dot && column < count; column += kLanes) {
+    prepare_sixteen<T>(p, item, columns, column, min(kLanes, count - column));
+  }
 }
 
 // Packs the source rows [row0, row0 + 16) as the lanes of [C][16], scaled; rows that point nowhere
@@ -132,25 +148,28 @@ void prepare_columns(const MatchParams& p, int64_t item) {
 template <class T>
 void pack_panel(const MatchParams& p, int64_t item, int64_t row0, int64_t i0, const Scratch& s) {
   constexpr int64_t kChannels = 64;  // transposed at a time
-  const bool normalise = p.metric == Metric::cosine || p.metric == Metric::half_cosine;
   const T* rows[kLanes];
-  float scale[kLanes];
+  alignas(64) float scale[kLanes];
   for (int lane = 0; lane < kLanes; ++lane) {
     const int64_t i = i0 + lane, t = row0 + i;
     const int64_t position = t < p.a.count ? row_position(p.a, item, t) : -1;
     rows[lane] = position < 0 ? nullptr : row_data<T>(p.a, item, position);
-    scale[lane] = 1.0f;
-    s.best[i] = -__builtin_inff();
-    s.index[i] = -1;
-    s.offset[i] = 0.0f;
     s.weight[i] = position < 0 ? 1.0f : row_weight(p.a, item, position);
-    if (position < 0 || p.metric == Metric::dot) continue;
-    const float squared = squared_norm(rows[lane], p.channels);
-    if (normalise) scale[lane] = inverse_norm(squared);
-    if (p.metric == Metric::l2) s.offset[i] = -squared;
+  }
+  store(s.best + i0, splat(-kInfinity<float>));
+  store(s.index + i0, splat(-1));
+  store(s.offset + i0, splat(0.0f));
+  store(scale, splat(1.0f));
+  if (p.metric != Metric::dot) {
+    const f32x16 squared = squared_norms(rows, p.channels);
+    if (p.metric == Metric::l2) {
+      store(s.offset + i0, splat(0.0f) - squared);
+    } else {
+      store(scale, inverse_norm(squared));
+    }
   }
   for (int64_t c = 0; c < p.channels; c += kChannels) {
-    const int64_t channels = p.channels - c < kChannels ? p.channels - c : kChannels;
+    const int64_t channels = min(p.channels - c, kChannels);
     alignas(64) float chunk[kLanes * kChannels];
     for (int lane = 0; lane < kLanes; ++lane) {
       float* to = chunk + lane * channels;
