@@ -79,6 +79,9 @@ def test_a_model_in_the_place_of_its_config() -> None:
     for nothing in ("llama", nn.Linear(2, 2)):
         with pytest.raises(TypeError, match="a model of transformers or its config, got"):
             tokred.PackedCache(nothing)
+        with pytest.raises(TypeError, match="a model of transformers or its config, got"):
+            tokred.DenseCache(nothing)
+    assert len(tokred.DenseCache(model).layers) == 2
     deeper = tiny_lm("Llama", head_dim=16, num_hidden_layers=3)
     deeper.set_attn_implementation("tokred")
     with torch.no_grad(), pytest.raises(ValueError, match=r"a model of 2 layers, .* no layer 2"):

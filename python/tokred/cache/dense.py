@@ -14,6 +14,7 @@ from tokred._library import refuse_grad
 from tokred.integrations.transformers.token_buffer import TokenBuffer
 
 from .base import CacheBytes, InPlaceCache, check_capacity, replaced_layers
+from .support import config_of
 
 
 class DenseCache(InPlaceCache):
@@ -33,7 +34,7 @@ class DenseCache(InPlaceCache):
     the cache as it was.
 
     Args:
-        config: of the model.
+        config: of the model, or the model itself.
         capacity: tokens to make room for at once, and no more; where None, memory grows by an
             eighth whenever it is full.
 
@@ -44,6 +45,7 @@ class DenseCache(InPlaceCache):
     def __init__(self, config: Any, *, capacity: int | None = None) -> None:
         check_capacity(capacity)
         self.capacity = capacity
+        config = config_of(config)
         name = type(config).__name__
         refusal = (
             f"DenseCache keeps layers of full attention, and {name} has none: use a "

@@ -64,7 +64,7 @@ def config_of(model: Any) -> Any:
     config = getattr(model, "config", None) if isinstance(model, nn.Module) else model
     if not hasattr(config, "get_text_config"):
         raise TypeError(
-            f"PackedCache needs a model of transformers or its config, got {type(model).__name__}"
+            f"a cache needs a model of transformers or its config, got {type(model).__name__}"
         )
     return config
 
