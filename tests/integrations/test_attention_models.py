@@ -379,6 +379,18 @@ def test_prompts_that_see_later_tokens() -> None:
         tokred.patch(model.model, "token_select")
 
 
+def test_models_that_would_misread_a_mask_are_refused() -> None:
+    config = transformers.BigBirdPegasusConfig(
+        vocab_size=97, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32,
+        attention_type="original_full", max_position_embeddings=64,
+    )  # fmt: skip
+    model = transformers.BigBirdPegasusForConditionalGeneration(config).eval()
+    ids, mask = left_padded()
+    with pytest.raises(ValueError, match="bigbird_pegasus does not leave all of its attention"):
+        logits(model, "tokred", ids, attention_mask=mask, decoder_input_ids=ids)
+
+
 def test_a_patched_model_is_moved_but_not_copied() -> None:
     model = MODELS["llama"]()
     ids, _ = left_padded()

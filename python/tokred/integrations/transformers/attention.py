@@ -40,6 +40,9 @@ __all__ = [
 
 NAME = "tokred"
 
+# Parts of these models add masks to their logits themselves, or say that what is causal is not.
+_UNSUITABLE = ("bigbird_pegasus", "nllb-moe", "pegasus_x")
+
 
 def register() -> str:
     """Registers the attention and its masks with transformers, together; any number of times.
@@ -76,7 +79,13 @@ def attention_mask(
     """
     last = None if isinstance(q_offset, Tensor) else q_offset + q_length
     # Modules that do not say that they are causal need masks that do.
-    allow_is_causal_skip = allow_is_causal_skip and not looks_both_ways(options.get("config"))
+    config = options.get("config")
+    if getattr(config, "model_type", None) in _UNSUITABLE:
+        raise ValueError(
+            f"{config.model_type} does not leave all of its attention to transformers' attention "
+            "interface: use set_attn_implementation('eager')"
+        )
+    allow_is_causal_skip = allow_is_causal_skip and not looks_both_ways(config)
     causal = allow_is_causal_skip and mask_function is causal_mask_function and q_length > 1
     if causal and last is not None and kv_offset == 0 and last <= kv_length:
         return _causal_padding(attention_mask, last, kv_length, options.get("device", "cpu"))
@@ -85,7 +94,7 @@ def attention_mask(
             padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
             padding = padding[:, kv_offset : kv_offset + kv_length]
             return padding[:, None, None].expand(batch_size, 1, q_length, kv_length)
-        if not getattr(options.get("config"), "is_causal", True):
+        if not getattr(config, "is_causal", True):
             # A decoder that looks both ways: its modules still say that they are causal.
             whole = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=options.get("device", "cpu"))
             return whole.expand(1, 1, q_length, kv_length)
