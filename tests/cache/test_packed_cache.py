@@ -269,11 +269,9 @@ def test_token_select_on_packed_keys(llama: nn.Module, name: str) -> None:
     torch.testing.assert_close(results[1], results[0], rtol=2e-3, atol=2e-3)
 
 
-def test_choosing_for_parts_of_a_prompt_says_what_it_needs(llama: nn.Module) -> None:
+def test_choosing_every_key_for_parts_of_a_prompt(llama: nn.Module) -> None:
     ids, mask = left_padded()
-    cache = tokred.PackedCache(llama.config)
-    with (
-        tokred.patch(llama, "top_k_attention", k=4),
-        pytest.raises((AttributeError, TypeError), match="PackedCache"),
-    ):
-        in_parts(llama, ids, mask, (9, 2), cache)
+    expected = in_parts(llama, ids, mask, (9, 2, 2), tokred.PackedCache(llama.config))
+    with tokred.patch(llama, "top_k_attention", k=13):
+        chosen = in_parts(llama, ids, mask, (9, 2, 2), tokred.PackedCache(llama.config))
+    torch.testing.assert_close(chosen, expected, rtol=1e-5, atol=1e-5)

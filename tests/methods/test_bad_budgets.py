@@ -24,6 +24,7 @@ GRIDS = (4, 4), (2, 2)
 
 # What each is called with beside its budget.
 CALLS: dict[str, dict[str, Any]] = {
+    "ada_kv.head_budgets": {"scores": MAPS},
     "adapt_infer.adapt_infer": {"scores": SCORES},
     "aim.merge_to": {"x": X},
     "aot.choose_anchors": {
@@ -79,6 +80,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "ppe.compress": {"x": X, "positions": torch.zeros(2, 3, 16), "ratio": 0.5},
     "ppe.last_members": {"assignment": LABELS, "clusters": 4},
     "pyramid_drop.pyramid_drop": {"scores": SCORES},
+    "pyramid_kv.layer_budget": {"layer": 0, "num_layers": 2, "window": 1, "tokens": 16},
     "quota.frame_grid": {},
     "quota.resize_frame": {"x": X, "grid": GRIDS[0]},
     "scope.select_tokens": {"x": X, "attention": SCORES},

@@ -186,7 +186,8 @@ def gradients(backend: Backend, case: Inputs, op: str, extra: tuple, *tensors: T
     """Of q, k and v, from a forward pass of the same inputs."""
     q, k, v, grad_out = tensors
     library = torch.ops.tokred_simt if backend.name == "simt" else torch.ops.tokred
-    options = {"causal": False, "scale": None, "mask": None, "key_bias": None} | case.options
+    options = {"causal": False, "scale": None, "mask": None, "key_bias": None, "softcap": None}
+    options |= case.options
     out, lse = backend.run(op, q, k, v, *extra, **case.options)
     if op == "biased_attention":
         options |= {"query_position": None, "key_position": None} | case.options

@@ -221,7 +221,7 @@ def test_position_errors() -> None:
         (good[0], None),
         (good[0], table(rng, 1, 5, 2)),
         (table(rng, 1, 4, 1), good[1]),
-        (good[0].long(), good[1]),
+        (good[0].short(), good[1]),
         (table(rng, 3, 3, 1), good[1]),
         (table(rng, 1, 3, 3), table(rng, 1, 5, 3)),
     ]

@@ -23,6 +23,7 @@ from torch import Tensor
 import tokred
 
 from ._eviction import check_budget, window_scores
+from ._lists import check_least
 from ._method import Family, Method, Needs, Options
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def head_budgets(scores: Tensor, budget: int, safeguard: float = 0.2) -> Tensor:
         scores: f32 [B, H, N]; -inf for what no head keeps.
         safeguard: share of the budget that every head has in any case.
     """
+    check_least(0, budget=budget)
     batch, heads, tokens = scores.shape
     best = tokred.topk(scores.reshape(batch, -1), min(heads * budget, heads * tokens))[1]
     owner = torch.where(best < 0, -1, best // max(tokens, 1))

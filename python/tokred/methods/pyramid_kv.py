@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from ._eviction import check_budget, window_scores
+from ._lists import check_least
 from ._method import Family, Method, Needs, Options
 
 if TYPE_CHECKING:
@@ -26,8 +27,9 @@ def layer_budget(
     """Tokens that a layer keeps, the window included, of a prompt with so many tokens.
 
     Args:
-        budget: of an average layer.
+        budget: of an average layer, the window included.
     """
+    check_least(window, budget=budget)
     average = budget - window
     last = average // beta
     first = 2 * average - last
