@@ -22,6 +22,15 @@ def check_budget(budget: int, least: int, of: str) -> None:
         raise ValueError(f"budget must be at least {least}, {of}, got {budget}")
 
 
+def check_window(window: int, kernel: int, budget: int) -> None:
+    """Refuses what window_scores() and a budget that holds the window cannot be."""
+    if window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
+    if kernel < 1 or kernel % 2 == 0:
+        raise ValueError(f"kernel must be odd and at least 1, got {kernel}")
+    check_budget(budget, window, "the window")
+
+
 def pooled(scores: Tensor, kernel: int, pool: str) -> Tensor:
     """Every key takes the mean or the greatest score of the `kernel` keys around it.
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import tokred
 
-from ._eviction import check_budget, window_scores
+from ._eviction import check_window, window_scores
 from ._lists import check_least
 from ._method import Family, Method, Needs, Options
 
@@ -66,13 +66,9 @@ class AdaKvOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.window < 1:
-            raise ValueError(f"window must be at least 1, got {self.window}")
+        check_window(self.window, self.kernel, self.budget)
         if not 0 <= self.safeguard <= 1:
             raise ValueError(f"safeguard must be from 0 to 1, got {self.safeguard}")
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise ValueError(f"kernel must be odd and at least 1, got {self.kernel}")
-        check_budget(self.budget, self.window, "the window")
 
     def evict(self, call: EvictionCall) -> Eviction | None:
         """The window and every head's share of the tokens that it looks at."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from ._eviction import check_budget, window_scores
+from ._eviction import check_window, window_scores
 from ._lists import check_least
 from ._method import Family, Method, Needs, Options
 
@@ -66,9 +66,7 @@ class PyramidKvOptions(Options):
             raise ValueError(
                 f"window and beta must be at least 1, got {self.window} and {self.beta}"
             )
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise ValueError(f"kernel must be odd and at least 1, got {self.kernel}")
-        check_budget(self.budget, self.window, "the window")
+        check_window(self.window, self.kernel, self.budget)
 
     def evict(self, call: EvictionCall) -> Eviction | None:
         """The window and the tokens that it looks at, as many as the layer may keep."""

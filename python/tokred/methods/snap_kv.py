@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from ._eviction import check_budget, window_scores
+from ._eviction import check_window, window_scores
 from ._method import Family, Method, Needs, Options
 
 if TYPE_CHECKING:
@@ -40,11 +40,7 @@ class SnapKvOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.window < 1:
-            raise ValueError(f"window must be at least 1, got {self.window}")
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise ValueError(f"kernel must be odd and at least 1, got {self.kernel}")
-        check_budget(self.budget, self.window, "the window")
+        check_window(self.window, self.kernel, self.budget)
 
     def evict(self, call: EvictionCall) -> Eviction | None:
         """The window and the tokens that it looks at, after a prompt."""
