@@ -175,9 +175,14 @@ def planted(mutant: Mutant) -> Iterator[None]:
         path.write_text(clean)
 
 
+def occurrences(mutant: Mutant) -> int:
+    """How often its text is in its file."""
+    return (ROOT / "csrc" / mutant.file).read_text().count(mutant.text)
+
+
 def check_texts() -> None:
     for mutant in MUTANTS:
-        count = (ROOT / "csrc" / mutant.file).read_text().count(mutant.text)
+        count = occurrences(mutant)
         if count != 1:
             raise SystemExit(
                 f"{mutant.name}: its text must occur once in csrc/{mutant.file}, it occurs "

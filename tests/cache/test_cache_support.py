@@ -10,7 +10,7 @@ from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache
 
 import tokred
-from cases.tiny_models import left_padded, tiny_lm, transformers
+from cases.tiny_models import left_padded, tiny_bart, tiny_lm, transformers
 from tokred import compat
 from tokred.integrations.transformers import attention
 
@@ -89,14 +89,7 @@ def test_a_model_in_the_place_of_its_config() -> None:
 
 
 def encoder_decoder() -> tuple[nn.Module, dict[str, Any]]:
-    torch.manual_seed(0)
-    sizes = {f"{side}_{what}": n for side in ("encoder", "decoder")
-             for what, n in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 64))}  # fmt: skip
-    config = transformers.BartConfig(vocab_size=97, d_model=64, max_position_embeddings=64, **sizes)
-    model = transformers.BartForConditionalGeneration(config).eval()
-    for parameter in model.parameters():
-        if parameter.ndim == 2:
-            nn.init.normal_(parameter, std=0.3)
+    model = tiny_bart()
     model.set_attn_implementation(attention.register())
     ids = left_padded(2, 13, 0)[0]
     return model, {"input_ids": ids, "min_new_tokens": 12, "max_new_tokens": 12, "num_beams": 1}

@@ -311,6 +311,19 @@ def tiny_lm(name: str, **options: Any) -> nn.Module:
     return model.eval()
 
 
+def tiny_bart() -> nn.Module:
+    """An encoder-decoder of two layers each, with weights that tell tokens apart."""
+    torch.manual_seed(0)
+    sizes = {f"{side}_{what}": n for side in ("encoder", "decoder")
+             for what, n in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 64))}  # fmt: skip
+    config = transformers.BartConfig(vocab_size=97, d_model=64, max_position_embeddings=64, **sizes)
+    model = transformers.BartForConditionalGeneration(config).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
 def left_padded(batch: int = 2, length: int = 13, padding: int = 4) -> tuple[Tensor, Tensor]:
     """(input_ids, attention_mask) [batch, length]; the last row starts with padding."""
     ids = torch.randint(3, 97, (batch, length), generator=torch.Generator().manual_seed(1))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import tokred
-from cases.tiny_models import left_padded, tiny_lm, transformers
+from cases.tiny_models import left_padded, tiny_bart, tiny_lm, transformers
 from tokred.compat import cache_keyword
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -35,25 +35,13 @@ def _gpt2() -> nn.Module:
     return model
 
 
-def _bart() -> nn.Module:
-    torch.manual_seed(0)
-    sizes = {f"{side}_{what}": n for side in ("encoder", "decoder")
-             for what, n in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 64))}  # fmt: skip
-    config = transformers.BartConfig(vocab_size=97, d_model=64, max_position_embeddings=64, **sizes)
-    model = transformers.BartForConditionalGeneration(config).eval()
-    for parameter in model.parameters():
-        if parameter.ndim == 2:
-            nn.init.normal_(parameter, std=0.3)
-    return model
-
-
 @cache
 def model_of(name: str) -> nn.Module:
     model = {
         "llama": lambda: tiny_lm("Llama", head_dim=16),
         "gemma3": lambda: tiny_lm("Gemma3Text", head_dim=16, query_pre_attn_scalar=16, **SLIDING),
         "gpt2": _gpt2,
-        "bart": _bart,
+        "bart": tiny_bart,
     }[name]()
     model.generation_config.pad_token_id = 0
     model.generation_config.eos_token_id = None
