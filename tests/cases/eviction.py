@@ -122,9 +122,8 @@ def kept_places(cache: KeptKeysLayer, row: int, padding: int = 0) -> list[list[i
     if cache.position is None:
         return [list(range(cache.length - padding))] * cache.keys.shape[1]
     places = [sorted(head.tolist()) for head in cache.position[row]]
-    bias = cache.kept.bias
-    if bias is not None:
-        hidden = bias.tokens[row] == -torch.inf
+    if cache.bias is not None:
+        hidden = cache.bias[row] == -torch.inf
         places = [
             sorted(head[~gone].tolist())
             for head, gone in zip(cache.position[row], hidden, strict=True)

@@ -207,6 +207,29 @@ def test_rows_follow_beams() -> None:
         assert actual.keys is None and actual.get_seq_length() == 0
 
 
+class Ops(TorchDispatchMode):
+    """How many ops were called."""
+
+    count = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return op(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_a_token_takes_few_ops() -> None:
+    """The new token is written over the one that goes, and nothing is moved."""
+    cache = KeptKeysLayer(H2oOptions(budget=6), 0, 1)
+    draw = generator(0)
+    for count in (20, 1, 1):
+        q = torch.randn(1, 4, count, 16, generator=draw)
+        with Ops() as ops:
+            cache.update(q[:, :2], q[:, 2:])[0].attend(q, None, None)
+    assert ops.count <= 15
+    assert cache.keys.shape == (1, 2, 6, 16) and cache.position.shape == (1, 2, 6)
+
+
 class Largest(TorchDispatchMode):
     """The most bytes of a tensor that an op returned."""
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from ._eviction import check_budget
 from ._method import Family, Method, Needs, Options
 
@@ -41,11 +39,7 @@ class KnormOptions(Options):
         """The keys of smallest norm."""
         if call.layer < self.skipped:
             return None
-        # Of the new keys; those of the others are known.
-        new = call.q.shape[2]
-        norm = call.k[:, :, -new:].float().norm(dim=3)
-        if "norm" in call.state:
-            norm = torch.cat([call.state["norm"][..., :-new], norm], 2)
+        norm = call.known("norm", call.new_k.float().norm(dim=3))
         return call.best(-norm, self.budget, norm=norm)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 import tokred
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)
 class Eviction:
     """What a method does with the M stored keys of a layer.
 
@@ -44,13 +44,13 @@ class Replacement:
     bias: Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)
 class EvictionCall:
     """One layer's stored keys after the attention of a forward pass.
 
     q: [B, Hq, L, D], the queries of the pass. k: [B, Hkv, M, D] and v: [B, Hkv, M, Dv], what is
-        stored, the L new tokens last and the others in any order. Keys are rotated as the model
-        does it, to the places where they were.
+        stored, the L new tokens last, or one in new_slot, and the others in any order. Keys are
+        rotated as the model does it, to the places where they were.
     lse: f32 [B, Hq, L], of the attention of these queries to these keys.
     position: i32 [B, Hkv, M], the place of every key in the sequence, padding counted; -1 for none.
     bias: f32 [B, Hkv, M], what attention adds to the logits of a key: -inf where it is hidden (it
@@ -61,6 +61,8 @@ class EvictionCall:
     layer: the number of this layer among num_layers of full attention, from 0.
     state: what earlier calls have left, f32 [B, Hkv, M] by name, 0 for new tokens.
     rotary: the model's rotary embedding, or None.
+    new_k: [B, Hkv, L, D], the keys of the pass.
+    new_slot: int64 [B, Hkv, 1], where the new token is stored; None: the new tokens are the last.
     """
 
     q: Tensor
@@ -75,7 +77,9 @@ class EvictionCall:
     layer: int
     num_layers: int
     state: dict[str, Tensor]
-    rotary: Any = None
+    rotary: Any
+    new_k: Tensor
+    new_slot: Tensor | None = None
 
     @property
     def stored(self) -> int:
@@ -97,6 +101,8 @@ class EvictionCall:
 
         2 B Hq last M D flops; nothing else is stored.
         """
+        if self.q.shape[2] == 1:
+            return self._received_from_one()
         count = self.q.shape[2] if last is None else min(last, self.q.shape[2])
         q, lse = self.q[:, :, -count:], self.lse[..., -count:]
         mask = weight = None
@@ -105,19 +111,33 @@ class EvictionCall:
             mask = (self.bias > -torch.inf).repeat_interleave(group, 1)
             weight = mask[:, :1, -count:].float()
             mask = mask[:, :, None]
-        if count > 1:
-            columns = tokred.attention_columns(
-                q, self.k, lse.contiguous(), reduce, weight, causal=True, scale=self.scale,
-                mask=mask,
-            )  # fmt: skip
-        elif weight is None:
-            columns = tokred.attention_rows(q, self.k, scale=self.scale)[:, :, 0]
-        else:
-            logits = tokred.attention_rows(q, self.k, False, scale=self.scale, mask=mask)
-            columns = (logits - lse[..., None]).exp().nan_to_num(0)[:, :, 0] * weight
+        columns = tokred.attention_columns(
+            q, self.k, lse.contiguous(), reduce, weight, causal=True, scale=self.scale, mask=mask
+        )
         heads = columns.unflatten(1, (self.k.shape[1], -1)).mean(2)
         # What stands for n tokens receives n times what its logit says.
         return heads if self.bias is None else heads * self.bias.exp()
+
+    def _received_from_one(self) -> Tensor:
+        """From a single query."""
+        batch, heads, stored, _ = self.k.shape
+        bias = self.bias
+        rows = tokred.attention_rows(self.q, self.k, bias is None, scale=self.scale)
+        rows = rows.view(batch, heads, -1, stored)
+        if bias is None:
+            return rows.mean(2)
+        logits = rows - self.lse.view(batch, heads, -1, 1) + bias[:, :, None]
+        own = bias[..., -1:] if self.new_slot is None else bias.gather(2, self.new_slot)
+        return logits.exp().nan_to_num(0).mean(2) * (own > -torch.inf)
+
+    def known(self, name: str, new: Tensor) -> Tensor:
+        """f32 [B, Hkv, M]: the state of that name, and `new`, [B, Hkv, L], for new tokens."""
+        before = self.state.get(name)
+        if before is None:
+            return new
+        if self.new_slot is None:
+            return torch.cat([before[..., : -new.shape[2]], new], 2)
+        return before.scatter(2, self.new_slot, new)
 
     def visible(self) -> Tensor | None:
         """bool [B, Hkv, M]: the keys that are there; None: all."""

@@ -73,7 +73,8 @@ class Stack:
         for place, number in enumerate(self.numbers):
             layer = layers[number]
             if isinstance(layer, KeptKeysLayer):
-                if layer.evictor == self.evictor and layer.number == place:
+                same = layer.evictor is self.evictor or layer.evictor == self.evictor
+                if same and layer.number == place:
                     continue
                 if layer.get_seq_length() > 0:
                     raise ValueError(

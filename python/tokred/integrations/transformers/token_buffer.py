@@ -18,7 +18,7 @@ _LARGE_BYTES = 16 << 20  # from which on outputs of the ops ask for huge pages
 _MADV_HUGEPAGE = 14
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class TokenBuffer:
     """The first `length` tokens of memory [B, H, room, ...].
 
@@ -37,7 +37,8 @@ class TokenBuffer:
     @cached_property
     def tokens(self) -> Tensor:
         """[B, H, length, ...], a view."""
-        return self.memory.narrow(2, 0, self.length)
+        x, length = self.memory, self.length
+        return x if length == x.shape[2] else x.narrow(2, 0, length)
 
     @property
     def room(self) -> int:
@@ -48,6 +49,11 @@ class TokenBuffer:
     def token_bytes(self) -> int:
         """Bytes of the tokens, without the room."""
         return self.tokens.numel() * self.memory.element_size()
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether it can only be written in inference mode, which has made it."""
+        return self.memory.is_inference() and not torch.is_inference_mode_enabled()
 
     def with_room(self, room: int) -> TokenBuffer:
         """The same tokens with room for so many."""
@@ -64,9 +70,7 @@ class TokenBuffer:
             dtype = torch.promote_types(x.dtype, self.memory.dtype)
             if dtype != self.memory.dtype:
                 buffer = replace(self, memory=self.memory.to(dtype))
-        # What inference mode has made can only be written there.
-        locked = buffer.memory.is_inference() and not torch.is_inference_mode_enabled()
-        if length > buffer.room or locked:
+        if length > buffer.room or buffer.is_locked:
             buffer = buffer.with_room(grown(length) if capacity is None else capacity)
         buffer.memory.narrow(2, self.length, x.shape[2]).copy_(x)
         return TokenBuffer(buffer.memory, length)
