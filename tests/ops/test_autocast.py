@@ -12,7 +12,7 @@ import tokred
 from cases.compare import assert_bitwise_equal, flat
 from cases.torch_ops import tokens
 from tokred import PackFormat
-from tokred.nn import BlockSparseAttention, TopKAttention
+from tokred.nn import BlockSparseCore, TopKCore
 
 LISTS = torch.tensor([[[[0, 3, 6]]]], dtype=torch.int32).expand(2, 1, 1, 3)
 BLOCKS = torch.ones(1, 1, 3, 4, dtype=torch.bool)
@@ -32,8 +32,8 @@ CAST: dict[str, Callable[..., object]] = {
     "attention_rows": lambda q, k: tokred.attention_rows(q, k),
     "attention_columns": lambda q, k: tokred.attention_columns(q, k, causal=True),
     "pagerank": lambda q, k: tokred.pagerank(q, k[:, :, :5]),
-    "TopKAttention": lambda q, k: TopKAttention(3)(q, k, k),
-    "BlockSparseAttention": lambda q, k: BlockSparseAttention(k=1, block_q=2, block_k=2)(q, k, k),
+    "TopKCore": lambda q, k: TopKCore(3)(q, k, k),
+    "BlockSparseCore": lambda q, k: BlockSparseCore(k=1, block_q=2, block_k=2)(q, k, k),
 }
 
 

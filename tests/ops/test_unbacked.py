@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 import tokred
 from cases.torch_ops import tokens
 from tokred import PackFormat
-from tokred.nn import BlockSparseAttention, TopKAttention
+from tokred.nn import BlockSparseCore, TopKCore
 
 DESTINATIONS = torch.arange(1, 5, dtype=torch.int32)
 WHOLE = tokens(2, 21, 32)
@@ -74,9 +74,9 @@ def packing(x: Tensor) -> Any:
 def modules(x: Tensor) -> Any:
     h, mask = heads(x), x[..., 1] > -1
     return (
-        TopKAttention(5, num_locals=2, block_q=4, causal=True)(h, h, h, mask),
-        TopKAttention(8, scoring="block", block_size=4)(heads(WHOLE), h, h),
-        BlockSparseAttention(k=2, block_q=4, block_k=4, causal=True)(h, h, h, mask),
+        TopKCore(5, num_locals=2, block_q=4, causal=True)(h, h, h, mask),
+        TopKCore(8, scoring="block", block_size=4)(heads(WHOLE), h, h),
+        BlockSparseCore(k=2, block_q=4, block_k=4, causal=True)(h, h, h, mask),
     )
 
 

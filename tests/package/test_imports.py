@@ -38,6 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 LATER = {
     "patching": {"integrations"},
     "__main__": {"methods", "demo", "_C"},
+    "nn": {"cache"},
 }
 
 

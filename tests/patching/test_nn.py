@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import tokred
 from cases.compare import assert_bitwise_equal
 from cases.inputs import generator
-from tokred.nn import BlockSparseAttention, TopKAttention
+from tokred.nn import BlockSparseCore, TopKCore
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -78,7 +78,7 @@ def test_token_scores_in_decoding(reduce: str, padded: bool) -> None:
     q, k, v = heads()
     mask = padding(2, 40) if padded else None
     visible = torch.ones(2, 40, dtype=torch.bool) if mask is None else mask
-    module = TopKAttention(7, reduce=reduce, num_sinks=3, num_locals=4)
+    module = TopKCore(7, reduce=reduce, num_sinks=3, num_locals=4)
     logits = q @ k.repeat_interleave(3, 1).transpose(2, 3) / 4
     logits = logits.masked_fill(~visible[:, None, None], -torch.inf)
     keep = chosen(reduced(logits, 2, reduce), visible[:, None, None], 7, 3, 4)
@@ -89,13 +89,13 @@ def test_token_scores_in_decoding(reduce: str, padded: bool) -> None:
 def test_dimension_scores() -> None:
     q, k, v = heads()
     dims = torch.stack([torch.randperm(16, generator=generator(h))[:6] for h in range(6)])
-    module = TopKAttention(9, scoring=dims.int(), reduce="none", num_locals=1)
+    module = TopKCore(9, scoring=dims.int(), reduce="none", num_locals=1)
     part = [q[:, h, :, dims[h]] @ k[:, h // 3, :, dims[h]].transpose(1, 2) for h in range(6)]
     keep = chosen(torch.stack(part, 1), torch.ones(40, dtype=torch.bool), 9, 0, 1)
     torch.testing.assert_close(module(q, k, v), attend(q, k, v, keep), rtol=1e-5, atol=1e-5)
     assert "dims" in module.state_dict()
     with pytest.raises(ValueError, match="block_q"):
-        TopKAttention(9, scoring=dims.int(), block_q=2)(*heads(queries=6))
+        TopKCore(9, scoring=dims.int(), block_q=2)(*heads(queries=6))
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -104,7 +104,7 @@ def test_causal_lists_for_blocks_of_queries(queries: int, padded: bool) -> None:
     q, k, v = heads(queries=queries)
     mask = padding(2, 40) if padded else None
     real = torch.ones(2, 40, dtype=torch.bool) if mask is None else mask
-    module = TopKAttention(5, num_sinks=2, num_locals=8, block_q=8, causal=True)
+    module = TopKCore(5, num_sinks=2, num_locals=8, block_q=8, causal=True)
     position = torch.arange(40 - queries, 40)
     causal = torch.arange(40) <= position[:, None]
     lists = []
@@ -127,7 +127,7 @@ def test_block_scores(statistic: str, padded: bool) -> None:
     q, k, v = heads(keys=45)
     mask = padding(2, 45) if padded else None
     real = torch.ones(2, 45, dtype=torch.bool) if mask is None else mask
-    module = TopKAttention(
+    module = TopKCore(
         16, scoring="block", reduce="none", num_locals=4, block_size=8, statistic=statistic
     )
     keep = torch.zeros(2, 6, 1, 45, dtype=torch.bool)
@@ -159,7 +159,7 @@ def test_everything_chosen_is_dense_attention_bit_for_bit(causal: bool) -> None:
     mask = padding(2, 40)
     expected = tokred.biased_attention(q, k, v, causal=causal, mask=mask)[0]
     for options in ({"k": 40}, {"k": 30, "num_sinks": 4, "num_locals": 6}, {"k": 99}):
-        module = TopKAttention(**options, causal=causal, block_q=8)
+        module = TopKCore(**options, causal=causal, block_q=8)
         assert_bitwise_equal(module(q, k, v, mask), expected)
 
 
@@ -226,7 +226,7 @@ def test_block_sparse_attention(case: str, padded: bool, causal: bool) -> None:
     q, k, v = heads(queries=40 if padded else 21)
     mask = padding(2, 40) if padded else None
     real = torch.ones(2, 40, dtype=torch.bool) if mask is None else mask
-    module = BlockSparseAttention(**options, block_q=8, block_k=6, causal=causal)
+    module = BlockSparseCore(**options, block_q=8, block_k=6, causal=causal)
     keep = kept_blocks(q, k, real, options, causal)
     actual = module.block_mask(q, k, mask)
     assert actual.shape[1] in (1, 6)
@@ -243,12 +243,12 @@ def test_block_sparse_attention(case: str, padded: bool, causal: bool) -> None:
 def test_gradients_flow_through_the_attention_alone() -> None:
     q, k, v = (t.requires_grad_() for t in heads(queries=16))
     for module in (
-        TopKAttention(5, num_locals=8, block_q=8, causal=True),
-        BlockSparseAttention(k=1, block_q=8, block_k=8, causal=True),
+        TopKCore(5, num_locals=8, block_q=8, causal=True),
+        BlockSparseCore(k=1, block_q=8, block_k=8, causal=True),
     ):
         grads = torch.autograd.grad(module(q, k, v).square().sum(), (q, k, v))
         assert all(torch.isfinite(g).all() and g.abs().sum() > 0 for g in grads)
-    everything = BlockSparseAttention(density=1.0, block_q=8, block_k=8)
+    everything = BlockSparseCore(density=1.0, block_q=8, block_k=8)
     dense = attend(q, k, v, torch.ones(1, dtype=torch.bool))
     expected = torch.autograd.grad(dense.square().sum(), (q, k, v))
     actual = torch.autograd.grad(everything(q, k, v).square().sum(), (q, k, v))
@@ -258,9 +258,9 @@ def test_gradients_flow_through_the_attention_alone() -> None:
 def test_modules_compile_without_breaks() -> None:
     q, k, v = heads(queries=16)
     for module in (
-        TopKAttention(5, num_locals=8, block_q=8, causal=True),
-        TopKAttention(8, scoring="block", block_size=8),
-        BlockSparseAttention(top_p=0.5, block_q=8, block_k=8, causal=True),
+        TopKCore(5, num_locals=8, block_q=8, causal=True),
+        TopKCore(8, scoring="block", block_size=8),
+        BlockSparseCore(top_p=0.5, block_q=8, block_k=8, causal=True),
     ):
         compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
         with torch.no_grad():
@@ -268,10 +268,10 @@ def test_modules_compile_without_breaks() -> None:
 
 
 MODULES = [
-    TopKAttention(5, num_locals=8, block_q=8, causal=True),
-    TopKAttention(5, scoring=torch.arange(12, dtype=torch.int32).view(6, 2)),
-    TopKAttention(8, scoring="block", block_size=8, statistic="min_max"),
-    BlockSparseAttention(top_p=0.5, block_q=8, block_k=8, causal=True),
+    TopKCore(5, num_locals=8, block_q=8, causal=True),
+    TopKCore(5, scoring=torch.arange(12, dtype=torch.int32).view(6, 2)),
+    TopKCore(8, scoring="block", block_size=8, statistic="min_max"),
+    BlockSparseCore(top_p=0.5, block_q=8, block_k=8, causal=True),
 ]
 
 
@@ -300,25 +300,25 @@ def test_copies_and_threads_compute_the_same(module: nn.Module) -> None:
 def test_empty_and_hidden() -> None:
     q, k, v = heads()
     nothing = torch.zeros(2, 40, dtype=torch.bool)
-    for module in (TopKAttention(5), TopKAttention(8, scoring="block", block_size=8)):
+    for module in (TopKCore(5), TopKCore(8, scoring="block", block_size=8)):
         assert (module(q, k, v, nothing) == 0).all()
-    assert (BlockSparseAttention(k=2, block_q=8, block_k=8)(q, k, v, nothing) == 0).all()
-    assert TopKAttention(5)(q[:, :, :0], k, v).shape == (2, 6, 0, 12)
-    assert (TopKAttention(0)(q, k, v) == 0).all()
+    assert (BlockSparseCore(k=2, block_q=8, block_k=8)(q, k, v, nothing) == 0).all()
+    assert TopKCore(5)(q[:, :, :0], k, v).shape == (2, 6, 0, 12)
+    assert (TopKCore(0)(q, k, v) == 0).all()
 
 
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: TopKAttention(-1), "at least 0"),
-        (lambda: TopKAttention(1, scoring="page"), "scoring must be"),
-        (lambda: TopKAttention(1, reduce="sum"), "reduce must be"),
-        (lambda: TopKAttention(1, statistic="median"), "statistic must be"),
-        (lambda: TopKAttention(1, block_size=0), "block_size"),
-        (lambda: BlockSparseAttention(), "one of k, density and top_p"),
-        (lambda: BlockSparseAttention(k=1, top_p=0.5), "one of k, density and top_p"),
-        (lambda: BlockSparseAttention(k=1, reduce="softmax_vote"), "reduce must be"),
-        (lambda: BlockSparseAttention(k=1, block_k=0), "block sizes"),
+        (lambda: TopKCore(-1), "at least 0"),
+        (lambda: TopKCore(1, scoring="page"), "scoring must be"),
+        (lambda: TopKCore(1, reduce="sum"), "reduce must be"),
+        (lambda: TopKCore(1, statistic="median"), "statistic must be"),
+        (lambda: TopKCore(1, block_size=0), "block_size"),
+        (lambda: BlockSparseCore(), "one of k, density and top_p"),
+        (lambda: BlockSparseCore(k=1, top_p=0.5), "one of k, density and top_p"),
+        (lambda: BlockSparseCore(k=1, reduce="softmax_vote"), "reduce must be"),
+        (lambda: BlockSparseCore(k=1, block_k=0), "block sizes"),
     ],
 )
 def test_bad_options(build: Any, message: str) -> None:

@@ -1,14 +1,11 @@
-"""Attention modules that look at a part of the keys, to put where a model calls its attention.
-
-Both take q, k and v in heads, as scaled_dot_product_attention does, and have no parameters.
-"""
+"""Cores that attend to a part of the keys: those chosen, one by one or as blocks."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from .ops import (
+from ..ops import (
     biased_attention,
     block_pool,
     block_score,
@@ -17,10 +14,10 @@ from .ops import (
     sparse_attention,
     topk_with_counts,
 )
-from .ops.symbolic import known, smaller
-from .selection import block_mask, choose, ends, expand_blocks
+from ..ops.symbolic import known, smaller
+from ..selection import block_mask, choose, ends, expand_blocks
 
-__all__ = ["BlockSparseAttention", "TopKAttention"]
+__all__ = ["BlockSparseCore", "TopKCore"]
 
 _REDUCTIONS = ("none", "group_mean", "group_max", "head_mean", "softmax_vote")
 _UNKNOWN_LENGTHS = (
@@ -30,7 +27,7 @@ _UNKNOWN_LENGTHS = (
 _RULES = {"mean": "dot", "sqrt_mean": "dot", "min_max": "bounds"}
 
 
-class TopKAttention(nn.Module):
+class TopKCore(nn.Module):
     """Score the keys, choose k of them, attend to these: over a cache, or over N tokens.
 
     One list of keys serves `block_q` consecutive queries, chosen by their mean. Where everything
@@ -88,30 +85,34 @@ class TopKAttention(nn.Module):
         self.dims: Tensor | None
         self.register_buffer("dims", dims)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False
+    ) -> Tensor:
         """Attention over the chosen keys.
 
         Args:
             q: [B, Hq, L, D]. k: [B, Hkv, N, D], Hq a multiple of Hkv. v: [B, Hkv, N, Dv].
             mask: bool [B | 1, N]; False is padding, on either side, of the queries too if L = N.
+            causal: as the option; either of them.
 
         Returns:
             [B, Hq, L, Dv]; 0 where a query sees no key.
         """
+        causal = causal or self.causal
         queries, keys = q.shape[2], k.shape[2]
         everything = self.num_sinks + self.k + self.num_locals >= keys
         if known(queries == 0) or known(everything):
-            return biased_attention(q, k, v, causal=self.causal, scale=self.scale, mask=mask)[0]
+            return biased_attention(q, k, v, causal=causal, scale=self.scale, mask=mask)[0]
         block_q = queries if self.block_q is None else smaller(self.block_q, queries)
+        lengths = _visible_keys(q, keys, block_q) if causal else None
         if self.scoring == "block":
-            indices = self._choose_blocks(q.detach(), k.detach(), block_q, mask)
+            indices = self._choose_blocks(q.detach(), k.detach(), block_q, mask, lengths)
         else:
             scores = self._scores(q.detach(), k.detach(), block_q, mask)
             visible = None if mask is None else mask[:, None, None]
-            lengths = self._lengths(q, keys, block_q)
             indices, _ = choose(scores, self.k, self.num_sinks, self.num_locals, visible, lengths)
         return sparse_attention(
-            q, k, v, indices, scale=self.scale, causal=self.causal, mask=mask, block_q=block_q
+            q, k, v, indices, scale=self.scale, causal=causal, mask=mask, block_q=block_q
         )[0]
 
     def extra_repr(self) -> str:
@@ -119,10 +120,6 @@ class TopKAttention(nn.Module):
             f"k={self.k}, scoring={self.scoring}, reduce={self.reduce}, "
             f"num_sinks={self.num_sinks}, num_locals={self.num_locals}, causal={self.causal}"
         )
-
-    def _lengths(self, q: Tensor, keys: int, block_q: int) -> Tensor | None:
-        """int32 [1, 1, lists]: the keys that the last query of each list sees."""
-        return _visible_keys(q, keys, block_q) if self.causal else None
 
     def _scores(self, q: Tensor, k: Tensor, block_q: int, mask: Tensor | None) -> Tensor:
         """f32 [B, H', lists, N], -inf where masked."""
@@ -143,7 +140,9 @@ class TopKAttention(nn.Module):
             scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
         return scores
 
-    def _choose_blocks(self, q: Tensor, k: Tensor, block_q: int, mask: Tensor | None) -> Tensor:
+    def _choose_blocks(
+        self, q: Tensor, k: Tensor, block_q: int, mask: Tensor | None, lengths: Tensor | None
+    ) -> Tensor:
         """indices i32 [B, H', lists, K]: the keys of the chosen blocks."""
         size, keys = self.block_size, k.shape[2]
         pooled, counts = block_pool(k, size, self.statistic, mask=mask)
@@ -153,7 +152,6 @@ class TopKAttention(nn.Module):
         scores = scores.masked_fill((counts <= 0)[:, None, None], -torch.inf)
         visible = torch.ones(1, keys, dtype=torch.bool, device=k.device) if mask is None else mask
         visible = visible[:, None, None]
-        lengths = self._lengths(q, keys, block_q)
         if lengths is not None:
             visible = visible & (torch.arange(keys, device=k.device) < lengths[..., None])
             scores = scores.masked_fill(~_any_per_block(visible, size), -torch.inf)
@@ -165,7 +163,7 @@ class TopKAttention(nn.Module):
         return expand_blocks(blocks, size, keys)
 
 
-class BlockSparseAttention(nn.Module):
+class BlockSparseCore(nn.Module):
     """Score blocks of keys for blocks of queries, keep the best, and attend inside them.
 
     Args:
@@ -175,7 +173,7 @@ class BlockSparseAttention(nn.Module):
             least min_k, as in Rectified SpaAttn (arXiv:2511.19835). One of the three.
         min_k: see top_p.
         block_q, block_k: queries and keys of a block.
-        statistic: of the keys of a block, as in `TopKAttention`; queries are averaged.
+        statistic: of the keys of a block, as in `TopKCore`; queries are averaged.
         reduce: "none", each query head has its own mask; "group_mean", "group_max" and "head_mean",
             heads share it.
         num_sinks, num_locals: first keys, and keys before each query block's own, whose blocks are
@@ -216,29 +214,35 @@ class BlockSparseAttention(nn.Module):
         self.num_sinks, self.num_locals = num_sinks, num_locals
         self.causal, self.scale = causal, scale
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False
+    ) -> Tensor:
         """Attention inside the kept blocks.
 
         Args:
             q: [B, Hq, L, D]. k: [B, Hkv, N, D], Hq a multiple of Hkv. v: [B, Hkv, N, Dv].
             mask: bool [B | 1, N]; False is padding, on either side, of the queries too if L = N.
+            causal: as the option; either of them.
 
         Returns:
             [B, Hq, L, Dv]; 0 where a query sees no key.
         """
-        blocks = self.block_mask(q, k, mask)
+        causal = causal or self.causal
+        blocks = self.block_mask(q, k, mask, causal)
         return block_sparse_attention(
-            q, k, v, blocks, self.block_q, self.block_k, self.causal, self.scale, mask=mask
+            q, k, v, blocks, self.block_q, self.block_k, causal, self.scale, mask=mask
         )[0]
 
-    def block_mask(self, q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
+    def block_mask(
+        self, q: Tensor, k: Tensor, mask: Tensor | None = None, causal: bool = False
+    ) -> Tensor:
         """The blocks that forward keeps: bool [B, Hq | 1, ceil(L / block_q), ceil(N / block_k)]."""
         q, k = q.detach(), k.detach()
         pooled, counts = block_pool(k, self.block_k, self.statistic, mask=mask)
         means = _mean_queries(q, k, self.block_q, mask)
         rule = _RULES[self.statistic]
         scores = block_score(means, pooled, counts, rule, self.reduce, self.scale)
-        visible, forced = self._visible_and_forced(q, k.shape[2], mask)
+        visible, forced = self._visible_and_forced(q, k.shape[2], mask, causal or self.causal)
         scores = scores.masked_fill(~visible, -torch.inf)
         blocks = self._kept(scores, forced)
         if blocks.shape[1] not in (1, q.shape[1]):
@@ -251,13 +255,13 @@ class BlockSparseAttention(nn.Module):
         return f"{given}, block_q={self.block_q}, block_k={self.block_k}, causal={self.causal}"
 
     def _visible_and_forced(
-        self, q: Tensor, keys: int, mask: Tensor | None
+        self, q: Tensor, keys: int, mask: Tensor | None, causal: bool
     ) -> tuple[Tensor, Tensor]:
         """bool [B | 1, 1, nQ | 1, nK]: blocks that may be kept, and blocks that must be."""
         place = torch.arange(keys, device=q.device)
         visible = torch.ones(1, keys, dtype=torch.bool, device=q.device) if mask is None else mask
         visible = visible[:, None, None]
-        if not self.causal:
+        if not causal:
             forced = ends(visible, self.num_sinks, self.num_locals)
             return _any_per_block(visible, self.block_k), _any_per_block(forced, self.block_k)
         last = _visible_keys(q, keys, self.block_q)[..., None]

@@ -1,0 +1,92 @@
+"""Masks of nn.MultiheadAttention and transformers as what cores take: padding, and causality."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..ops.symbolic import known
+
+
+def hidden(name: str, mask: Tensor) -> Tensor:
+    """Where a mask of nn.MultiheadAttention hides a key: True of a bool mask, -inf of a float one.
+
+    Raises:
+        ValueError: another dtype, or a float mask that changes logits otherwise.
+    """
+    if mask.dtype == torch.bool:
+        return mask
+    if not mask.is_floating_point():
+        raise ValueError(f"{name} must be bool or float, got {mask.dtype}")
+    # Models that shun infinities add the least number of the dtype.
+    hides = mask <= torch.finfo(mask.dtype).min
+    if torch.compiler.is_compiling():
+        raise ValueError(f"{name} must be bool inside torch.compile, got {mask.dtype}")
+    if not bool((hides | (mask == 0)).all()):
+        raise ValueError(
+            f"{name} must hide keys or leave them, with -inf and 0: no other numbers are added to "
+            "the logits"
+        )
+    return hides
+
+
+def not_padding(name: str, mask: Tensor, shape: tuple[int, int]) -> Tensor:
+    """bool [B, N], True is visible, of a mask of padding in nn.MultiheadAttention's manner."""
+    if known(mask.dim() != 2) or known(tuple(mask.shape) != shape):
+        raise ValueError(f"{name} must be {list(shape)}, got {list(mask.shape)}")
+    return ~hidden(name, mask)
+
+
+def split(
+    name: str, visible: Tensor, shape: tuple[int, int, int], causal: bool
+) -> tuple[Tensor | None, bool]:
+    """A mask as (bool [B | 1, N] that hides padding, or None; whether it is causal).
+
+    Args:
+        visible: bool [B | 1, L | 1, N].
+        shape: B, L and N. causal: whether causality holds already.
+
+    Raises:
+        ValueError: it is neither, nor both.
+    """
+    batch, queries, keys = shape
+    items, rows, columns = visible.shape
+    if items not in (1, batch) or rows not in (1, queries) or columns != keys:
+        raise ValueError(
+            f"{name} must be for {batch} items, {queries} queries and {keys} keys, got "
+            f"{list(visible.shape)}"
+        )
+    last = visible[:, -1]
+    if rows > 1:
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                f"whether {name} is causal cannot be seen inside torch.compile: give the padding "
+                "alone, and is_causal=True"
+            )
+        place = torch.arange(keys, device=visible.device)
+        earlier = place <= place[keys - queries :, None] if keys >= queries else None
+        if earlier is not None and torch.equal(visible, last[:, None] & earlier):
+            causal = True
+        elif causal or not torch.equal(visible, last[:, None].expand_as(visible)):
+            raise ValueError(
+                f"{name} must be padding, causality or both: keys are chosen, merged or packed for "
+                "many queries, and any other mask is none for all of them"
+            )
+    if not torch.compiler.is_compiling() and bool(last.all()):
+        return None, causal
+    return last, causal
+
+
+def of_transformers(
+    mask: Tensor, shape: tuple[int, int, int], causal: bool
+) -> tuple[Tensor | None, bool]:
+    """`split` of an attention_mask: [B, N], nonzero where visible, or [B | 1, 1, L | 1, N]."""
+    name = "attention_mask"
+    if mask.dim() == 2:
+        return split(name, (mask != 0)[:, None], shape, causal)
+    if mask.dim() != 4 or mask.shape[1] != 1:
+        raise ValueError(
+            f"{name} must be [B, N] or [B, 1, L, N], the same for all heads, got {list(mask.shape)}"
+        )
+    visible = mask if mask.dtype == torch.bool else ~hidden(name, mask)
+    return split(name, visible[:, 0], shape, causal)
