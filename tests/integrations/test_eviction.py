@@ -207,6 +207,54 @@ def test_rows_follow_beams() -> None:
         assert actual.keys is None and actual.get_seq_length() == 0
 
 
+@pytest.mark.parametrize("center", [False, True])
+@torch.no_grad()
+def test_packed_keys_go_like_others(center: bool) -> None:
+    """Of keys that 4 bits can hold the same ones stay, and outputs are those of full precision."""
+    options = tokred.PackedCache(
+        tiny_lm("Llama", head_dim=16).config, window=0, rotate=False, center=center
+    ).options
+    packed = KeptKeysLayer(H2oOptions(budget=9), 0, 1, packing=options)
+    dense = KeptKeysLayer(H2oOptions(budget=9), 0, 1)
+    draw = generator(0)
+    for number, count in enumerate((40, 1, 1, 1, 6, 1, 1)):
+        q = torch.randn(2, 4, count, 16, generator=draw)
+        k, v = torch.randint(16, (2, 2, 2, count, 16), generator=draw) / 4 - 2
+        k[..., 0], k[..., 1], v[..., 0], v[..., 1] = -2, 1.75, -2, 1.75
+        mask = torch.ones(2, 1, 1, dense.length + count, dtype=torch.bool)
+        mask[1, ..., :5] = False
+        outs = [each.update(k, v)[0].attend(q, mask, None)[0] for each in (packed, dense)]
+        torch.testing.assert_close(*outs, rtol=2e-2, atol=2e-2)
+        assert [kept_places(packed, row) for row in (0, 1)] == [
+            kept_places(dense, row) for row in (0, 1)
+        ]
+        torch.testing.assert_close(packed.keys, dense.keys, rtol=2e-2, atol=0.2 if center else 1e-3)
+        if number == 3:
+            for each in (packed, dense):
+                each.reorder_cache(torch.tensor([1, 0]))
+
+
+@pytest.mark.parametrize("name", evictors(16))
+@torch.no_grad()
+def test_what_is_left_is_packed(name: str) -> None:
+    """Eight bits decode nearly as full precision does; the cache is as small as it says."""
+    model = tiny_lm("Llama", head_dim=16)
+    ids, mask = left_padded(2, 30, 6)
+    with tokred.patch(model, name, **evictors(16)[name]):
+        packed = tokred.PackedCache(model, bits=8, window=0)
+        close = in_parts(model, ids, mask, packed, (20, 1, 1, 5, 1, 1, 1))
+        cache = tokred.DenseCache(model)
+        exact = in_parts(model, ids, mask, cache, (20, 1, 1, 5, 1, 1, 1))
+        beams = generated(model, ids, mask, num_beams=2, **{
+            cache_keyword(): tokred.PackedCache(model, window=0)})  # fmt: skip
+    assert beams.shape == (2, 35)
+    error = (close - exact)[mask.bool()]
+    assert error.square().mean() < 1e-3 * exact[mask.bool()].var()
+    assert 0 < packed.nbytes().total < 0.6 * cache.nbytes().total
+    with pytest.raises(ValueError, match="tokens were evicted"):
+        packed.bytes_per_token()
+
+
 class Ops(TorchDispatchMode):
     """How many ops were called."""
 
@@ -227,7 +275,7 @@ def test_a_token_takes_few_ops() -> None:
         k, v = q.chunk(2, 1)
         with Ops() as ops:
             cache.update(k, v)[0].attend(q, None, None)
-    assert ops.count <= 15
+    assert ops.count <= 16
     assert cache.keys.shape == (1, 2, 6, 16) and cache.position.shape == (1, 2, 6)
 
 
@@ -267,11 +315,13 @@ def test_refusals(llama: nn.Module) -> None:
     llama(ids, **{keyword: filled})
     with tokred.patch(llama, "h2o", budget=4):
         static = transformers.StaticCache(config=llama.config, max_cache_len=20)
-        packed = tokred.PackedCache(tiny_lm("Llama", head_dim=16).config)
+        wide = tiny_lm("Llama", head_dim=16).config
+        packed = tokred.PackedCache(wide)
         for cache, words in (
             (filled, "holds 12 tokens from outside of the patch"),
             (static, "has a StaticLayer: pass a DynamicCache"),
-            (packed, "has a PackedCacheLayer: pass a DynamicCache"),
+            (packed, "make the PackedCache with window=0"),
+            (tokred.PackedCache(wide, bits=2), "make it with key_axis='channel'"),
         ):
             with pytest.raises(ValueError, match=words):
                 llama(ids, **{keyword: cache})

@@ -129,9 +129,9 @@ def _nbytes(layer: Any) -> CacheBytes:
     if hasattr(layer, "nbytes"):
         return layer.nbytes()
     # The storages: what is a view keeps all of its memory.
+    tensors = layer.tensors() if hasattr(layer, "tensors") else tensors_in(vars(layer))
     storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for tensor in tensors_in(vars(layer))
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors
     }
     return CacheBytes(full_precision=sum(storages.values()))
 

@@ -98,8 +98,14 @@ class PackedCache(InPlaceCache):
         attention.register()
 
     def bytes_per_token(self) -> float:
-        """All bytes, divided by the tokens of all rows of the batch; 0 of an empty cache."""
-        packed = next(each for each in self.layers if isinstance(each, PackedCacheLayer))
+        """All bytes, divided by the tokens of all rows of the batch; 0 of an empty cache.
+
+        Raises:
+            ValueError: a method has evicted tokens, and heads may hold different numbers of them.
+        """
+        packed = next((each for each in self.layers if isinstance(each, PackedCacheLayer)), None)
+        if packed is None:
+            raise ValueError("tokens were evicted from this cache: nbytes() counts what is left")
         if packed.contents is None or packed.length == 0:
             return 0.0
         return self.nbytes().total / (packed.length * packed.contents.batch)

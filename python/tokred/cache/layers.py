@@ -59,6 +59,11 @@ class PackedCacheLayer(CacheLayerMixin):
         self.is_initialized = contents is not None
 
     @property
+    def packing(self) -> CacheOptions:
+        """The options, by the name under which methods that evict look for them."""
+        return self.options
+
+    @property
     def layout(self) -> Layout | None:
         """How the tokens are packed; None before the first ones."""
         return None if self.contents is None else self.contents.layout

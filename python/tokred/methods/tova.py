@@ -38,7 +38,7 @@ class TovaOptions(Options):
         if call.stored <= self.budget:
             return None
         scores = call.received(last=1).mean(1, keepdim=True)
-        return call.best(scores.expand(-1, call.k.shape[1], -1), self.budget)
+        return call.best(scores.expand(-1, call.heads, -1), self.budget)
 
 
 METHOD = Method(

@@ -48,9 +48,10 @@ class Replacement:
 class EvictionCall:
     """One layer's stored keys after the attention of a forward pass.
 
-    q: [B, Hq, L, D], the queries of the pass. k: [B, Hkv, M, D] and v: [B, Hkv, M, Dv], what is
-        stored, the L new tokens last, or one in new_slot, and the others in any order. Keys are
-        rotated as the model does it, to the places where they were.
+    q: [B, Hq, L, D], the queries of the pass.
+    k: [B, Hkv, M, D] and v: [B, Hkv, M, Dv], what is stored, the L new tokens last, or one in
+        new_slot, and the others in any order. Keys are rotated as the model does it, to the places
+        where they were. Of a packed cache, a single query finds them unpacked when it asks.
     lse: f32 [B, Hq, L], of the attention of these queries to these keys.
     position: i32 [B, Hkv, M], the place of every key in the sequence, padding counted; -1 for none.
     bias: f32 [B, Hkv, M], what attention adds to the logits of a key: -inf where it is hidden (it
@@ -66,8 +67,8 @@ class EvictionCall:
     """
 
     q: Tensor
-    k: Tensor
-    v: Tensor
+    stored_k: Any  # a Tensor, or what has it as `tokens` and as `packed`
+    stored_v: Any
     lse: Tensor
     position: Tensor
     bias: Tensor | None
@@ -82,9 +83,24 @@ class EvictionCall:
     new_slot: Tensor | None = None
 
     @property
+    def k(self) -> Tensor:
+        """See above."""
+        return self.stored_k if isinstance(self.stored_k, Tensor) else self.stored_k.tokens
+
+    @property
+    def v(self) -> Tensor:
+        """See above."""
+        return self.stored_v if isinstance(self.stored_v, Tensor) else self.stored_v.tokens
+
+    @property
+    def heads(self) -> int:
+        """Hkv."""
+        return self.position.shape[1]
+
+    @property
     def stored(self) -> int:
         """M."""
-        return self.k.shape[2]
+        return self.position.shape[2]
 
     @property
     def is_prompt(self) -> bool:
@@ -120,13 +136,18 @@ class EvictionCall:
 
     def _received_from_one(self) -> Tensor:
         """From a single query."""
-        batch, heads, stored, _ = self.k.shape
-        bias = self.bias
-        rows = tokred.attention_rows(self.q, self.k, bias is None, scale=self.scale)
-        rows = rows.view(batch, heads, -1, stored)
+        shape = self.q.shape[0], self.heads, -1, self.stored
+        k, bias = self.stored_k, self.bias
+        if not isinstance(k, Tensor):
+            rows = tokred.packed_qk_score(self.q, k.packed, scale=self.scale)
+        elif bias is None:
+            return tokred.attention_rows(self.q, k, scale=self.scale).view(shape).mean(2)
+        else:
+            rows = tokred.attention_rows(self.q, k, False, scale=self.scale)
+        logits = rows.view(shape) - self.lse.view(*shape[:3], 1)
         if bias is None:
-            return rows.mean(2)
-        logits = rows - self.lse.view(batch, heads, -1, 1) + bias[:, :, None]
+            return logits.exp().mean(2)
+        logits = logits + bias[:, :, None]
         own = bias[..., -1:] if self.new_slot is None else bias.gather(2, self.new_slot)
         return logits.exp().nan_to_num(0).mean(2) * (own > -torch.inf)
 

@@ -81,17 +81,24 @@ class Stack:
                         f"the cache holds what {layer.evictor} has kept, and cannot go on with "
                         f"{self.evictor}: begin with a new cache"
                     )
-            elif type(layer) is not DynamicLayer and not getattr(layer, "is_dense", False):
+            packing = getattr(layer, "packing", None)
+            known = isinstance(layer, KeptKeysLayer) or getattr(layer, "is_dense", False)
+            if packing is None and not known and type(layer) is not DynamicLayer:
                 raise ValueError(
-                    f"{name} keeps keys in full precision in a cache that grows, and this one has "
-                    f"a {type(layer).__name__}: pass a DynamicCache, a tokred.DenseCache or none"
+                    f"{name} keeps keys in a cache that grows, and this one has a "
+                    f"{type(layer).__name__}: pass a DynamicCache, a tokred.DenseCache, a "
+                    "tokred.PackedCache or none"
                 )
-            elif layer.get_seq_length() > 0:
+            if packing is not None:
+                _check_packing(name, packing)
+            if layer.get_seq_length() > 0:
                 raise ValueError(
                     f"the cache holds {layer.get_seq_length()} tokens from outside of the patch, "
                     f"whose attention {name} has not seen: begin with a new cache inside it"
                 )
-            fresh[number] = KeptKeysLayer(self.evictor, place, len(self.numbers), self.rotary)
+            fresh[number] = KeptKeysLayer(
+                self.evictor, place, len(self.numbers), self.rotary, packing
+            )
         for number, layer in fresh.items():
             layers[number] = layer
 
@@ -122,6 +129,20 @@ def stacks(model: nn.Module, method: Any, settings: Settings) -> Iterator[Stack]
         if check is not None:
             check(len(modules), modules[0].config)
         yield Stack(modules, numbers, _decoder(model, names), method, rotary)
+
+
+def _check_packing(name: str, packing: Any) -> None:
+    """Refuses a packed cache whose tokens cannot go one by one."""
+    if packing.key_axis == "token":
+        raise ValueError(
+            f"{name} evicts single tokens, and this PackedCache packs the keys of neighbouring "
+            "tokens together: make it with key_axis='channel'"
+        )
+    if packing.window > 0:
+        raise ValueError(
+            f"{name} leaves no last {packing.window} tokens that a window could hold in full "
+            "precision: make the PackedCache with window=0"
+        )
 
 
 def why_not(model: nn.Module) -> str:

@@ -6,8 +6,7 @@ place where it stood. Lengths, positions and masks go on counting all tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
@@ -18,6 +17,8 @@ import tokred
 from tokred._library import refuse_grad
 from tokred.patching import Eviction, EvictionCall, KeyEvictor, Replacement
 
+from .kept import Kept, check_like, full
+from .packed_buffer import PackedBuffer
 from .token_buffer import TokenBuffer
 
 ADVICE = (
@@ -26,171 +27,14 @@ ADVICE = (
 )
 
 
-@dataclass(eq=False, slots=True)
-class Kept:
-    """What a layer holds; replaced, not changed, but for one row of each head (`free`).
-
-    keys [B, Hkv, M, D], values [B, Hkv, M, Dv].
-    position: i32 [B, Hkv, M], places in the sequence, -1 for none; None while all tokens are there.
-    bias: f32 [B, Hkv, M], see EvictionCall; None for 0. start: i32 [B], see EvictionCall.
-    state: see Eviction.
-    free: int64 [B, Hkv, 1], the slot of a key that has gone, which the next token takes; None where
-        all M are there. So a token that drops another moves nothing.
-    """
-
-    keys: TokenBuffer
-    values: TokenBuffer
-    position: TokenBuffer | None = None
-    bias: TokenBuffer | None = None
-    start: Tensor | None = None
-    state: dict[str, TokenBuffer] = field(default_factory=dict)
-    free: Tensor | None = None
-
-    def map(self, function: Callable[[TokenBuffer], TokenBuffer]) -> Kept:
-        """The function applied to every buffer."""
-        position, bias = (
-            None if each is None else function(each) for each in (self.position, self.bias)
-        )
-        state = {name: function(each) for name, each in self.state.items()}
-        keys, values = function(self.keys), function(self.values)
-        return Kept(keys, values, position, bias, self.start, state, self.free)
-
-    def taken(self, keys: Tensor, values: Tensor, place: int) -> Kept | None:
-        """With a token, keys [B, Hkv, 1, D] and values [B, Hkv, 1, Dv], in the free slot; None
-        where there is no such slot, or none for tokens of this dtype."""
-        slot = self.free
-        if slot is None or keys.shape[2] != 1 or self.position is None:
-            return None
-        held = self.keys.memory, self.values.memory
-        if keys.dtype != held[0].dtype or values.dtype != held[1].dtype or self._is_locked():
-            return None
-        row = slot.unsqueeze(3)
-        index = row.expand_as(keys)
-        held[0].scatter_(2, index, keys)
-        held[1].scatter_(2, index if values.shape == keys.shape else row.expand_as(values), values)
-        self.position.memory.scatter_(2, slot, place)
-        if self.bias is not None:
-            self.bias.memory.scatter_(2, slot, 0.0)
-        for each in self.state.values():
-            each.memory.scatter_(2, slot, 0.0)
-        return Kept(self.keys, self.values, self.position, self.bias, self.start, self.state)
-
-    def _is_locked(self) -> bool:
-        """Whether one of the buffers cannot be written here."""
-        if torch.is_inference_mode_enabled():
-            return False
-        small = [each for each in (self.position, self.bias) if each is not None]
-        return any(x.is_locked for x in (self.keys, self.values, *small, *self.state.values()))
-
-    def settled(self) -> Kept:
-        """The same without a free slot: the last key takes it."""
-        slot = self.free
-        if slot is None:
-            return self
-        return replace(self.map(lambda buffer: _moved(buffer, slot)), free=None)
-
-    def shown(self, buffer: TokenBuffer | None) -> Tensor | None:
-        """The tokens of one of its buffers, what is free left out."""
-        if buffer is None or self.free is None:
-            return None if buffer is None else buffer.tokens
-        return _moved(_full(buffer.tokens.clone()), self.free).tokens
-
-    def appended(self, keys: Tensor, values: Tensor, length: int) -> Kept:
-        """With new tokens behind; `length` were seen before them."""
-        batch, heads, count = keys.shape[:3]
-        position, bias = self.position, self.bias
-        if position is not None:
-            new = torch.arange(length, length + count, dtype=torch.int32, device=keys.device)
-            position = position.appended(new[None, None])
-        zeros = None
-        if bias is not None or self.state:
-            zeros = torch.zeros(batch, heads, count, device=keys.device)
-        if bias is not None:
-            bias = bias.appended(zeros)
-        state = {name: each.appended(zeros) for name, each in self.state.items()}
-        return Kept(
-            self.keys.appended(keys), self.values.appended(values), position, bias, self.start,
-            state,
-        )  # fmt: skip
-
-    def hidden(self, visible: Tensor, slot: Tensor | None) -> Kept:
-        """With the new keys, in slot or else the last ones, hidden where visible, bool
-        [B | 1, L], is not."""
-        batch, heads, stored = self.keys.tokens.shape[:3]
-        count, device = visible.shape[1], visible.device
-        bias = self.bias
-        if bias is None:
-            bias = TokenBuffer(torch.zeros(batch, heads, stored, device=device), stored)
-        new = torch.zeros(visible.shape, device=device).masked_fill(~visible, -torch.inf)
-        if slot is None:
-            bias.memory.narrow(2, stored - count, count).copy_(new[:, None])
-        else:
-            bias.memory.scatter_(2, slot, new[:, None].expand(batch, heads, 1))
-        return replace(self, bias=bias)
-
-    def of(self, eviction: Eviction, call: EvictionCall) -> Kept:
-        """What stays of the keys, which the call describes."""
-        state = {name: _full(x) for name, x in eviction.state.items()}
-        kept = Kept(self.keys, self.values, self.position, self.bias, self.start, state)
-        if eviction.slots is None and eviction.dropped is None:
-            return kept
-        position, bias = call.position.contiguous(), call.bias
-        if eviction.dropped is not None:
-            if kept.position is None:
-                own = None if bias is None else _full(bias.contiguous())
-                kept = replace(kept, position=_full(position), bias=own)
-            kept.free = eviction.dropped
-            return kept
-        slots = eviction.slots
-        tensors = {"keys": self.keys.tokens, "values": self.values.tokens, "position": position}
-        tensors |= {name: each.tokens.contiguous() for name, each in kept.state.items()}
-        if bias is not None:
-            tensors["bias"] = bias.contiguous()
-        rows = tokred.gather_tokens([*tensors.values()], slots, [2] * len(tensors))
-        found = dict(zip(tensors, rows, strict=True))
-        if eviction.padded:
-            nothing = slots < 0
-            found["position"].masked_fill_(nothing, -1)
-            bias = found.get("bias", torch.zeros(slots.shape, device=slots.device))
-            found["bias"] = bias.masked_fill(nothing, -torch.inf)
-        buffers = {name: _full(x) for name, x in found.items()}
-        state = {name: buffers[name] for name in kept.state}
-        return Kept(
-            buffers["keys"], buffers["values"], buffers["position"], buffers.get("bias"),
-            self.start, state,
-        )  # fmt: skip
-
-
-def _moved(buffer: TokenBuffer, slot: Tensor) -> TokenBuffer:
-    """Without the tokens in slot, int64 [B, H, 1]: the last ones take their places in memory."""
-    buffer = buffer.with_room(buffer.room) if buffer.is_locked else buffer
-    x, last = buffer.memory, buffer.length - 1
-    index = slot if x.dim() == 3 else slot[..., None].expand(-1, -1, -1, x.shape[3])
-    x.scatter_(2, index, x.narrow(2, last, 1).clone())
-    return buffer.cropped(last)
-
-
-def _check_like(name: str, x: Tensor, held: Tensor) -> None:
-    """Whether these tokens go with those in the cache."""
-    batch, heads, _, dim = held.shape
-    if x.shape[:2] != (batch, heads) or x.shape[3] != dim:
-        raise ValueError(
-            f"the cache holds {name} [B, Hkv, L, D] = {[batch, heads, x.shape[2], dim]}, got "
-            f"{[*x.shape]}: reset() it before other tokens"
-        )
-
-
-def _full(x: Tensor) -> TokenBuffer:
-    """A buffer of these tokens without room for more."""
-    return TokenBuffer(x, x.shape[2])
-
-
 class KeptKeysLayer(CacheLayerMixin):
     """The cache of one layer, of which a method lets some keys stay after every forward pass.
 
     Args:
         evictor: the method. number, num_layers: of this layer among those of full attention.
         rotary: the model's rotary embedding, where the method reads it.
+        packing: how what is left of the first pass, and what follows, is packed; a
+            tokred.PackedCache's options, or None.
     """
 
     is_sliding = False
@@ -198,10 +42,11 @@ class KeptKeysLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(
-        self, evictor: KeyEvictor, number: int, num_layers: int, rotary: Any = None
-    ) -> None:
+        self, evictor: KeyEvictor, number: int, num_layers: int, rotary: Any = None,
+        packing: Any = None,
+    ) -> None:  # fmt: skip
         self.evictor, self.number, self.num_layers = evictor, number, num_layers
-        self.rotary = rotary
+        self.rotary, self.packing = rotary, packing
         self.length = 0
         self.kept: Kept | None = None
         self.is_initialized = False
@@ -241,16 +86,19 @@ class KeptKeysLayer(CacheLayerMixin):
         """Appends keys [B, Hkv, L, D] and values [B, Hkv, L, Dv].
 
         Raises:
-            ValueError: tokens unlike those in the cache, or that require grad.
+            ValueError: tokens unlike those in the cache, that cannot be packed, or that require
+                grad.
         """
         refuse_grad("a cache that keeps fewer keys", key_states=key_states,
                     value_states=value_states)  # fmt: skip
         slot = None
         if self.kept is None:
-            kept = Kept(_full(key_states), _full(value_states))
+            if self.packing is not None:
+                self.packing.layout(key_states.shape[3], value_states.shape[3])
+            kept = Kept(full(key_states), full(value_states))
         else:
-            _check_like("keys", key_states, self.kept.keys.memory)
-            _check_like("values", value_states, self.kept.values.memory)
+            check_like("keys", key_states, self.kept.keys)
+            check_like("values", value_states, self.kept.values)
             taken = self.kept.taken(key_states, value_states, self.length)
             if taken is None:
                 kept = self.kept.settled().appended(key_states, value_states, self.length)
@@ -258,7 +106,7 @@ class KeptKeysLayer(CacheLayerMixin):
                 kept, slot = taken, self.kept.free
         self.kept, self.length = kept, self.length + key_states.shape[2]
         self.is_initialized, self.device = True, key_states.device
-        return KeptStates(self, kept, self.length, key_states, slot), None
+        return KeptStates(self, kept, self.length, key_states, value_states, slot), None
 
     def shrink(self, kept: Kept, call: EvictionCall, whole: bool) -> None:
         """Asks the method what stays, after the queries of a pass have attended to all of `kept`.
@@ -278,25 +126,29 @@ class KeptKeysLayer(CacheLayerMixin):
             )
         if isinstance(result, Replacement):
             new = (result.k, result.v, result.position.to(torch.int32), result.bias)
-            kept = Kept(*(None if x is None else _full(x) for x in new), kept.start)
+            kept = Kept(*(None if x is None else full(x) for x in new), kept.start)
         elif result is not None:
             kept = kept.of(result, call)
+        if self.packing is not None:
+            layout = self.packing.layout(call.new_k.shape[3], kept.values.shape[3])
+            kept = kept.packed(layout.key, layout.value, layout.center)
         self.kept = kept
 
     def call(
-        self, states: KeptStates, kept: Kept, q: Tensor, k: Tensor, v: Tensor, lse: Tensor,
+        self, states: KeptStates, kept: Kept, q: Tensor, k: Any, v: Any, lse: Tensor,
         scale: float | None, bias: Tensor | None,
     ) -> EvictionCall:  # fmt: skip
-        """What the method is given after a pass."""
+        """What the method is given after a pass; k and v as tensors or as they are packed."""
         if kept.position is None:
-            place = torch.arange(k.shape[2], dtype=torch.int32, device=q.device)
-            position = place.expand(*k.shape[:2], -1)
+            batch, heads, stored, _ = kept.keys.shape
+            place = torch.arange(stored, dtype=torch.int32, device=q.device)
+            position = place.expand(batch, heads, -1)
         else:
             position = kept.position.tokens
         state = {name: each.tokens for name, each in kept.state.items()}
         return EvictionCall(
             q, k, v, lse, position, bias, self.length, kept.start, scale, self.number,
-            self.num_layers, state, self.rotary, states.new, states.slot,
+            self.num_layers, state, self.rotary, states.new_key, states.slot,
         )  # fmt: skip
 
     def get_seq_length(self) -> int:
@@ -335,10 +187,7 @@ class KeptKeysLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Takes the rows of the batch in this order, as beam search chooses them."""
         if self.kept is not None:
-            rows = beam_idx.to(self.kept.keys.memory.device)
-            kept = self.kept.map(lambda buffer: buffer.rows(rows))
-            start, free = (None if x is None else x[rows] for x in (kept.start, kept.free))
-            self.kept = replace(kept, start=start, free=free)
+            self.kept = self.kept.rows(beam_idx.to(self.kept.keys.parts()[0].device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row of the batch."""
@@ -350,10 +199,14 @@ class KeptKeysLayer(CacheLayerMixin):
         if self.kept is not None:
             self.reorder_cache(self._numbers()[indices])
 
+    def tensors(self) -> list[Tensor]:
+        """All memory that it holds."""
+        return [] if self.kept is None else self.kept.tensors()
+
     def _numbers(self) -> Tensor:
         assert self.kept is not None
-        memory = self.kept.keys.memory
-        return torch.arange(memory.shape[0], device=memory.device)
+        codes = self.kept.keys.parts()[0]
+        return torch.arange(codes.shape[0], device=codes.device)
 
     def offload(self) -> None:
         """Moves everything to the CPU until prefetch."""
@@ -365,7 +218,7 @@ class KeptKeysLayer(CacheLayerMixin):
 
     def _to(self, device: torch.device | str) -> None:
         if self.kept is not None:
-            self.kept = self.kept.settled().map(lambda buffer: buffer.to(device))
+            self.kept = self.kept.to(device)
 
 
 @dataclass(eq=False)
@@ -374,14 +227,16 @@ class KeptStates:
 
     It is no tensor; using it as one raises an error that says what to do.
 
-    kept: with the new tokens. length: all tokens so far. new: keys of this pass, [B, Hkv, L, D].
+    kept: with the new tokens. length: all tokens so far.
+    new_key: [B, Hkv, L, D] and new_value: [B, Hkv, L, Dv], of this pass, in full precision.
     slot: int64 [B, Hkv, 1], where a new token is stored; None for the last places.
     """
 
     layer: KeptKeysLayer
     kept: Kept
     length: int
-    new: Tensor
+    new_key: Tensor
+    new_value: Tensor
     slot: Tensor | None
 
     def refuse(
@@ -407,7 +262,7 @@ class KeptStates:
 
     def attend(self, q: Tensor, mask: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor]:
         """Causal attention to what is stored, out [B, Hq, L, Dv] and lse f32 [B, Hq, L]; then keys
-        are evicted.
+        are evicted. Packed keys have an lse without what their mean adds to it.
 
         Args:
             mask: bool [B | 1, 1, 1, N] over all tokens, where padding is hidden; or a mask of every
@@ -425,28 +280,43 @@ class KeptStates:
                 "attention_mask has a row for every query, and some of its keys were evicted: pass "
                 f"a mask of padding, [B, N], got {list(mask.shape)}"
             )
-        keys, values = kept.keys.tokens.to(q.dtype), kept.values.tokens.to(q.dtype)
         if kept.position is None:
-            out, lse = tokred.biased_attention(
-                q, keys, values, causal=queries > 1 and not own, scale=scale, mask=mask
-            )
             bias = None
             if mask is not None and not own:
                 visible = mask[:, 0, 0].expand(q.shape[0], -1)
                 if kept.start is None:
                     kept = replace(kept, start=visible.int().argmax(1).to(torch.int32))
                 bias = torch.zeros(visible.shape, device=q.device).masked_fill(~visible, -torch.inf)
-                bias = bias[:, None].expand(-1, keys.shape[1], -1)
+                bias = bias[:, None].expand(-1, kept.keys.shape[1], -1)
         else:
             if mask is not None:
-                kept = kept.hidden(mask[:, 0, 0, self.length - self.new.shape[2] :], slot)
+                kept = kept.hidden(mask[:, 0, 0, self.length - self.new_key.shape[2] :], slot)
             bias = None if kept.bias is None else kept.bias.tokens
+        keys: Tensor | PackedBuffer
+        values: Tensor | PackedBuffer
+        if queries == 1 and isinstance(kept.keys, PackedBuffer):
+            assert isinstance(kept.values, PackedBuffer)
+            keys, values = kept.keys, kept.values
+            packed = keys.packed, values.packed
+            out, lse = tokred.packed_attention(q, *packed, scale=scale, key_bias=bias)
+        else:
+            keys = self._whole(kept.keys, self.new_key).to(q.dtype)
+            values = self._whole(kept.values, self.new_value).to(q.dtype)
+            whole = kept.position is None
             out, lse = tokred.biased_attention(
-                q, keys, values, bias, causal=queries > 1, scale=scale
-            )
+                q, keys, values, None if whole else bias, causal=queries > 1 and not own,
+                scale=scale, mask=mask if whole else None,
+            )  # fmt: skip
         call = self.layer.call(self, kept, q, keys, values, lse, scale, bias)
         self.layer.shrink(kept, call, own)
         return out, lse
+
+    def _whole(self, held: TokenBuffer | PackedBuffer, new: Tensor) -> Tensor:
+        """All tokens; several that are new stand behind, and are not read from their codes."""
+        tokens = held.tokens
+        if isinstance(held, PackedBuffer):
+            tokens[:, :, -new.shape[2] :] = new
+        return tokens
 
     def __getitem__(self, index: Any) -> NoReturn:
         raise TypeError(f"no slices: {ADVICE}")

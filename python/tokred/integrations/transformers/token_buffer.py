@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -39,6 +40,32 @@ class TokenBuffer:
         """[B, H, length, ...], a view."""
         x, length = self.memory, self.length
         return x if length == x.shape[2] else x.narrow(2, 0, length)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """[B, H, length, D] of what has channels."""
+        batch, heads, _, dim = self.memory.shape
+        return batch, heads, self.length, dim
+
+    def parts(self) -> list[Tensor]:
+        """The tensors [B, H, length, ...] that it is made of."""
+        return [self.tokens]
+
+    def with_parts(self, tokens: Tensor) -> TokenBuffer:
+        """One of these tokens, without room for more."""
+        return TokenBuffer(tokens, tokens.shape[2])
+
+    def map(self, function: Callable[[TokenBuffer], TokenBuffer]) -> TokenBuffer:
+        """The function applied to every buffer that it is made of."""
+        return function(self)
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether tokens of this dtype can be written into it."""
+        return x.dtype == self.memory.dtype
+
+    def write(self, slot: Tensor, x: Tensor) -> None:
+        """Writes a token x [B, H, 1, D] into slot, int64 [B, H, 1, 1]."""
+        self.memory.scatter_(2, slot.expand_as(x), x)
 
     @property
     def room(self) -> int:

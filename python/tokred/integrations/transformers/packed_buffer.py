@@ -1,0 +1,98 @@
+"""Tokens of a cache as codes of a few bits, in memory with room for more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+import tokred
+from tokred.ops.kv_pack import PackedKV, PackFormat
+
+from .token_buffer import TokenBuffer
+
+# A mean of fewer keys is closer to these keys than to those that follow.
+_LEAST_MEAN = 16
+
+
+@dataclass(eq=False)
+class PackedBuffer:
+    """Keys or values [B, H, M, D], packed along channels.
+
+    mean: [B, H, 1, D], what is missing of every token, or None. dtype: of `tokens`.
+    """
+
+    codes: TokenBuffer
+    params: TokenBuffer
+    format: PackFormat
+    dtype: torch.dtype
+    mean: Tensor | None = None
+
+    @classmethod
+    def of(cls, x: Tensor, form: PackFormat, center: bool = False) -> PackedBuffer:
+        """The tokens x [B, H, M, D]; with center without their mean, where there are enough."""
+        mean = None
+        if center and x.shape[2] >= _LEAST_MEAN:
+            mean = x.mean(2, keepdim=True, dtype=torch.float32)
+            mean = torch.where(mean.isfinite(), mean, 0).to(x.dtype)
+        empty = form.empty(x.shape[0], x.shape[1], 0, x.shape[3], x.device)
+        codes, params = (TokenBuffer(each, 0) for each in (empty.codes, empty.params))
+        return cls(codes, params, form, x.dtype, mean).appended(x)
+
+    @property
+    def packed(self) -> PackedKV:
+        """What the ops read."""
+        return PackedKV(self.codes.tokens, self.params.tokens, self.format)
+
+    @property
+    def tokens(self) -> Tensor:
+        """[B, H, M, D], unpacked into memory of its own."""
+        tokens = tokred.kv_unpack(self.packed, self.dtype)
+        return tokens if self.mean is None else tokens.add_(self.mean)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """[B, H, M, D]."""
+        batch, heads, length, size = self.codes.shape
+        return batch, heads, length, size * 8 // self.format.bits
+
+    @property
+    def is_locked(self) -> bool:
+        """See TokenBuffer."""
+        return self.codes.is_locked or self.params.is_locked
+
+    def parts(self) -> list[Tensor]:
+        """See TokenBuffer."""
+        return [self.codes.tokens, self.params.tokens]
+
+    def with_parts(self, codes: Tensor, params: Tensor) -> PackedBuffer:
+        """See TokenBuffer."""
+        codes_, params_ = (TokenBuffer(x, x.shape[2]) for x in (codes, params))
+        return replace(self, codes=codes_, params=params_)
+
+    def map(self, function: Callable[[TokenBuffer], TokenBuffer]) -> PackedBuffer:
+        """See TokenBuffer."""
+        return replace(self, codes=function(self.codes), params=function(self.params))
+
+    def takes(self, x: Tensor) -> bool:
+        """Tokens of any dtype can be packed."""
+        return True
+
+    def write(self, slot: Tensor, x: Tensor) -> None:
+        """See TokenBuffer."""
+        new = self._pack(x)
+        self.codes.write(slot, new.codes)
+        self.params.write(slot, new.params)
+
+    def appended(self, x: Tensor) -> PackedBuffer:
+        """With the tokens x [B, H, L, D] behind."""
+        new = self._pack(x)
+        codes, params = self.codes.appended(new.codes), self.params.appended(new.params)
+        return replace(self, codes=codes, params=params)
+
+    def _pack(self, x: Tensor) -> PackedKV:
+        form = self.format
+        x = x if self.mean is None else x - self.mean
+        return tokred.kv_pack(x, form.bits, form.group_size, "channel", form.scheme, form.rotated)
