@@ -4,7 +4,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# What is imported is compiled then, which is a small part of torch, transformers and diffusers.
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 # Lock files name every package, so pip looks for no dependencies.
 LOCKED = $(PIP) --no-deps --requirement
 # Tests need all that there is. A demo runs the CPU kernels, and those for CUDA only where a device

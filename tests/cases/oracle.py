@@ -40,6 +40,14 @@ def _key(value: Any) -> Hashable:
     raise _NoKey
 
 
+def _copy(result: Any) -> Any:
+    if isinstance(result, Tensor):
+        return result.clone()
+    if type(result) is tuple:
+        return tuple(_copy(part) for part in result)
+    return copy.deepcopy(result)
+
+
 def remember(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, which must be pure: after a call with equal arguments, a copy of its result."""
 
@@ -56,7 +64,7 @@ def remember(function: Callable[..., Any]) -> Callable[..., Any]:
             if len(_latest) > ENTRIES:
                 _latest.popitem(last=False)
         _latest.move_to_end(key)
-        return copy.deepcopy(_latest[key])
+        return _copy(_latest[key])
 
     return call
 
