@@ -21,7 +21,7 @@ import tokred
 from tokred.compat import cache_keyword
 from tokred.demo.offline import MissingModelError
 from tokred.demo.smollm2 import load_smollm2
-from tokred.demo.text import dense_attention
+from tokred.evaluation.decoding import dense_attention
 
 from .bench_models import allow_torchvision
 from .harness import MOST_SAMPLES, Case

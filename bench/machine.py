@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from tokred.demo.report import revision
+from tokred.evaluation.origin import revision
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -12,7 +12,7 @@ torchvision_stub.install()
 for needed in ("transformers", "skimage", "rich"):
     pytest.importorskip(needed)
 
-from tokred.demo import budgets  # noqa: E402
+from tokred.evaluation import budgets  # noqa: E402
 from tokred.methods import get  # noqa: E402
 
 

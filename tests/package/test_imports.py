@@ -30,7 +30,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "integrations": {"ops", "grid", "patching"},
     "models": set(),
     "cache": {"ops", "integrations"},
-    "demo": {"ops", "methods", "patching", "integrations", "cache"},
+    "evaluation": {"ops", "methods", "patching", "integrations", "cache"},
+    "demo": {"ops", "methods", "patching", "integrations", "cache", "evaluation"},
     "__init__": {"ops"},
     "__main__": {"ops"},
 }

@@ -21,11 +21,12 @@ from torch.nn import functional
 
 import tokred
 from tokred.compat import cache_keyword
+from tokred.evaluation.decoding import dense_attention
+from tokred.evaluation.figure import new_figure
 
 from .report import (
     SpeedRow,
     mark_dense,
-    new_figure,
     new_table,
     perplexity_table,
     plot_lines,
@@ -37,7 +38,7 @@ from .report import (
     speed_verdict,
 )
 from .smollm2 import load_smollm2
-from .text import dense_attention, generate_text, text_ids
+from .text import generate_text, text_ids
 
 # What of the default options is left out. Groups along tokens need a window, so what has none packs
 # keys along channels.

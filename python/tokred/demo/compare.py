@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tokred.evaluation.budgets import named, selectors
+from tokred.evaluation.figure import new_figure
+from tokred.evaluation.origin import origin
+
 from .offline import MissingModelError, require_packages
-from .report import mark_dense, named, new_figure, new_table, origin
+from .report import mark_dense, new_table
 
 KEEP = (0.25, 0.5, 0.75)
 TEXT_MODELS = ("smollm2", "minilm")
@@ -86,39 +88,6 @@ def with_front(entries: Sequence[Entry], measure: str, lower_is_better: bool) ->
         Entry(**{**asdict(entry), "on_front": not beaten(point)})
         for entry, point in zip(entries, points, strict=True)
     ]
-
-
-def peak_bytes(function: Callable[[], object]) -> int:
-    """The most bytes that the call holds at once of what it allocates through torch, on the CPU."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with (
-        _quiet(),
-        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded,
-    ):
-        function()
-    assert recorded.profiler is not None
-    events = recorded.profiler.kineto_results.events()
-    held = greatest = 0
-    for event in sorted(
-        (event for event in events if event.name() == "[memory]"), key=lambda e: e.start_ns()
-    ):
-        held += event.nbytes()
-        greatest = max(greatest, held)
-    return greatest
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the lines that torch's profiler writes to stderr by itself."""
-    before, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nothing, 2)
-        yield
-    finally:
-        os.dup2(before, 2)
-        os.close(before)
-        os.close(nothing)
 
 
 def publish(comparison: Comparison, output: Path, complete: bool) -> None:
@@ -223,7 +192,7 @@ def _on_text(options: argparse.Namespace, budgets: tuple[float, ...]) -> Iterato
     """The comparisons on text, of each model that has one of the methods asked for."""
     from . import compare_sentences, compare_text
 
-    known = {"smollm2": compare_text.selectors(), "minilm": compare_sentences.reducers()}
+    known = {"smollm2": selectors(), "minilm": compare_sentences.reducers()}
     methods = {method.name: method for model in options.model for method in known[model]}
     chosen = [method.name for method in named(methods, options.methods, "--methods")]
     path = Path(options.text)

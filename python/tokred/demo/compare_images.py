@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import tokred
+from tokred.evaluation.budgets import fitted, options_at, reducers
+from tokred.evaluation.measure import peak_bytes, timed
 from tokred.methods import get
 
-from .budgets import fitted, options_at, reducers
-from .compare import Comparison, Entry, peak_bytes, with_front
+from .compare import Comparison, Entry, with_front
 from .dinov2 import PATCH_SIZE, load_dinov2
 from .gallery import photograph_from
-from .images import Photograph, timed, tokens_left
+from .images import Photograph, tokens_left
 
 CLASS, PATCHES = "CLS cosine", "patch cosine"
 

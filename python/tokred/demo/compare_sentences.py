@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 import tokred
+from tokred.evaluation import budgets as fitting
+from tokred.evaluation.budgets import named
+from tokred.evaluation.measure import peak_bytes, timed
 from tokred.methods import Method, get
 
-from . import budgets as fitting
-from .compare import Comparison, Entry, peak_bytes, with_front
-from .images import timed
+from .compare import Comparison, Entry, with_front
 from .minilm import embeddings, load_minilm
-from .report import named
 
 SIMILARITIES, EMBEDDINGS = "similarity correlation", "embedding cosine"
 SHORTEST, LONGEST = 64, 254  # tokens of a passage, without those that the tokenizer adds

@@ -12,7 +12,6 @@ import statistics
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,15 @@ from torch import Tensor, nn
 
 import tokred
 from tokred.compat import cache_keyword
-from tokred.methods import METHODS, Method, Needs
+from tokred.evaluation.budgets import keys_at, selectors
+from tokred.evaluation.decoding import dense_attention
+from tokred.evaluation.measure import peak_bytes
+from tokred.evaluation.needles import Prompt
 
-from .compare import Comparison, Entry, peak_bytes, with_front
-from .report import named
+from .compare import Comparison, Entry, with_front
 from .smollm2 import CONTEXT, load_smollm2
-from .text import FORCED, dense_attention
 
 PERPLEXITY, RECALL = "perplexity", "needle recall"
-NEEDLES = (("Lisbon", "48213"), ("Oslo", "90576"), ("Quito", "17364"), ("Hanoi", "62981"))
 CHUNK = 1024  # tokens of the prompt that the model reads at a time
 
 
@@ -60,7 +59,7 @@ def compare(
         dense = reader.quality()
         dense_bytes = peak_bytes(reader.step)
     patches = {
-        (method.name, budget): options_at(method, max(round(context * budget), 1))
+        (method.name, budget): keys_at(method, max(round(context * budget), 1))
         for budget in budgets
         for method in chosen
     }
@@ -95,69 +94,6 @@ def compare(
     )
 
 
-def selectors(names: Sequence[str] = ()) -> list[Method]:
-    """The methods that choose k cached keys in a causal language model without calibration.
-
-    Raises:
-        ValueError: a name that is none of them.
-    """
-    found = {
-        method.name: method
-        for method in METHODS.values()
-        if Needs.LANGUAGE_MODEL in method.needs
-        and "causal_lm" in getattr(method.options, "adapters", ())
-        and "k" in method.defaults()
-        and MISSING not in method.defaults().values()
-    }
-    return named(found, names, "--methods")
-
-
-def options_at(method: Method, keys: int) -> dict[str, Any]:
-    """The options with which a step attends to so many keys, those it keeps besides among them."""
-    forced = {name: value for name, value in FORCED.items() if name in method.defaults()}
-    return {"k": max(keys - sum(forced.values()), 1), **forced}
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What the model reads, i64 [1, N] each.
-
-    context: the text that fills the cache. after: what follows it in the text. questions: of every
-    needle, how it is asked for, and what is to be named.
-    """
-
-    context: Tensor
-    after: Tensor
-    questions: list[tuple[Tensor, Tensor]]
-
-    @classmethod
-    def of(cls, tokenizer: Any, text: str, context: int, decoded: int) -> Prompt:
-        """The text with the needles at even distances.
-
-        Raises:
-            ValueError: the text has too few tokens.
-        """
-
-        def ids(of: str) -> Tensor:
-            return tokenizer(of, return_tensors="pt", add_special_tokens=False).input_ids
-
-        needles = [ids(f" The code of {city} is {code}. ") for city, code in NEEDLES]
-        words = ids(text)
-        room = context - sum(needle.shape[1] for needle in needles)
-        if room < 1 or words.shape[1] < room + decoded + 1:
-            raise ValueError(
-                f"the text must have at least {max(room, 1) + decoded + 1} tokens for a context of "
-                f"{context} with {len(needles)} needles, got {words.shape[1]}"
-            )
-        parts: list[Tensor] = []
-        ends = [room * (i + 1) // (len(needles) + 1) for i in range(len(needles))]
-        for first, last, needle in zip([0, *ends], ends, needles, strict=False):
-            parts += [words[:, first:last], needle]
-        parts.append(words[:, ends[-1] : room])
-        questions = [(ids(f"\n The code of {city} is"), ids(f" {code}")) for city, code in NEEDLES]
-        return cls(torch.cat(parts, 1), words[:, room : room + decoded + 1], questions)
-
-
 class Reader:
     """A model that has read the context, once and densely, and decodes behind it."""
 
@@ -174,11 +110,7 @@ class Reader:
         """The perplexity of what follows, and the share of the needles' tokens that are named."""
         after = self.prompt.after
         loss = -self._log_probabilities(after[:, :-1]).gather(1, after[0, 1:, None]).mean()
-        named = []
-        for question, answer in self.prompt.questions:
-            asked = torch.cat([question, answer], 1)
-            best = self._log_probabilities(asked[:, :-1]).argmax(-1)
-            named.append(best[question.shape[1] - 1 :] == answer[0])
+        named = [needle.named(self._log_probabilities) for needle in self.prompt.needles]
         return {PERPLEXITY: math.exp(loss.item()), RECALL: torch.cat(named).float().mean().item()}
 
     def step(self) -> None:

@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from tokred.evaluation.budgets import fitted, options_at, reducers
+from tokred.evaluation.origin import origin
 from tokred.methods import Method
 
-from .budgets import fitted, options_at, reducers
 from .dinov2 import IMAGE_SIZE, PATCH_SIZE, load_dinov2
 from .figures import Panel, merged_regions, save_panels
 from .images import Photograph, photograph_of, photographs_in, tokens_left, turn
 from .offline import MissingModelError, require_packages
-from .report import origin
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +18,11 @@ from torch import Tensor
 from torch.nn import functional
 
 import tokred
+from tokred.evaluation.measure import timed
+from tokred.evaluation.origin import origin
 
 from .dinov2 import PATCH_SIZE, load_dinov2
 from .offline import MissingModelError
-from .report import origin
 
 if TYPE_CHECKING:
     import numpy as np
@@ -172,12 +172,6 @@ def _measure(
         patch_cosine=cosines[:, 1:].mean().item(),
     )
     return row, [each[0].token_map for each in turns]
-
-
-def timed(function: Callable[[], Tensor]) -> tuple[Tensor, float]:
-    start = time.perf_counter()
-    result = function()
-    return result, time.perf_counter() - start
 
 
 def photographs_in(names: Sequence[str], size: int) -> Iterator[Photograph]:

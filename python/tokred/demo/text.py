@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,12 +20,14 @@ from torch import Tensor
 
 import tokred
 from tokred.compat import cache_keyword
+from tokred.evaluation.budgets import FORCED
+from tokred.evaluation.decoding import dense_attention
+from tokred.evaluation.figure import new_figure
 
 from .offline import MissingModelError
 from .report import (
     SpeedRow,
     mark_dense,
-    new_figure,
     perplexity_table,
     plot_lines,
     plot_speed,
@@ -41,7 +43,6 @@ PROMPTS = (
     "The capital of France is",
     "Water boils at one hundred degrees, and it freezes at",
 )
-FORCED = {"n_init": 4, "n_local": 32}  # what token_select keeps besides its choice
 GOOD_PERPLEXITY = 1.02
 
 
@@ -116,20 +117,6 @@ def text_ids(tokenizer: Any, count: int) -> Tensor:
     if ids.shape[1] < count:
         raise MissingModelError(f"Python's reference has {ids.shape[1]} tokens, {count} are needed")
     return ids[:, :count]
-
-
-@contextmanager
-def dense_attention(model: torch.nn.Module, name: str = "tokred") -> Iterator[None]:
-    """The model on tokred's dense attention, or another, until the block is left."""
-    from tokred.integrations.transformers.attention import register
-
-    register()
-    before = model.config._attn_implementation
-    model.set_attn_implementation(name)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
 
 
 def _perplexities(

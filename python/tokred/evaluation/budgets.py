@@ -1,17 +1,16 @@
-"""Which methods run in DINOv2, and the options with which each leaves the same share of tokens."""
+"""The options with which a method leaves a share of the tokens, or keeps a share of the keys."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
 from tokred.methods import METHODS, Method, Needs
 
-from .report import named
-
 TOLERANCE = 0.1  # of a budget, within which the number of tokens left must be
 ONE_REDUCES = ("hiprune",)  # whose other layers are only read
+FORCED = {"n_init": 4, "n_local": 32}  # what token_select keeps besides its choice
 
 
 def reducers(names: Sequence[str], argument: str) -> list[Method]:
@@ -92,3 +91,51 @@ def _reducing(method: Method, layers: int) -> int:
         return 1
     options: Any = method.options
     return max(len(options(ratio=0.5).layers(layers)), 1)
+
+
+def selectors(names: Sequence[str] = ()) -> list[Method]:
+    """The methods that choose k cached keys in a causal language model without calibration.
+
+    Raises:
+        ValueError: a name that is none of them.
+    """
+    found = {
+        method.name: method
+        for method in METHODS.values()
+        if Needs.LANGUAGE_MODEL in method.needs
+        and "causal_lm" in getattr(method.options, "adapters", ())
+        and "k" in method.defaults()
+        and MISSING not in method.defaults().values()
+    }
+    return named(found, names, "--methods")
+
+
+def keys_at(method: Method, keys: int) -> dict[str, Any] | None:
+    """The options with which a step attends to so many keys, those it keeps besides among them.
+
+    None for a method whose number of keys follows from what they are, or that wants what only
+    calibration knows.
+    """
+    known = method.defaults()
+    if MISSING in known.values():
+        return None
+    if "budget" in known:
+        window = known.get("window", 0)
+        return {"budget": keys} | ({"window": max(keys // 2, 1)} if window > keys // 2 else {})
+    if "k" not in known:
+        return None
+    # Of a small budget, at most half is not chosen.
+    forced = {n: min(count, keys // 4) for n, count in FORCED.items() if n in known}
+    return {"k": max(keys - sum(forced.values()), 1), **forced}
+
+
+def named(found: Mapping[str, Any], names: Sequence[str], argument: str) -> list[Any]:
+    """The values of `found` by these names, in its own order; all of them where there are none.
+
+    Raises:
+        ValueError: a name that `found` has not; the message says `argument`.
+    """
+    unknown = sorted(set(names) - set(found))
+    if unknown:
+        raise ValueError(f"{argument} must be some of {', '.join(found)}, got {', '.join(unknown)}")
+    return [value for name, value in found.items() if not names or name in names]

@@ -1,0 +1,206 @@
+"""Decoders: what the tokens behind a prompt are predicted with, token by token as in generate."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import kl_div
+
+from tokred.compat import cache_keyword
+
+from .candidates import Candidate, Methods, for_decoder
+from .inputs import Batch, without_padding
+from .needles import Needle, hidden, needles
+from .results import Measure
+from .tally import Tally
+
+PERPLEXITY, RATIO, KL, RECALL = "perplexity", "to dense", "logit KL", "needle recall"
+MEASURES = (
+    Measure(PERPLEXITY, "lower", 5),
+    Measure(RATIO, "", 4),
+    Measure(KL, "lower", 3),
+    Measure(RECALL, "higher", 3),
+)
+
+
+@contextmanager
+def dense_attention(model: nn.Module, name: str = "tokred") -> Iterator[None]:
+    """The model on tokred's dense attention, or another, until the block is left."""
+    from tokred.integrations.transformers.attention import register
+
+    register()
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def forward(model: nn.Module, ids: Tensor, cache: Any) -> Tensor:
+    """[B, vocabulary]: the logits behind ids i64 [B, N], which join the cache."""
+    options: dict[str, Any] = {cache_keyword(): cache}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        options["logits_to_keep"] = 1
+    return model(ids, **options).logits[:, -1].float()
+
+
+def cache_of(model: nn.Module, candidate: Candidate | None) -> Any:
+    """An empty cache: transformers' own without a candidate, one that grows in place with one."""
+    from transformers import DynamicCache
+
+    from tokred.cache import DenseCache, PackedCache
+
+    if candidate is None:
+        return DynamicCache(config=model.config)
+    if candidate.bits is not None:
+        return PackedCache(model, candidate.bits)
+    return DenseCache(model)
+
+
+@dataclass(frozen=True)
+class Split:
+    """context i64 [B, N], which the cache holds; after i64 [B, S + 1], of which all but the first
+    are predicted."""
+
+    context: Tensor
+    after: Tensor
+
+
+@dataclass(frozen=True)
+class Reading:
+    """log_probabilities f32 [B, S, vocabulary] of the predicted tokens i64 [B, S]; named, bool
+    [B, T], the tokens of the needles that were, None without needles."""
+
+    log_probabilities: Tensor
+    predicted: Tensor
+    named: Tensor | None
+
+
+class DecoderTask:
+    """How well a decoder predicts the last tokens of sequences, whose beginning is its prompt."""
+
+    measures = MEASURES
+
+    def __init__(self, model: nn.Module, tokenizer: Any, decoded: int) -> None:
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise ValueError(
+                f"{type(model).__name__} is an encoder and a decoder: pass one of the two, or a "
+                "language model"
+            )
+        self.model, self.decoded = model, decoded
+        self.needles: list[Needle] = [] if tokenizer is None else needles(tokenizer)
+        self.device = next(model.parameters()).device
+        self.title = f"{type(model).__name__}: quality of decoding"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the figures are of."""
+        lines = [
+            f"Perplexity and KL (nats, from the unpatched model) are of up to {self.decoded} tokens "
+            "behind each prompt, decoded one by one; kept counts keys, of the first prompt.",
+        ]
+        if self.needles:
+            lines.append(
+                f"Needle recall is of {len(self.needles)} numbers hidden in every prompt, "
+                "and asked for behind it."
+            )
+        return tuple(lines)
+
+    def parts(self, batch: Batch) -> Iterator[Split]:
+        """The sequences of a batch, split, with needles where there are any.
+
+        Raises:
+            ValueError: too few tokens or too many, or numbers that are no tokens of the model.
+        """
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        for ids in without_padding(batch):
+            if ids.shape[1] < 4:
+                raise ValueError(f"a sequence must have at least 4 tokens, got {ids.shape[1]}")
+            low, high = int(ids.min()), int(ids.max())
+            if low < 0 or high >= vocabulary:
+                raise ValueError(
+                    f"token numbers must be in [0, {vocabulary}) here, got {low} to {high}"
+                )
+            ids = ids.to(self.device)
+            scored = min(self.decoded, (ids.shape[1] - 1) // 2)
+            context, after = ids[:, : -scored - 1], ids[:, -scored - 1 :]
+            if self.needles:
+                context = hidden(context, self.needles)
+            self._check_length(context.shape[1] + after.shape[1])
+            yield Split(context, after)
+
+    def _check_length(self, length: int) -> None:
+        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if isinstance(longest, int) and length > longest:
+            added = " with the needles" if self.needles else ""
+            raise ValueError(
+                f"a sequence has {length} tokens{added}, and the model at most {longest} positions"
+            )
+
+    def candidates(
+        self, part: Split, methods: Methods, budgets: Sequence[float], bits: Sequence[int]
+    ) -> list[Candidate]:
+        """What is tried, at shares of this sequence's prompt."""
+        return for_decoder(methods, budgets, bits, part.context.shape[1])
+
+    def fitted(self, part: Split, candidate: Candidate) -> Candidate:
+        """The candidate as it is: its options say how many keys it keeps."""
+        return candidate
+
+    def read(self, part: Split, candidate: Candidate | None = None) -> Reading:
+        """The model, with the candidate's patch, reads a sequence."""
+        if candidate is None:
+            return self._read(part, cache_of(self.model, None))
+        with candidate.patch(self.model):
+            return self._read(part, cache_of(self.model, candidate))
+
+    def _read(self, part: Split, cache: Any) -> Reading:
+        forward(self.model, part.context, cache)
+        named = [
+            needle.to(part.context).named(lambda ids: self._decode(ids, copy.deepcopy(cache)))
+            for needle in self.needles
+        ]
+        return Reading(
+            self._decode(part.after[:, :-1], cache),
+            part.after[:, 1:],
+            torch.cat(named, 1) if named else None,
+        )
+
+    def _decode(self, ids: Tensor, cache: Any) -> Tensor:
+        """f32 [B, N, vocabulary] of the tokens behind ids i64 [B, N], one after another."""
+        rows = [forward(self.model, token, cache).log_softmax(-1) for token in ids.split(1, 1)]
+        return torch.stack(rows, 1)
+
+    def add(self, tally: Tally, reading: Reading, dense: Reading | None) -> None:
+        """Adds what was read; dense is the unpatched model's, None where it is that itself."""
+        ours = reading.log_probabilities
+        tally.add(PERPLEXITY, -ours.gather(2, reading.predicted[..., None]))
+        if dense is not None:
+            theirs = dense.log_probabilities
+            tally.add(KL, kl_div(ours, theirs, reduction="none", log_target=True).sum(-1))
+        if reading.named is not None:
+            tally.add(RECALL, reading.named.float())
+
+    def figures(self, tally: Tally, dense: Tally) -> dict[str, float]:
+        """The measures of all that was added."""
+        means, theirs = tally.means(), dense.means()
+        loss = means.pop(PERPLEXITY)
+        difference = loss - theirs[PERPLEXITY]
+        return {PERPLEXITY: _exp(loss), RATIO: _exp(difference), **means}
+
+
+def _exp(value: float) -> float:
+    """math.exp, infinite where that overflows."""
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf

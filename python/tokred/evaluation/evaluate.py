@@ -1,0 +1,174 @@
+"""What methods keep of the quality of a model of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import chain
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from .candidates import Candidate, Methods, check_budgets, check_methods, refused
+from .decoding import DecoderTask
+from .encoding import EncoderTask
+from .inputs import Batch, batches
+from .progress import Progress
+from .results import Result, Row
+from .tally import Tally
+
+BUDGETS = (0.5, 0.25)
+Task: TypeAlias = DecoderTask | EncoderTask
+
+
+def evaluate(
+    model: nn.Module,
+    inputs: Any,
+    methods: Methods = None,
+    budgets: Sequence[float] = BUDGETS,
+    *,
+    bits: Sequence[int] = (),
+    tokenizer: Any = None,
+    decoded: int = 64,
+    progress: bool = True,
+) -> Result:
+    """What methods keep of a model's quality, each beside the unpatched model.
+
+    Of a decoder of transformers: the perplexity of the last tokens of every sequence, decoded one
+    by one behind the others, the KL divergence of their logits, and with a tokenizer how many
+    numbers hidden in the prompt (needles) are found again. Of an encoder of transformers or timm:
+    the cosine of the class token and of all others, restored, to the unpatched model's.
+
+    Args:
+        model: the model, which is left as it was.
+        inputs: token numbers i64 [B, N] or pixels [B, C, H, W]; a list of these, or a loader of
+            batches, tensors or dicts with input_ids (and attention_mask) or pixel_values. Padding
+            is left out.
+        methods: names, each at every budget; or a dict of options by name, added to those of the
+            budgets unless they say themselves how many tokens stay. All that serve such a model by
+            default.
+        budgets: shares of the tokens or keys that stay, of the first input.
+        bits: of a decoder, packed caches of so many bits as well.
+        tokenizer: of a decoder, for the needles.
+        decoded: tokens of every sequence that are predicted, at most half of it.
+        progress: shows a bar where stderr is a terminal.
+
+    Returns:
+        A Result: rows with figures, what they are of, and the line to copy, or with the reason why
+        a method or an option does not fit. Ctrl-C leaves what was measured.
+
+    Raises:
+        ValueError: an unknown method, with the nearest names; budgets outside (0, 1]; inputs that
+            the model does not take.
+        TypeError: inputs, methods or a model of a wrong kind.
+    """
+    budgets = check(model, methods, budgets, bits)
+    if type(decoded) is not int or decoded < 1:
+        raise ValueError(f"decoded must be an int of at least 1, got {decoded!r}")
+    task, parts = begin(model, inputs, tokenizer, decoded)
+    dense, interrupted = Tally(), False
+    candidates: list[Candidate] = []
+    tallies: list[Tally] = []
+    with Progress(None, progress) as shown, at_rest(model):
+        for number, part in enumerate(parts):
+            shown.step("unpatched")
+            try:
+                if number == 0:
+                    candidates = task.candidates(part, methods, budgets, bits)
+                    tallies = [Tally() for _ in candidates]
+                expected = task.read(part)
+                task.add(dense, expected, None)
+                for place, candidate in enumerate(candidates):
+                    if candidate.reason:
+                        continue
+                    shown.step(candidate.label)
+                    try:
+                        if number == 0:
+                            candidate = candidates[place] = task.fitted(part, candidate)
+                        task.add(tallies[place], task.read(part, candidate), expected)
+                    except Exception as error:
+                        candidates[place] = refused(candidate, error)
+                    shown.advance()
+            except KeyboardInterrupt:
+                if number == 0 and not dense.means():
+                    raise
+                interrupted = True
+                break
+    rows = [
+        row_of(each, {} if each.reason else task.figures(tally, dense) if tally.means() else {})
+        for each, tally in zip(candidates, tallies, strict=True)
+    ]
+    whole = Row("unpatched", "", figures=task.figures(dense, dense))
+    return Result(task.title, task.measures, whole, tuple(rows), task.notes, interrupted)
+
+
+def check(
+    model: Any, methods: Methods, budgets: Sequence[float], bits: Sequence[int]
+) -> tuple[float, ...]:
+    """The budgets, descending, where all of these can be tried.
+
+    Raises:
+        ValueError, TypeError: see evaluate.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_methods(methods)
+    for each in bits:
+        if each not in (1, 2, 3, 4, 8):
+            raise ValueError(f"bits must be some of 1, 2, 3, 4, 8, got {each!r}")
+    return check_budgets(budgets)
+
+
+def begin(
+    model: nn.Module, inputs: Any, tokenizer: Any, decoded: int
+) -> tuple[Task, Iterator[Any]]:
+    """What is measured, by the kind of the first input, and the inputs one after another."""
+    found = batches(inputs)
+    first = next(found)
+    task: Task
+    if "input_ids" in first and is_decoder(model):
+        task = DecoderTask(model, tokenizer, decoded)
+    else:
+        task = EncoderTask(model)
+    return task, _parts(task, first, found)
+
+
+def _parts(task: Task, first: Batch, others: Iterator[Batch]) -> Iterator[Any]:
+    for batch in chain([first], others):
+        yield from task.parts(batch)
+
+
+def is_decoder(model: nn.Module) -> bool:
+    """Whether it is a language model that generates."""
+    return hasattr(model, "generate") and bool(getattr(model, "can_generate", lambda: True)())
+
+
+@contextmanager
+def at_rest(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode and without gradients; afterwards every part is as it was."""
+    before = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, training in before.items():
+            module.training = training
+
+
+def row_of(candidate: Candidate, figures: dict[str, float]) -> Row:
+    """A row of the result; without figures and reason it was not reached."""
+    if not figures and not candidate.reason:
+        candidate = replace(candidate, reason="interrupted before it was measured")
+    return Row(
+        candidate.label,
+        candidate.method,
+        candidate.options,
+        candidate.budget,
+        candidate.kept,
+        figures,
+        candidate.line,
+        candidate.reason,
+    )

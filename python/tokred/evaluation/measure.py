@@ -1,0 +1,67 @@
+"""The time and the memory of one call."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+def timed(function: Callable[[], T]) -> tuple[T, float]:
+    """What the call returns, and the seconds that it took, its work on a GPU included."""
+    _wait()
+    start = time.perf_counter()
+    result = function()
+    _wait()
+    return result, time.perf_counter() - start
+
+
+def _wait() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """The most bytes that the call holds at once of what it allocates through torch, on the CPU or,
+    where a GPU is in use, there."""
+    from torch.profiler import ProfilerActivity, profile
+
+    if torch.cuda.is_initialized():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+
+    with (
+        _quiet(),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded,
+    ):
+        function()
+    assert recorded.profiler is not None
+    events = recorded.profiler.kineto_results.events()
+    held = greatest = 0
+    for event in sorted(
+        (event for event in events if event.name() == "[memory]"), key=lambda e: e.start_ns()
+    ):
+        held += event.nbytes()
+        greatest = max(greatest, held)
+    return greatest
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the lines that torch's profiler writes to stderr by itself."""
+    before, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 2)
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(nothing)

@@ -1,0 +1,214 @@
+"""tokred.evaluate: its figures beside plain formulas, rows with reasons, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cases import torchvision_stub
+
+torchvision_stub.install()
+transformers = pytest.importorskip("transformers")
+
+import tokred  # noqa: E402
+from tokred.compat import cache_keyword  # noqa: E402
+from tokred.evaluation.inputs import batches, without_padding  # noqa: E402
+
+VOCABULARY = 128
+
+
+@cache
+def decoder() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=256,
+        initializer_range=0.3,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@cache
+def encoder() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=48, patch_size=8,
+        intermediate_size=32, initializer_range=0.2,
+    )  # fmt: skip
+    return transformers.ViTModel(config).eval()
+
+
+def tokens(rows: int = 1, length: int = 41) -> Tensor:
+    return torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def images(count: int = 2) -> Tensor:
+    return torch.randn(count, 3, 48, 48, generator=torch.Generator().manual_seed(2))
+
+
+class Words:
+    """A tokenizer of words."""
+
+    def __call__(self, text: str, **_: object) -> object:
+        ids = torch.tensor([[sum(map(ord, word)) % VOCABULARY for word in text.split()]])
+        return type("Encoded", (), {"input_ids": ids})()
+
+
+def test_figures_of_a_decoder() -> None:
+    """Beside decoding by hand, the unpatched model and SnapKV."""
+    ids = tokens(2)
+    result = tokred.evaluate(decoder(), ids, ["snap_kv"], [0.5], decoded=4, bits=[8])
+    snap, packed = result.rows
+    assert snap.options == {"budget": 18, "window": 9} and snap.kept == 18
+
+    def log_probabilities() -> Tensor:
+        rows, past = [], transformers.DynamicCache(config=decoder().config)
+        decoder()(ids[:, :36], **{cache_keyword(): past})
+        for place in range(36, 40):
+            logits = decoder()(ids[:, place, None], **{cache_keyword(): past}).logits
+            rows.append(logits[:, -1].double().log_softmax(-1))
+        return torch.stack(rows, 1)
+
+    with torch.no_grad():
+        dense = log_probabilities()
+        with tokred.patch(decoder(), "snap_kv", **snap.options):
+            ours = log_probabilities()
+    for row, found in ((result.dense, dense), (snap, ours)):
+        loss = -found.gather(2, ids[:, 37:, None]).mean()
+        assert row.figures["perplexity"] == pytest.approx(float(loss.exp()), rel=1e-4)
+    kl = (dense.exp() * (dense - ours)).sum(-1).mean()
+    assert snap.figures["logit KL"] == pytest.approx(float(kl), rel=1e-3) and kl > 1e-3
+    assert snap.figures["to dense"] == pytest.approx(
+        snap.figures["perplexity"] / result.dense.figures["perplexity"]
+    )
+    assert packed.method == "packed_cache" and packed.figures["to dense"] == pytest.approx(1, 0.1)
+    assert "tokred.PackedCache(model, 8)" in packed.line
+
+
+def test_all_keys_are_the_unpatched_model() -> None:
+    """Every method that serves it by default, with needles, a list of sequences, in training."""
+    model = decoder().train()
+    result = tokred.evaluate(
+        model, [tokens()[0], tokens()], budgets=[1.0], decoded=1, tokenizer=Words()
+    )
+    assert model.training and model.model.layers[0].training
+    model.eval()
+    names = {row.method for row in result.rows}
+    assert {"top_k_attention", "token_select", "snap_kv", "streaming_llm"} <= names
+    for row in result.rows:
+        if row.method == "tidal_decode":  # of models with more layers
+            assert "layer" in row.reason and not row.figures
+            continue
+        assert row.figures["logit KL"] == pytest.approx(0, abs=1e-4), row
+        assert row.figures["needle recall"] == result.dense.figures["needle recall"]
+
+
+@pytest.mark.parametrize("name", ["tome", "evit"])
+def test_figures_of_an_encoder(name: str) -> None:
+    result = tokred.evaluate(encoder(), images(), [name], [0.5])
+    (row,) = result.rows
+    with torch.no_grad(), tokred.patch(encoder(), name, trace_source=True, **row.options) as handle:
+        ours = handle.unmerge(encoder()(images()).last_hidden_state)
+        assert row.kept == handle.counts[-1] - 1 and abs(row.kept - 18) <= 2
+    with torch.no_grad():
+        cosine = torch.cosine_similarity(ours, encoder()(images()).last_hidden_state, dim=-1)
+    assert row.figures["CLS cosine"] == pytest.approx(float(cosine[:, 0].mean()), abs=1e-5)
+    assert row.figures["patch cosine"] == pytest.approx(float(cosine[:, 1:].mean()), abs=1e-5)
+    assert result.dense.figures["CLS cosine"] == pytest.approx(1)
+    assert row.line == f'tokred.patch(model, "{name}", ' + (
+        f"r={row.options['r']})" if name == "tome" else f"ratio={row.options['ratio']})"
+    )
+
+
+def test_what_does_not_fit_is_a_row_with_its_reason() -> None:
+    methods = {
+        "tome": {"r": 2}, "snap_kv": {"budget": 8}, "fasa": {}, "quest": {}, "fastv": {},
+        "evit": {"rr": 3}, "pitome": {"ratio": 1.5},
+    }  # fmt: skip
+    result = tokred.evaluate(encoder(), {"pixel_values": images()}, methods, [0.5])
+    reasons = {row.method: row.reason for row in result.rows}
+    assert [row.method for row in result.rows if row.figures] == ["tome"]
+    assert reasons["snap_kv"] == "works on a causal language model, and this is a vision encoder"
+    assert "a vision-language model" in reasons["fastv"]
+    assert "tokred.methods.quest" in reasons["quest"]
+    assert "'evit' has no option rr" in reasons["evit"] and "ratio" in reasons["pitome"]
+    result = tokred.evaluate(decoder(), tokens(), ["fasa", "tome"], decoded=1)
+    assert "needs dims, which calibration gives" in result.rows[0].reason
+    assert "this is a causal language model" in result.rows[1].reason
+    assert "not measured:" in result.table() and "needs dims" in result.table()
+
+
+def test_ctrl_c_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tokred.methods.evit import EvitOptions
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(EvitOptions, "plan", stop)
+    result = tokred.evaluate(encoder(), images(), ["tome", "evit", "pitome"], [0.5])
+    assert result.interrupted and "interrupted" in result.table()
+    tome, *others = result.rows
+    assert tome.figures and all("interrupted" in row.reason for row in others)
+    assert encoder()(images()).last_hidden_state.shape[1] == 37  # not patched any more
+    monkeypatch.setattr(nn.Linear, "forward", stop)
+    with pytest.raises(KeyboardInterrupt):
+        tokred.evaluate(encoder(), images(), ["tome"])
+
+
+def test_results_are_written(tmp_path) -> None:
+    pytest.importorskip("matplotlib")
+    result = tokred.evaluate(encoder(), images(), ["tome", "fasa"], [0.75, 0.5])
+    assert [row.label for row in result.rows] == ["tome 0.75", "tome 0.5", "fasa"]
+    report = json.loads(result.to_json(tmp_path / "new" / "a.json").read_text())
+    assert report["rows"][0]["figures"] == result.rows[0].figures
+    assert report["origin"]["tokred"] == tokred.__version__
+    assert result.plot(tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    page = result.to_html(tmp_path / "a.html").read_text()
+    assert "data:image/png;base64" in page and "http" not in page.replace("http-equiv", "")
+    assert "tokred.patch(model, &quot;tome&quot;" in page and "this is a vision encoder" in page
+    assert result.to_dict()["interrupted"] is False
+
+
+def test_inputs() -> None:
+    padded = {"input_ids": tokens(2, 5), "attention_mask": torch.tensor([[0, 1, 1, 1, 1]] * 2)}
+    assert [x.shape for x in without_padding(padded)] == [(1, 4), (1, 4)]
+    assert [[*b] for b in batches([[1, 2, 3], tokens(), (images(), 0)])] == [
+        ["input_ids"], ["input_ids"], ["pixel_values"]
+    ]  # fmt: skip
+    assert next(batches([1, 2, 3]))["input_ids"].shape == (1, 3)
+    for wrong, kind, message in (
+        ("text", TypeError, "tokenize it first"),
+        (3, TypeError, "inputs must be a tensor, a dict, a list of these or a loader, got int"),
+        ([], ValueError, "inputs must have at least one batch"),
+        ([{"labels": 1}], ValueError, r"inputs\[0\] must have tensors input_ids or pixel_values"),
+        (torch.ones(2, 2, 2, 2, 2), ValueError, r"pixels \[B, C, H, W\]"),
+        (torch.zeros(1, 0, dtype=torch.long), ValueError, "not empty"),
+    ):
+        with pytest.raises(kind, match=message):
+            list(batches(wrong))
+
+
+def test_refusals() -> None:
+    for arguments, options, kind, message in (
+        ((decoder(), tokens(), ["snap_kvv"]), {}, ValueError, "did you mean 'snap_kv'"),
+        ((decoder(), tokens(), "snap_kv"), {}, TypeError, "methods must be names"),
+        ((decoder(), tokens(), {"h2o": 3}), {}, TypeError, r"methods\['h2o'\] must be a dict"),
+        ((decoder(), tokens(), None, [1.5]), {}, ValueError, r"budgets must be shares in \(0, 1\]"),
+        ((decoder(), tokens()), {"bits": [5]}, ValueError, "bits must be some of 1, 2, 3, 4, 8"),
+        ((decoder(), tokens()), {"decoded": 0}, ValueError, "decoded must be an int of at least 1"),
+        ((decoder(), tokens(1, 3)), {}, ValueError, "at least 4 tokens, got 3"),
+        ((decoder(), tokens(1, 300)), {}, ValueError, "300 tokens, and the model at most 256"),
+        ((decoder(), tokens() + 100), {}, ValueError, r"token numbers must be in \[0, 128\)"),
+        ((encoder(), images()), {"bits": [4]}, ValueError, "bits are for the cache of a decoder"),
+        (("model", tokens()), {}, TypeError, "model must be a torch.nn.Module, got str"),
+        ((nn.Linear(2, 2), images()), {}, ValueError, "Linear has no layer"),
+    ):
+        with pytest.raises(kind, match=message):
+            tokred.evaluate(*arguments, **options)
+    assert math.isfinite(
+        tokred.evaluate(decoder(), tokens(), [], decoded=1).dense.figures["perplexity"]
+    )
