@@ -22,10 +22,10 @@ from .ops import __all__ as _ops  # noqa: E402
 
 if TYPE_CHECKING:
     from .cache import DenseCache, PackedCache
-    from .evaluation import evaluate
+    from .evaluation import benchmark, evaluate, profile
     from .patching import apply, patch
 
-__all__ = ["DenseCache", "PackedCache", "apply", "evaluate", "patch", *_ops]
+__all__ = ["DenseCache", "PackedCache", "apply", "benchmark", "evaluate", "patch", "profile", *_ops]
 
 _LAZY_MODULES = (
     "cache", "evaluation", "integrations", "methods", "models", "nn", "patching", "reference",
@@ -36,7 +36,7 @@ def __getattr__(name: str) -> Any:
     """Imports what is not needed to run an op when it is first asked for."""
     if name in ("apply", "patch"):
         return getattr(importlib.import_module("tokred.patching"), name)
-    if name == "evaluate":
+    if name in ("benchmark", "evaluate", "profile"):
         return getattr(_imported("evaluation"), name)
     if name in ("DenseCache", "PackedCache"):
         return getattr(_imported("cache"), name)

@@ -1,75 +1,15 @@
-"""python -m tokred info | methods | demo | gallery | compare | bench"""
+"""python -m tokred COMMAND: what is here, trying methods on models, demos and benchmarks.
+
+The exit code is 0 where all went well, 1 where something failed, 2 for arguments that do not fit.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import subprocess
 import sys
-from itertools import groupby
 from pathlib import Path
-
-import torch
-
-import tokred
-
-from . import _library
-
-
-def info(options: argparse.Namespace) -> int:
-    """what is installed here, and what the ops run on"""
-    lines = {
-        "tokred": f"{tokred.__version__} in {Path(tokred.__file__).parent}",
-        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
-        "python": f"{platform.python_version()} on {platform.platform()}",
-    }
-    for path in _library.library_paths():
-        lines[path.name] = f"{path.stat().st_size / 1e6:.1f} MB, loaded"
-    try:
-        from . import _C
-    except ImportError:
-        lines["tokred._C"] = "not built for this Python (introspection only, no op needs it)"
-    else:
-        vnni = " with VNNI" if _C.cpu_isa() == "avx512" and _C.cpu_vnni() else ""
-        lines["cpu"] = f"instruction set {_C.cpu_isa()}{vnni}"
-        lines["build"] = str(_C.build_info())
-    if torch.cuda.is_available():
-        lines["cuda"] = ", ".join(
-            torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())
-        )
-    else:
-        lines["cuda"] = "no device"
-    if options.json:
-        print(json.dumps(lines, indent=2))
-        return 0
-    for name, value in lines.items():
-        print(f"{name:18s} {value}")
-    return 0
-
-
-def methods(options: argparse.Namespace) -> int:
-    """the published methods, with those marked whose papers leave formulas open"""
-    from .methods import METHODS, get
-
-    chosen = [get(name) for name in options.names] or list(METHODS.values())
-    if options.json:
-        print(json.dumps([method.as_dict() for method in chosen], indent=2))
-        return 0
-    if options.names:
-        for method in chosen:
-            print(f"{method.name}: {method.family.value}; needs {method.needs_in_words}")
-            print(f"{method.usage() or f'functions of tokred.methods.{method.name}'}\n")
-            print(f"{(method.load().__doc__ or '').strip()}\n")
-        return 0
-    for family, listed in groupby(chosen, key=lambda method: method.family):
-        print(f"\n{family.value}:" if family is not chosen[0].family else f"{family.value}:")
-        for method in listed:
-            status = "" if method.status == "exact" else f" ({method.status})"
-            print(f"  {method.name:18s} arXiv:{method.arxiv}  {method.title}{status}")
-            print(f"  {'':18s} {method.summary}")
-    return 0
 
 
 def demo(arguments: list[str]) -> int:
@@ -108,16 +48,16 @@ PASSED_ON = {"demo": demo, "gallery": gallery, "compare": compare, "bench": benc
 
 def parser() -> argparse.ArgumentParser:
     """The parser of `python -m tokred`; those of PASSED_ON are listed in it only for its help."""
-    whole = argparse.ArgumentParser(prog="python -m tokred")
-    commands = whole.add_subparsers(dest="command", metavar="command")
-    for function in (info, methods):
-        command = commands.add_parser(
-            function.__name__, help=function.__doc__, description=function.__doc__
-        )
-        command.add_argument("--json", action="store_true", help="print JSON")
-        command.set_defaults(function=function)
-        if function is methods:
-            command.add_argument("names", nargs="*", help="only these, with what they do in full")
+    from .commands import info, methods, trial
+
+    whole = argparse.ArgumentParser(
+        prog="python -m tokred",
+        description="Token reduction for transformers.",
+        epilog="COMMAND --help says what a command takes. Without one it is info.",
+    )
+    commands = whole.add_subparsers(dest="command", metavar="COMMAND")
+    for module in (info, methods, trial):
+        module.add(commands)
     for name, passed_on in PASSED_ON.items():
         commands.add_parser(name, help=passed_on.__doc__, add_help=False)
     return whole
@@ -132,19 +72,27 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         code = options.function(options)
         sys.stdout.flush()
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         print(f"tokred: {error}", file=sys.stderr)
         return 2
+    except (ImportError, OSError, RuntimeError) as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        print(f"tokred: {error}", file=sys.stderr)
+        return 1
     return code
 
 
 def run() -> int:
-    """main(), quiet where the reader of a pipe has gone, as with `... | head`."""
+    """main(), quiet where the reader of a pipe has gone, as with `... | head`, and at Ctrl-C."""
     try:
         return main()
     except BrokenPipeError:
         # What is still buffered must not be written at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print("tokred: interrupted", file=sys.stderr)
         return 1
 
 

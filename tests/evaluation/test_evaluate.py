@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import cache
 
 import pytest
 import torch
@@ -15,39 +14,9 @@ torchvision_stub.install()
 transformers = pytest.importorskip("transformers")
 
 import tokred  # noqa: E402
+from cases.trial_models import VOCABULARY, decoder, encoder, images, tokens  # noqa: E402
 from tokred.compat import cache_keyword  # noqa: E402
 from tokred.evaluation.inputs import batches, without_padding  # noqa: E402
-
-VOCABULARY = 128
-
-
-@cache
-def decoder() -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=256,
-        initializer_range=0.3,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).eval()
-
-
-@cache
-def encoder() -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.ViTConfig(
-        hidden_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=48, patch_size=8,
-        intermediate_size=32, initializer_range=0.2,
-    )  # fmt: skip
-    return transformers.ViTModel(config).eval()
-
-
-def tokens(rows: int = 1, length: int = 41) -> Tensor:
-    return torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
-
-
-def images(count: int = 2) -> Tensor:
-    return torch.randn(count, 3, 48, 48, generator=torch.Generator().manual_seed(2))
 
 
 class Words:
@@ -209,6 +178,3 @@ def test_refusals() -> None:
     ):
         with pytest.raises(kind, match=message):
             tokred.evaluate(*arguments, **options)
-    assert math.isfinite(
-        tokred.evaluate(decoder(), tokens(), [], decoded=1).dense.figures["perplexity"]
-    )

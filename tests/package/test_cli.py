@@ -9,8 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from tokred import __main__ as cli
-from tokred.methods import METHODS
+from cases import torchvision_stub
+
+torchvision_stub.install()
+for needed in ("transformers", "skimage", "matplotlib", "rich"):
+    pytest.importorskip(needed)
+
+from cases import trial_models  # noqa: E402
+from tokred import __main__ as cli  # noqa: E402
+from tokred.methods import METHODS  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,6 +35,8 @@ def test_one_method_is_described(capsys: pytest.CaptureFixture) -> None:
     printed = capsys.readouterr().out
     assert METHODS["tome"].load().__doc__.strip() in printed
     assert METHODS["quest"].load().__doc__.strip() in printed
+    assert "https://arxiv.org/abs/2210.09461" in printed and "timm's vision transformers" in printed
+    assert "r is a schedule" in printed and 'r=8, order="tome"' in printed
     assert "tomesd" not in printed.split("\n\n")[0]
 
 
@@ -39,7 +48,9 @@ def test_json_has_every_field(capsys: pytest.CaptureFixture) -> None:
         assert {"title", "arxiv", "year", "family", "needs", "status", "summary"} < set(each)
         assert (each["options"] is None) == (METHODS[each["name"]].options is None)
     assert cli.main(["info", "--json"]) == 0
-    assert {"tokred", "torch", "python", "cuda"} <= set(json.loads(capsys.readouterr().out))
+    facts = json.loads(capsys.readouterr().out)
+    assert {"tokred", "torch", "python", "cuda", "cpu features"} <= set(facts)
+    assert facts["optional"]["transformers"]["install"] == "'tokred[transformers]'"
 
 
 def test_info_is_the_default(capsys: pytest.CaptureFixture) -> None:
@@ -58,12 +69,67 @@ def test_what_it_does_not_know(capsys: pytest.CaptureFixture) -> None:
         assert wrong[-1] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["info", "methods", "demo"])
+@pytest.mark.parametrize(
+    "command",
+    ["info", "methods", "evaluate", "benchmark", "profile", "demo", "gallery", "compare"],
+)
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main([command, "--help"])
     assert stop.value.code == 0
     assert f"python -m tokred {command}" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny vision model, as transformers saves it."""
+    path = tmp_path_factory.mktemp("model")
+    trial_models.encoder().save_pretrained(path)
+    return path
+
+
+def test_a_model_of_ones_own(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "report"
+    arguments = ["evaluate", str(saved), "--methods", "tome,snap_kv", "--budgets", "0.5"]
+    assert cli.main([*arguments, "--out", str(out), "--quiet"]) == 0
+    printed = capsys.readouterr().out
+    assert 'tokred.patch(model, "tome", r=[6, 6, 6])' in printed and "CLS cosine" in printed
+    assert "snap_kv: works on a causal language model" in printed
+    assert {path.name for path in out.iterdir()} == {
+        f"evaluate.{e}" for e in ("json", "png", "html")
+    }
+    assert cli.main(["evaluate", str(saved), "--methods", "snap_kv"]) == 1  # nothing was measured
+    for name in ("benchmark", "profile"):
+        arguments = [name, str(saved), "--methods", "tome", "--budgets", ".5", "--repeats", "1"]
+        assert cli.main([*arguments, "--batch", "2"]) == 0
+        assert "ms" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["smolm2"], 2, "did you mean smollm2"),
+        (["smollm2", "--methods", "snap_kvv"], 2, "did you mean 'snap_kv'"),
+        (["smollm2", "--budgets", "2"], 2, "budgets must be shares in (0, 1]"),
+        (["smollm2", "--text", "nowhere.txt"], 2, "there is no file nowhere.txt"),
+        (["smollm2", "--tokens", "0"], 2, "--tokens must be at least 1, got 0"),
+    ],
+)
+def test_what_cannot_be_tried(
+    arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert cli.main(["evaluate", *arguments]) == code
+    assert message in capsys.readouterr().err
+
+
+def test_ctrl_c_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def stop() -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "main", stop)
+    assert cli.run() == 1 and capsys.readouterr().err == "tokred: interrupted\n"
 
 
 def test_a_closed_pipe_is_no_traceback() -> None:

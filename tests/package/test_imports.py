@@ -33,13 +33,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": {"ops", "methods", "patching", "integrations", "cache"},
     "demo": {"ops", "methods", "patching", "integrations", "cache", "evaluation"},
     "__init__": {"ops"},
+    "commands": {"ops", "methods", "evaluation", "demo"},
     "__main__": {"ops"},
 }
 # What a room imports only inside functions, when it is called.
 LATER = {
     "patching": {"integrations"},
-    "__main__": {"methods", "demo", "_C"},
     "nn": {"cache"},
+    "commands": {"_C"},
+    "__main__": {"commands", "demo"},
 }
 
 

@@ -105,8 +105,8 @@ class DecoderTask:
     def notes(self) -> tuple[str, ...]:
         """What the figures are of."""
         lines = [
-            f"Perplexity and KL (nats, from the unpatched model) are of up to {self.decoded} tokens "
-            "behind each prompt, decoded one by one; kept counts keys, of the first prompt.",
+            f"Perplexity and KL (nats, from the unpatched model) are of at most {self.decoded} "
+            "tokens behind each prompt, decoded one by one; kept counts keys, of the first prompt.",
         ]
         if self.needles:
             lines.append(

@@ -39,7 +39,7 @@ def peak_bytes(function: Callable[[], object]) -> int:
         return torch.cuda.max_memory_allocated() - before
 
     with (
-        _quiet(),
+        quiet(),
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded,
     ):
         function()
@@ -55,7 +55,7 @@ def peak_bytes(function: Callable[[], object]) -> int:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the lines that torch's profiler writes to stderr by itself."""
     before, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:

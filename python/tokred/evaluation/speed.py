@@ -1,0 +1,253 @@
+"""What methods save in a model of one's own: end to end, beside the best dense practice."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from .candidates import Candidate, Methods, refused
+from .decoding import DecoderTask, cache_of, dense_attention, forward
+from .encoding import EncoderTask, features
+from .inputs import Batch
+from .measure import peak_bytes, timed
+from .progress import Progress
+from .quality import BUDGETS, at_rest, begin, check, row_of
+from .results import Measure, Result, Row
+
+Times: TypeAlias = tuple[list[float], list[float]]
+
+PROMPT, TOKEN, SPEED = "prompt ms", "ms a token", "speed-up"
+PROMPT_MB, CACHE_MB, STEP_MB = "prompt MB", "cache MB", "step MB"
+FORWARD, FORWARD_MB = "ms", "MB"
+_DECODING = (
+    Measure(TOKEN, "lower"),
+    Measure(SPEED, "higher", 3),
+    Measure(PROMPT, "lower"),
+    Measure(PROMPT_MB, "lower", 3),
+    Measure(CACHE_MB, "lower", 3),
+    Measure(STEP_MB, "lower", 3),
+)
+_ENCODING = (
+    Measure(FORWARD, "lower"),
+    Measure(SPEED, "higher", 3),
+    Measure(FORWARD_MB, "lower", 3),
+)
+
+
+def benchmark(
+    model: nn.Module,
+    inputs: Any,
+    methods: Methods = None,
+    budgets: Sequence[float] = BUDGETS,
+    *,
+    bits: Sequence[int] = (),
+    repeats: int = 8,
+    progress: bool = True,
+) -> Result:
+    """What methods save in a model, in time and memory, each beside the best dense practice.
+
+    Of a decoder of transformers: milliseconds of a decoded token behind the prompt, and of the
+    prompt, beside SDPA, whose prompts are read without a mask and whose tokens are decoded into a
+    StaticCache, which does not copy itself. Of an encoder: of a forward pass, beside the unpatched
+    model on SDPA. Every method takes turns with the dense model, in one process; times are medians
+    and speed-ups the ratio of the medians of the same turns.
+
+    Args:
+        inputs: as for tokred.evaluate; the first batch is what is measured.
+        repeats: turns after one that warms up.
+
+    The other arguments, and the Result, are those of tokred.evaluate.
+
+    Raises:
+        ValueError, TypeError: as tokred.evaluate; repeats below 1.
+    """
+    budgets = check(model, methods, budgets, bits)
+    if type(repeats) is not int or repeats < 1:
+        raise ValueError(f"repeats must be an int of at least 1, got {repeats!r}")
+    task, parts = begin(model, inputs, None, 1)
+    race: DecoderRace | EncoderRace
+    with at_rest(model):
+        part = next(parts)
+        candidates = task.candidates(part, methods, budgets, bits)
+        if isinstance(task, DecoderTask):
+            race = DecoderRace(model, part.context, repeats)
+        else:
+            race = EncoderRace(task, part, repeats)
+        figures: list[dict[str, float]] = [{} for _ in candidates]
+        dense, interrupted = race.dense(), False
+        with Progress(len(candidates), progress) as shown:
+            try:
+                for place, candidate in enumerate(candidates):
+                    if not candidate.reason:
+                        shown.step(candidate.label)
+                        try:
+                            candidate = candidates[place] = task.fitted(part, candidate)
+                            figures[place] = race.run(candidate)
+                        except Exception as error:
+                            candidates[place] = refused(candidate, error)
+                    shown.advance()
+            except KeyboardInterrupt:
+                interrupted = True
+    rows = tuple(row_of(each, found) for each, found in zip(candidates, figures, strict=True))
+    whole = Row(race.practice, "", figures=race.of_dense(dense))
+    return Result(race.title, race.measures, whole, rows, race.notes, interrupted)
+
+
+class Turns:
+    """Seconds of the dense model, over all of its turns."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def beside(
+        self, repeats: int, dense: Callable[[], object], ours: Callable[[], object]
+    ) -> tuple[float, float]:
+        """The medians of both in turns, the first of which warms up."""
+        times: Times = ([], [])
+        for _ in range(repeats + 1):
+            for found, call in zip(times, (dense, ours), strict=True):
+                found.append(timed(call)[1])
+        self.seconds += times[0][1:]
+        dense_median, median = (statistics.median(found[1:]) for found in times)
+        return dense_median, median
+
+
+class DecoderRace:
+    """Decoding behind a prompt, i64 [B, N]."""
+
+    measures = _DECODING
+    practice = "SDPA, StaticCache"
+
+    def __init__(self, model: nn.Module, prompt: Tensor, repeats: int) -> None:
+        self.model, self.prompt, self.repeats = model, prompt, repeats
+        self.turns, self.prompts = Turns(), []
+        self.title = (
+            f"{type(model).__name__}: decoding behind {prompt.shape[1]} tokens, batch "
+            f"{prompt.shape[0]}"
+        )
+        self.notes = (
+            f"Medians of {repeats} turns with {self.practice}, on {torch.get_num_threads()} threads"
+            " of the CPU. MB: the most that the prompt and one step allocate, and the cache behind "
+            "the prompt.",
+        )
+
+    def dense(self) -> dict[str, float]:
+        """Reads the prompt; what it takes, in time and memory."""
+        with dense_attention(self.model, "sdpa"):
+            self.past = self.read(None)  # warms up
+            self.past, seconds = timed(lambda: self.read(None))
+            self.prompts.append(seconds)
+            peak = peak_bytes(lambda: self.read(None))
+            cache = self.static(1)
+            step = peak_bytes(lambda: forward(self.model, self.prompt[:, -1:], cache))
+        return {PROMPT_MB: peak / 1e6, CACHE_MB: held(cache) / 1e6, STEP_MB: step / 1e6}
+
+    def of_dense(self, memory: dict[str, float]) -> dict[str, float]:
+        """The figures of the dense model, over all turns."""
+        seconds = self.turns.seconds or self._alone()
+        own = {TOKEN: statistics.median(seconds) * 1e3, SPEED: 1.0}
+        return {**own, PROMPT: statistics.median(self.prompts) * 1e3, **memory}
+
+    def run(self, candidate: Candidate) -> dict[str, float]:
+        """The figures of a method, in turns with the dense model."""
+        with candidate.patch(self.model):
+            cache, seconds = timed(lambda: self.read(candidate))
+            held_bytes = held(cache)
+            peak = peak_bytes(lambda: self.read(candidate))
+        static = self.static(self.repeats + 1)
+        dense, ours = self.turns.beside(
+            self.repeats,
+            lambda: self.step(static, dense_attention(self.model, "sdpa")),
+            lambda: self.step(cache, candidate.patch(self.model)),
+        )
+        with candidate.patch(self.model):
+            step = peak_bytes(lambda: forward(self.model, self.prompt[:, -1:], cache))
+        return {
+            TOKEN: ours * 1e3, SPEED: dense / ours, PROMPT: seconds * 1e3, PROMPT_MB: peak / 1e6,
+            CACHE_MB: held_bytes / 1e6, STEP_MB: step / 1e6,
+        }  # fmt: skip
+
+    def read(self, candidate: Candidate | None) -> Any:
+        """A cache that has read the prompt."""
+        cache = cache_of(self.model, candidate)
+        forward(self.model, self.prompt, cache)
+        return cache
+
+    def step(self, cache: Any, patch: AbstractContextManager) -> None:
+        """Decodes one more token."""
+        with patch:
+            forward(self.model, self.prompt[:, -1:], cache)
+
+    def static(self, steps: int) -> Any:
+        """A StaticCache that holds the prompt, with room for so many steps."""
+        from transformers import StaticCache
+
+        length = self.prompt.shape[1] + steps
+        cache = StaticCache(config=self.model.config, max_cache_len=length)
+        for number, layer in enumerate(self.past.layers):
+            cache.update(layer.keys, layer.values, number)
+        return cache
+
+    def _alone(self) -> list[float]:
+        static = self.static(self.repeats + 1)
+        with dense_attention(self.model, "sdpa"):
+            step = [timed(lambda: self.step(static, nullcontext()))[1] for _ in range(2)]
+        return step[1:]
+
+
+class EncoderRace:
+    """Forward passes over a batch."""
+
+    measures = _ENCODING
+    practice = "unpatched, SDPA"
+
+    def __init__(self, task: EncoderTask, part: Batch, repeats: int) -> None:
+        self.model, self.part, self.repeats = task.model, part, repeats
+        self.turns = Turns()
+        shapes = ", ".join(str(list(x.shape)) for x in part.values())
+        self.title = f"{type(self.model).__name__}: forward passes over {shapes}"
+        self.notes = (
+            f"Medians of {repeats} turns with the unpatched model, on {torch.get_num_threads()} "
+            "threads of the CPU. MB: the most that a pass allocates beside weights and input.",
+        )
+
+    def dense(self) -> dict[str, float]:
+        """What it takes, in memory."""
+        return {FORWARD_MB: peak_bytes(self.forward) / 1e6}
+
+    def of_dense(self, memory: dict[str, float]) -> dict[str, float]:
+        """The figures of the unpatched model, over all turns."""
+        seconds = self.turns.seconds or [timed(self.forward)[1] for _ in range(2)][1:]
+        return {FORWARD: statistics.median(seconds) * 1e3, SPEED: 1.0, **memory}
+
+    def run(self, candidate: Candidate) -> dict[str, float]:
+        """The figures of a method, in turns with the unpatched model."""
+        dense, ours = self.turns.beside(
+            self.repeats, self.forward, lambda: self.forward(candidate.patch(self.model))
+        )
+        peak = peak_bytes(lambda: self.forward(candidate.patch(self.model)))
+        return {FORWARD: ours * 1e3, SPEED: dense / ours, FORWARD_MB: peak / 1e6}
+
+    def forward(self, patch: AbstractContextManager | None = None) -> None:
+        """One pass, inside a patch if there is one."""
+        with patch or nullcontext():
+            features(self.model, self.part)
+
+
+def held(cache: Any) -> int:
+    """The bytes of a cache's tokens, room for more left out."""
+    if hasattr(cache, "nbytes"):
+        return sum(_bytes(layer) for layer in cache.layers)
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def _bytes(layer: Any) -> int:
+    if hasattr(layer, "nbytes"):
+        found = layer.nbytes()
+        return found.total - found.slack
+    return sum(x.nbytes for x in (layer.keys, layer.values) if x is not None)
