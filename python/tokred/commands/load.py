@@ -14,6 +14,10 @@ from torch import Tensor, nn
 from tokred.compat import advice
 
 DEMO = ("smollm2", "dinov2")
+_WHAT = (
+    f"MODEL must be {' or '.join(DEMO)}, a folder that save_pretrained wrote, or an id of the "
+    "Hugging Face hub"
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,9 @@ def _from_transformers(name: str) -> Loaded:
     from tokred.demo.images import MEAN, STD
     from tokred.demo.offline import broken_torchvision_hidden
 
+    near = get_close_matches(name, DEMO, cutoff=0.75)
+    if near and not Path(name).exists():
+        raise ValueError(f"{_WHAT}, got {name!r}: did you mean {near[0]}?")
     try:
         with broken_torchvision_hidden():
             import transformers
@@ -75,13 +82,8 @@ def _from_transformers(name: str) -> Loaded:
             kind = next(filter(None, kinds), transformers.AutoModel)
             model = kind.from_pretrained(name)
         except (OSError, ValueError) as error:
-            near = get_close_matches(name, DEMO)
-            meant = f" (did you mean {near[0]}?)" if near else ""
             reason = str(error).strip().split("\n")[0]
-            raise ValueError(
-                f"MODEL must be {' or '.join(DEMO)}, a folder that save_pretrained wrote, or an id "
-                f"of the Hugging Face hub, got {name!r}{meant}: {reason}"
-            ) from None
+            raise ValueError(f"{_WHAT}, got {name!r}: {reason}") from None
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError, KeyError, ImportError):
@@ -109,7 +111,8 @@ def pixels(paths: list[str], size: int, loaded: Loaded) -> list[Tensor]:
     """
     from tokred.demo.gallery import photograph_from
 
-    photographs = [photograph_from(path, size) for path in paths or [None]]
+    chosen: list[str | None] = [*paths] or [None]
+    photographs = [photograph_from(path, size) for path in chosen]
     mean, std = (torch.tensor(x)[:, None, None] for x in (loaded.mean, loaded.std))
     images = [torch.from_numpy(each.image.copy()).permute(2, 0, 1) / 255 for each in photographs]
     return [((image - mean) / std)[None] for image in images]

@@ -153,7 +153,8 @@ def _why_not(method: Method, kind: str, own: Mapping[str, Any]) -> str:
     """Why a method cannot be put into a model of this kind; empty where it can."""
     if method.options is None:
         return f"is of functions to call, tokred.methods.{method.name}; it cannot be patched in"
-    if not any(adapter in method.options.adapters for adapter in _ADAPTERS[kind]):
+    adapters = getattr(method.options, "adapters", ())
+    if not any(adapter in adapters for adapter in _ADAPTERS[kind]):
         return f"works on {method.needs[0].value}, and this is a {_WORDS[kind]}"
     missing = [n for n, value in method.defaults().items() if value is MISSING and n not in own]
     if missing:

@@ -125,7 +125,8 @@ class DecoderRace:
 
     def __init__(self, model: nn.Module, prompt: Tensor, repeats: int) -> None:
         self.model, self.prompt, self.repeats = model, prompt, repeats
-        self.turns, self.prompts = Turns(), []
+        self.turns = Turns()
+        self.prompts: list[float] = []
         self.title = (
             f"{type(model).__name__}: decoding behind {prompt.shape[1]} tokens, batch "
             f"{prompt.shape[0]}"
