@@ -134,7 +134,108 @@ def test_a_token_is_written_in_place() -> None:
     assert layer.nbytes().slack == 0
 
 
+def test_score_keys_are_the_keys_in_a_few_bits() -> None:
+    """Whatever becomes of the tokens, their codes are those of `kv_pack`."""
+    layer = DenseCacheLayer(score_bits=4)
+
+    def check(keys: Tensor) -> None:
+        expected = tokred.kv_pack(layer.keys, 4, 16, rotate=True)
+        found = keys.score_keys
+        assert_bitwise_equal(
+            (found.codes, found.params), (expected.codes, expected.params), "score_keys"
+        )
+
+    for count in (5, 1, 0, 40, 1):
+        check(layer.update(*states(count, seed=count))[0])
+    layer.crop(-11)
+    layer.reorder_cache(torch.tensor([1, 0]))
+    check(layer.update(*states(3, seed=7))[0])
+    layer.keys, layer.values = (x[:, :, ::2].contiguous() for x in (layer.keys, layer.values))
+    check(layer.update(*states(1))[0])
+    held = layer.nbytes()
+    assert (held.codes, held.params) == (21 * 2 * 3 * 8, 21 * 2 * 3 * 4)
+    layer.reset()
+    check(layer.update(*states(2, 1))[0])
+    assert not hasattr(DenseCacheLayer().update(*states(2))[0], "score_keys")
+
+
+class ChoosesByCodes:
+    """An attention whose single queries choose by rounded keys, and attend to whole ones."""
+
+    def __init__(self, choose: Any) -> None:
+        self.choose = choose
+
+    def __call__(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float,
+        **options: Any,
+    ) -> tuple[Tensor, None]:  # fmt: skip
+        new, total, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+        seen = torch.ones(new, total, dtype=torch.bool).tril(total - new)[None, None]
+        seen = seen if mask is None else mask
+        rounded = tokred.kv_unpack(tokred.kv_pack(k, 4, 16, rotate=True))
+        k, v, rounded = (x.repeat_interleave(group, 1).double() for x in (k, v, rounded))
+        if new == 1:
+            seen = seen & self.choose(q.double() @ rounded.mT, seen.expand(len(q), 1, 1, -1))
+        logits = (q.double() @ k.mT * scaling).masked_fill(~seen, -torch.inf)
+        out = logits.softmax(3).nan_to_num(0) @ v
+        return out.to(q.dtype).transpose(1, 2).contiguous(), None
+
+
+def greatest(logits: Tensor, seen: Tensor) -> Tensor:
+    """The three greatest of every head."""
+    chosen = logits.masked_fill(~seen, -torch.inf).topk(3, dim=3).indices
+    return torch.zeros_like(logits, dtype=torch.bool).scatter(3, chosen, True)
+
+
+def voted(logits: Tensor, seen: Tensor) -> Tensor:
+    """The first, the last two, and the one between that most softmax mass of all heads is on."""
+    place = seen.cumsum(3)
+    ends = seen & ((place <= 1) | (place > place.amax(3, keepdim=True) - 2))
+    between = seen & ~ends
+    votes = logits.masked_fill(~between, -torch.inf).softmax(3).sum(1, keepdim=True)
+    chosen = votes.masked_fill(~between, -torch.inf).topk(1, dim=3).indices
+    return ends | torch.zeros_like(votes, dtype=torch.bool).scatter(3, chosen, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "choose"),
+    [("top_k_attention", {"k": 3, "prefill": "dense"}, greatest),
+     ("token_select", {"k": 1, "n_init": 1, "n_local": 2}, voted)],
+)  # fmt: skip
+@torch.no_grad()
+def test_keys_are_chosen_by_their_codes(name: str, options: dict, choose: Any) -> None:
+    model = tiny_lm("Llama", head_dim=16)
+    ids, mask = left_padded(2, 20, 6)
+    transformers.AttentionInterface.register("by_codes", ChoosesByCodes(choose))
+    transformers.AttentionMaskInterface.register("by_codes", transformers.masking_utils.sdpa_mask)
+
+    def logits(cache: Any) -> Tensor:
+        parts = [
+            model(ids[:, start:stop], attention_mask=mask[:, :stop],
+                  position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, start:stop],
+                  **{cache_keyword(): cache}).logits
+            for start, stop in ((0, 14), *((i, i + 1) for i in range(14, 20)))
+        ]  # fmt: skip
+        return torch.cat(parts, 1)[mask.bool()]
+
+    model.set_attn_implementation("by_codes")
+    expected = logits(DynamicCache(config=model.config))
+    model.set_attn_implementation("sdpa")
+    with tokred.patch(model, name, **options):
+        torch.testing.assert_close(
+            logits(tokred.DenseCache(model, score_bits=4)), expected, rtol=2e-3, atol=2e-3
+        )
+        exact = logits(tokred.DenseCache(model))
+    assert (exact - expected).abs().max() > 0.1
+
+
 def test_refusals(llama: nn.Module) -> None:
+    with pytest.raises(ValueError, match="score_bits must be 1, 2, 3, 4, 8 or None, got 5"):
+        tokred.DenseCache(llama.config, score_bits=5)
+    narrow = tokred.DenseCache(llama.config, score_bits=4)
+    with pytest.raises(ValueError, match="score_bits needs a head_dim"):
+        narrow.update(*(x[..., :8] for x in states(4)), 0)
+    assert narrow.get_seq_length() == 0
     with pytest.raises(ValueError, match="capacity must be at least 1, got 0"):
         tokred.DenseCache(llama.config, capacity=0)
     with pytest.raises(ValueError, match=r"has none: use a transformers\.DynamicCache"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import operator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,7 +13,9 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from tokred._library import refuse_grad
+from tokred.integrations.transformers.packed_buffer import SCORE_KEYS, PackedBuffer
 from tokred.integrations.transformers.token_buffer import TokenBuffer
+from tokred.ops.kv_pack import BITS, PackFormat
 
 from .base import CacheBytes, InPlaceCache, check_capacity, replaced_layers
 from .support import config_of
@@ -37,14 +41,23 @@ class DenseCache(InPlaceCache):
         config: of the model, or the model itself.
         capacity: tokens to make room for at once, and no more; where None, memory grows by an
             eighth whenever it is full.
+        score_bits: 1, 2, 3, 4 or 8; keeps the keys once more in so many bits (rotated, groups of 64
+            channels or what of it divides the head dimension), from which methods that choose keys
+            for a query, token_select and top_k_attention, take their scores. Choosing then reads
+            an eighth of float32 keys with 4 bits, and is approximate; attention to what is chosen
+            reads the keys themselves. None: nothing beside them.
 
     Raises:
-        ValueError: a capacity below 1; a model without full-attention layers.
+        ValueError: a capacity below 1, or other score_bits; a model without full-attention layers.
     """
 
-    def __init__(self, config: Any, *, capacity: int | None = None) -> None:
+    def __init__(
+        self, config: Any, *, capacity: int | None = None, score_bits: int | None = None
+    ) -> None:
         check_capacity(capacity)
-        self.capacity = capacity
+        if score_bits is not None and (type(score_bits) is not int or score_bits not in BITS):
+            raise ValueError(f"score_bits must be 1, 2, 3, 4, 8 or None, got {score_bits!r}")
+        self.capacity, self.score_bits = capacity, score_bits
         config = config_of(config)
         name = type(config).__name__
         refusal = (
@@ -52,7 +65,7 @@ class DenseCache(InPlaceCache):
             "transformers.DynamicCache"
         )
         super().__init__(
-            layers=replaced_layers(config, partial(DenseCacheLayer, capacity), refusal)
+            layers=replaced_layers(config, partial(DenseCacheLayer, capacity, score_bits), refusal)
         )
 
 
@@ -64,14 +77,17 @@ class DenseCacheLayer(DynamicLayer):
     Args:
         capacity: tokens to make room for at once, which then are all there is room for; grows with
             the tokens where None.
+        score_bits: see DenseCache. The keys that `update` returns then have an attribute
+            `score_keys`, the PackedKV of the same tokens.
     """
 
     restores_itself = True
     is_dense = True
 
-    def __init__(self, capacity: int | None = None) -> None:
-        self.capacity = capacity
+    def __init__(self, capacity: int | None = None, score_bits: int | None = None) -> None:
+        self.capacity, self.score_bits = capacity, score_bits
         self._buffers: dict[str, TokenBuffer] = {}
+        self._codes: PackedBuffer | None = None
         super().__init__()
 
     @property
@@ -101,13 +117,35 @@ class DenseCacheLayer(DynamicLayer):
         if tokens is not None:
             others[name] = TokenBuffer(tokens, tokens.shape[2])
         self._buffers = others
+        if name == "keys":
+            self._codes = None if tokens is None else self._packed(tokens)
+
+    def _packed(self, keys: Tensor) -> PackedBuffer | None:
+        """Codes of all keys [B, Hkv, N, D], where they are kept.
+
+        Raises:
+            ValueError: a head dimension that cannot be packed.
+        """
+        if self.score_bits is None:
+            return None
+        dim = keys.shape[3]
+        if dim % 16 != 0 or not 0 < dim <= 256:
+            raise ValueError(
+                f"score_bits needs a head_dim that is a multiple of 16 up to 256, and it is {dim}: "
+                "make the DenseCache without"
+            )
+        form = PackFormat(self.score_bits, math.gcd(dim, 64), rotated=True)
+        return PackedBuffer.of(keys, form)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Makes room for keys [B, Hkv, L, D] and values [B, Hkv, L, Dv]."""
-        self._hold(*(TokenBuffer.like(x, self.capacity or 0) for x in (key_states, value_states)))
+        codes = self._packed(key_states[:, :, :0])
+        room = self.capacity or 0
+        keys, values = (TokenBuffer.like(x, room) for x in (key_states, value_states))
+        self._hold(keys, values, codes)
 
-    def _hold(self, keys: TokenBuffer, values: TokenBuffer) -> None:
-        self._buffers = {"keys": keys, "values": values}
+    def _hold(self, keys: TokenBuffer, values: TokenBuffer, codes: PackedBuffer | None) -> None:
+        self._buffers, self._codes = {"keys": keys, "values": values}, codes
         self.device = keys.memory.device
         self.is_initialized = True
 
@@ -120,10 +158,13 @@ class DenseCacheLayer(DynamicLayer):
 
         Raises:
             ValueError: tokens unlike those in the cache, or more than its capacity; keys or values
-                that require grad.
+                that require grad; keys that cannot be packed, where score_bits says so.
+            RuntimeError: score_bits under torch.compile.
         """
         if not torch.compiler.is_compiling():
             self._check(key_states, value_states)
+        elif self.score_bits is not None:
+            raise RuntimeError("score_bits keeps keys in a way that torch.compile does not follow")
         states = (key_states, value_states)
         if self.is_initialized:
             held = tuple(self._buffers.values())
@@ -140,7 +181,11 @@ class DenseCacheLayer(DynamicLayer):
             for buffer, x in zip(held, states, strict=True)
         )
         views = keys.tokens, values.tokens
-        self._hold(keys, values)
+        codes = self._codes
+        codes = self._packed(key_states) if codes is None else codes.appended(key_states)
+        if codes is not None:
+            setattr(views[0], SCORE_KEYS, codes.packed)
+        self._hold(keys, values, codes)
         return views
 
     def _check(self, keys: Tensor, values: Tensor) -> None:
@@ -198,14 +243,17 @@ class DenseCacheLayer(DynamicLayer):
             )
         if -tokens_to_remove > length:
             raise ValueError(f"the cache holds {length} tokens, {-tokens_to_remove} cannot go")
-        self._buffers = {
-            name: buffer.cropped(length + tokens_to_remove)
-            for name, buffer in self._buffers.items()
-        }
+        self._map(lambda buffer: buffer.cropped(length + tokens_to_remove))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Takes the rows of the batch in this order, as beam search chooses them."""
-        self._buffers = {name: buffer.rows(beam_idx) for name, buffer in self._buffers.items()}
+        self._map(lambda buffer: buffer.rows(beam_idx))
+
+    def _map(self, function: Callable[[TokenBuffer], TokenBuffer]) -> None:
+        """The function applied to every buffer."""
+        buffers = {name: function(buffer) for name, buffer in self._buffers.items()}
+        codes = None if self._codes is None else self._codes.map(function)
+        self._buffers, self._codes = buffers, codes
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row of the batch."""
@@ -223,17 +271,22 @@ class DenseCacheLayer(DynamicLayer):
 
     def offload(self) -> None:
         """Moves everything to the CPU until prefetch."""
-        self._buffers = {name: buffer.to("cpu") for name, buffer in self._buffers.items()}
+        self._map(lambda buffer: buffer.to("cpu"))
 
     def prefetch(self) -> None:
         """Moves everything back to the device of the tokens."""
-        self._buffers = {name: buffer.to(self.device) for name, buffer in self._buffers.items()}
+        self._map(lambda buffer: buffer.to(self.device))
 
     def nbytes(self) -> CacheBytes:
         """What the layer takes, in bytes."""
         held = sum(buffer.token_bytes for buffer in self._buffers.values())
         total = sum(buffer.memory.nbytes for buffer in self._buffers.values())
-        return CacheBytes(full_precision=held, slack=total - held)
+        if self._codes is None:
+            return CacheBytes(full_precision=held, slack=total - held)
+        sides = (self._codes.codes, self._codes.params)
+        codes, params = (side.token_bytes for side in sides)
+        slack = total - held + sum(side.memory.nbytes for side in sides) - codes - params
+        return CacheBytes(codes, params, full_precision=held, slack=slack)
 
 
 def _apart(x: Tensor, held: TokenBuffer) -> Tensor:

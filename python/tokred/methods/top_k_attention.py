@@ -90,7 +90,7 @@ class TopKState:
         """(out [B, Hq, L, Dv], lse f32 [B, Hq, L]) of one layer; see AttentionMethod."""
         if call.is_prompt and self.options.prefill == "dense":
             return call.dense()
-        if call.is_packed:
+        if call.is_packed or (call.score_keys is not None and call.q.shape[2] == 1):
             return self._attend_packed(call)
         return top_k_attention(
             call.q,
@@ -104,7 +104,8 @@ class TopKState:
         )
 
     def _attend_packed(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
-        """On a PackedCache, query by query: scores, choice and attention read packed tokens."""
+        """Query by query: scores are read from packed keys, which are all there is on a
+        PackedCache."""
         if self.options.k >= call.num_keys:
             return call.dense()
         queries = call.q.shape[2]

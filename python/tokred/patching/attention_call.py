@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 import tokred
+
+if TYPE_CHECKING:
+    from tokred.ops.kv_pack import PackedKV
 
 
 class PackedKeys(Protocol):
@@ -60,6 +63,7 @@ class AttentionCall:
         keys ask these for the last tokens only.
     softcap: logits s become softcap * tanh(s / softcap) in `dense` and `attend_to`, or None. Those
         of `score` are s itself: the order of keys is the same.
+    score_keys: the keys in a few bits, from which `score` reads where there are some.
     """
 
     q: Tensor
@@ -74,6 +78,7 @@ class AttentionCall:
     carried: dict[str, Tensor] = field(default_factory=dict)
     in_prompt: bool = False
     softcap: float | None = None
+    score_keys: PackedKV | None = None
 
     @property
     def num_keys(self) -> int:
@@ -103,6 +108,10 @@ class AttentionCall:
         if self.is_packed:
             return self.k.score(self.q.detach(), reduce, self.scale, mask)
         q, k = self.q.detach(), self.k.detach()
+        if self.score_keys is not None:
+            return tokred.packed_qk_score(
+                q, self.score_keys, reduce=reduce, scale=self.scale, mask=mask
+            )
         return tokred.qk_score(q, k, reduce, scale=self.scale, mask=mask)
 
     def attend_to(self, indices: Tensor, block_q: int) -> tuple[Tensor, Tensor]:
@@ -168,7 +177,11 @@ class AttentionCall:
             return replace(self, q=q, mask=mask)
         keys = self.k.shape[2] - self.q.shape[2] + stop
         mask = None if self.mask is None else self.mask[..., :keys]
-        return replace(self, q=q, k=self.k[:, :, :keys], v=self.v[:, :, :keys], mask=mask)
+        codes = self.score_keys
+        if codes is not None:
+            codes = codes.map(lambda x: x[:, :, :keys])
+        k, v = self.k[:, :, :keys], self.v[:, :, :keys]
+        return replace(self, q=q, k=k, v=v, mask=mask, score_keys=codes)
 
     def visible(self) -> Tensor:
         """bool [B | 1, N]: the keys that the last query, or any query, can see."""

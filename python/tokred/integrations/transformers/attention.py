@@ -30,6 +30,7 @@ from tokred.patching import AttentionCall
 
 from .full_attention import looks_both_ways
 from .kept_keys import KeptStates
+from .packed_buffer import SCORE_KEYS
 from .packed_states import ADVICE, PackedStates
 
 __all__ = [
@@ -176,10 +177,11 @@ def attention_forward(
         key.refuse(module, tokred_method, s_aux, indices, softcap)
         out, _ = key.attend(query, attention_mask, scaling)
         return out.transpose(1, 2).contiguous(), None
+    score_keys = getattr(key, SCORE_KEYS, None) if isinstance(key, Tensor) else None
     if value is not None:
         query, key, value = _same_dtype(query, key, value)
     call = _call(query, key, value, attention_mask, bool(is_causal), scaling, sliding_window)
-    call = replace(call, softcap=softcap)
+    call = replace(call, softcap=softcap, score_keys=score_keys)
     if indices is not None:
         out, lse = _listed(call, indices)
     elif tokred_method is not None:

@@ -16,6 +16,9 @@ from .token_buffer import TokenBuffer
 # A mean of fewer keys is closer to these keys than to those that follow.
 _LEAST_MEAN = 16
 
+# The attribute of a cache's keys under which it hands out codes of them, a PackedKV, for scoring.
+SCORE_KEYS = "score_keys"
+
 
 @dataclass(eq=False)
 class PackedBuffer:
