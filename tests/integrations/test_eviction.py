@@ -18,7 +18,7 @@ from cases.eviction import Row, Rule, Step, keep_best, kept_places
 from cases.inputs import generator
 from cases.tiny_models import evictors, generated, left_padded, tiny_lm, transformers
 from tokred.compat import cache_keyword
-from tokred.integrations.transformers import attention
+from tokred.integrations.transformers import PressAdapter, attention
 from tokred.integrations.transformers.kept_keys import KeptKeysLayer
 from tokred.methods.h2o import H2oOptions
 
@@ -277,6 +277,80 @@ def test_a_token_takes_few_ops() -> None:
             cache.update(k, v)[0].attend(q, None, None)
     assert ops.count <= 16
     assert cache.keys.shape == (1, 2, 6, 16) and cache.position.shape == (1, 2, 6)
+
+
+class BasePress:
+    """kvpress's calling convention: the keys of a prompt that a rule on them keeps."""
+
+    kept, seen = 7, 0
+
+    def compress(
+        self, module: nn.Module, hidden_states: Tensor, keys: Tensor, values: Tensor,
+        attentions: Any, kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        assert attentions is None and kwargs["cache_position"][-1] + 1 == keys.shape[2]
+        assert kwargs["position_embeddings"][0].shape[1] == hidden_states.shape[1]
+        assert module.rotary_emb is not None
+        assert kwargs["past_key_values"].layers[module.layer_idx].get_seq_length() > 0
+        self.seen += 1
+        indices = keys[..., 0].topk(self.kept, dim=2).indices[..., None]
+        return tuple(x.gather(2, indices.expand(-1, -1, -1, x.shape[3])) for x in (keys, values))
+
+
+def pressed(step: Step) -> Tensor:
+    first = step.p.shape[1] == step.k.shape[1]
+    return keep_best(step.k[..., 0], step.alive, 7) if first else step.alive
+
+
+@torch.no_grad()
+def test_a_press_runs_on_the_kernels() -> None:
+    model = tiny_lm("Llama", head_dim=16)
+    ids, mask = left_padded(2, sum(PARTS), 0)
+    AttentionInterface.register("pressed", Transcribed(pressed, [0, 0]))
+    AttentionMaskInterface.register("pressed", sdpa_mask)
+    model.set_attn_implementation("pressed")
+    expected = in_parts(model, ids, mask, dynamic(model))
+    model.set_attn_implementation("sdpa")
+    press = BasePress()
+    with PressAdapter(press)(model):
+        cache = dynamic(model)
+        actual = in_parts(model, ids, mask, cache)
+        packed = tokred.PackedCache(model, bits=8, window=0)
+        close = in_parts(model, ids, mask, packed)
+        assert generated(model, ids, None).shape == (2, sum(PARTS) + 5)
+    torch.testing.assert_close(actual, expected, rtol=2e-3, atol=2e-3)
+    assert (close - actual).square().mean() < 1e-3 * actual.var()
+    assert press.seen == 3 * model.config.num_hidden_layers
+    assert cache.layers[0].keys.shape[2] == 7 + sum(PARTS[1:])
+    assert not hasattr(model.model.layers[0].self_attn, "rotary_emb")
+
+
+@torch.no_grad()
+def test_presses_that_do_more_are_refused(llama: nn.Module) -> None:
+    ids, mask = left_padded(2, 12)
+
+    class Hooked(BasePress):
+        def forward_hook(self) -> None:
+            pass
+
+    class Hiding(BasePress):
+        def compress(self, module: nn.Module, hidden_states: Tensor, *states: Any) -> Any:
+            module.masked_key_indices = (0, 0, 0)
+            return states[:2]
+
+    class Growing(BasePress):
+        def compress(self, module: nn.Module, hidden_states: Tensor, *states: Any) -> Any:
+            return tuple(torch.cat([x, x], 2) for x in states[:2])
+
+    with pytest.raises(TypeError, match="must have compress"):
+        PressAdapter(object())
+    with pytest.raises(ValueError, match="has a forward_hook of its own"):
+        PressAdapter(Hooked())
+    for press, words in ((Hiding(), "hides keys of some heads"), (Growing(), "K <= 12 tokens")):
+        with PressAdapter(press)(llama), pytest.raises(ValueError, match=words):
+            llama(ids, use_cache=True)
+    with PressAdapter(BasePress())(llama), pytest.raises(ValueError, match="knows of no padding"):
+        llama(ids, attention_mask=mask, use_cache=True)
 
 
 class Largest(TorchDispatchMode):

@@ -5,5 +5,6 @@ Importing it is all that model.set_attn_implementation("tokred") needs.
 """
 
 from . import attention
+from .press import PressAdapter
 
-__all__ = ["attention"]
+__all__ = ["PressAdapter", "attention"]

@@ -39,7 +39,7 @@ class Stack:
     modules: list[nn.Module]
     numbers: list[int]
     decoder: nn.Module
-    evictor: KeyEvictor
+    evictor: Any  # a KeyEvictor
     rotary: Any
 
     def install(self, method: Any, settings: Settings, overrides: Overrides) -> KeyEvictor:
@@ -50,6 +50,9 @@ class Stack:
         names = [*inspect.signature(type(self.decoder).forward).parameters][1:]
         place = next((n for n, name in enumerate(names) if name in _NAMES), None)
         overrides.replace(self.decoder, "forward", _decoder_forward, self, place)
+        if hasattr(self.evictor, "attended"):
+            for number, module in enumerate(self.modules):
+                overrides.replace(module, "forward", _module_forward, self, number)
         return self.evictor
 
     def prepare(self, cache: Any) -> None:
@@ -164,6 +167,20 @@ def _lacks(module: nn.Module) -> str | None:
     if any(isinstance(getattr(module, name, None), nn.Parameter) for name in ("sinks", "sink")):
         return "has attention sinks that are no tokens, by which no attention is measured"
     return None
+
+
+def _module_forward(
+    stack: Stack, place: int, original: Callable, hidden_states: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """The attention of a layer, after which a method that reads its input is called."""
+    output = original(hidden_states, *args, **kwargs)
+    cache = next((kwargs[name] for name in _NAMES if kwargs.get(name) is not None), None)
+    if cache is not None:
+        layer, module = cache.layers[stack.numbers[place]], stack.modules[place]
+        given = {**kwargs, "hidden_states": hidden_states, "past_key_values": cache}
+        rotary, evictor = getattr(stack.decoder, "rotary_emb", None), stack.evictor
+        evictor.attended(module, layer, output[1], given, rotary)
+    return output
 
 
 def _decoder_forward(

@@ -129,10 +129,23 @@ class KeptKeysLayer(CacheLayerMixin):
             kept = Kept(*(None if x is None else full(x) for x in new), kept.start)
         elif result is not None:
             kept = kept.of(result, call)
-        if self.packing is not None:
-            layout = self.packing.layout(call.new_k.shape[3], kept.values.shape[3])
-            kept = kept.packed(layout.key, layout.value, layout.center)
-        self.kept = kept
+        # Where a method comes after the attention, packing does, too.
+        self.kept = kept if hasattr(self.evictor, "attended") else self._packed(kept)
+
+    def _packed(self, kept: Kept) -> Kept:
+        if self.packing is None:
+            return kept
+        layout = self.packing.layout(kept.keys.shape[3], kept.values.shape[3])
+        return kept.packed(layout.key, layout.value, layout.center)
+
+    def replace(self, keys: Tensor, values: Tensor) -> None:
+        """Puts keys [B, Hkv, K, D] and values [B, Hkv, K, Dv] that are some of the tokens, nobody
+        says which, in the place of all."""
+        kept = self.kept
+        if kept is not None and keys.shape[2] < kept.keys.shape[2]:
+            nowhere = torch.full(keys.shape[:3], -1, dtype=torch.int32, device=keys.device)
+            kept = Kept(full(keys), full(values), full(nowhere), start=kept.start)
+        self.kept = None if kept is None else self._packed(kept)
 
     def call(
         self, states: KeptStates, kept: Kept, q: Tensor, k: Any, v: Any, lse: Tensor,
