@@ -64,6 +64,7 @@ class Row:
     k: Tensor
     v: Tensor
     alive: Tensor
+    softcap: float | None = None
     memory: dict[str, Tensor] = field(default_factory=dict)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -75,8 +76,10 @@ class Row:
         group = q.shape[0] // k.shape[0]
         keys, values, alive = (x.repeat_interleave(group, 0) for x in (self.k, self.v, self.alive))
         seen = torch.ones(new, total, dtype=torch.bool).tril(total - new) & alive[:, None]
-        logits = (q @ keys.mT / q.shape[2] ** 0.5).masked_fill(~seen, -torch.inf)
-        p = logits.softmax(2)
+        logits = q @ keys.mT / q.shape[2] ** 0.5
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        p = logits.masked_fill(~seen, -torch.inf).softmax(2)
         stays = self.rule(Step(p, q, self.k, self.v, self.alive, self.memory))
         assert not (stays & ~self.alive).any()
         self.alive = stays
@@ -85,7 +88,8 @@ class Row:
 
 def check_layer(
     options: Any, rule: Rule, dtype: torch.dtype = torch.float32, layer: int = 0,
-    num_layers: int = 1, rotary: Any = None, parts: tuple[int, ...] = PARTS, atol: float = 0.0,
+    num_layers: int = 1, rotary: Any = None, parts: tuple[int, ...] = PARTS,
+    softcap: float | None = None,
 ) -> None:  # fmt: skip
     """A layer's cache and attention beside the rule, for a row with left padding and one without.
 
@@ -94,7 +98,8 @@ def check_layer(
     draw = generator(3)
     cache = KeptKeysLayer(options, layer, num_layers, rotary)
     empty = torch.zeros(HEADS, 0, DIM, dtype=torch.float64)
-    rows = [Row(rule, empty, empty, torch.zeros(HEADS, 0, dtype=torch.bool)) for _ in range(2)]
+    none = torch.zeros(HEADS, 0, dtype=torch.bool)
+    rows = [Row(rule, empty, empty, none, softcap) for _ in range(2)]
     total, dropped = 0, 0
     for count in parts:
         q = torch.randn(2, HEADS * GROUP, count, DIM, generator=draw).to(dtype)
@@ -103,7 +108,7 @@ def check_layer(
         mask = torch.ones(2, 1, 1, total, dtype=torch.bool)
         mask[1, ..., :PADDING] = False
         states, _ = cache.update(k, v)
-        out, _ = states.attend(q, mask, None)
+        out, _ = states.attend(q, mask, None, softcap)
         for row, pad in ((0, 0), (1, PADDING)):
             skip = pad if total == count else 0
             own = rows[row].step(q[row, :, skip:], k[row, :, skip:], v[row, :, skip:])

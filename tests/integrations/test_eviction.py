@@ -56,6 +56,27 @@ def in_parts(model: nn.Module, ids: Tensor, mask: Tensor, cache: Any, parts: Any
     return torch.cat(found, 1)
 
 
+@pytest.mark.parametrize("reduce", ["sum", "mean", "max"])
+def test_a_softcap_of_nothing_changes_nothing(reduce: str) -> None:
+    """Columns that are added up from a few rows at a time are those of the op."""
+    found = []
+
+    class Measures:
+        def evict(self, call: Any) -> None:
+            found.append(call.received(reduce=reduce))
+
+    draw = generator(0)
+    q, k, v = (torch.randn(2, heads, 150, 16, generator=draw) for heads in (4, 2, 2))
+    mask = torch.ones(2, 1, 1, 150, dtype=torch.bool)
+    mask[1, ..., :70] = False
+    for visible in (None, mask):
+        for softcap in (None, 1e4):
+            states, _ = KeptKeysLayer(Measures(), 0, 1).update(k, v)
+            states.attend(q, visible, None, softcap)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[3], found[2], rtol=1e-4, atol=1e-5)
+
+
 def heavy(budget: int) -> Rule:
     def rule(step: Step) -> Tensor:
         total = step.grouped(step.p.sum(1))
@@ -85,7 +106,8 @@ class Transcribed:
         if total == new:
             heads, dim = key.shape[1], key.shape[3]
             empty, alive = torch.zeros(heads, 0, dim).double(), torch.zeros(heads, 0).bool()
-            self.rows[module.layer_idx] = [Row(self.rule, empty, empty, alive) for _ in query]
+            state = (empty, empty, alive, options.get("softcap"))
+            self.rows[module.layer_idx] = [Row(self.rule, *state) for _ in query]
         out = torch.zeros_like(query)
         for number, row in enumerate(self.rows[module.layer_idx]):
             skip = self.padding[number] if total == new else 0
@@ -94,14 +116,18 @@ class Transcribed:
         return out.transpose(1, 2).contiguous(), None
 
 
+@pytest.mark.parametrize("kind", ["Gemma3Text", "Gemma2"])
 @torch.no_grad()
-def test_a_model_sees_what_is_left() -> None:
+def test_a_model_sees_what_is_left(kind: str) -> None:
     """Masks, positions and left padding, over decoding and a second prompt; a sliding layer is as
-    it was."""
-    model = tiny_lm("Gemma3Text", sliding_window=6, layer_types=SLIDING * 2, num_hidden_layers=4)
+    it was. Gemma 2 caps its logits."""
+    options = dict(sliding_window=6, layer_types=SLIDING * 2, num_hidden_layers=4)
+    if kind == "Gemma2":
+        options["attn_logit_softcapping"] = 0.5
+    model = tiny_lm(kind, **options)
     ids, mask = left_padded(2, sum(PARTS), 6)
     rule = Transcribed(heavy(9), [0, 6])
-    sliding = transformers.AttentionInterface()["sdpa"]
+    sliding = transformers.AttentionInterface()[attention.register()]  # with a softcap, too
 
     def transcribed(module: nn.Module, *states: Any, **options: Any) -> tuple[Tensor, None]:
         return (sliding if module.sliding_window else rule)(module, *states, **options)
@@ -110,8 +136,8 @@ def test_a_model_sees_what_is_left() -> None:
     AttentionMaskInterface.register("transcribed", sdpa_mask)
     model.set_attn_implementation("transcribed")
     expected = in_parts(model, ids, mask, dynamic(model))
-    dense = tiny_lm("Gemma3Text", sliding_window=6, layer_types=SLIDING * 2, num_hidden_layers=4)
-    dense.set_attn_implementation("sdpa")
+    dense = tiny_lm(kind, **options)
+    dense.set_attn_implementation("eager")
     with tokred.patch(dense, "h2o", budget=9):
         cache = dynamic(dense)
         actual = in_parts(dense, ids, mask, cache)

@@ -13,9 +13,14 @@ from tokred.methods.h2o import H2oOptions
 BUDGET = 13
 
 
-@pytest.mark.parametrize("recent", [None, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_keeps_heavy_hitters(recent: int | None, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("recent", "dtype", "softcap"),
+    [(None, torch.float32, None), (None, torch.bfloat16, None), (3, torch.float32, None),
+     (3, torch.bfloat16, None), (None, torch.float32, 0.7)],
+)  # fmt: skip
+def test_it_keeps_heavy_hitters(
+    recent: int | None, dtype: torch.dtype, softcap: float | None
+) -> None:
     def published(step: Step) -> Tensor:
         total = step.grouped(step.p.sum(1))
         if "total" in step.memory:
@@ -26,7 +31,7 @@ def test_it_keeps_heavy_hitters(recent: int | None, dtype: torch.dtype) -> None:
         scores[:, -(BUDGET - BUDGET // 2 if recent is None else recent) :] = torch.inf
         return keep_best(scores, step.alive, BUDGET)
 
-    check_layer(H2oOptions(budget=BUDGET, recent=recent), published, dtype)
+    check_layer(H2oOptions(budget=BUDGET, recent=recent), published, dtype, softcap=softcap)
 
 
 def test_refusals() -> None:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 import tokred
 
+_CAPPED = 64  # queries whose weights exist at a time, under a softcap
+
 
 @dataclass(eq=False, slots=True)
 class Eviction:
@@ -64,6 +66,7 @@ class EvictionCall:
     rotary: the model's rotary embedding, or None.
     new_k: [B, Hkv, L, D], the keys of the pass.
     new_slot: int64 [B, Hkv, 1], where the new token is stored; None: the new tokens are the last.
+    softcap: of the logits, before the bias; or None.
     """
 
     q: Tensor
@@ -81,6 +84,7 @@ class EvictionCall:
     rotary: Any
     new_k: Tensor
     new_slot: Tensor | None = None
+    softcap: float | None = None
 
     @property
     def k(self) -> Tensor:
@@ -127,12 +131,48 @@ class EvictionCall:
             mask = (self.bias > -torch.inf).repeat_interleave(group, 1)
             weight = mask[:, :1, -count:].float()
             mask = mask[:, :, None]
-        columns = tokred.attention_columns(
-            q, self.k, lse.contiguous(), reduce, weight, causal=True, scale=self.scale, mask=mask
-        )
+        if self.softcap is None:
+            columns = tokred.attention_columns(
+                q, self.k, lse.contiguous(), reduce, weight, causal=True, scale=self.scale,
+                mask=mask,
+            )  # fmt: skip
+        else:
+            columns = self._capped_columns(q, lse, reduce, weight, mask)
         heads = columns.unflatten(1, (self.k.shape[1], -1)).mean(2)
         # What stands for n tokens receives n times what its logit says.
         return heads if self.bias is None else heads * self.bias.exp()
+
+    def _capped_columns(
+        self, q: Tensor, lse: Tensor, reduce: str, weight: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        """attention_columns under a softcap, with the weights of some queries at a time."""
+        k, count = self.k, q.shape[2]
+        total = torch.zeros(*q.shape[:2], k.shape[2], device=q.device)
+        for start in range(0, count, _CAPPED):
+            part = slice(start, min(start + _CAPPED, count))
+            seen = k.shape[2] - count + part.stop
+            rows = tokred.attention_rows(
+                q[:, :, part], k[:, :, :seen], False, causal=True, scale=self.scale,
+                mask=None if mask is None else mask[..., :seen],
+            )  # fmt: skip
+            # -inf, of what is hidden, would become finite.
+            p = torch.where(
+                rows > -torch.inf, (self._capped(rows) - lse[:, :, part, None]).exp(), 0
+            )
+            if weight is not None:
+                p = p.nan_to_num(0) * weight[:, :, part, None]
+            into = total[..., :seen]
+            if reduce == "max":
+                torch.maximum(into, p.amax(2), out=into)
+            else:
+                into += p.sum(2)
+        if reduce == "mean":
+            total /= count
+        return total
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        cap = self.softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def _received_from_one(self) -> Tensor:
         """From a single query."""
@@ -140,11 +180,11 @@ class EvictionCall:
         k, bias = self.stored_k, self.bias
         if not isinstance(k, Tensor):
             rows = tokred.packed_qk_score(self.q, k.packed, scale=self.scale)
-        elif bias is None:
+        elif bias is None and self.softcap is None:
             return tokred.attention_rows(self.q, k, scale=self.scale).view(shape).mean(2)
         else:
             rows = tokred.attention_rows(self.q, k, False, scale=self.scale)
-        logits = rows.view(shape) - self.lse.view(*shape[:3], 1)
+        logits = self._capped(rows).view(shape) - self.lse.view(*shape[:3], 1)
         if bias is None:
             return logits.exp().mean(2)
         logits = logits + bias[:, :, None]

@@ -174,8 +174,8 @@ def attention_forward(
             tokred_method.refuse_packed()
         key, value = (key.new_key, key.new_value) if key.is_first else (key, None)
     if isinstance(key, KeptStates):
-        key.refuse(module, tokred_method, s_aux, indices, softcap)
-        out, _ = key.attend(query, attention_mask, scaling)
+        key.refuse(module, tokred_method, s_aux, indices)
+        out, _ = key.attend(query, attention_mask, scaling, softcap)
         return out.transpose(1, 2).contiguous(), None
     score_keys = getattr(key, SCORE_KEYS, None) if isinstance(key, Tensor) else None
     if value is not None:

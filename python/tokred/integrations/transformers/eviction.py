@@ -162,8 +162,6 @@ def _lacks(module: nn.Module) -> str | None:
         return "shares its keys with other layers, which would miss what it evicts"
     if getattr(config, "kv_lora_rank", None):
         return "has multi-head latent attention, which computes with cached keys itself"
-    if getattr(module, "attn_logit_softcapping", None) is not None:
-        return "has soft-capped logits, by which no attention is measured"
     if any(isinstance(getattr(module, name, None), nn.Parameter) for name in ("sinks", "sink")):
         return "has attention sinks that are no tokens, by which no attention is measured"
     return None

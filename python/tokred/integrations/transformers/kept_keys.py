@@ -149,7 +149,7 @@ class KeptKeysLayer(CacheLayerMixin):
 
     def call(
         self, states: KeptStates, kept: Kept, q: Tensor, k: Any, v: Any, lse: Tensor,
-        scale: float | None, bias: Tensor | None,
+        scale: float | None, bias: Tensor | None, softcap: float | None,
     ) -> EvictionCall:  # fmt: skip
         """What the method is given after a pass; k and v as tensors or as they are packed."""
         if kept.position is None:
@@ -161,7 +161,7 @@ class KeptKeysLayer(CacheLayerMixin):
         state = {name: each.tokens for name, each in kept.state.items()}
         return EvictionCall(
             q, k, v, lse, position, bias, self.length, kept.start, scale, self.number,
-            self.num_layers, state, self.rotary, states.new_key, states.slot,
+            self.num_layers, state, self.rotary, states.new_key, states.slot, softcap,
         )  # fmt: skip
 
     def get_seq_length(self) -> int:
@@ -252,16 +252,13 @@ class KeptStates:
     new_value: Tensor
     slot: Tensor | None
 
-    def refuse(
-        self, module: nn.Module, method: Any, s_aux: Any, indices: Any, softcap: float | None
-    ) -> None:
+    def refuse(self, module: nn.Module, method: Any, s_aux: Any, indices: Any) -> None:
         """Refuses what a layer adds to attention, and another method in the same layer.
 
         Raises:
             ValueError: saying what.
         """
         what = {"attention sinks (s_aux)": s_aux, "lists of keys": indices}
-        what["soft-capped logits"] = softcap
         for name, each in what.items():
             if each is not None:
                 raise ValueError(
@@ -273,13 +270,20 @@ class KeptStates:
                 "patch chooses keys: leave one of the two"
             )
 
-    def attend(self, q: Tensor, mask: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor]:
+    def attend(
+        self, q: Tensor, mask: Tensor | None, scale: float | None, softcap: float | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Causal attention to what is stored, out [B, Hq, L, Dv] and lse f32 [B, Hq, L]; then keys
         are evicted. Packed keys have an lse without what their mean adds to it.
 
         Args:
             mask: bool [B | 1, 1, 1, N] over all tokens, where padding is hidden; or a mask of every
                 query, [B | 1, 1, L, N], as long as every key is there and stays.
+            softcap: of the logits.
+
+        Raises:
+            ValueError: a mask that does not fit; a softcap of keys that are packed without their
+                mean.
         """
         kept, slot, queries = self.kept, self.slot, q.shape[2]
         own = mask is not None and mask.shape[2] > 1
@@ -310,17 +314,23 @@ class KeptStates:
         if queries == 1 and isinstance(kept.keys, PackedBuffer):
             assert isinstance(kept.values, PackedBuffer)
             keys, values = kept.keys, kept.values
-            packed = keys.packed, values.packed
-            out, lse = tokred.packed_attention(q, *packed, scale=scale, key_bias=bias)
+            if softcap is not None and keys.mean is not None:
+                raise ValueError(
+                    f"softcap = {softcap} needs whole logits, and the cache packs keys without "
+                    "their mean: make it with center=False"
+                )
+            out, lse = tokred.packed_attention(
+                q, keys.packed, values.packed, scale=scale, key_bias=bias, softcap=softcap
+            )
         else:
             keys = self._whole(kept.keys, self.new_key).to(q.dtype)
             values = self._whole(kept.values, self.new_value).to(q.dtype)
             whole = kept.position is None
             out, lse = tokred.biased_attention(
                 q, keys, values, None if whole else bias, causal=queries > 1 and not own,
-                scale=scale, mask=mask if whole else None,
+                scale=scale, mask=mask if whole else None, softcap=softcap,
             )  # fmt: skip
-        call = self.layer.call(self, kept, q, keys, values, lse, scale, bias)
+        call = self.layer.call(self, kept, q, keys, values, lse, scale, bias, softcap)
         self.layer.shrink(kept, call, own)
         return out, lse
 
