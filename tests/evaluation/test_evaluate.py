@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ transformers = pytest.importorskip("transformers")
 import tokred  # noqa: E402
 from cases.trial_models import VOCABULARY, decoder, encoder, images, tokens  # noqa: E402
 from tokred.compat import cache_keyword  # noqa: E402
-from tokred.evaluation.inputs import batches, without_padding  # noqa: E402
+from tokred.evaluation.inputs import batches, count, without_padding  # noqa: E402
 
 
 class Words:
@@ -142,6 +143,11 @@ def test_results_are_written(tmp_path) -> None:
     assert result.to_dict()["interrupted"] is False
 
 
+def test_a_patched_model_is_refused() -> None:
+    with tokred.patch(encoder(), "tome"), pytest.raises(ValueError, match="model is patched"):
+        tokred.evaluate(encoder(), images())
+
+
 def test_inputs() -> None:
     padded = {"input_ids": tokens(2, 5), "attention_mask": torch.tensor([[0, 1, 1, 1, 1]] * 2)}
     assert [x.shape for x in without_padding(padded)] == [(1, 4), (1, 4)]
@@ -178,3 +184,34 @@ def test_refusals() -> None:
     ):
         with pytest.raises(kind, match=message):
             tokred.evaluate(*arguments, **options)
+
+
+def test_progress_without_tqdm(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    tokred.evaluate(encoder(), images(), ["tome"], [0.5, 0.25])
+    assert capsys.readouterr().err.splitlines() == [
+        "1: unpatched", "1 of 2: tome 0.5", "2 of 2: tome 0.25"
+    ]  # fmt: skip
+    assert [count(x) for x in ([1, 2], tokens(), [tokens()] * 3, iter([]))] == [1, 1, 3, None]
+
+
+def test_padding_of_texts_is_left_out() -> None:
+    config = transformers.BertConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32,
+    )  # fmt: skip
+    model, mask = transformers.BertModel(config).eval(), torch.ones(1, 12, dtype=torch.long)
+    short = {"input_ids": tokens(1, 12), "attention_mask": mask}
+    longer = {
+        "input_ids": torch.cat([tokens(1, 12), tokens(1, 5)], 1),
+        "attention_mask": torch.cat([mask, torch.zeros(1, 5, dtype=torch.long)], 1),
+    }
+    methods = {"tome": {"r": 2}}
+    for one, other in zip(
+        *(tokred.evaluate(model, batch, methods).rows for batch in (short, longer)), strict=True
+    ):
+        assert one.kept == other.kept == 7
+        assert one.figures == pytest.approx(other.figures, abs=1e-5)
+        assert {*one.figures} == {"CLS cosine", "token cosine"} and one.figures["token cosine"] < 1

@@ -45,13 +45,17 @@ def _add_arguments(command: argparse.ArgumentParser, name: str) -> None:
     what.add_argument(
         "--image", metavar="FILE", nargs="+", default=[], help="by default one of scikit-image's"
     )
-    command.add_argument("--methods", type=_names, metavar="A,B", help="by default all that fit")
+    command.add_argument("--methods", type=names, metavar="A,B", help="by default all that fit")
     command.add_argument(
-        "--budgets", type=_floats, metavar="X,Y", default=[0.5, 0.25],
+        "--budgets", type=numbers, metavar="X,Y", default=[0.5, 0.25],
         help="shares of the tokens or keys that stay, 0.5,0.25",
     )  # fmt: skip
     command.add_argument(
-        "--bits", type=_ints, metavar="A,B", default=[], help="packed caches of so many bits, too"
+        "--bits",
+        type=whole_numbers,
+        metavar="A,B",
+        default=[],
+        help="packed caches of so many bits, too",
     )
     command.add_argument(
         "--tokens", type=int, default=1024, help="of text, prompt and all, 1024", metavar="N"
@@ -112,13 +116,14 @@ def _prepared(options: argparse.Namespace) -> tuple[Any, list[torch.Tensor], dic
     Raises:
         ValueError: arguments that do not fit; checked before a model is loaded, as far as they can.
     """
-    from tokred.evaluation.candidates import check_budgets, check_methods
+    from tokred.evaluation.candidates import check_bits, check_budgets, check_methods
 
     from .load import load, pixels, text_ids
 
     check_methods(options.methods)
     check_budgets(options.budgets)
-    for name in ("tokens", "size", "batch"):
+    check_bits(options.bits)
+    for name in ("tokens", "size", "batch", "decoded", "repeats"):
         value = getattr(options, name, None)
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
@@ -167,13 +172,13 @@ def _publish(result: Result, options: argparse.Namespace) -> int:
     return 1 if result.interrupted or not any(row.figures for row in result.rows) else 0
 
 
-def _names(text: str) -> list[str]:
+def names(text: str) -> list[str]:
     return [name for part in text.split(",") if (name := part.strip())]
 
 
-def _floats(text: str) -> list[float]:
+def numbers(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
 
 
-def _ints(text: str) -> list[int]:
+def whole_numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]

@@ -78,6 +78,17 @@ def check_budgets(budgets: Iterable[float]) -> tuple[float, ...]:
     return found
 
 
+def check_bits(bits: Iterable[int]) -> None:
+    """Refuses what no packed cache has.
+
+    Raises:
+        ValueError: saying which.
+    """
+    for each in bits:
+        if each not in (1, 2, 3, 4, 8):
+            raise ValueError(f"bits must be some of 1, 2, 3, 4, 8, got {each!r}")
+
+
 def check_methods(methods: Methods) -> None:
     """Refuses names that are no methods.
 
@@ -116,7 +127,10 @@ def for_encoder(
     """Candidates for an encoder of so many layers and tokens."""
 
     def options(method: Method, budget: float) -> tuple[dict[str, Any] | None, int]:
-        return options_at(method, layers, tokens, budget), max(round(tokens * budget), 1)
+        options = options_at(method, layers, tokens, budget)
+        if options and len({*(options.get("r") or ())}) == 1:
+            options = {"r": options["r"][0]}  # shorter to copy
+        return options, max(round(tokens * budget), 1)
 
     return _candidates("encoder", methods, budgets, options)
 

@@ -156,6 +156,10 @@ class DecoderTask:
         """The candidate as it is: its options say how many keys it keeps."""
         return candidate
 
+    def counted(self, candidate: Candidate, reading: Reading) -> Candidate:
+        """The candidate as it is."""
+        return candidate
+
     def read(self, part: Split, candidate: Candidate | None = None) -> Reading:
         """The model, with the candidate's patch, reads a sequence."""
         if candidate is None:
@@ -195,6 +199,8 @@ class DecoderTask:
         means, theirs = tally.means(), dense.means()
         loss = means.pop(PERPLEXITY)
         difference = loss - theirs[PERPLEXITY]
+        if KL in means:
+            means[KL] = max(means[KL], 0.0)  # below it by rounding
         return {PERPLEXITY: _exp(loss), RATIO: _exp(difference), **means}
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
@@ -18,8 +19,8 @@ from .inputs import Batch
 from .results import Measure
 from .tally import Tally
 
-CLASS, MEAN, PATCHES = "CLS cosine", "mean cosine", "patch cosine"
-MEASURES = (Measure(CLASS, "higher"), Measure(MEAN, "higher"), Measure(PATCHES, "higher"))
+CLASS, MEAN, PATCHES, TOKENS = "CLS cosine", "mean cosine", "patch cosine", "token cosine"
+MEASURES = tuple(Measure(name, "higher") for name in (CLASS, MEAN, PATCHES, TOKENS))
 
 
 def features(model: nn.Module, batch: Batch) -> Tensor:
@@ -43,9 +44,11 @@ def features(model: nn.Module, batch: Batch) -> Tensor:
 
 @dataclass(frozen=True)
 class Reading:
-    """tokens [B, N, C], as many as there were; left: how many of them were apart, of a row."""
+    """tokens [B, N, C], as many as there were; there, bool [B, N], which are no padding; left: how
+    many of them were apart, of a row."""
 
     tokens: Tensor
+    there: Tensor
     left: int
 
 
@@ -59,6 +62,7 @@ class EncoderTask:
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         with patch(model, "tome", r=0) as handle:
+            self.tokens, self.reads_text = 0, False  # until candidates() has seen some
             self.num_prefix, self.layers = handle.num_prefix, handle.states[0].num_layers
         self.title = f"{type(model).__name__}: features on fewer tokens"
         self.notes = (
@@ -83,55 +87,65 @@ class EncoderTask:
         """
         if bits:
             raise ValueError("bits are for the cache of a decoder, and this is an encoder")
-        return for_encoder(methods, budgets, self.layers, self._tokens(part))
+        self.reads_text = "input_ids" in part
+        self.tokens = features(self.model, part).shape[1] - self.num_prefix
+        return for_encoder(methods, budgets, self.layers, self.tokens)
 
     def fitted(self, part: Batch, candidate: Candidate) -> Candidate:
-        """The candidate with the ratio that leaves its share of tokens, and what that leaves."""
+        """The candidate with the ratio that leaves its share of tokens."""
         if candidate.budget is None:
-            return replace(candidate, kept=self._left(part, candidate))
-        wanted = candidate.budget * self._tokens(part)
+            return candidate
+        wanted = candidate.budget * self.tokens
         own = {name: x for name, x in candidate.options.items() if name != "ratio"}
 
         def left(options: dict[str, Any]) -> int:
-            return self._left(part, replace(candidate, options={**own, **options}))
+            trial = replace(candidate, options={**own, **options})
+            return self.read(part, trial).left - self.num_prefix
 
         sized = {name: x for name, x in candidate.options.items() if name == "ratio"}
         options = {**own, **fitted(get(candidate.method), self.layers, sized, wanted, left)}
         if "ratio" in options:
             options["ratio"] = round(options["ratio"], 4)
-        found = replace(candidate, options=options)
-        return replace(found, kept=self._left(part, found))
+        return replace(candidate, options=options)
+
+    def counted(self, candidate: Candidate, reading: Reading) -> Candidate:
+        """The candidate with the tokens that were left."""
+        return replace(candidate, kept=reading.left - self.num_prefix)
 
     def read(self, part: Batch, candidate: Candidate | None = None) -> Reading:
         """The model, with the candidate's patch, reads a batch."""
         if candidate is None:
             tokens = features(self.model, part)
-            return Reading(tokens, tokens.shape[1])
+            return Reading(tokens, _there(part, tokens), tokens.shape[1])
         with candidate.patch(self.model, trace_source=True) as handle:
             tokens = features(self.model, part)
             left = round(float((handle.size > 0).sum()) / len(tokens))
             if tokens.shape[1] < handle.counts[0]:
                 tokens = handle.unmerge(tokens)
-            return Reading(tokens, left)
+            return Reading(tokens, _there(part, tokens), left)
 
     def add(self, tally: Tally, reading: Reading, dense: Reading | None) -> None:
         """Adds what was read; dense is the unpatched model's, None where it is that itself."""
         ours = reading.tokens.float()
         theirs = ours if dense is None else dense.tokens.float()
-        prefix = self.num_prefix
-        if prefix:
+        there = reading.there
+        if self.num_prefix:
             tally.add(CLASS, cosine_similarity(ours[:, 0], theirs[:, 0], dim=-1))
         else:
-            means = (x.mean(1) for x in (ours, theirs))
-            tally.add(MEAN, cosine_similarity(*means, dim=-1))
-        tally.add(PATCHES, cosine_similarity(ours[:, prefix:], theirs[:, prefix:], dim=-1))
+            mean, other = ((x * there[..., None]).sum(1) for x in (ours, theirs))
+            tally.add(MEAN, cosine_similarity(mean, other, dim=-1))
+        cosines = cosine_similarity(ours, theirs, dim=-1)[:, self.num_prefix :]
+        name = TOKENS if self.reads_text else PATCHES
+        tally.add(name, cosines[there[:, self.num_prefix :]])
 
     def figures(self, tally: Tally, dense: Tally) -> dict[str, float]:
         """The measures of all that was added."""
         return tally.means()
 
-    def _tokens(self, part: Batch) -> int:
-        return features(self.model, part).shape[1] - self.num_prefix
 
-    def _left(self, part: Batch, candidate: Candidate) -> int:
-        return self.read(part, candidate).left - self.num_prefix
+def _there(part: Batch, tokens: Tensor) -> Tensor:
+    """bool [B, N]: the tokens that are no padding."""
+    mask = part.get("attention_mask")
+    if mask is None or mask.shape != tokens.shape[:2]:
+        return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+    return mask.bool()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ def batches(inputs: Any) -> Iterator[Batch]:
     """
     if isinstance(inputs, str | bytes):
         raise TypeError("inputs must be token numbers or pixels, got text: tokenize it first")
-    alone = isinstance(inputs, Tensor | Mapping) or _are_numbers(inputs)
+    alone = _is_one(inputs)
     if not alone and not isinstance(inputs, Iterable):
         raise TypeError(
             "inputs must be a tensor, a dict, a list of these or a loader, got "
@@ -35,6 +35,17 @@ def batches(inputs: Any) -> Iterator[Batch]:
         yield _batch(part, "inputs" if alone else f"inputs[{number}]")
     if number < 0:
         raise ValueError("inputs must have at least one batch, got none")
+
+
+def count(inputs: Any) -> int | None:
+    """How many batches there are, None where only reading them tells."""
+    if _is_one(inputs):
+        return 1
+    return len(inputs) if isinstance(inputs, Sized) else None
+
+
+def _is_one(inputs: Any) -> bool:
+    return isinstance(inputs, Tensor | Mapping) or _are_numbers(inputs)
 
 
 def _are_numbers(value: Any) -> bool:

@@ -22,6 +22,14 @@ def timed(function: Callable[[], T]) -> tuple[T, float]:
     return result, time.perf_counter() - start
 
 
+def where(device: torch.device) -> str:
+    """What runs on a device, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{threads} thread{'s' if threads > 1 else ''} of the CPU"
+
+
 def _wait() -> None:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from .candidates import Candidate, Methods, refused
-from .decoding import DecoderTask, dense_attention
-from .measure import quiet, timed
+from .decoding import DecoderTask
+from .measure import quiet
 from .progress import Progress
-from .quality import BUDGETS, at_rest, begin, check, row_of
+from .quality import BUDGETS, at_rest, begin, check, row_of, sized
 from .results import Measure, Result, Row
-from .speed import DecoderRace, EncoderRace
+from .speed import DecoderRace, EncoderRace, Step
 
 TOTAL, WEIGHTS, ATTENTION = "ms", "weights ms", "attention ms"
 CHOOSING, REST, OVERHEAD = "choosing ms", "rest ms", "overhead µs a layer"
@@ -81,13 +81,13 @@ def profile(
         found = Profiler(task, model, part, repeats)
         figures: list[dict[str, float]] = [{} for _ in candidates]
         interrupted = False
-        with Progress(len(candidates), progress) as shown:
+        with Progress(progress, len(candidates)) as shown:
             try:
                 for place, candidate in enumerate(candidates):
                     if not candidate.reason:
                         shown.step(candidate.label)
                         try:
-                            candidate = candidates[place] = task.fitted(part, candidate)
+                            candidate = candidates[place] = sized(task, part, candidate)
                             figures[place] = found.run(candidate)
                         except Exception as error:
                             candidates[place] = refused(candidate, error)
@@ -120,7 +120,7 @@ class Profiler:
 
     def run(self, candidate: Candidate) -> dict[str, float]:
         """The figures of a method, in turns with the dense model."""
-        step, dense = self._calls(candidate)
+        step, dense = self._step(candidate), self._dense()
         theirs, ours = self.race.turns.beside(self.repeats, dense, step)
         own, others = self._shares(step), self._shares(dense)
         beside = ours - own.weights - own.attention
@@ -129,38 +129,34 @@ class Profiler:
 
     def dense(self) -> dict[str, float]:
         """The figures of the dense model, over all turns."""
-        _, dense = self._calls(None)
-        seconds = self.race.turns.seconds or [timed(dense)[1] for _ in range(self.repeats + 1)][1:]
+        dense = self._dense()
+        seconds = self.race.turns.seconds or [dense.run() for _ in range(self.repeats + 1)][1:]
         return _figures(statistics.median(seconds), self._shares(dense))
 
-    def _calls(self, candidate: Candidate | None) -> tuple[Callable[[], None], Callable[[], None]]:
-        """(a step of the method, one of the dense model)."""
+    def _dense(self) -> Step:
         race = self.race
         if isinstance(race, EncoderRace):
-            if candidate is None:
-                return race.forward, race.forward
-            return lambda: race.forward(candidate.patch(race.model)), race.forward
-        static = race.static(self.repeats + 1 + _PASSES)
+            return race.dense_step()
+        return race.dense_step(race.static(self.repeats + 1 + _PASSES))
 
-        def dense() -> None:
-            race.step(static, dense_attention(race.model, "sdpa"))
-
-        if candidate is None:
-            return dense, dense
+    def _step(self, candidate: Candidate) -> Step:
+        race = self.race
+        if isinstance(race, EncoderRace):
+            return race.step(candidate)
         with candidate.patch(race.model):
             cache = race.read(candidate)
-        return lambda: race.step(cache, candidate.patch(race.model)), dense
+        return race.step(cache, candidate)
 
-    def _shares(self, call: Callable[[], None]) -> Shares:
+    def _shares(self, step: Step) -> Shares:
         """The medians of a few passes under torch's profiler."""
-        found = [_profiled(call) for _ in range(_PASSES)]
+        found = [_profiled(step) for _ in range(_PASSES)]
         return Shares(*(statistics.median(each) for each in zip(*found, strict=True)))
 
 
 _PASSES = 3
 
 
-def _profiled(call: Callable[[], None]) -> tuple[float, float, float]:
+def _profiled(step: Step) -> tuple[float, float, float]:
     """Seconds inside of ops that are weights, attention, and choosing."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as recording
@@ -169,8 +165,8 @@ def _profiled(call: Callable[[], None]) -> tuple[float, float, float]:
     on_device = torch.cuda.is_initialized()
     if on_device:
         activities.append(ProfilerActivity.CUDA)
-    with quiet(), recording(activities=activities) as recorded:
-        call()
+    with quiet(), step.patch(), recording(activities=activities) as recorded:
+        step.call()
     seconds = dict.fromkeys(("weights", "attention", "choosing"), 0.0)
     for event in recorded.key_averages():
         kind = _kind(event.key)

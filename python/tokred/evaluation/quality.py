@@ -11,10 +11,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from .candidates import Candidate, Methods, check_budgets, check_methods, refused
+from .candidates import Candidate, Methods, check_bits, check_budgets, check_methods, refused
 from .decoding import DecoderTask
 from .encoding import EncoderTask
-from .inputs import Batch, batches
+from .inputs import Batch, batches, count
 from .progress import Progress
 from .results import Result, Row
 from .tally import Tally
@@ -71,13 +71,15 @@ def evaluate(
     dense, interrupted = Tally(), False
     candidates: list[Candidate] = []
     tallies: list[Tally] = []
-    with Progress(None, progress) as shown, at_rest(model):
+    with Progress(progress) as shown, at_rest(model):
         for number, part in enumerate(parts):
             shown.step("unpatched")
             try:
                 if number == 0:
                     candidates = task.candidates(part, methods, budgets, bits)
                     tallies = [Tally() for _ in candidates]
+                    if (total := count(inputs)) is not None:
+                        shown.expect(total * sum(not each.reason for each in candidates))
                 expected = task.read(part)
                 task.add(dense, expected, None)
                 for place, candidate in enumerate(candidates):
@@ -87,7 +89,10 @@ def evaluate(
                     try:
                         if number == 0:
                             candidate = candidates[place] = task.fitted(part, candidate)
-                        task.add(tallies[place], task.read(part, candidate), expected)
+                        reading = task.read(part, candidate)
+                        if number == 0:
+                            candidates[place] = task.counted(candidate, reading)
+                        task.add(tallies[place], reading, expected)
                     except Exception as error:
                         candidates[place] = refused(candidate, error)
                     shown.advance()
@@ -114,10 +119,12 @@ def check(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if any(hasattr(vars(m).get("forward"), "tokred_original") for m in model.modules()):
+        raise ValueError(
+            "model is patched, and methods are measured beside the unpatched one: leave the patch"
+        )
     check_methods(methods)
-    for each in bits:
-        if each not in (1, 2, 3, 4, 8):
-            raise ValueError(f"bits must be some of 1, 2, 3, 4, 8, got {each!r}")
+    check_bits(bits)
     return check_budgets(budgets)
 
 
@@ -133,6 +140,14 @@ def begin(
     else:
         task = EncoderTask(model)
     return task, _parts(task, first, found)
+
+
+def sized(task: Task, part: Any, candidate: Candidate) -> Candidate:
+    """The candidate with its options and what they leave, as far as it has to run for that."""
+    candidate = task.fitted(part, candidate)
+    if isinstance(task, DecoderTask):
+        return candidate
+    return task.counted(candidate, task.read(part, candidate))
 
 
 def _parts(task: Task, first: Batch, others: Iterator[Batch]) -> Iterator[Any]:

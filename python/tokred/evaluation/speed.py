@@ -5,18 +5,19 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor, nn
 
 from .candidates import Candidate, Methods, refused
 from .decoding import DecoderTask, cache_of, dense_attention, forward
 from .encoding import EncoderTask, features
 from .inputs import Batch
-from .measure import peak_bytes, timed
+from .measure import peak_bytes, timed, where
 from .progress import Progress
-from .quality import BUDGETS, at_rest, begin, check, row_of
+from .quality import BUDGETS, at_rest, begin, check, row_of, sized
 from .results import Measure, Result, Row
 
 Times: TypeAlias = tuple[list[float], list[float]]
@@ -80,13 +81,13 @@ def benchmark(
             race = EncoderRace(task, part, repeats)
         figures: list[dict[str, float]] = [{} for _ in candidates]
         dense, interrupted = race.dense(), False
-        with Progress(len(candidates), progress) as shown:
+        with Progress(progress, len(candidates)) as shown:
             try:
                 for place, candidate in enumerate(candidates):
                     if not candidate.reason:
                         shown.step(candidate.label)
                         try:
-                            candidate = candidates[place] = task.fitted(part, candidate)
+                            candidate = candidates[place] = sized(task, part, candidate)
                             figures[place] = race.run(candidate)
                         except Exception as error:
                             candidates[place] = refused(candidate, error)
@@ -98,20 +99,31 @@ def benchmark(
     return Result(race.title, race.measures, whole, rows, race.notes, interrupted)
 
 
+@dataclass(frozen=True)
+class Step:
+    """A call of a model inside a patch, whose entering is not timed."""
+
+    patch: Callable[[], AbstractContextManager]
+    call: Callable[[], object]
+
+    def run(self) -> float:
+        """Its seconds."""
+        with self.patch():
+            return timed(self.call)[1]
+
+
 class Turns:
     """Seconds of the dense model, over all of its turns."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
 
-    def beside(
-        self, repeats: int, dense: Callable[[], object], ours: Callable[[], object]
-    ) -> tuple[float, float]:
+    def beside(self, repeats: int, dense: Step, ours: Step) -> tuple[float, float]:
         """The medians of both in turns, the first of which warms up."""
         times: Times = ([], [])
         for _ in range(repeats + 1):
-            for found, call in zip(times, (dense, ours), strict=True):
-                found.append(timed(call)[1])
+            for found, step in zip(times, (dense, ours), strict=True):
+                found.append(step.run())
         self.seconds += times[0][1:]
         dense_median, median = (statistics.median(found[1:]) for found in times)
         return dense_median, median
@@ -132,9 +144,8 @@ class DecoderRace:
             f"{prompt.shape[0]}"
         )
         self.notes = (
-            f"Medians of {repeats} turns with {self.practice}, on {torch.get_num_threads()} threads"
-            " of the CPU. MB: the most that the prompt and one step allocate, and the cache behind "
-            "the prompt.",
+            f"Medians of {repeats} turns with {self.practice}, on {where(prompt.device)}. MB: the "
+            "most that the prompt and one step allocate, and the cache behind the prompt.",
         )
 
     def dense(self) -> dict[str, float]:
@@ -162,9 +173,7 @@ class DecoderRace:
             peak = peak_bytes(lambda: self.read(candidate))
         static = self.static(self.repeats + 1)
         dense, ours = self.turns.beside(
-            self.repeats,
-            lambda: self.step(static, dense_attention(self.model, "sdpa")),
-            lambda: self.step(cache, candidate.patch(self.model)),
+            self.repeats, self.dense_step(static), self.step(cache, candidate)
         )
         with candidate.patch(self.model):
             step = peak_bytes(lambda: forward(self.model, self.prompt[:, -1:], cache))
@@ -179,10 +188,17 @@ class DecoderRace:
         forward(self.model, self.prompt, cache)
         return cache
 
-    def step(self, cache: Any, patch: AbstractContextManager) -> None:
-        """Decodes one more token."""
-        with patch:
-            forward(self.model, self.prompt[:, -1:], cache)
+    def step(self, cache: Any, candidate: Candidate) -> Step:
+        """Decodes one more token with a method."""
+        return Step(partial(candidate.patch, self.model), partial(self._decode, cache))
+
+    def dense_step(self, cache: Any) -> Step:
+        """Decodes one more token without any."""
+        patch = partial(dense_attention, self.model, "sdpa")
+        return Step(patch, partial(self._decode, cache))
+
+    def _decode(self, cache: Any) -> None:
+        forward(self.model, self.prompt[:, -1:], cache)
 
     def static(self, steps: int) -> Any:
         """A StaticCache that holds the prompt, with room for so many steps."""
@@ -195,10 +211,8 @@ class DecoderRace:
         return cache
 
     def _alone(self) -> list[float]:
-        static = self.static(self.repeats + 1)
-        with dense_attention(self.model, "sdpa"):
-            step = [timed(lambda: self.step(static, nullcontext()))[1] for _ in range(2)]
-        return step[1:]
+        step = self.dense_step(self.static(2))
+        return [step.run() for _ in range(2)][1:]
 
 
 class EncoderRace:
@@ -213,31 +227,36 @@ class EncoderRace:
         shapes = ", ".join(str(list(x.shape)) for x in part.values())
         self.title = f"{type(self.model).__name__}: forward passes over {shapes}"
         self.notes = (
-            f"Medians of {repeats} turns with the unpatched model, on {torch.get_num_threads()} "
-            "threads of the CPU. MB: the most that a pass allocates beside weights and input.",
+            f"Medians of {repeats} turns with the unpatched model, on {where(task.device)}. MB: "
+            "the most that a pass allocates beside weights and input.",
         )
 
     def dense(self) -> dict[str, float]:
         """What it takes, in memory."""
-        return {FORWARD_MB: peak_bytes(self.forward) / 1e6}
+        return {FORWARD_MB: peak_bytes(self._forward) / 1e6}
 
     def of_dense(self, memory: dict[str, float]) -> dict[str, float]:
         """The figures of the unpatched model, over all turns."""
-        seconds = self.turns.seconds or [timed(self.forward)[1] for _ in range(2)][1:]
+        seconds = self.turns.seconds or [self.dense_step().run() for _ in range(2)][1:]
         return {FORWARD: statistics.median(seconds) * 1e3, SPEED: 1.0, **memory}
 
     def run(self, candidate: Candidate) -> dict[str, float]:
         """The figures of a method, in turns with the unpatched model."""
-        dense, ours = self.turns.beside(
-            self.repeats, self.forward, lambda: self.forward(candidate.patch(self.model))
-        )
-        peak = peak_bytes(lambda: self.forward(candidate.patch(self.model)))
+        dense, ours = self.turns.beside(self.repeats, self.dense_step(), self.step(candidate))
+        with candidate.patch(self.model):
+            peak = peak_bytes(self._forward)
         return {FORWARD: ours * 1e3, SPEED: dense / ours, FORWARD_MB: peak / 1e6}
 
-    def forward(self, patch: AbstractContextManager | None = None) -> None:
-        """One pass, inside a patch if there is one."""
-        with patch or nullcontext():
-            features(self.model, self.part)
+    def step(self, candidate: Candidate) -> Step:
+        """A pass with a method."""
+        return Step(partial(candidate.patch, self.model), self._forward)
+
+    def dense_step(self) -> Step:
+        """A pass without any."""
+        return Step(nullcontext, self._forward)
+
+    def _forward(self) -> None:
+        features(self.model, self.part)
 
 
 def held(cache: Any) -> int:
