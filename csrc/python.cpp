@@ -15,7 +15,7 @@
 #include "linear_attn/cuda/plan.h"
 #include "match/cuda/plan.h"
 #include "merge/cuda/plan.h"
-#include "packed_attn/cuda/plan.h"
+#include "packed_attn/cuda/plan_codes.h"
 #include "score/cuda/plan.h"
 #include "sparse_attn/cuda/plan_unmerged.h"
 #include "topk/cuda/plan.h"
@@ -203,6 +203,10 @@ py::dict plans_of_packed_attention(const AttentionShape& s, const PackFormat& f)
                  "rotate_queries"_a = describe(plan_rotate_queries(s.batch * s.heads_q, lanes)));
   if (decode_splits(s.keys) > 1) plans["combine"] = describe(plan_combine(shape, items));
   if (rotates_later(s)) plans["rotate_out"] = describe(plan_rotate_out(s));
+  if (!s.is_float && takes_fragments(DType::bf16, shape, f, f)) {
+    const SideCopy side = side_copy(f, 0, 0);
+    plans["codes"] = describe(plan_code_decode(shape, items, code_stage(side, side)));
+  }
   return py::dict("plans"_a = plans, "items"_a = decode_row_tiles(shape),
                   "workspace_bytes"_a = decode_workspace_bytes(shape));
 }

@@ -335,3 +335,15 @@ def test_packed_attention(bits: int, is_float: bool) -> None:
             rows = queries * heads_q // heads_kv
             assert plan["items"] == batch * heads_kv * -(-rows // 16)
             assert at_once == plan["items"] or plan["workspace_bytes"] <= 64 << 20
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_attention_on_codes_fits_every_device(bits: int) -> None:
+    """Three blocks of 4 bits on an H200, and one where a block may have 99 KB."""
+    for group in (16, 32, 128):
+        plans = _C.plan_packed_attention(1, 32, 8, 1, 131072, 128, bits, group)["plans"]
+        assert plans["codes"]["grid"] == plans["decode"]["grid"]
+        assert plans["codes"]["shared_bytes"] <= 75 << 10
+    assert plans["codes"]["shared_bytes"] <= 227 * 1024 // 3
+    few = _C.plan_packed_attention(1, 64, 4, 1, 131072, 128, bits, 32)["plans"]
+    assert "codes" not in few  # sixteen query rows a key head

@@ -29,7 +29,7 @@ enum class State : uint8_t { ready, at_warp, at_block, at_condition, done };
 struct Copy {
   void* destination;
   const void* source;
-  unsigned bytes;
+  unsigned bytes, size;  // what is copied; the rest is zeroed
   int group;
 };
 
@@ -216,7 +216,7 @@ void complete_copies(Fiber& fiber, int before_group) {
   std::erase_if(fiber.copies, [&](const Copy& copy) {
     if (copy.group >= before_group) return false;
     if (copy.bytes) std::memcpy(copy.destination, copy.source, copy.bytes);
-    std::memset(static_cast<char*>(copy.destination) + copy.bytes, 0, 16 - copy.bytes);
+    std::memset(static_cast<char*>(copy.destination) + copy.bytes, 0, copy.size - copy.bytes);
     return true;
   });
 }
@@ -349,15 +349,15 @@ void wait_until(bool (*ready)(void*), void* argument) {
 
 uint64_t block_number() { return machine().block_number; }
 
-void copy_async(void* destination, const void* source, unsigned bytes) {
+void copy_async(void* destination, const void* source, unsigned bytes, unsigned size) {
   Machine& m = machine();
-  if (!is_shared(destination, 16)) fail("cp.async writes outside shared memory");
-  if (reinterpret_cast<uintptr_t>(destination) % 16 || reinterpret_cast<uintptr_t>(source) % 16) {
-    fail("cp.async of 16 bytes at a misaligned address");
+  if (!is_shared(destination, size)) fail("cp.async writes outside shared memory");
+  if ((reinterpret_cast<uintptr_t>(destination) | reinterpret_cast<uintptr_t>(source)) % size) {
+    fail("cp.async at a misaligned address");
   }
-  std::fill_n(static_cast<uint16_t*>(destination), 8, kPoison);
+  std::fill_n(static_cast<uint16_t*>(destination), size / 2, kPoison);
   Fiber& fiber = m.fibers[m.current];
-  fiber.copies.push_back({destination, source, bytes, fiber.copy_group});
+  fiber.copies.push_back({destination, source, bytes, size, fiber.copy_group});
 }
 
 void copy_commit() {

@@ -82,7 +82,7 @@ uint64_t block_number();
 
 // cp.async: `bytes` of 16 are copied and the rest zeroed when the copy's group is waited for. Until
 // then the destination is garbage.
-void copy_async(void* destination, const void* source, unsigned bytes);
+void copy_async(void* destination, const void* source, unsigned bytes, unsigned size = 16);
 void copy_commit();
 void copy_wait(int groups_in_flight);
 // Calls notify(argument) once this thread's copies so far are complete, some time from now on.

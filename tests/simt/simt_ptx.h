@@ -76,6 +76,9 @@ inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) { ldmatrix<2, t
 inline void cp_async_16(void* destination, const void* source, int bytes = 16) {
   simt::copy_async(destination, source, static_cast<unsigned>(bytes));
 }
+inline void cp_async_4(void* destination, const void* source) {
+  simt::copy_async(destination, source, 4, 4);
+}
 inline void cp_async_commit() { simt::copy_commit(); }
 template <int N>
 void cp_async_wait() {

@@ -69,6 +69,11 @@ __device__ __forceinline__ void cp_async_16(void* destination, const void* sourc
                "l"(source), "r"(bytes)
                : "memory");
 }
+__device__ __forceinline__ void cp_async_4(void* destination, const void* source) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(destination)),
+               "l"(source)
+               : "memory");
+}
 __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }

@@ -1,6 +1,7 @@
-// The launch that recomputes rows of packed_attention whose result is NaN.
+// The launches of packed_attention that stand in files of their own.
 #pragma once
 
+#include "attention/cuda/plan_decode.h"
 #include "common/cuda/launch.h"
 #include "packed_attn/params.h"
 
@@ -8,5 +9,12 @@ namespace tokred::cuda {
 
 // See attention/cuda/recompute.cuh.
 void recompute_packed_rows(const PackedAttentionParams&, Stream);
+
+namespace attention {
+struct PackedDecodeParams;
+}
+// packed_decode_kernel's `row_tiles` where takes_fragments() says so; see code_decode.cuh.
+void launch_code_decode(const attention::PackedDecodeParams&, const ListShape&, int64_t row_tiles,
+                        Stream);
 
 }  // namespace tokred::cuda

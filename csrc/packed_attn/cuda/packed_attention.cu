@@ -7,6 +7,8 @@
 #include "common/cuda/launch.h"
 #include "packed_attn/cuda/launch.h"
 #include "packed_attn/cuda/packed_attention.cuh"
+#include "packed_attn/cuda/plan_codes.h"
+#include "packed_attn/cuda/rotate_out.cuh"
 
 namespace tokred::cuda {
 namespace {
@@ -33,9 +35,15 @@ void launch_packed(const PackedAttentionParams& params, Stream stream) {
                        packed_stage(params.k.packed.format, params.v.packed.format)};
   p.decode.sparse.lists.block_q = shape.block_q;
   const int64_t row_tiles = decode_row_tiles(shape), most = decode_launch_tiles(shape);
+  const bool fragments =
+      takes_fragments(a.dtype, shape, params.k.packed.format, params.v.packed.format);
   for (; p.decode.first_tile_of_launch < row_tiles; p.decode.first_tile_of_launch += most) {
     const int64_t count = min(most, row_tiles - p.decode.first_tile_of_launch);
-    launch(packed_decode_kernel<Config>, plan_packed_decode(shape, count, p.stage), stream, p);
+    if (fragments) {
+      launch_code_decode(p, shape, count, stream);
+    } else {
+      launch(packed_decode_kernel<Config>, plan_packed_decode(shape, count, p.stage), stream, p);
+    }
     launch(combine_splits_kernel<T>, plan_combine(shape, count), stream, p.decode);
   }
   if (params.v.packed.format.rotated && rotates_later(shape.attention)) {

@@ -43,9 +43,8 @@ __device__ __forceinline__ void place_codes(PackedShared<C>& shared, const Packe
 }
 
 // The query rows of a tile, rotated where the keys are, and their visibility.
-template <class C>
-__device__ __forceinline__ void load_packed_queries(PackedShared<C>& shared,
-                                                    const PackedDecodeParams& p,
+template <class C, class Shared>
+__device__ __forceinline__ void load_packed_queries(Shared& shared, const PackedDecodeParams& p,
                                                     const RowTile& row_tile, int64_t tokens) {
   using T = typename C::T;
   const AttentionParams& a = p.decode.sparse.attention;
@@ -132,15 +131,12 @@ __device__ __forceinline__ void accumulate_values(ForwardState<C>& state,
   accumulate(state.out, weights, tile.value);
 }
 
-// The sums of the warps become the result of the block; rows of rotated values are rotated
-// back, unless rotates_later().
-template <class C>
-__device__ __forceinline__ void finish_packed(const ForwardState<C>& state, PackedShared<C>& shared,
-                                              const PackedDecodeParams& p,
-                                              const RowTile& row_tile) {
-  __syncthreads();
-  keep_warp_state(state, shared);
-  __syncthreads();
+// The sums `of_warps` become the result of the block; rows of rotated values are rotated back,
+// unless rotates_later(). `ordered`: their columns are those of order_codes().
+template <class C, class Shared>
+__device__ __forceinline__ void finish_rows(
+    const float (&of_warps)[C::kWarps][C::kRows][C::kValueDim], const Shared& shared,
+    const PackedDecodeParams& p, const RowTile& row_tile, bool ordered) {
   constexpr int kRowLanes = C::kValueDim / 8;
   const int thread = static_cast<int>(threadIdx.x), column = thread % kRowLanes * 8;
   const int first = static_cast<int>(blockIdx.z) * C::kValueDim + column;
@@ -154,10 +150,10 @@ __device__ __forceinline__ void finish_packed(const ForwardState<C>& state, Pack
     for (int i = 0; i < 8; ++i) {
 #pragma unroll
       for (int w = 0; w < C::kWarps; ++w) {
-        out[i] = fmaf(weights.of[w], shared.out[w][row][column + i], out[i]);
+        out[i] = fmaf(weights.of[w], of_warps[w][row][column + i], out[i]);
       }
     }
-    if (p.value_codes<typename C::T>()) order_codes(out);
+    if (ordered) order_codes(out);
     if (rotated) packing::rotate_row(out, a.value_dim);
     if (row >= row_tile.rows || first >= a.value_dim) continue;
 #pragma unroll
@@ -169,8 +165,8 @@ __device__ __forceinline__ void finish_packed(const ForwardState<C>& state, Pack
 }
 
 // The sums of the query rows over the groups of keys; the block has met since they were loaded.
-template <class C>
-__device__ __forceinline__ void sum_queries(PackedShared<C>& shared, const PackFormat& f) {
+template <class C, class Shared>
+__device__ __forceinline__ void sum_queries(Shared& shared, const PackFormat& f) {
   const int size = static_cast<int>(f.group_size), groups = static_cast<int>(groups_per_row(f));
   for (int i = static_cast<int>(threadIdx.x); i < C::kRows * groups; i += C::kThreads) {
     const int row = i % C::kRows, group = i / C::kRows;
@@ -230,9 +226,9 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   };
 
   place_codes(shared, p);
-  load_packed_queries(shared, p, row_tile, tokens);
+  load_packed_queries<C>(shared, p, row_tile, tokens);
   __syncthreads();
-  if (p.key_codes<typename C::T>()) sum_queries(shared, p.k.packed.format);
+  if (p.key_codes<typename C::T>()) sum_queries<C>(shared, p.k.packed.format);
   __syncthreads();
 #pragma unroll 1
   for (int tile = 0; tile < C::kStages - 1; ++tile) load(tile);
@@ -255,27 +251,12 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     to_weights(weights, state);
     accumulate_values(state, weights, v_side(), shared, p, stage + v_first, places.v);
   }
-  finish_packed(state, shared, p,
-                RowTile(decode, optimization_barrier(decode.first_tile_of_launch + blockIdx.x)));
-}
-
-// Rotates the rows of out back, a warp each.
-__global__ void __launch_bounds__(kCombineThreads)
-    rotate_out_kernel(const __grid_constant__ AttentionParams p) {
-  const int64_t flat = int64_t{blockIdx.x} * (kCombineThreads / kWarp) + warp_id();
-  if (flat >= p.batch * p.heads_q * p.queries) return;
-  float* row = static_cast<float*>(p.out) + flat % p.queries * p.out_stride_token +
-               flat / p.queries % p.heads_q * p.out_stride_head +
-               flat / p.queries / p.heads_q * p.out_stride_batch + 8 * lane_id();
-  const bool exists = 8 * lane_id() < p.value_dim;
-  float x[8];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) x[i] = exists ? row[i] : 0.0f;
-  packing::rotate_row(x, p.value_dim);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    if (exists) row[i] = x[i];
-  }
+  __syncthreads();
+  keep_warp_state(state, shared);
+  __syncthreads();
+  finish_rows<C>(shared.out, shared, p,
+                 RowTile(decode, optimization_barrier(decode.first_tile_of_launch + blockIdx.x)),
+                 p.value_codes<typename C::T>());
 }
 
 }  // namespace tokred::cuda::attention

@@ -1,0 +1,420 @@
+// packed_attention of up to eight query rows on codes as they are: a warp's tiles of 32 tokens go
+// from memory to the tensor cores without numbers in between. Keys are columns of the first
+// product, values rows of the second, so that its weights stay in the lanes that have found them.
+#pragma once
+
+#include "packed_attn/cuda/code_fragments.cuh"
+#include "packed_attn/cuda/packed_attention.cuh"
+
+namespace tokred::cuda::attention {
+
+// kQueryPlanes: two where queries are rotated, which one plane of bf16 would round.
+template <int kQueryPlanes>
+struct CodeConfig {
+  using T = bf16;
+  using Key = Split<bf16>;
+  static constexpr int kDim = kCodeDim, kValueDim = kCodeDim, kPlanes = kQueryPlanes;
+  static constexpr int kWarps = kCodeWarps, kThreads = kWarps * kWarp, kStages = kCodeStages;
+  static constexpr int kRows = kCodeRows, kKeys = kCodeKeys, kRowLanes = kDim / 8;
+  static constexpr int kSteps = kDim / 16, kParts = kKeys / 8;
+};
+
+struct CodeDecodeParams : PackedDecodeParams {
+  CodeStage stage_of_codes;
+};
+
+struct CodePlaces : KeySlots<kCodeKeys> {
+  int k[kCodeKeys], v[kCodeKeys];
+};
+
+// Copies of packed rows follow in memory; then what the warps have summed.
+template <class C>
+struct CodeShared {
+  Tile<typename C::Key, C::kRows, C::kDim> query;
+  CodeScales scales[C::kWarps];
+  CodePlaces places[C::kWarps][C::kStages];
+  float query_sum[C::kRows][C::kSteps];  // of the groups of keys
+  RowVisibility visibility[C::kRows];
+  float top[C::kWarps][C::kRows], sum[C::kWarps][C::kRows];
+  float offset[C::kWarps][C::kRows][C::kSteps];  // of the groups of values
+
+  alignas(16) uint32_t zeros[4];
+
+  // For ldmatrix of the queries, to which rows 8 .. 15 are zeros.
+  __device__ __forceinline__ const void* query_chunk(int plane, int step) const {
+    if (lane_id() & 8) return zeros;
+    return &query.plane[plane][lane_id() % 8][16 * step + lane_id() / 16 * 8];
+  }
+
+  using Sums = float[C::kWarps][C::kRows][C::kValueDim];
+
+  __device__ uint8_t* stage(const CodeStage& plan, int warp, int number) {
+    return reinterpret_cast<uint8_t*>(this + 1) + (warp * C::kStages + number) * plan.bytes;
+  }
+  __device__ Sums& out() { return *reinterpret_cast<Sums*>(this + 1); }
+};
+
+// What a warp has summed. A lane has of query lane / 4 its top and its part of the sums, and the
+// products of channels 16 i + 2 (lane / 4) and the next with queries 2 (lane % 4) and the next.
+template <class C>
+struct CodeState {
+  float out[C::kSteps][4], offset[C::kSteps];
+  float top, sum;
+
+  __device__ CodeState() : out(), offset(), top(-kInfinity), sum(0.0f) {}
+
+  // Logits to weights, and the sums so far to the new top.
+  __device__ __forceinline__ void to_weights(float (&logit)[1][C::kParts][4]) {
+    float most = top;
+#pragma unroll
+    for (int n = 0; n < C::kParts; ++n) most = fmaxf(most, fmaxf(logit[0][n][0], logit[0][n][1]));
+    most = warp_max<4>(most);
+    // A row that has seen nothing yet keeps weights of 0: -inf minus 0 instead of minus -inf.
+    const float base = most == -kInfinity ? 0.0f : most;
+    const float shrink = exp2_approx(top - base);
+    if (__any_sync(kAllLanes, most != top)) rescale(shrink);
+    top = most;
+#pragma unroll
+    for (int n = 0; n < C::kParts; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        logit[0][n][e] = exp2_approx(logit[0][n][e] - base);
+        sum += logit[0][n][e];
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void rescale(float shrink) {
+    const int first = lane_id() % 4 * 8;  // a lane of query 2 (lane % 4)
+    const float of[2] = {__shfl_sync(kAllLanes, shrink, first),
+                         __shfl_sync(kAllLanes, shrink, first + 4)};
+    sum *= shrink;
+#pragma unroll
+    for (int i = 0; i < C::kSteps; ++i) {
+      offset[i] *= shrink;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) out[i][e] *= of[e % 2];
+    }
+  }
+};
+
+__device__ __forceinline__ bool in_window(int place) { return place < 0 && place != kNowhere; }
+
+// The packed rows of one head of one side, and its window.
+struct CodeRows {
+  const PackedSide& side;
+  const SideCopy& plan;
+  const HeadTensor& window;
+  const int64_t batch, head;
+  const uint8_t *codes, *params;
+
+  __device__ CodeRows(const PackedSide& side, const SideCopy& plan, const HeadTensor& window,
+                      const SlotTable& slots, int64_t batch, int64_t head)
+      : side(side), plan(plan), window(window), batch(batch), head(head) {
+    const PackedRows& packed = side.packed;
+    const int64_t item = slots.data ? 0 : batch;
+    codes = kept(packed.codes + item * packed.codes_stride_batch + head * packed.codes_stride_head);
+    params =
+        kept(packed.params + item * packed.params_stride_batch + head * packed.params_stride_head);
+  }
+
+  __device__ __forceinline__ const PackFormat& format() const { return side.packed.format; }
+  __device__ __forceinline__ void copy(uint8_t* stage, const int* places) const {
+    copy_code_rows<kCodeLanes>(stage, plan.codes, codes, side.packed.codes_stride_token, places);
+    copy_code_rows<1>(stage + kCodeKeys * plan.codes.pitch, plan.params, params,
+                      2 * side.packed.params_stride_row, places);
+  }
+  // In a register, not computed again for every tile.
+  static __device__ __forceinline__ const uint8_t* kept(const void* p) {
+    return reinterpret_cast<const uint8_t*>(
+        optimization_barrier(static_cast<int64_t>(reinterpret_cast<uintptr_t>(p))));
+  }
+  // Of a lane's token.
+  __device__ __forceinline__ const uint8_t* param_row(const uint8_t* stage) const {
+    return stage + kCodeKeys * plan.codes.pitch + lane_id() * plan.params.pitch;
+  }
+
+  // Numbers of the window in the places of codes, from a channel on: as CodeStep::pairs() has those
+  // of keys, and those of values.
+  __device__ __forceinline__ void replace_keys(uint32_t (&pair)[kCodeKeys / 8][2],
+                                               const int* places, int channel) const {
+#pragma unroll
+    for (int n = 0; n < kCodeKeys / 8; ++n) {
+      const int place = places[8 * n + lane_id() / 4];
+      if (!in_window(place)) continue;
+      const bf16* x = window_row(place) + channel + lane_id() % 4 * 4;
+      pair[n][0] = pack(x[0], x[2]);
+      pair[n][1] = pack(x[1], x[3]);
+    }
+    __syncwarp();
+  }
+  __device__ __forceinline__ void replace_values(uint32_t (&pair)[kCodeKeys / 8][2],
+                                                 const int* places, int channel) const {
+#pragma unroll
+    for (int n = 0; n < kCodeKeys / 8; ++n) {
+#pragma unroll
+      for (int token = 0; token < 2; ++token) {
+        const int place = places[8 * n + lane_id() % 4 * 2 + token], shift = 16 * token;
+        if (!in_window(place)) continue;
+        const bf16* x = window_row(place) + channel + lane_id() / 4 * 2;
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          pair[n][e] = (pair[n][e] & ~(0xffffu << shift)) | uint32_t{x[e].bits} << shift;
+        }
+      }
+    }
+    __syncwarp();
+  }
+
+ private:
+  __device__ __forceinline__ const bf16* window_row(int place) const {
+    return static_cast<const bf16*>(window.data) +
+           optimization_barrier(batch) * window.stride_batch + head * window.stride_head +
+           (-1 - place) * window.stride_token;
+  }
+};
+
+// The words of a step of all 32 rows of a tile.
+template <bool kTransposed>
+__device__ __forceinline__ void load_words(uint32_t (&word)[kCodeKeys / 8], const uint8_t* stage,
+                                           int pitch, const CodeStep& step) {
+  const uint8_t* row = stage + lane_id() * pitch + step.byte();
+  if constexpr (kTransposed) {
+    ldmatrix_x4_trans(word, row);
+  } else {
+    ldmatrix_x4(word, row);
+  }
+}
+
+// From the order of order_codes() to that of CodeStep::pairs(), where a lane's four channels are
+// columns 2 (lane % 4), 2 (lane % 4) + 1 and the same plus eight of a step: two pairs of four pairs
+// change places. The block has met before.
+template <class C>
+__device__ __forceinline__ void order_queries(CodeShared<C>& shared) {
+  constexpr int kPlanes = 2;
+  if (threadIdx.x < 4) shared.zeros[threadIdx.x] = 0;
+  for (int i = static_cast<int>(threadIdx.x); i < kPlanes * C::kRows * C::kSteps;
+       i += C::kThreads) {
+    const int row = i / C::kSteps, step = i % C::kSteps;
+    auto* x = &shared.query.plane[row / C::kRows][row % C::kRows][16 * step];
+    const Chunk first = load_chunk(x), second = load_chunk(x + 8);
+    store_chunk(x, {{first.word[0], first.word[2], second.word[0], second.word[2]}});
+    store_chunk(x + 8, {{first.word[1], first.word[3], second.word[1], second.word[3]}});
+  }
+}
+
+// Products of the queries with the keys of a tile.
+template <class C>
+__device__ __forceinline__ void multiply_codes(float (&out)[1][C::kParts][4], const CodeRows& rows,
+                                               const CodeShared<C>& shared, const uint8_t* stage,
+                                               const int* places, bool windows) {
+  const PackFormat& f = rows.format();
+  const CodeScales& scales = shared.scales[warp_id()];
+  const int dim = static_cast<int>(f.head_dim), size = static_cast<int>(f.group_size);
+  float part[C::kParts][4] = {};
+#pragma unroll
+  for (int n = 0; n < C::kParts; ++n) out[0][n][0] = out[0][n][1] = 0.0f;
+  CodeStep step(f.bits);
+  int group = 0, end = size;
+#pragma unroll
+  for (int i = 0; i < C::kSteps; ++i) {
+    if (16 * i >= dim) break;
+    uint32_t word[C::kParts];
+    load_words<false>(word, stage, rows.plan.codes.pitch, step);
+    uint32_t b[C::kParts][2];
+#pragma unroll
+    for (int n = 0; n < C::kParts; ++n) step.pairs(b[n], word[n]);
+    step.advance();
+    if (windows) rows.replace_keys(b, places, 16 * i);
+#pragma unroll
+    for (int plane = C::kPlanes - 1; plane >= 0; --plane) {
+      uint32_t a[4];
+      ldmatrix_x4(a, shared.query_chunk(plane, i));
+#pragma unroll
+      for (int n = 0; n < C::kParts; ++n) mma(bf16{}, part[n], a, b[n]);
+    }
+    if (16 * (i + 1) != end) continue;
+    const float sum = shared.query_sum[lane_id() / 4][group];
+#pragma unroll
+    for (int n = 0; n < C::kParts; ++n) {
+      const float4 s = scales.pair(group, n);
+      out[0][n][0] = fmaf(s.x, part[n][0], fmaf(s.y, sum, out[0][n][0]));
+      out[0][n][1] = fmaf(s.z, part[n][1], fmaf(s.w, sum, out[0][n][1]));
+#pragma unroll
+      for (int e = 0; e < 4; ++e) part[n][e] = 0.0f;
+    }
+    ++group;
+    end += size;
+  }
+}
+
+// state.out += values of a tile . weights.
+template <class C>
+__device__ __forceinline__ void accumulate_codes(CodeState<C>& state,
+                                                 const float (&weights)[1][C::kParts][4],
+                                                 const CodeRows& rows, const CodeShared<C>& shared,
+                                                 const uint8_t* stage, const int* places,
+                                                 bool windows) {
+  const PackFormat& f = rows.format();
+  const CodeScales& scales = shared.scales[warp_id()];
+  const int dim = static_cast<int>(f.head_dim), size = static_cast<int>(f.group_size);
+  const float less = -kCodeBase - code_middle(f);
+  const uint32_t minus = pack_pair<bf16>(less, less), all_minus[4] = {minus, minus, minus, minus};
+  // Which halves of a word are tokens that are packed.
+  uint32_t packed[C::kParts];
+#pragma unroll
+  for (int n = 0; n < C::kParts; ++n) {
+    packed[n] = 0xffffffffu;
+    if (!windows) continue;
+    const int token = 8 * n + lane_id() % 4 * 2;
+    packed[n] = (in_window(places[token]) ? 0u : 0xffffu) |
+                (in_window(places[token + 1]) ? 0u : 0xffff0000u);
+  }
+  uint32_t b[C::kParts / 2][2], of_packed[C::kParts / 2][2];
+  CodeStep step(f.bits);
+  int group = 0, first = 0;
+#pragma unroll
+  for (int i = 0; i < C::kSteps; ++i) {
+    if (16 * i >= dim) break;
+    if (16 * i == first) {
+#pragma unroll
+      for (int n = 0; n < C::kParts; ++n) {
+        const float4 s = scales.pair(group, n);
+        const float* w = weights[0][n];
+        b[n / 2][n % 2] = pack_pair<bf16>(w[0] * s.x, w[1] * s.z);
+        of_packed[n / 2][n % 2] = b[n / 2][n % 2] & packed[n];
+        state.offset[i] = fmaf(w[1], s.w, fmaf(w[0], s.y, state.offset[i]));
+      }
+      ++group;
+      first += size;
+    }
+    uint32_t word[C::kParts];
+    load_words<true>(word, stage, rows.plan.codes.pitch, step);
+    uint32_t pair[C::kParts][2];
+#pragma unroll
+    for (int n = 0; n < C::kParts; ++n) step.pairs(pair[n], word[n]);
+    step.advance();
+    if (windows) rows.replace_values(pair, places, 16 * i);
+#pragma unroll
+    for (int half = 0; half < C::kParts / 2; ++half) {
+      const uint32_t a[4] = {pair[2 * half][0], pair[2 * half][1], pair[2 * half + 1][0],
+                             pair[2 * half + 1][1]};
+      mma(bf16{}, state.out[i], a, b[half]);
+      mma(bf16{}, state.out[i], all_minus, of_packed[half]);
+    }
+  }
+}
+
+// Puts what this warp has summed where the block finds it.
+template <class C>
+__device__ __forceinline__ void keep_code_state(const CodeState<C>& state, CodeShared<C>& shared,
+                                                const PackFormat& f) {
+  const int warp = warp_id(), row = lane_id() / 4, size = static_cast<int>(f.group_size);
+  const float sum = warp_sum<4>(state.sum);
+  shared.top[warp][row] = state.top;
+  shared.sum[warp][row] = sum;
+  float offset = 0.0f;
+  int first = 0;
+#pragma unroll
+  for (int i = 0; i < C::kSteps; ++i) {
+    if (16 * i == first) {
+      offset = warp_sum<4>(state.offset[i]);
+      first += size;
+    }
+    shared.offset[warp][row][i] = offset;
+  }
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < C::kSteps; ++i) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int query = lane_id() % 4 * 2 + e % 2;
+      shared.out()[warp][query][16 * i + lane_id() / 4 * 2 + e / 2] =
+          state.out[i][e] + shared.offset[warp][query][i];
+    }
+  }
+}
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, 3)
+    code_decode_kernel(const __grid_constant__ CodeDecodeParams p) {
+  auto& shared = shared_memory<CodeShared<C>>();
+  const DecodeParams& decode = p.decode;
+  const AttentionParams& a = decode.sparse.attention;
+  const RowTile row_tile(decode, decode.first_tile_of_launch + blockIdx.x);
+  if (row_tile.rows == 0) return;
+  const ListView& list = row_tile.list;
+  const int64_t tokens = item_tokens(p.lengths, p.lengths_stride, list.view.batch, a.keys);
+
+  const int64_t first = blockIdx.y * decode.split_length;
+  const int64_t end = min(first + decode.split_length, list.indices ? list.length : tokens);
+  const int64_t step = C::kWarps * C::kKeys, mine = first + warp_id() * C::kKeys;
+  const int tiles = static_cast<int>(max((end - mine + step - 1) / step, int64_t{0}));
+  TokenStream stream(p, list, tokens, mine + lane_id(), step, end);
+  const CodeStage& plan = p.stage_of_codes;
+  const CodeRows keys(p.k, plan.k, a.k, p.slots, list.view.batch, list.key_head);
+  const CodeRows values(p.v, plan.v, a.v, p.slots, list.view.batch, list.key_head);
+  const int v_first = plan.v_first;
+  const auto slot = [](int tile) {
+    return static_cast<int>(static_cast<unsigned>(tile) % C::kStages);
+  };
+  const auto load = [&](int tile) {
+    if (tile < tiles) {
+      CodePlaces& places = shared.places[warp_id()][slot(tile)];
+      uint8_t* stage = shared.stage(plan, warp_id(), slot(tile));
+      const TokenInfo info = stream.next();
+      places.key[lane_id()] = info.key;
+      places.bias[lane_id()] = info.bias;
+      places.k[lane_id()] = info.k;
+      places.v[lane_id()] = info.v;
+      __syncwarp();
+      keys.copy(stage, places.k);
+      values.copy(stage + v_first, places.v);
+    }
+    cp_async_commit();
+  };
+
+  load_packed_queries<C>(shared, p, row_tile, tokens);
+  __syncthreads();
+  sum_queries<C>(shared, p.k.packed.format);
+  __syncthreads();
+  order_queries(shared);
+  __syncthreads();
+  CodeState<C> state;
+  const float scale = logit_scale(a);
+  const bool per_row_mask = rows_differ(a);
+#pragma unroll 1
+  for (int tile = 1 - C::kStages; tile < tiles; ++tile) {
+    cp_async_wait<C::kStages - 2>();
+    __syncwarp();  // all lanes have their copies, and are done with the tile before
+    load(tile + C::kStages - 1);
+    if (tile < 0) continue;
+    const CodePlaces& places = shared.places[warp_id()][slot(tile)];
+    const uint8_t* stage = shared.stage(plan, warp_id(), slot(tile));
+    CodeScales& scales = shared.scales[warp_id()];
+    const int k_place = places.k[lane_id()], v_place = places.v[lane_id()];
+
+    scales.fill(keys.format(), k_place, keys.param_row(stage), -kCodeBase);
+    __syncwarp();
+    float weights[1][C::kParts][4];
+    multiply_codes<C>(weights, keys, shared, stage, places.k,
+                      __any_sync(kAllLanes, in_window(k_place)));
+    list_logits(weights, places, shared.visibility, a, list.view.batch, scale, per_row_mask,
+                [](int, int) { return lane_id() / 4; });
+    state.to_weights(weights);
+    __syncwarp();  // all lanes are done with the scales of keys
+    scales.fill(values.format(), v_place, values.param_row(stage + v_first),
+                code_middle(values.format()));
+    __syncwarp();
+    accumulate_codes<C>(state, weights, values, shared, stage + v_first, places.v,
+                        __any_sync(kAllLanes, in_window(v_place)));
+  }
+  cp_async_wait<0>();
+  __syncthreads();
+  keep_code_state(state, shared, p.v.packed.format);
+  __syncthreads();
+  finish_rows<C>(shared.out(), shared, p, row_tile, false);
+}
+
+}  // namespace tokred::cuda::attention
