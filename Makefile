@@ -27,7 +27,7 @@ demo: LIBRARIES = $(if $(DEVICE),-DTOKRED_CUDA=ON,\
                     $(if $(BUILT),,-DTOKRED_CUDA=OFF -DTOKRED_UNOPTIMIZED=$(UNOPTIMIZED)))
 
 .PHONY: build demo test test-all test-newest test-oldest test-avx512 fuzz mutants device-check \
-        device-pack bench bench-full tables lint lint-python lint-cpp lint-types lint-tables format sanitize lock clean \
+        device-pack bench bench-full sass tables lint lint-python lint-cpp lint-types lint-tables format sanitize lock clean \
         FORCE
 .DELETE_ON_ERROR:
 
@@ -155,6 +155,10 @@ bench: build $(VENV)/bench
 
 bench-full: build $(VENV)/bench
 	$(BIN)/python -m bench --full; failed=$$?; $(MAKE) tables && exit $$failed
+
+# What the machine code of the CUDA kernels promises, in docs/cuda.md; minutes, and needs nvcc.
+sass: $(VENV)/test
+	$(BIN)/python -m bench.sass
 
 # The tables and figures of the README and docs/, from what bench and demo measured.
 tables: build $(VENV)/bench
