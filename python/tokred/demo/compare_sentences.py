@@ -80,7 +80,7 @@ def reducers(names: Sequence[str] = ()) -> list[Method]:
         ValueError: a name that is none of them.
     """
     found = {method.name: method for method in fitting.reducers((), "--methods")}
-    found = {name: found[name] for name in found if name not in fitting.ONE_REDUCES}
+    found = {name: found[name] for name in found if name not in fitting.REDUCE_ONCE}
     return named(found, names, "--methods")
 
 

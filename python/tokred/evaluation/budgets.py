@@ -9,12 +9,13 @@ from typing import Any
 from tokred.methods import METHODS, Method, Needs
 
 TOLERANCE = 0.1  # of a budget, within which the number of tokens left must be
-ONE_REDUCES = ("hiprune",)  # whose other layers are only read
-FORCED = {"n_init": 4, "n_local": 32}  # what token_select keeps besides its choice
+# Methods that give up tokens in one layer; the others in their options they only read.
+REDUCE_ONCE = ("hiprune",)
+FORCED = {"n_init": 4, "n_local": 32}  # keys that token_select attends to in any case
 
 
 def reducers(names: Sequence[str], argument: str) -> list[Method]:
-    """The methods whose budget is an option, that transformers' vision encoders run with.
+    """The methods for transformers' vision encoders that have an option for how many tokens stay.
 
     Args:
         names: only these, if any.
@@ -35,7 +36,7 @@ def reducers(names: Sequence[str], argument: str) -> list[Method]:
 
 
 def options_at(method: Method, layers: int, tokens: int, keep: float) -> dict[str, Any] | None:
-    """The options with which a share `keep` of the tokens is left behind the last of the layers.
+    """The options with which a share `keep` of the tokens is left after the last of the layers.
 
     Every layer that the method reduces by default gives up as many tokens, or the same share. None
     for a method whose amount follows from what the tokens are, or that wants what only training or
@@ -61,11 +62,13 @@ def fitted(
     tokens_left: Callable[[dict[str, Any]], int],
     steps: int = 8,
 ) -> dict[str, Any]:
-    """Options whose ratio leaves `wanted` tokens, if it is not the share that a layer leaves.
+    """Options whose ratio leaves about `wanted` tokens, found by trying: what a ratio leaves after
+    all layers depends on the method.
 
     Args:
-        tokens_left: the tokens that a run with such options leaves.
-        steps: runs at most.
+        options: to begin with; returned as they are without a ratio.
+        tokens_left: runs the model with the options it is given; how many tokens that leaves.
+        steps: how many runs at most.
     """
     ratio = options.get("ratio")
     if ratio is None or ratio == 1:
@@ -79,7 +82,7 @@ def fitted(
             low = ratio
         else:
             high = ratio
-        # At first as if what is left were the product of the layers' ratios, then by halves.
+        # Two steps as if the layers' ratios multiplied; then by bisection.
         guess = ratio * (wanted / max(left, 1)) ** (1 / _reducing(method, layers))
         ratio = guess if step < 2 and low < guess < high else (low + high) / 2
     return {"ratio": ratio}
@@ -87,7 +90,7 @@ def fitted(
 
 def _reducing(method: Method, layers: int) -> int:
     """In how many layers the method gives up tokens by default."""
-    if method.name in ONE_REDUCES:
+    if method.name in REDUCE_ONCE:
         return 1
     options: Any = method.options
     return max(len(options(ratio=0.5).layers(layers)), 1)
@@ -111,7 +114,7 @@ def selectors(names: Sequence[str] = ()) -> list[Method]:
 
 
 def keys_at(method: Method, keys: int) -> dict[str, Any] | None:
-    """The options with which a step attends to so many keys, those it keeps besides among them.
+    """The options with which a step attends to so many keys, first and last ones included.
 
     None for a method whose number of keys follows from what they are, or that wants what only
     calibration knows.
@@ -124,7 +127,7 @@ def keys_at(method: Method, keys: int) -> dict[str, Any] | None:
         return {"budget": keys} | ({"window": max(keys // 2, 1)} if window > keys // 2 else {})
     if "k" not in known:
         return None
-    # Of a small budget, at most half is not chosen.
+    # At most half of a small budget goes to keys that are not chosen by score.
     forced = {n: min(count, keys // 4) for n, count in FORCED.items() if n in known}
     return {"k": max(keys - sum(forced.values()), 1), **forced}
 

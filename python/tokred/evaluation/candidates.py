@@ -111,7 +111,7 @@ def check_methods(methods: Methods) -> None:
 def for_decoder(
     methods: Methods, budgets: Sequence[float], bits: Sequence[int], keys: int
 ) -> list[Candidate]:
-    """Candidates for a language model behind a prompt of so many keys."""
+    """Candidates for a language model after a prompt of so many keys."""
 
     def options(method: Method, budget: float) -> tuple[dict[str, Any] | None, int]:
         kept = max(round(keys * budget), 1)
@@ -166,7 +166,7 @@ def _serves(method: Method, kind: str) -> bool:
 def _why_not(method: Method, kind: str, own: Mapping[str, Any]) -> str:
     """Why a method cannot be put into a model of this kind; empty where it can."""
     if method.options is None:
-        return f"is of functions to call, tokred.methods.{method.name}; it cannot be patched in"
+        return f"has functions only, in tokred.methods.{method.name}; no patch puts it into a model"
     adapters = getattr(method.options, "adapters", ())
     if not any(adapter in adapters for adapter in _ADAPTERS[kind]):
         return f"works on {method.needs[0].value}, and this is a {_WORDS[kind]}"

@@ -1,4 +1,4 @@
-"""Decoders: what the tokens behind a prompt are predicted with, token by token as in generate."""
+"""Decoders: how well the tokens after a prompt are predicted, one by one as in generate."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def dense_attention(model: nn.Module, name: str = "tokred") -> Iterator[None]:
 
 
 def forward(model: nn.Module, ids: Tensor, cache: Any) -> Tensor:
-    """[B, vocabulary]: the logits behind ids i64 [B, N], which join the cache."""
+    """f32 [B, vocabulary]: the logits after the last of ids i64 [B, N], which join the cache."""
     options: dict[str, Any] = {cache_keyword(): cache}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         options["logits_to_keep"] = 1
@@ -67,9 +67,12 @@ def cache_of(model: nn.Module, candidate: Candidate | None) -> Any:
 
 
 @dataclass(frozen=True)
-class Split:
-    """context i64 [B, N], which the cache holds; after i64 [B, S + 1], of which all but the first
-    are predicted."""
+class Passage:
+    """Sequences in two parts.
+
+    context: i64 [B, N], the prompt. after: i64 [B, S + 1], read one by one; all but the first of
+    them are predicted.
+    """
 
     context: Tensor
     after: Tensor
@@ -77,8 +80,11 @@ class Split:
 
 @dataclass(frozen=True)
 class Reading:
-    """log_probabilities f32 [B, S, vocabulary] of the predicted tokens i64 [B, S]; named, bool
-    [B, T], the tokens of the needles that were, None without needles."""
+    """What a model made of a passage.
+
+    log_probabilities: f32 [B, S, vocabulary]. predicted: i64 [B, S], the tokens that they are of.
+    named: bool [B, T], which tokens of all needles' answers it named; None without needles.
+    """
 
     log_probabilities: Tensor
     predicted: Tensor
@@ -106,17 +112,17 @@ class DecoderTask:
         """What the figures are of."""
         lines = [
             f"Perplexity and KL (nats, from the unpatched model) are of at most {self.decoded} "
-            "tokens behind each prompt, decoded one by one; kept counts keys, of the first prompt.",
+            "tokens after each prompt, decoded one by one; kept counts keys, of the first prompt.",
         ]
         if self.needles:
             lines.append(
                 f"Needle recall is of {len(self.needles)} numbers hidden in every prompt, "
-                "and asked for behind it."
+                "and asked for after it."
             )
         return tuple(lines)
 
-    def parts(self, batch: Batch) -> Iterator[Split]:
-        """The sequences of a batch, split, with needles where there are any.
+    def parts(self, batch: Batch) -> Iterator[Passage]:
+        """The sequences of a batch as passages, with needles where there are any.
 
         Raises:
             ValueError: too few tokens or too many, or numbers that are no tokens of the model.
@@ -136,7 +142,7 @@ class DecoderTask:
             if self.needles:
                 context = hidden(context, self.needles)
             self._check_length(context.shape[1] + after.shape[1])
-            yield Split(context, after)
+            yield Passage(context, after)
 
     def _check_length(self, length: int) -> None:
         longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -147,12 +153,12 @@ class DecoderTask:
             )
 
     def candidates(
-        self, part: Split, methods: Methods, budgets: Sequence[float], bits: Sequence[int]
+        self, part: Passage, methods: Methods, budgets: Sequence[float], bits: Sequence[int]
     ) -> list[Candidate]:
-        """What is tried, at shares of this sequence's prompt."""
+        """What is tried, at budgets that are shares of this passage's prompt."""
         return for_decoder(methods, budgets, bits, part.context.shape[1])
 
-    def fitted(self, part: Split, candidate: Candidate) -> Candidate:
+    def fitted(self, part: Passage, candidate: Candidate) -> Candidate:
         """The candidate as it is: its options say how many keys it keeps."""
         return candidate
 
@@ -160,14 +166,14 @@ class DecoderTask:
         """The candidate as it is."""
         return candidate
 
-    def read(self, part: Split, candidate: Candidate | None = None) -> Reading:
-        """The model, with the candidate's patch, reads a sequence."""
+    def read(self, part: Passage, candidate: Candidate | None = None) -> Reading:
+        """The model, with the candidate's patch, reads a passage."""
         if candidate is None:
             return self._read(part, cache_of(self.model, None))
         with candidate.patch(self.model):
             return self._read(part, cache_of(self.model, candidate))
 
-    def _read(self, part: Split, cache: Any) -> Reading:
+    def _read(self, part: Passage, cache: Any) -> Reading:
         forward(self.model, part.context, cache)
         named = [
             needle.to(part.context).named(lambda ids: self._decode(ids, copy.deepcopy(cache)))
@@ -180,12 +186,13 @@ class DecoderTask:
         )
 
     def _decode(self, ids: Tensor, cache: Any) -> Tensor:
-        """f32 [B, N, vocabulary] of the tokens behind ids i64 [B, N], one after another."""
+        """f32 [B, N, vocabulary], of the token that follows each of ids i64 [B, N], read one by
+        one."""
         rows = [forward(self.model, token, cache).log_softmax(-1) for token in ids.split(1, 1)]
         return torch.stack(rows, 1)
 
     def add(self, tally: Tally, reading: Reading, dense: Reading | None) -> None:
-        """Adds what was read; dense is the unpatched model's, None where it is that itself."""
+        """Adds a reading; dense is the unpatched model's, None where the reading is that one."""
         ours = reading.log_probabilities
         tally.add(PERPLEXITY, -ours.gather(2, reading.predicted[..., None]))
         if dense is not None:
@@ -200,7 +207,7 @@ class DecoderTask:
         loss = means.pop(PERPLEXITY)
         difference = loss - theirs[PERPLEXITY]
         if KL in means:
-            means[KL] = max(means[KL], 0.0)  # below it by rounding
+            means[KL] = max(means[KL], 0.0)  # rounding can make it negative
         return {PERPLEXITY: _exp(loss), RATIO: _exp(difference), **means}
 
 

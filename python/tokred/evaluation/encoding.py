@@ -1,4 +1,4 @@
-"""Encoders: how like the features on fewer tokens are to those of the unpatched model."""
+"""Encoders: how close the features on fewer tokens are to those of the unpatched model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MEASURES = tuple(Measure(name, "higher") for name in (CLASS, MEAN, PATCHES, TOKE
 
 
 def features(model: nn.Module, batch: Batch) -> Tensor:
-    """[B, N, C]: the tokens behind the last layer of a timm or transformers encoder.
+    """[B, N, C]: the tokens after the last layer of a timm or transformers encoder.
 
     Raises:
         ValueError: the model gives none.
@@ -44,8 +44,11 @@ def features(model: nn.Module, batch: Batch) -> Tensor:
 
 @dataclass(frozen=True)
 class Reading:
-    """tokens [B, N, C], as many as there were; there, bool [B, N], which are no padding; left: how
-    many of them were apart, of a row."""
+    """What a model made of a batch.
+
+    tokens: [B, N, C], one for each token that went in. there: bool [B, N], False for padding.
+    left: how many tokens of a row there were after the last layer, prefix included.
+    """
 
     tokens: Tensor
     there: Tensor
@@ -53,7 +56,7 @@ class Reading:
 
 
 class EncoderTask:
-    """How like the features of all tokens stay."""
+    """How close the features of all tokens stay to the unpatched model's."""
 
     measures = MEASURES
 
@@ -80,7 +83,7 @@ class EncoderTask:
     def candidates(
         self, part: Batch, methods: Methods, budgets: Sequence[float], bits: Sequence[int]
     ) -> list[Candidate]:
-        """What is tried, at shares of this batch's tokens.
+        """What is tried, at budgets that are shares of this batch's tokens.
 
         Raises:
             ValueError: bits, which are for caches.
@@ -102,8 +105,8 @@ class EncoderTask:
             trial = replace(candidate, options={**own, **options})
             return self.read(part, trial).left - self.num_prefix
 
-        sized = {name: x for name, x in candidate.options.items() if name == "ratio"}
-        options = {**own, **fitted(get(candidate.method), self.layers, sized, wanted, left)}
+        ratio = {name: x for name, x in candidate.options.items() if name == "ratio"}
+        options = {**own, **fitted(get(candidate.method), self.layers, ratio, wanted, left)}
         if "ratio" in options:
             options["ratio"] = round(options["ratio"], 4)
         return replace(candidate, options=options)
@@ -125,7 +128,7 @@ class EncoderTask:
             return Reading(tokens, _there(part, tokens), left)
 
     def add(self, tally: Tally, reading: Reading, dense: Reading | None) -> None:
-        """Adds what was read; dense is the unpatched model's, None where it is that itself."""
+        """Adds a reading; dense is the unpatched model's, None where the reading is that one."""
         ours = reading.tokens.float()
         theirs = ours if dense is None else dense.tokens.float()
         there = reading.there

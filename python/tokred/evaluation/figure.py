@@ -7,7 +7,7 @@ from typing import Any
 
 
 def new_figure(width: float, panels: int, height: float = 3.6) -> tuple[Any, Sequence[Any]]:
-    """A figure and its panels, side by side.
+    """A figure of so many inches, and its panels side by side.
 
     Raises:
         ImportError: matplotlib is not installed.

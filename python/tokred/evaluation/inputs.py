@@ -13,11 +13,11 @@ Batch = dict[str, Tensor]
 
 def batches(inputs: Any) -> Iterator[Batch]:
     """Every batch as the keyword arguments of a model: input_ids i64 [B, N], with attention_mask
-    where there is padding, or pixel_values f32 [B, C, H, W]; what else a dict has is passed on.
+    where there is padding, or pixel_values [B, C, H, W]; other tensors of a dict are passed on.
 
     Args:
         inputs: a tensor, a list of token numbers, a dict (also BatchEncoding and BatchFeature); or
-            a list or a loader of these, of whose tuples the first part counts.
+            a list or a loader of these. Of tuples, as loaders give them, the first entry is read.
 
     Raises:
         TypeError: something else. ValueError: a wrong shape or dtype, or nothing at all.

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def timed(function: Callable[[], T]) -> tuple[T, float]:
-    """What the call returns, and the seconds that it took, its work on a GPU included."""
+    """What the call returns, and the seconds that it took, work on a GPU included."""
     _wait()
     start = time.perf_counter()
     result = function()
@@ -36,8 +36,8 @@ def _wait() -> None:
 
 
 def peak_bytes(function: Callable[[], object]) -> int:
-    """The most bytes that the call holds at once of what it allocates through torch, on the CPU or,
-    where a GPU is in use, there."""
+    """The most bytes that the call holds at once, of what it allocates through torch: on the GPU
+    where one is in use, on the CPU otherwise."""
     from torch.profiler import ProfilerActivity, profile
 
     if torch.cuda.is_initialized():

@@ -1,4 +1,4 @@
-"""Needles: sentences that give a number to a city, hidden in a text, and asked for behind it."""
+"""Needles: sentences that give a city a number, hidden in a text, and asked for after it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,22 @@ NEEDLES = (("Lisbon", "48213"), ("Oslo", "90576"), ("Quito", "17364"), ("Hanoi",
 
 @dataclass(frozen=True)
 class Needle:
-    """Tokens i64 [B, N] of the sentence, of how it is asked for, and of what is to be named."""
+    """One hidden number, in tokens i64 [B, N].
+
+    sentence: what is hidden in the text. question: what the model reads after the text. answer: the
+    number, which the model should predict next.
+    """
 
     sentence: Tensor
     question: Tensor
     answer: Tensor
 
     def named(self, log_probabilities: Callable[[Tensor], Tensor]) -> Tensor:
-        """bool [.., N]: the tokens of the answer that are the most probable behind the question.
+        """bool [.., N]: the tokens of the answer that are the most probable after the question.
 
         Args:
-            log_probabilities: of the tokens behind ids i64 [B, N], [.., N, vocabulary].
+            log_probabilities: gives f32 [.., N, vocabulary], of the token that follows each of
+                ids i64 [B, N].
         """
         asked = torch.cat([self.question, self.answer], 1)[:, :-1]
         best = log_probabilities(asked).argmax(-1)
@@ -57,12 +62,12 @@ def ids_of(tokenizer: Any, text: str) -> Tensor:
     return tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
 
 
-def hidden(words: Tensor, hay: Sequence[Needle]) -> Tensor:
+def hidden(words: Tensor, inserted: Sequence[Needle]) -> Tensor:
     """i64 [B, N]: the words, i64 [B, M], with the sentences of the needles at even distances."""
-    count = len(hay)
+    count = len(inserted)
     ends = [words.shape[1] * (i + 1) // (count + 1) for i in range(count)]
     parts: list[Tensor] = []
-    for first, last, needle in zip([0, *ends], ends, hay, strict=False):
+    for first, last, needle in zip([0, *ends], ends, inserted, strict=False):
         parts += [words[:, first:last], needle.to(words).sentence]
     return torch.cat([*parts, words[:, ends[-1] :]], 1)
 
@@ -85,11 +90,12 @@ class Prompt:
         Raises:
             ValueError: the text has too few tokens.
         """
-        hay, words = needles(tokenizer), ids_of(tokenizer, text)
-        room = context - sum(needle.sentence.shape[1] for needle in hay)
+        inserted, words = needles(tokenizer), ids_of(tokenizer, text)
+        room = context - sum(needle.sentence.shape[1] for needle in inserted)
         if room < 1 or words.shape[1] < room + decoded + 1:
             raise ValueError(
                 f"the text must have at least {max(room, 1) + decoded + 1} tokens for a context of "
-                f"{context} with {len(hay)} needles, got {words.shape[1]}"
+                f"{context} with {len(inserted)} needles, got {words.shape[1]}"
             )
-        return cls(hidden(words[:, :room], hay), words[:, room : room + decoded + 1], hay)
+        after = words[:, room : room + decoded + 1]
+        return cls(hidden(words[:, :room], inserted), after, inserted)

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .candidates import Candidate, Methods, refused
+from .candidates import Candidate, Methods
 from .decoding import DecoderTask
 from .measure import quiet
-from .progress import Progress
-from .quality import BUDGETS, at_rest, begin, check, row_of, sized
+from .quality import BUDGETS, begin, check, eval_mode
 from .results import Measure, Result, Row
-from .speed import DecoderRace, EncoderRace, Step
+from .speed import DecoderRace, EncoderRace, Step, check_repeats, rows_of
 
 TOTAL, WEIGHTS, ATTENTION = "ms", "weights ms", "attention ms"
 CHOOSING, REST, OVERHEAD = "choosing ms", "rest ms", "overhead µs a layer"
@@ -28,11 +27,11 @@ _MEASURES = (
     Measure(REST, "", 3),
     Measure(OVERHEAD, "lower", 3),
 )
-# Of ops of torch, by parts of their names.
+# Ops of torch that are weights or attention: names begin with, or contain, one of these.
 _MATRIX = ("aten::addmm", "aten::mm", "aten::bmm", "aten::baddbmm", "aten::_int_mm")
 _WEIGHTS = ("convolution", "slow_conv", "_linear")
 _SDPA = ("scaled_dot_product", "flash_attention", "efficient_attention")
-# Of ops of tokred; all others choose, merge or pack.
+# Ops of tokred that are attention, by parts of their names; all others choose, merge or pack.
 _OURS = (
     "biased_attention", "sparse_attention", "packed_attention", "unmerged_attention",
     "combine_states", "linear_attention",
@@ -41,7 +40,7 @@ _OURS = (
 
 @dataclass(frozen=True)
 class Shares:
-    """Seconds of one call inside of ops of each kind."""
+    """Seconds that one call spends in the ops of each kind."""
 
     weights: float
     attention: float
@@ -58,44 +57,28 @@ def profile(
     repeats: int = 8,
     progress: bool = True,
 ) -> Result:
-    """Where the time of a decoded token, or of an encoder's forward pass, goes.
+    """Where the time of a decoded token, or of an encoder's forward pass, goes, in ms.
 
-    Weights are products with matrices and convolutions; attention is SDPA or tokred's; choosing are
-    tokred's other ops, which score, choose, merge and pack; the rest is everything else, Python
-    included. Overhead is what a method adds to the dense model's time beside weights and
-    attention, for every layer; negative where fewer tokens leave less to do.
+    "Weights" is products with weight matrices, and convolutions; "attention" SDPA's or tokred's;
+    "choosing" tokred's other ops, which score, choose, merge and pack; "rest" everything else,
+    Python included. "Overhead" is, in µs per layer, how much longer choosing and the rest take than
+    the rest of the dense model; negative where fewer tokens leave less to do.
 
-    The total is the median of turns without a profiler, ops are the median of passes under torch's.
-    The arguments are those of tokred.benchmark, and the Result as well.
+    The total is the median of turns without a profiler; the parts are medians of passes under
+    torch's profiler. Arguments and Result are those of tokred.benchmark.
 
     Raises:
         ValueError, TypeError: as tokred.benchmark.
     """
     budgets = check(model, methods, budgets, bits)
-    if type(repeats) is not int or repeats < 1:
-        raise ValueError(f"repeats must be an int of at least 1, got {repeats!r}")
+    check_repeats(repeats)
     task, parts = begin(model, inputs, None, 1)
-    with at_rest(model):
+    with eval_mode(model):
         part = next(parts)
         candidates = task.candidates(part, methods, budgets, bits)
         found = Profiler(task, model, part, repeats)
-        figures: list[dict[str, float]] = [{} for _ in candidates]
-        interrupted = False
-        with Progress(progress, len(candidates)) as shown:
-            try:
-                for place, candidate in enumerate(candidates):
-                    if not candidate.reason:
-                        shown.step(candidate.label)
-                        try:
-                            candidate = candidates[place] = sized(task, part, candidate)
-                            figures[place] = found.run(candidate)
-                        except Exception as error:
-                            candidates[place] = refused(candidate, error)
-                    shown.advance()
-            except KeyboardInterrupt:
-                interrupted = True
+        rows, interrupted = rows_of(task, part, candidates, found.run, progress)
         whole = Row(found.race.practice, "", figures=found.dense())
-    rows = tuple(row_of(each, one) for each, one in zip(candidates, figures, strict=True))
     title = found.race.title.replace(": ", ": where the time goes, ", 1)
     return Result(title, _MEASURES, whole, rows, (found.note,), interrupted)
 
@@ -157,7 +140,7 @@ _PASSES = 3
 
 
 def _profiled(step: Step) -> tuple[float, float, float]:
-    """Seconds inside of ops that are weights, attention, and choosing."""
+    """Seconds in ops that are weights, attention and choosing."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as recording
 
@@ -178,7 +161,7 @@ def _profiled(step: Step) -> tuple[float, float, float]:
 
 
 def _kind(op: str) -> str | None:
-    """What an op is for: one of the three, or None."""
+    """What an op is for: "weights", "attention", "choosing", or None."""
     namespace, _, name = op.partition("::")
     if namespace == "tokred":
         return "attention" if any(part in name for part in _OURS) else "choosing"

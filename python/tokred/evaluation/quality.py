@@ -37,27 +37,28 @@ def evaluate(
     """What methods keep of a model's quality, each beside the unpatched model.
 
     Of a decoder of transformers: the perplexity of the last tokens of every sequence, decoded one
-    by one behind the others, the KL divergence of their logits, and with a tokenizer how many
-    numbers hidden in the prompt (needles) are found again. Of an encoder of transformers or timm:
-    the cosine of the class token and of all others, restored, to the unpatched model's.
+    by one after the others, the KL divergence of their logits in nats, and with a tokenizer the
+    share of numbers hidden in the prompt (needles) that it finds again. Of an encoder of
+    transformers or timm: the cosine of the class token and of all others, restored, to the
+    unpatched model's.
 
     Args:
         model: the model, which is left as it was.
         inputs: token numbers i64 [B, N] or pixels [B, C, H, W]; a list of these, or a loader of
             batches, tensors or dicts with input_ids (and attention_mask) or pixel_values. Padding
             is left out.
-        methods: names, each at every budget; or a dict of options by name, added to those of the
-            budgets unless they say themselves how many tokens stay. All that serve such a model by
-            default.
+        methods: names, each at every budget; or a dict of options by name, to which the options of
+            each budget are added, unless they say themselves how many tokens stay. None: all that
+            serve such a model.
         budgets: shares of the tokens or keys that stay, of the first input.
         bits: of a decoder, packed caches of so many bits as well.
         tokenizer: of a decoder, for the needles.
         decoded: tokens of every sequence that are predicted, at most half of it.
-        progress: shows a bar where stderr is a terminal.
+        progress: shows a bar on stderr or in a notebook; a line a step where tqdm is missing.
 
     Returns:
-        A Result: rows with figures, what they are of, and the line to copy, or with the reason why
-        a method or an option does not fit. Ctrl-C leaves what was measured.
+        A Result: a row for every method and budget, with figures and the line to copy, or with the
+        reason why a method or an option does not fit. Ctrl-C returns what was measured so far.
 
     Raises:
         ValueError: an unknown method, with the nearest names; budgets outside (0, 1]; inputs that
@@ -71,7 +72,7 @@ def evaluate(
     dense, interrupted = Tally(), False
     candidates: list[Candidate] = []
     tallies: list[Tally] = []
-    with Progress(progress) as shown, at_rest(model):
+    with Progress(progress) as shown, eval_mode(model):
         for number, part in enumerate(parts):
             shown.step("unpatched")
             try:
@@ -112,7 +113,7 @@ def evaluate(
 def check(
     model: Any, methods: Methods, budgets: Sequence[float], bits: Sequence[int]
 ) -> tuple[float, ...]:
-    """The budgets, descending, where all of these can be tried.
+    """The budgets, descending, if the arguments can be tried.
 
     Raises:
         ValueError, TypeError: see evaluate.
@@ -131,7 +132,8 @@ def check(
 def begin(
     model: nn.Module, inputs: Any, tokenizer: Any, decoded: int
 ) -> tuple[Task, Iterator[Any]]:
-    """What is measured, by the kind of the first input, and the inputs one after another."""
+    """The task, by the model and the kind of its first input, and the parts that it reads: of a
+    decoder Passages, of an encoder batches."""
     found = batches(inputs)
     first = next(found)
     task: Task
@@ -143,7 +145,7 @@ def begin(
 
 
 def sized(task: Task, part: Any, candidate: Candidate) -> Candidate:
-    """The candidate with its options and what they leave, as far as it has to run for that."""
+    """The candidate with its final options and, of an encoder, the tokens that they leave."""
     candidate = task.fitted(part, candidate)
     if isinstance(task, DecoderTask):
         return candidate
@@ -161,7 +163,7 @@ def is_decoder(model: nn.Module) -> bool:
 
 
 @contextmanager
-def at_rest(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """The model in eval mode and without gradients; afterwards every part is as it was."""
     before = {module: module.training for module in model.modules()}
     model.eval()
@@ -174,7 +176,7 @@ def at_rest(model: nn.Module) -> Iterator[None]:
 
 
 def row_of(candidate: Candidate, figures: dict[str, float]) -> Row:
-    """A row of the result; without figures and reason it was not reached."""
+    """A row of the result; without figures or a reason, its reason is that it was not reached."""
     if not figures and not candidate.reason:
         candidate = replace(candidate, reason="interrupted before it was measured")
     return Row(

@@ -14,7 +14,8 @@ from .origin import Origin, origin
 
 @dataclass(frozen=True)
 class Measure:
-    """A column. better: which way is better; digits: significant ones that are shown."""
+    """A column. better: whether higher or lower figures are, "" for neither; digits: significant
+    digits to show."""
 
     name: str
     better: Literal["higher", "lower", ""] = ""
@@ -52,7 +53,7 @@ class Result:
 
     title: what was measured on which model. measures: the columns. dense: the model without any
     method. rows: the methods. notes: what a reader has to know. interrupted: by Ctrl-C, so that the
-    rows that were not reached have that as their reason.
+    rows that were not reached have it as their reason.
     """
 
     title: str
@@ -79,7 +80,7 @@ class Result:
         return "\n".join(lines).rstrip()
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it in what JSON has; numbers that are not finite are null."""
+        """The same as dicts, lists, text and numbers; numbers that are not finite become None."""
         whole = _plain(asdict(self))
         assert isinstance(whole, dict)
         return whole
@@ -89,8 +90,8 @@ class Result:
         return _write(path, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
 
     def plot(self, path: str | Path) -> Path:
-        """Writes a picture, PNG or what the suffix says: a panel a measure, a row of points a
-        method, a line for the dense model; returns the path.
+        """Writes a picture in the format of the path's suffix, such as .png: a panel for each
+        measure, a point for each method, a line for the dense model; returns the path.
 
         Raises:
             ImportError: matplotlib is not installed.

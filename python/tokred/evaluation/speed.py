@@ -17,7 +17,7 @@ from .encoding import EncoderTask, features
 from .inputs import Batch
 from .measure import peak_bytes, timed, where
 from .progress import Progress
-from .quality import BUDGETS, at_rest, begin, check, row_of, sized
+from .quality import BUDGETS, Task, begin, check, eval_mode, row_of, sized
 from .results import Measure, Result, Row
 
 Times: TypeAlias = tuple[list[float], list[float]]
@@ -52,15 +52,15 @@ def benchmark(
 ) -> Result:
     """What methods save in a model, in time and memory, each beside the best dense practice.
 
-    Of a decoder of transformers: milliseconds of a decoded token behind the prompt, and of the
-    prompt, beside SDPA, whose prompts are read without a mask and whose tokens are decoded into a
-    StaticCache, which does not copy itself. Of an encoder: of a forward pass, beside the unpatched
-    model on SDPA. Every method takes turns with the dense model, in one process; times are medians
-    and speed-ups the ratio of the medians of the same turns.
+    Of a decoder of transformers: milliseconds of a token decoded after the prompt, and of reading
+    the prompt, beside SDPA, which reads prompts without a mask and decodes into a StaticCache (no
+    token copies the cache). Of an encoder: milliseconds of a forward pass, beside the unpatched
+    model on SDPA. Memory is in MB, 10^6 bytes. Every method takes turns with the dense model, in
+    one process; times are medians, and a speed-up is the ratio of two medians of the same turns.
 
     Args:
         inputs: as for tokred.evaluate; the first batch is what is measured.
-        repeats: turns after one that warms up.
+        repeats: timed turns, after one that warms up.
 
     The other arguments, and the Result, are those of tokred.evaluate.
 
@@ -68,35 +68,58 @@ def benchmark(
         ValueError, TypeError: as tokred.evaluate; repeats below 1.
     """
     budgets = check(model, methods, budgets, bits)
-    if type(repeats) is not int or repeats < 1:
-        raise ValueError(f"repeats must be an int of at least 1, got {repeats!r}")
+    check_repeats(repeats)
     task, parts = begin(model, inputs, None, 1)
     race: DecoderRace | EncoderRace
-    with at_rest(model):
+    with eval_mode(model):
         part = next(parts)
         candidates = task.candidates(part, methods, budgets, bits)
         if isinstance(task, DecoderTask):
             race = DecoderRace(model, part.context, repeats)
         else:
             race = EncoderRace(task, part, repeats)
-        figures: list[dict[str, float]] = [{} for _ in candidates]
-        dense, interrupted = race.dense(), False
-        with Progress(progress, len(candidates)) as shown:
-            try:
-                for place, candidate in enumerate(candidates):
-                    if not candidate.reason:
-                        shown.step(candidate.label)
-                        try:
-                            candidate = candidates[place] = sized(task, part, candidate)
-                            figures[place] = race.run(candidate)
-                        except Exception as error:
-                            candidates[place] = refused(candidate, error)
-                    shown.advance()
-            except KeyboardInterrupt:
-                interrupted = True
-    rows = tuple(row_of(each, found) for each, found in zip(candidates, figures, strict=True))
+        dense = race.dense()
+        rows, interrupted = rows_of(task, part, candidates, race.run, progress)
     whole = Row(race.practice, "", figures=race.of_dense(dense))
     return Result(race.title, race.measures, whole, rows, race.notes, interrupted)
+
+
+def check_repeats(repeats: int) -> None:
+    """Refuses what is no number of turns.
+
+    Raises:
+        ValueError: saying which.
+    """
+    if type(repeats) is not int or repeats < 1:
+        raise ValueError(f"repeats must be an int of at least 1, got {repeats!r}")
+
+
+def rows_of(
+    task: Task,
+    part: Any,
+    candidates: Sequence[Candidate],
+    run: Callable[[Candidate], dict[str, float]],
+    progress: bool,
+) -> tuple[tuple[Row, ...], bool]:
+    """A row for every candidate, with what `run` measures or the reason why it cannot; and whether
+    Ctrl-C came in between."""
+    found = list(candidates)
+    figures: list[dict[str, float]] = [{} for _ in found]
+    interrupted = False
+    with Progress(progress, len(found)) as shown:
+        try:
+            for place, candidate in enumerate(candidates):
+                if not candidate.reason:
+                    shown.step(candidate.label)
+                    try:
+                        candidate = found[place] = sized(task, part, candidate)
+                        figures[place] = run(candidate)
+                    except Exception as error:
+                        found[place] = refused(candidate, error)
+                shown.advance()
+        except KeyboardInterrupt:
+            interrupted = True
+    return tuple(map(row_of, found, figures)), interrupted
 
 
 @dataclass(frozen=True)
@@ -130,7 +153,7 @@ class Turns:
 
 
 class DecoderRace:
-    """Decoding behind a prompt, i64 [B, N]."""
+    """Decoding after a prompt, i64 [B, N], timed beside the dense model."""
 
     measures = _DECODING
     practice = "SDPA, StaticCache"
@@ -140,16 +163,16 @@ class DecoderRace:
         self.turns = Turns()
         self.prompts: list[float] = []
         self.title = (
-            f"{type(model).__name__}: decoding behind {prompt.shape[1]} tokens, batch "
+            f"{type(model).__name__}: decoding after {prompt.shape[1]} tokens, batch "
             f"{prompt.shape[0]}"
         )
         self.notes = (
             f"Medians of {repeats} turns with {self.practice}, on {where(prompt.device)}. MB: the "
-            "most that the prompt and one step allocate, and the cache behind the prompt.",
+            "most that the prompt and one step allocate, and the cache after the prompt.",
         )
 
     def dense(self) -> dict[str, float]:
-        """Reads the prompt; what it takes, in time and memory."""
+        """Reads the prompt; the memory that it and a step take, by measure."""
         with dense_attention(self.model, "sdpa"):
             self.past = self.read(None)  # warms up
             self.past, seconds = timed(lambda: self.read(None))
@@ -193,7 +216,7 @@ class DecoderRace:
         return Step(partial(candidate.patch, self.model), partial(self._decode, cache))
 
     def dense_step(self, cache: Any) -> Step:
-        """Decodes one more token without any."""
+        """Decodes one more token with the dense model."""
         patch = partial(dense_attention, self.model, "sdpa")
         return Step(patch, partial(self._decode, cache))
 
@@ -216,7 +239,7 @@ class DecoderRace:
 
 
 class EncoderRace:
-    """Forward passes over a batch."""
+    """Forward passes over a batch, timed beside the unpatched model."""
 
     measures = _ENCODING
     practice = "unpatched, SDPA"
@@ -232,7 +255,7 @@ class EncoderRace:
         )
 
     def dense(self) -> dict[str, float]:
-        """What it takes, in memory."""
+        """The memory that a pass takes, by measure."""
         return {FORWARD_MB: peak_bytes(self._forward) / 1e6}
 
     def of_dense(self, memory: dict[str, float]) -> dict[str, float]:
@@ -252,7 +275,7 @@ class EncoderRace:
         return Step(partial(candidate.patch, self.model), self._forward)
 
     def dense_step(self) -> Step:
-        """A pass without any."""
+        """A pass of the unpatched model."""
         return Step(nullcontext, self._forward)
 
     def _forward(self) -> None:
@@ -260,7 +283,7 @@ class EncoderRace:
 
 
 def held(cache: Any) -> int:
-    """The bytes of a cache's tokens, room for more left out."""
+    """The bytes of a cache's tokens, without the room for more."""
     if hasattr(cache, "nbytes"):
         return sum(_bytes(layer) for layer in cache.layers)
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
