@@ -17,6 +17,7 @@ from cases.compare import assert_bitwise_equal
 from cases.eviction import Row, Rule, Step, keep_best, kept_places
 from cases.inputs import generator
 from cases.tiny_models import evictors, generated, left_padded, tiny_lm, transformers
+from cases.tiny_vlms import FAMILIES as VLMS
 from tokred.compat import cache_keyword
 from tokred.integrations.transformers import PressAdapter, attention
 from tokred.integrations.transformers.kept_keys import KeptKeysLayer
@@ -75,6 +76,54 @@ def test_a_softcap_of_nothing_changes_nothing(reduce: str) -> None:
             states.attend(q, visible, None, softcap)
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found[3], found[2], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 0.7])
+def test_what_a_prefix_that_sees_itself_pays_counts(softcap: float | None) -> None:
+    """A prompt whose first tokens look both ways, beside the weights themselves."""
+    found = []
+
+    class Measures:
+        def evict(self, call: Any) -> Any:
+            found.extend([call.received(), call.received(5)])
+            return call.best(found[0], 10)
+
+    draw = generator(0)
+    q, k, v = (torch.randn(2, heads, 90, 16, generator=draw) for heads in (4, 2, 2))
+    mask = torch.ones(90, 90, dtype=torch.bool).tril().repeat(2, 1, 1, 1)
+    mask[:, :, :30, :30] = True
+    mask[1, ..., :7] = False
+    cache = KeptKeysLayer(Measures(), 0, 1)
+    cache.update(k, v)[0].attend(q, mask, None, softcap)
+    logits = (q @ k.repeat_interleave(2, 1).mT / 4).double()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    p = logits.masked_fill(~mask, -torch.inf).softmax(3).nan_to_num(0)
+    p[1, :, :7] = 0
+    for received, rows in zip(found, (p, p[:, :, -5:]), strict=True):
+        expected = rows.sum(2).unflatten(1, (2, 2)).mean(2)
+        torch.testing.assert_close(received.double(), expected, rtol=1e-4, atol=1e-5)
+    best = (p.sum(2).unflatten(1, (2, 2)).mean(2)).topk(10, dim=2).indices.sort(2).values
+    assert torch.equal(cache.position.long(), best)
+
+
+@pytest.mark.parametrize("family", [f for f in VLMS if f.name in ("qwen2_5_vl", "paligemma")],
+                         ids=lambda family: family.name)  # fmt: skip
+@torch.no_grad()
+def test_vision_language_models_keep_fewer_keys(family: Any) -> None:
+    """Positions of several dimensions, and a prompt that sees later tokens."""
+    model, inputs = family.model(), family.prompt((1, 2))
+    options = {"max_new_tokens": 4, "do_sample": False}
+    text = model.generate(**inputs, **options)
+    with tokred.patch(model, "h2o", budget=300):
+        assert torch.equal(model.generate(**inputs, **options), text)
+    with tokred.patch(model, "h2o", budget=9):
+        found = model.generate(**inputs, **options, return_dict_in_generate=True)
+    assert found.sequences.shape == text.shape
+    assert {layer.keys.shape[2] for layer in found.past_key_values.layers} == {9}
+    if family.name == "qwen2_5_vl":
+        with pytest.raises(ValueError, match="M-RoPE"):
+            tokred.patch(model, "expected_attention")
 
 
 def heavy(budget: int) -> Rule:
@@ -425,8 +474,9 @@ def test_refusals(llama: nn.Module) -> None:
         ):
             with pytest.raises(ValueError, match=words):
                 llama(ids, **{keyword: cache})
-        with pytest.raises(ValueError, match="hides other keys"):
-            llama(ids, attention_mask=torch.ones(2, 1, 12, 12).tril().bool(), use_cache=True)
+        apart = torch.block_diag(torch.ones(6, 6), torch.ones(6, 6)).tril().bool()
+        with pytest.raises(ValueError, match="hides keys from the last query"):
+            llama(ids, attention_mask=apart.expand(2, 1, 12, 12), use_cache=True)
         with pytest.raises(ValueError, match="crop"):
             generated(llama, ids[:1], None, prompt_lookup_num_tokens=2)
         cache = dynamic(llama)

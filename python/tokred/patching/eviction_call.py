@@ -67,6 +67,8 @@ class EvictionCall:
     new_k: [B, Hkv, L, D], the keys of the pass.
     new_slot: int64 [B, Hkv, 1], where the new token is stored; None: the new tokens are the last.
     softcap: of the logits, before the bias; or None.
+    mask: bool [B | 1, 1, L, N], what each query sees, where that does not follow from causality and
+        bias; or None.
     """
 
     q: Tensor
@@ -85,6 +87,7 @@ class EvictionCall:
     new_k: Tensor
     new_slot: Tensor | None = None
     softcap: float | None = None
+    mask: Tensor | None = None
 
     @property
     def k(self) -> Tensor:
@@ -131,10 +134,12 @@ class EvictionCall:
             mask = (self.bias > -torch.inf).repeat_interleave(group, 1)
             weight = mask[:, :1, -count:].float()
             mask = mask[:, :, None]
+        if self.mask is not None:
+            mask = self.mask[:, :, -count:]
         if self.softcap is None:
             columns = tokred.attention_columns(
-                q, self.k, lse.contiguous(), reduce, weight, causal=True, scale=self.scale,
-                mask=mask,
+                q, self.k, lse.contiguous(), reduce, weight, causal=self.mask is None,
+                scale=self.scale, mask=mask,
             )  # fmt: skip
         else:
             columns = self._capped_columns(q, lse, reduce, weight, mask)
@@ -150,10 +155,14 @@ class EvictionCall:
         total = torch.zeros(*q.shape[:2], k.shape[2], device=q.device)
         for start in range(0, count, _CAPPED):
             part = slice(start, min(start + _CAPPED, count))
-            seen = k.shape[2] - count + part.stop
+            own = mask
+            if self.mask is not None and mask is not None:
+                seen, own = k.shape[2], mask[:, :, part]
+            else:
+                seen = k.shape[2] - count + part.stop
             rows = tokred.attention_rows(
-                q[:, :, part], k[:, :, :seen], False, causal=True, scale=self.scale,
-                mask=None if mask is None else mask[..., :seen],
+                q[:, :, part], k[:, :, :seen], False, causal=self.mask is None, scale=self.scale,
+                mask=None if own is None else own[..., :seen],
             )  # fmt: skip
             # -inf, of what is hidden, would become finite.
             p = torch.where(

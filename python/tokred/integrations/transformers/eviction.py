@@ -126,7 +126,15 @@ def stacks(model: nn.Module, method: Any, settings: Settings) -> Iterator[Stack]
                     f"{type(module).__name__} {lack}: choose keys instead of evicting them, with "
                     "token_select or top_k_attention"
                 )
-        rotary = find_rotary(model, modules) if getattr(method, "reads_rotary", False) else None
+        rotary = None
+        if getattr(method, "reads_rotary", False):
+            parameters = getattr(modules[0].config, "rope_parameters", None) or {}
+            if "mrope_section" in parameters:
+                raise ValueError(
+                    f"{type(modules[0]).__name__} rotates by positions of several dimensions "
+                    f"(M-RoPE), of which {type(method).__name__} knows one: use snap_kv"
+                )
+            rotary = find_rotary(model, modules)
         numbers = _numbers(modules)
         check = getattr(method, "check_layers", None)
         if check is not None:

@@ -120,9 +120,9 @@ class KeptKeysLayer(CacheLayerMixin):
         )
         if whole and not stays:
             raise ValueError(
-                "attention_mask hides other keys from one query than from another, and keys cannot "
-                "be evicted under it: pass a mask of padding, [B, N], or a budget that the prompt "
-                "does not exceed"
+                "attention_mask hides keys from the last query that an earlier one sees, and keys "
+                "cannot be evicted under it: pass a mask of padding, [B, N], or a budget that the "
+                "prompt does not exceed"
             )
         if isinstance(result, Replacement):
             new = (result.k, result.v, result.position.to(torch.int32), result.bias)
@@ -278,7 +278,8 @@ class KeptStates:
 
         Args:
             mask: bool [B | 1, 1, 1, N] over all tokens, where padding is hidden; or a mask of every
-                query, [B | 1, 1, L, N], as long as every key is there and stays.
+                query, [B | 1, 1, L, N], as long as every key is there, and either stays or is seen
+                by the last query if any query sees it.
             softcap: of the logits.
 
         Raises:
@@ -297,10 +298,13 @@ class KeptStates:
                 "attention_mask has a row for every query, and some of its keys were evicted: pass "
                 f"a mask of padding, [B, N], got {list(mask.shape)}"
             )
+        fixed = False  # whether all keys must stay
         if kept.position is None:
             bias = None
-            if mask is not None and not own:
-                visible = mask[:, 0, 0].expand(q.shape[0], -1)
+            if mask is not None and own:
+                fixed = bool((mask & ~mask[:, :, -1:]).any())
+            if mask is not None and not fixed:
+                visible = mask[:, 0, -1].expand(q.shape[0], -1)
                 if kept.start is None:
                     kept = replace(kept, start=visible.int().argmax(1).to(torch.int32))
                 bias = torch.zeros(visible.shape, device=q.device).masked_fill(~visible, -torch.inf)
@@ -331,7 +335,8 @@ class KeptStates:
                 scale=scale, mask=mask if whole else None, softcap=softcap,
             )  # fmt: skip
         call = self.layer.call(self, kept, q, keys, values, lse, scale, bias, softcap)
-        self.layer.shrink(kept, call, own)
+        call.mask = mask if own else None
+        self.layer.shrink(kept, call, fixed)
         return out, lse
 
     def _whole(self, held: TokenBuffer | PackedBuffer, new: Tensor) -> Tensor:
