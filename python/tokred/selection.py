@@ -1,5 +1,5 @@
-"""Choosing keys by score, with sinks and locals outside the budget, in rows with padding; and the
-tokens and masks of chosen blocks."""
+"""Choosing keys by score, with sinks and locals outside the budget, in rows with padding; the
+tokens and masks of chosen blocks; and putting chosen tokens back."""
 
 from __future__ import annotations
 
@@ -82,3 +82,19 @@ def block_mask(blocks: Tensor, num_blocks: int) -> Tensor:
     spare = torch.zeros(*blocks.shape[:-1], num_blocks + 1, dtype=torch.bool, device=blocks.device)
     listed = torch.where(blocks >= 0, blocks, num_blocks).long()
     return spare.scatter(-1, listed, True)[..., :num_blocks]
+
+
+def scatter_back(x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
+    """x with y in the places that are listed.
+
+    Args:
+        x: [B, N, C]. y: [B, K, C]. indices: i32 [B, K], each at most once; -1 takes nothing.
+
+    Returns:
+        [B, N, C]; differentiable in x and y.
+    """
+    batch, tokens, channels = x.shape
+    inside = (indices >= 0) & (indices < tokens)
+    place = torch.where(inside, indices, tokens).long()[..., None].expand(-1, -1, channels)
+    spare = torch.cat([x, x.new_zeros(batch, 1, channels)], 1)
+    return spare.scatter(1, place, y.to(x.dtype))[:, :-1]

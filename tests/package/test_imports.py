@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "nn": {"ops", "selection"},
     "methods": {"ops", "selection", "schedule", "grid"},
     "patching": {"ops", "methods"},
-    "integrations": {"ops", "grid", "patching"},
+    "integrations": {"ops", "grid", "patching", "selection"},
     "models": set(),
     "cache": {"ops", "integrations"},
     "evaluation": {"ops", "methods", "patching", "integrations", "cache"},

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tokred.selection import scatter_back
+
 from ._selection import close_gaps, head_mean, in_order
-from ._skipping import scatter_back
 
 if TYPE_CHECKING:
     from tokred.patching import VisualCall

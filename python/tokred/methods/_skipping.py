@@ -4,26 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 import tokred
-
-
-def scatter_back(x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
-    """x with y in the places that are listed.
-
-    Args:
-        x: [B, N, C]. y: [B, K, C]. indices: i32 [B, K], each at most once; -1 takes nothing.
-
-    Returns:
-        [B, N, C]; differentiable in x and y.
-    """
-    batch, tokens, channels = x.shape
-    inside = (indices >= 0) & (indices < tokens)
-    place = torch.where(inside, indices, tokens).long()[..., None].expand(-1, -1, channels)
-    spare = torch.cat([x, x.new_zeros(batch, 1, channels)], 1)
-    return spare.scatter(1, place, y.to(x.dtype))[:, :-1]
+from tokred.selection import scatter_back
 
 
 def run_on(x: Tensor, indices: Tensor, layer: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

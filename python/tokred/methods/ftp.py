@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 import tokred
-from tokred.selection import ends
+from tokred.selection import ends, scatter_back
 
 from ._lists import check_least
 from ._method import Family, Method, Needs
-from ._skipping import scatter_back
 
 
 def router_factors(

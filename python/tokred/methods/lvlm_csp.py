@@ -12,10 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tokred.selection import scatter_back
+
 from ._lists import check_count, check_least
 from ._method import Family, Method, Needs
 from ._selection import best, keep_count, positions_of, ranks_in_groups, spaced_picks
-from ._skipping import scatter_back
 
 
 def uniform(batch: int, tokens: int, count: int, device: torch.device | None = None) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tokred.patching import LayerStates, Overrides, PromptCall, PromptTokens
+from tokred.selection import scatter_back
 
 from .attention_tap import Recording, Stopped, missed, record, tap
 from .full_attention import dispatches
@@ -395,10 +396,7 @@ def _with_tokens(x: Tensor, slots: Tensor, is_slot: Tensor, new: PromptTokens) -
     """x [B, L, C] with the new tokens at the places of their slots."""
     rows = new.made.clamp(min=0).long()
     there = (new.made >= 0) & is_slot.gather(1, rows)
-    places = torch.where(there, slots.gather(1, rows), x.shape[1])
-    spare = torch.cat([x, torch.zeros_like(x[:, :1])], 1)
-    places = places[..., None].expand(-1, -1, x.shape[2])
-    return spare.scatter(1, places, new.tokens.to(x.dtype))[:, :-1]
+    return scatter_back(x, new.tokens, torch.where(there, slots.gather(1, rows), -1))
 
 
 def _has_planes(language: nn.Module) -> bool:
