@@ -215,3 +215,9 @@ def test_padding_of_texts_is_left_out() -> None:
         assert one.kept == other.kept == 7
         assert one.figures == pytest.approx(other.figures, abs=1e-5)
         assert {*one.figures} == {"CLS cosine", "token cosine"} and one.figures["token cosine"] < 1
+
+
+def test_long_options_are_left_out_of_the_line() -> None:
+    dims = [torch.arange(4, dtype=torch.int32).repeat(2, 1)] * 2
+    (row,) = tokred.evaluate(decoder(), tokens(), {"fasa": {"dims": dims, "k": 8}}, decoded=1).rows
+    assert row.line == 'tokred.patch(model, "fasa", dims=..., k=8)' and row.figures

@@ -240,6 +240,8 @@ def main(arguments: Sequence[str] = ()) -> int:
                 compared = list(_on_text(options, budgets))
         for comparison in compared:
             publish(comparison, options.output, complete=not options.methods)
+    except BrokenPipeError:
+        raise
     except (MissingModelError, OSError, ValueError) as error:
         print(f"tokred compare: {error}", file=sys.stderr)
         return 2

@@ -205,6 +205,8 @@ def main(arguments: Sequence[str] = ()) -> int:
                 draw_page(photograph, chosen, options.budgets, options.repeats, options.html)
             else:
                 draw_image(photograph, chosen, options.keep, options.repeats, options.output)
+    except BrokenPipeError:
+        raise
     except (MissingModelError, OSError, ValueError) as error:
         print(f"tokred gallery: {error}", file=sys.stderr)
         return 2

@@ -53,7 +53,7 @@ class Candidate:
                 'model.set_attn_implementation("tokred"); '
                 f"model.generate(ids, cache=tokred.PackedCache(model, {self.bits}))"
             )
-        options = "".join(f", {name}={written(value)}" for name, value in self.options.items())
+        options = "".join(f", {name}={_short(value)}" for name, value in self.options.items())
         return f'tokred.patch(model, "{self.method}"{options})'
 
     def patch(self, model: nn.Module, **settings: Any) -> AbstractContextManager:
@@ -63,6 +63,12 @@ class Candidate:
         if self.bits is not None:
             return dense_attention(model)
         return patch(model, self.method, **self.options, **settings)
+
+
+def _short(value: Any) -> str:
+    """A value as it is written in a call; of tensors, and what is as long, that there is one."""
+    text = written(value)
+    return "..." if "\n" in text or len(text) > 200 else text
 
 
 def check_budgets(budgets: Iterable[float]) -> tuple[float, ...]:

@@ -20,6 +20,7 @@ body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem aut
 table {{ border-collapse: collapse }}
 th, td {{ padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd }}
 th:first-child, td:first-child, .line, .reason {{ text-align: left }}
+th, td:first-child {{ white-space: nowrap }}
 code {{ font-size: 13px; background: #f4f4f4; padding: .1rem .3rem }}
 button {{ font-size: 12px; cursor: pointer }}
 img {{ max-width: 100%; margin: 1rem 0 }}
