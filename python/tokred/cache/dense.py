@@ -41,11 +41,10 @@ class DenseCache(InPlaceCache):
         config: of the model, or the model itself.
         capacity: tokens to make room for at once, and no more; where None, memory grows by an
             eighth whenever it is full.
-        score_bits: 1, 2, 3, 4 or 8; keeps the keys once more in so many bits (rotated, groups of 64
-            channels or what of it divides the head dimension), from which methods that choose keys
-            for a query, token_select and top_k_attention, take their scores. Choosing then reads
-            an eighth of float32 keys with 4 bits, and is approximate; attention to what is chosen
-            reads the keys themselves. None: nothing beside them.
+        score_bits: 1, 2, 3, 4 or 8; keeps a copy of the keys in so many bits (rotated, in groups of
+            gcd(head_dim, 64) channels), by which token_select and top_k_attention score the keys
+            for a single query. With 4 bits scoring reads an eighth of the bytes of float32 keys,
+            and is approximate; attention reads the chosen keys themselves. None: no copy.
 
     Raises:
         ValueError: a capacity below 1, or other score_bits; a model without full-attention layers.
@@ -75,8 +74,7 @@ class DenseCacheLayer(DynamicLayer):
     `keys` and `values` are views of the tokens. Assigning them replaces the tokens.
 
     Args:
-        capacity: tokens to make room for at once, which then are all there is room for; grows with
-            the tokens where None.
+        capacity: tokens to make room for at once, and no more; where None, memory grows.
         score_bits: see DenseCache. The keys that `update` returns then have an attribute
             `score_keys`, the PackedKV of the same tokens.
     """
@@ -115,13 +113,13 @@ class DenseCacheLayer(DynamicLayer):
     def _assign(self, name: str, tokens: Tensor | None) -> None:
         others = {key: buffer for key, buffer in self._buffers.items() if key != name}
         if tokens is not None:
-            others[name] = TokenBuffer(tokens, tokens.shape[2])
+            others[name] = TokenBuffer.of(tokens)
         self._buffers = others
         if name == "keys":
             self._codes = None if tokens is None else self._packed(tokens)
 
     def _packed(self, keys: Tensor) -> PackedBuffer | None:
-        """Codes of all keys [B, Hkv, N, D], where they are kept.
+        """The copy of keys [B, Hkv, N, D] in score_bits; None without score_bits.
 
         Raises:
             ValueError: a head dimension that cannot be packed.

@@ -60,7 +60,7 @@ class PackedCacheLayer(CacheLayerMixin):
 
     @property
     def packing(self) -> CacheOptions:
-        """The options, by the name under which methods that evict look for them."""
+        """The options, under the name that methods which evict look for."""
         return self.options
 
     @property

@@ -1,1 +1,1 @@
-"""The commands of python -m tokred; each file has some, with their arguments and what they do."""
+"""The commands of python -m tokred; a file defines the arguments of some and runs them."""

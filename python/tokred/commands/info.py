@@ -16,7 +16,7 @@ import torch
 import tokred
 from tokred import _library
 
-# By the name to import, the name to install, and what it adds.
+# Name to import: (what to install, what it adds).
 OPTIONAL = {
     "transformers": ("tokred[transformers]", "language models, encoders, packed caches"),
     "timm": ("tokred[timm]", "vision transformers of timm"),
@@ -59,7 +59,7 @@ def info(options: argparse.Namespace) -> int:
 
 
 def found() -> dict[str, Any]:
-    """Everything by name, in words; "optional" by package."""
+    """Every fact by its name, in words; "optional" holds a dict for every package."""
     facts: dict[str, Any] = {
         "tokred": f"{tokred.__version__} in {Path(tokred.__file__).parent}",
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
@@ -97,7 +97,7 @@ def version_of(module: str) -> str | None:
 
 
 def cpu_features() -> str:
-    """What of the processor's features kernels ask for, where Linux tells it."""
+    """The processor, and its features that matter to kernels; empty where Linux does not tell."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     model = next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), "")

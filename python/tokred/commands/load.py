@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tokred.compat import advice
 
 DEMO = ("smollm2", "dinov2")
-_WHAT = (
+_MODEL = (
     f"MODEL must be {' or '.join(DEMO)}, a folder that save_pretrained wrote, or an id of the "
     "Hugging Face hub"
 )
@@ -22,8 +22,11 @@ _WHAT = (
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in eval mode, its tokenizer or None, the pixels of its images or None, and their mean
-    and standard deviation."""
+    """A model in eval mode, and how its input is made.
+
+    tokenizer: None of a model without one. size: the side of its square images in pixels, None of
+    a model without images. mean, std: with which each channel of its images is normalised.
+    """
 
     model: nn.Module
     tokenizer: Any
@@ -67,7 +70,7 @@ def _from_transformers(name: str) -> Loaded:
 
     near = get_close_matches(name, DEMO, cutoff=0.75)
     if near and not Path(name).exists():
-        raise ValueError(f"{_WHAT}, got {name!r}: did you mean {near[0]}?")
+        raise ValueError(f"{_MODEL}, got {name!r}: did you mean {near[0]}?")
     try:
         with broken_torchvision_hidden():
             import transformers
@@ -83,7 +86,7 @@ def _from_transformers(name: str) -> Loaded:
             model = kind.from_pretrained(name)
         except (OSError, ValueError) as error:
             reason = str(error).strip().split("\n")[0]
-            raise ValueError(f"{_WHAT}, got {name!r}: {reason}") from None
+            raise ValueError(f"{_MODEL}, got {name!r}: {reason}") from None
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError, KeyError, ImportError):
@@ -95,7 +98,7 @@ def _from_transformers(name: str) -> Loaded:
 
 
 def _normalisation(name: str, mean: Any, std: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """What the images of a folder's model are normalised with, those of ImageNet by default."""
+    """The mean and deviation of each channel that a folder says; those given where it says none."""
     path = Path(name) / "preprocessor_config.json"
     if path.is_file():
         said = json.loads(path.read_text(encoding="utf-8"))
@@ -104,10 +107,11 @@ def _normalisation(name: str, mean: Any, std: Any) -> tuple[tuple[float, ...], t
 
 
 def pixels(paths: list[str], size: int, loaded: Loaded) -> list[Tensor]:
-    """f32 [1, 3, S, S] of the centre square of each file; of scikit-image's photograph for none.
+    """The centre square of each image file, f32 [1, 3, size, size]; a photograph of scikit-image
+    where there are no files.
 
     Raises:
-        OSError, ValueError: a file that is no image.
+        OSError, ValueError: a file is no image.
     """
     from tokred.demo.gallery import photograph_from
 
@@ -122,7 +126,8 @@ def text_ids(path: str | None, tokens: int, loaded: Loaded) -> Tensor:
     """i64 [1, N]: the first tokens of a file, or of Python's own reference, `tokens` at most.
 
     Raises:
-        OSError: a file that cannot be read. ValueError: one that is no text.
+        OSError: the file cannot be read.
+        ValueError: it is no UTF-8, or the model has no tokenizer.
     """
     if loaded.tokenizer is None:
         raise ValueError("the model has no tokenizer in its folder, which --text needs")

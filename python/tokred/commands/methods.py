@@ -10,7 +10,7 @@ from typing import Any
 
 from tokred.methods import METHODS, Method, get, written
 
-# Which models the layers are in that an adapter enters.
+# The models that an adapter can patch.
 _MODELS = {
     "timm": "timm's vision transformers",
     "transformers": "transformers' encoders of images, sound and text",
@@ -34,7 +34,7 @@ def add(commands: Any) -> None:
 
 
 def methods(options: argparse.Namespace) -> int:
-    """the published methods, with those marked whose papers leave formulas open"""
+    """the published methods; those whose papers leave formulas open are marked"""
     chosen = [get(name) for name in options.names] or list(METHODS.values())
     if options.json:
         print(json.dumps([method.as_dict() for method in chosen], indent=2, default=repr))
@@ -70,7 +70,7 @@ def described(method: Method) -> str:
 
 
 def _options(method: Method) -> list[str]:
-    """What the docstring of the options says of each, and their defaults."""
+    """Lines: the defaults, then the docstring of the options."""
     defaults = [
         f"{name} (no default)" if value is dataclasses.MISSING else f"{name}={written(value)}"
         for name, value in method.defaults().items()

@@ -40,44 +40,58 @@ def _add_arguments(command: argparse.ArgumentParser, name: str) -> None:
         help="smollm2 or dinov2 of the demo, a folder of transformers' save_pretrained, or an id "
         "of the Hugging Face hub",
     )  # fmt: skip
-    what = command.add_mutually_exclusive_group()
-    what.add_argument("--text", metavar="FILE", help="UTF-8; by default Python's own reference")
-    what.add_argument(
-        "--image", metavar="FILE", nargs="+", default=[], help="by default one of scikit-image's"
+    read = command.add_mutually_exclusive_group()
+    read.add_argument(
+        "--text", metavar="FILE", help="text in UTF-8; Python's language reference by default"
     )
-    command.add_argument("--methods", type=names, metavar="A,B", help="by default all that fit")
+    read.add_argument(
+        "--image", metavar="FILE", nargs="+", default=[],
+        help="images; a photograph of scikit-image by default",
+    )  # fmt: skip
+    command.add_argument("--methods", type=names, metavar="A,B", help="all that fit by default")
     command.add_argument(
         "--budgets", type=numbers, metavar="X,Y", default=[0.5, 0.25],
-        help="shares of the tokens or keys that stay, 0.5,0.25",
+        help="shares of the tokens or keys that stay; 0.5,0.25 by default",
     )  # fmt: skip
     command.add_argument(
         "--bits",
         type=whole_numbers,
         metavar="A,B",
         default=[],
-        help="packed caches of so many bits, too",
+        help="also try packed caches of so many bits, such as 8,4",
     )
     command.add_argument(
-        "--tokens", type=int, default=1024, help="of text, prompt and all, 1024", metavar="N"
-    )
-    command.add_argument("--size", type=int, help="pixels of the square, the model's", metavar="N")
+        "--tokens", type=int, default=1024, metavar="N",
+        help="tokens of the text that are read; 1024 by default",
+    )  # fmt: skip
+    command.add_argument(
+        "--size", type=int, metavar="N",
+        help="side of the square images in pixels; the model's by default",
+    )  # fmt: skip
     if name == "evaluate":
         command.add_argument(
-            "--decoded", type=int, default=64, help="of these tokens, decoded, 64", metavar="N"
-        )
+            "--decoded", type=int, default=64, metavar="N",
+            help="how many of the tokens, the last ones, are predicted; 64 by default",
+        )  # fmt: skip
     else:
-        command.add_argument("--repeats", type=int, default=8, help="turns, 8", metavar="N")
-        command.add_argument("--batch", type=int, default=1, help="the input so often, 1")
-    command.add_argument("--device", default="cpu", help="cpu or cuda, cpu")
+        command.add_argument(
+            "--repeats", type=int, default=8, metavar="N", help="timed turns; 8 by default"
+        )
+        command.add_argument(
+            "--batch", type=int, default=1, metavar="N",
+            help="rows of the batch, copies of one input; 1 by default",
+        )  # fmt: skip
+    command.add_argument("--device", default="cpu", help="cpu or cuda; cpu by default")
     command.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="float32"
-    )
-    command.add_argument("--out", type=Path, metavar="FOLDER", help="writes JSON, PNG and HTML")
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
+        help="of the weights; float32 by default",
+    )  # fmt: skip
+    command.add_argument("--out", type=Path, metavar="FOLDER", help="write JSON, PNG and HTML here")
     command.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    """what methods keep of a model's quality, beside the model without them"""
+    """how much of a model's quality methods keep, beside the model without them"""
     import tokred
 
     loaded, inputs, settings = _prepared(options)
@@ -91,7 +105,7 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def benchmark(options: argparse.Namespace) -> int:
-    """what methods save in a model, in time and memory, beside the best dense practice"""
+    """how much time and memory methods save in a model, beside the best dense practice"""
     import tokred
 
     loaded, inputs, settings = _prepared(options)
@@ -111,10 +125,10 @@ def profile(options: argparse.Namespace) -> int:
 
 
 def _prepared(options: argparse.Namespace) -> tuple[Any, list[torch.Tensor], dict[str, Any]]:
-    """The model, what it reads, and what all three functions take.
+    """The model, what it reads, and the arguments that all three functions take.
 
     Raises:
-        ValueError: arguments that do not fit; checked before a model is loaded, as far as they can.
+        ValueError: arguments do not fit; most are checked before a model is loaded.
     """
     from tokred.evaluation.candidates import check_bits, check_budgets, check_methods
 
@@ -153,7 +167,7 @@ def _reads_text(inputs: list[torch.Tensor]) -> bool:
 
 
 def _repeated(inputs: list[torch.Tensor], batch: int) -> list[torch.Tensor]:
-    """The first input, so many times in one batch."""
+    """The first input, as a batch of so many copies."""
     return [inputs[0].repeat(batch, *[1] * (inputs[0].dim() - 1))]
 
 

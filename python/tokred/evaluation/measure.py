@@ -53,13 +53,13 @@ def peak_bytes(function: Callable[[], object]) -> int:
         function()
     assert recorded.profiler is not None
     events = recorded.profiler.kineto_results.events()
-    held = greatest = 0
+    held = peak = 0
     for event in sorted(
         (event for event in events if event.name() == "[memory]"), key=lambda e: e.start_ns()
     ):
         held += event.nbytes()
-        greatest = max(greatest, held)
-    return greatest
+        peak = max(peak, held)
+    return peak
 
 
 @contextmanager

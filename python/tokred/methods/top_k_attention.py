@@ -104,8 +104,7 @@ class TopKState:
         )
 
     def _attend_packed(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
-        """Query by query: scores are read from packed keys, which are all there is on a
-        PackedCache."""
+        """Query by query, with scores of packed keys; a PackedCache has no others."""
         if self.options.k >= call.num_keys:
             return call.dense()
         queries = call.q.shape[2]

@@ -1,4 +1,4 @@
-"""Masks of nn.MultiheadAttention and transformers as what cores take: padding, and causality."""
+"""Masks of nn.MultiheadAttention and transformers, told apart: padding, causality, or both."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ def hidden(name: str, mask: Tensor) -> Tensor:
     """Where a mask of nn.MultiheadAttention hides a key: True of a bool mask, -inf of a float one.
 
     Raises:
-        ValueError: another dtype, or a float mask that changes logits otherwise.
+        ValueError: another dtype; a float mask that holds other numbers than 0 and -inf.
     """
     if mask.dtype == torch.bool:
         return mask
     if not mask.is_floating_point():
         raise ValueError(f"{name} must be bool or float, got {mask.dtype}")
-    # Models that shun infinities add the least number of the dtype.
+    # Some models add the lowest finite number of the dtype instead of -inf.
     hides = mask <= torch.finfo(mask.dtype).min
     if torch.compiler.is_compiling():
         raise ValueError(f"{name} must be bool inside torch.compile, got {mask.dtype}")
@@ -31,23 +31,28 @@ def hidden(name: str, mask: Tensor) -> Tensor:
 
 
 def not_padding(name: str, mask: Tensor, shape: tuple[int, int]) -> Tensor:
-    """bool [B, N], True is visible, of a mask of padding in nn.MultiheadAttention's manner."""
+    """bool [B, N], True where visible, of a key_padding_mask of nn.MultiheadAttention.
+
+    Raises:
+        ValueError: another shape than [B, N], or see `hidden`.
+    """
     if known(mask.dim() != 2) or known(tuple(mask.shape) != shape):
         raise ValueError(f"{name} must be {list(shape)}, got {list(mask.shape)}")
     return ~hidden(name, mask)
 
 
-def split(
+def padding_and_causality(
     name: str, visible: Tensor, shape: tuple[int, int, int], causal: bool
 ) -> tuple[Tensor | None, bool]:
-    """A mask as (bool [B | 1, N] that hides padding, or None; whether it is causal).
+    """A mask in two parts: bool [B | 1, N], False for padding, or None; and whether it is causal.
 
     Args:
         visible: bool [B | 1, L | 1, N].
-        shape: B, L and N. causal: whether causality holds already.
+        shape: B, L and N.
+        causal: that attention is causal whatever the mask says.
 
     Raises:
-        ValueError: it is neither, nor both.
+        ValueError: another shape; a mask that hides other keys.
     """
     batch, queries, keys = shape
     items, rows, columns = visible.shape
@@ -69,8 +74,8 @@ def split(
             causal = True
         elif causal or not torch.equal(visible, last[:, None].expand_as(visible)):
             raise ValueError(
-                f"{name} must be padding, causality or both: keys are chosen, merged or packed for "
-                "many queries, and any other mask is none for all of them"
+                f"{name} must be padding, causality or both: many queries share the keys that are "
+                "chosen, merged or packed, so one query cannot have others hidden from it"
             )
     if not torch.compiler.is_compiling() and bool(last.all()):
         return None, causal
@@ -80,13 +85,20 @@ def split(
 def of_transformers(
     mask: Tensor, shape: tuple[int, int, int], causal: bool
 ) -> tuple[Tensor | None, bool]:
-    """`split` of an attention_mask: [B, N], nonzero where visible, or [B | 1, 1, L | 1, N]."""
+    """`padding_and_causality` of an attention_mask of transformers.
+
+    Args:
+        mask: [B, N], nonzero where visible; or [B | 1, 1, L | 1, N], bool or float.
+
+    Raises:
+        ValueError: another shape, or see `padding_and_causality` and `hidden`.
+    """
     name = "attention_mask"
     if mask.dim() == 2:
-        return split(name, (mask != 0)[:, None], shape, causal)
+        return padding_and_causality(name, (mask != 0)[:, None], shape, causal)
     if mask.dim() != 4 or mask.shape[1] != 1:
         raise ValueError(
             f"{name} must be [B, N] or [B, 1, L, N], the same for all heads, got {list(mask.shape)}"
         )
     visible = mask if mask.dtype == torch.bool else ~hidden(name, mask)
-    return split(name, visible[:, 0], shape, causal)
+    return padding_and_causality(name, visible[:, 0], shape, causal)

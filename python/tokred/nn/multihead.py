@@ -16,13 +16,15 @@ from .sparse import BlockSparseCore, TopKCore
 
 __all__ = ["BlockSparseAttention", "MergedAttention", "PackedKVAttention", "TopKAttention"]
 
-# What transformers' layers pass on to their attention, and what is known without it.
+# Arguments that transformers' layers pass to their attention, and that these modules do not need.
 _NOT_NEEDED = {"position_ids", "use_cache", "cache_position"}
 
 Module = TypeVar("Module", bound="_MultiheadAttention")
 
 
 class _MultiheadAttention(nn.Module):
+    """The projections of nn.MultiheadAttention around a core, which attends in heads."""
+
     core_type: ClassVar[type[nn.Module]]
     reads_packed: ClassVar[bool] = False
 
@@ -79,7 +81,7 @@ class _MultiheadAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As nn.MultiheadAttention begins."""
+        """Draws weights and zeroes biases, as nn.MultiheadAttention does."""
         for name, parameter in self.named_parameters(recurse=False):
             if name.endswith("weight"):
                 nn.init.xavier_uniform_(parameter)
@@ -90,10 +92,10 @@ class _MultiheadAttention(nn.Module):
 
     @classmethod
     def from_mha(cls: type[Module], mha: nn.MultiheadAttention, **options: Any) -> Module:
-        """A module in the place of an nn.MultiheadAttention, with its parameters, not copies.
+        """A module in the place of an nn.MultiheadAttention, which shares its parameters.
 
         Args:
-            options: of the core.
+            options: of the core; see the class.
 
         Raises:
             TypeError: mha is no nn.MultiheadAttention.
@@ -136,9 +138,10 @@ class _MultiheadAttention(nn.Module):
         Args:
             query: [L, B, E], [B, L, E] with batch_first, or [L, E]; key and value likewise with N.
             key_padding_mask: [B, N] or [N], bool where True is padding, or float, 0 or -inf.
-            attn_mask: the causal mask [L, N] for L = N, bool or float, or none.
-            is_causal: that attn_mask is the causal one, or to be; taken at its word.
-            need_weights: refused, as they never exist; average_attn_weights says nothing then.
+            attn_mask: the causal mask [L, N] of L = N, bool (True is hidden) or float (-inf is).
+            is_causal: causal attention; an attn_mask beside it is not read.
+            need_weights: must be False, as the weights never exist; average_attn_weights is
+                ignored.
 
         With hidden_states, or a query alone, as transformers' decoder layers call:
 
@@ -149,13 +152,14 @@ class _MultiheadAttention(nn.Module):
             position_embeddings: (cos, sin), each [B | 1, L, R], that rotate the first R channels of
                 queries and keys, the second half of them being the partner of the first.
             past_key_values: a cache of transformers or tokred, with the module's layer_idx.
-            is_causal: in addition to the core's option.
+            is_causal: causal attention, also where the core's option is False.
 
         Returns:
-            out like query, and None in the place of the weights.
+            out, of the shape of query or hidden_states, and None in the place of the weights.
 
         Raises:
-            ValueError: what the core cannot serve, with the reason.
+            ValueError: arguments that do not go together, or that the core cannot serve: dropout in
+                training, other masks, a cache of the wrong kind.
         """
         if self.training and self.dropout > 0:
             raise ValueError(
@@ -205,7 +209,7 @@ class _MultiheadAttention(nn.Module):
                 )
             shape = (1, query.shape[1], key.shape[1])
             visible = ~masks.hidden("attn_mask", attn_mask)[None]
-            seen, causal = masks.split("attn_mask", visible, shape, False)
+            seen, causal = masks.padding_and_causality("attn_mask", visible, shape, False)
             if seen is not None:
                 raise ValueError("attn_mask must be the causal mask: hide keys by key_padding_mask")
         if causal and query.shape[1] != key.shape[1]:
@@ -230,7 +234,7 @@ class _MultiheadAttention(nn.Module):
         past_key_values: Any = None,
         **options: Any,
     ) -> Tensor:
-        """forward in transformers' convention."""
+        """forward in transformers' convention: out [B, L, E] for x [B, L, E]."""
         unknown = {name for name, given in options.items() if given is not None} - _NOT_NEEDED
         if unknown:
             raise ValueError(f"{type(self).__name__} does not know {', '.join(sorted(unknown))}")
@@ -243,7 +247,7 @@ class _MultiheadAttention(nn.Module):
             q, k = (_rotated(states, *position_embeddings) for states in (q, k))
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
-        # The tokens of a pass follow those that are cached.
+        # The tokens of a pass come after those in the cache, and see each other causally.
         causal = is_causal or past_key_values is not None or getattr(self.core, "causal", False)
         causal, mask = causal and q.shape[2] > 1, None
         if attention_mask is not None:
@@ -253,7 +257,7 @@ class _MultiheadAttention(nn.Module):
         return self._out(self._attend(q, k, v, mask, causal))
 
     def _check_cache(self, cache: Any) -> None:
-        """Refuses what the core cannot use, before anything is written to it."""
+        """Refuses a cache that the core cannot use, before anything is written to it."""
         from ..cache import PackedCache
 
         if self.layer_idx is None:
@@ -333,8 +337,8 @@ class MergedAttention(_MultiheadAttention):
 class PackedKVAttention(_MultiheadAttention):
     """Multi-head attention to keys and values in few bits; the options are those of `PackedKVCore`.
 
-    For inference. With a tokred.PackedCache as past_key_values the cache's bits are those that
-    count, and tokens are packed once, when they come.
+    For inference. With a tokred.PackedCache as past_key_values the options of the cache hold
+    instead of bits, group_size, scheme, rotate and residual, and each token is packed once.
 
     Args:
         embed_dim ... layer_idx: see `TopKAttention`.

@@ -21,7 +21,7 @@ __all__ = ["MergedCore", "PackedKVCore"]
 
 
 class MergedCore(nn.Module):
-    """Merge similar tokens, attend between the merged ones, and give every token its slot's result.
+    """Merge similar tokens, attend between the merged ones, and copy each result to its tokens.
 
     Tokens are matched by their keys, averaged over the heads, and the attention is proportional to
     the sizes of the merged tokens (ToMe, arXiv:2210.09461); all tokens come back after it (tomesd,
@@ -64,14 +64,15 @@ class MergedCore(nn.Module):
 
         Args:
             q: [B, Hq, L, D]. k: [B, Hkv, N, D], Hq a multiple of Hkv. v: [B, Hkv, N, Dv].
-            mask: bool [B | 1, N]; False is padding: it merges with nothing and is not looked at.
-            causal: refused, as a merged token stands for several places.
+            mask: bool [B | 1, N]; False is padding, which merges with nothing and is not attended
+                to.
+            causal: must be False, as a merged token stands at several places.
 
         Returns:
-            [B, Hq, L, Dv]; 0 for queries that are dropped with their padding.
+            [B, Hq, L, Dv]; 0 for queries that are padding, where queries merge.
 
         Raises:
-            ValueError: causal, or queries to merge that are not as many as the keys.
+            ValueError: causal; merge_queries with another number of queries than of keys.
         """
         if causal:
             raise ValueError(
@@ -92,7 +93,7 @@ class MergedCore(nn.Module):
         metric = k.detach().mean(1)
         token_map = bipartite_soft_matching(metric, r, self.num_prefix, mask)
         slots = num_out(tokens, r, self.num_prefix)
-        size = None if mask is None else mask.to(_sizes(k))
+        size = None if mask is None else mask.to(_size_dtype(k))
         k, sizes = _merge_heads(k, token_map, slots, size)
         v, _ = _merge_heads(v, token_map, slots, size)
         if self.merge_queries:
@@ -179,7 +180,7 @@ class PackedKVCore(nn.Module):
         )
 
 
-def _sizes(x: Tensor) -> torch.dtype:
+def _size_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 

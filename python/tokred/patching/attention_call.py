@@ -63,7 +63,7 @@ class AttentionCall:
         keys ask these for the last tokens only.
     softcap: logits s become softcap * tanh(s / softcap) in `dense` and `attend_to`, or None. Those
         of `score` are s itself: the order of keys is the same.
-    score_keys: the keys in a few bits, from which `score` reads where there are some.
+    score_keys: a copy of the keys in a few bits, which `score` reads instead of k; or None.
     """
 
     q: Tensor

@@ -1,4 +1,4 @@
-"""One layer's stored keys after a forward pass, as methods that evict some are given them."""
+"""A layer's stored keys after a forward pass, and how a method that evicts answers."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from torch import Tensor
 
 import tokred
 
-_CAPPED = 64  # queries whose weights exist at a time, under a softcap
+_CAPPED_QUERIES = 64  # under a softcap, queries whose weights are in memory at a time
 
 
 @dataclass(eq=False, slots=True)
 class Eviction:
-    """What a method does with the M stored keys of a layer.
+    """Which of the M stored keys of a layer stay.
 
-    slots: i32 [B, Hkv, K], those that stay, -1 for none behind them; None: all, or all but one.
-    dropped: int64 [B, Hkv, 1], the one that goes where a single key does; or None.
+    slots: i32 [B, Hkv, K], the keys that stay; heads with fewer than K end with -1. None: all stay,
+        or all but `dropped`.
+    dropped: int64 [B, Hkv, 1], the one key of each head that goes; or None.
     padded: whether slots may hold -1.
-    state: f32 [B, Hkv, M] by name, one number for every stored key, which the next call finds in
-        its `state` for those that stayed, and 0 for new ones.
+    state: f32 [B, Hkv, M] by name, a number for every stored key. The next call has it as its
+        `state`, for the keys that stayed, with 0 for new ones.
     """
 
     slots: Tensor | None = None
@@ -51,18 +52,18 @@ class EvictionCall:
     """One layer's stored keys after the attention of a forward pass.
 
     q: [B, Hq, L, D], the queries of the pass.
-    k: [B, Hkv, M, D] and v: [B, Hkv, M, Dv], what is stored, the L new tokens last, or one in
-        new_slot, and the others in any order. Keys are rotated as the model does it, to the places
-        where they were. Of a packed cache, a single query finds them unpacked when it asks.
+    k: [B, Hkv, M, D] and v: [B, Hkv, M, Dv], the stored tokens in any order, but the L new ones
+        last, or a single new one in new_slot. Keys are rotated as the model does it, to their own
+        places. In a packed cache they are unpacked when they are asked for.
     lse: f32 [B, Hq, L], of the attention of these queries to these keys.
     position: i32 [B, Hkv, M], the place of every key in the sequence, padding counted; -1 for none.
     bias: f32 [B, Hkv, M], what attention adds to the logits of a key: -inf where it is hidden (it
         is padding, or no key), the logarithm of the tokens that it stands for; None: 0.
-    length: tokens so far, those that are gone and padding included.
+    length: tokens so far, evicted ones and padding included.
     start: i32 [B], the first token that is no padding; None: 0.
     scale: of the logits, or None.
     layer: the number of this layer among num_layers of full attention, from 0.
-    state: what earlier calls have left, f32 [B, Hkv, M] by name, 0 for new tokens.
+    state: f32 [B, Hkv, M] by name, from the Eviction of the call before; 0 for new tokens.
     rotary: the model's rotary embedding, or None.
     new_k: [B, Hkv, L, D], the keys of the pass.
     new_slot: int64 [B, Hkv, 1], where the new token is stored; None: the new tokens are the last.
@@ -72,7 +73,7 @@ class EvictionCall:
     """
 
     q: Tensor
-    stored_k: Any  # a Tensor, or what has it as `tokens` and as `packed`
+    stored_k: Any  # a Tensor, or a PackedBuffer with `tokens` and `packed`
     stored_v: Any
     lse: Tensor
     position: Tensor
@@ -144,7 +145,7 @@ class EvictionCall:
         else:
             columns = self._capped_columns(q, lse, reduce, weight, mask)
         heads = columns.unflatten(1, (self.k.shape[1], -1)).mean(2)
-        # What stands for n tokens receives n times what its logit says.
+        # A key that stands for n tokens receives n times the weight of its logit.
         return heads if self.bias is None else heads * self.bias.exp()
 
     def _capped_columns(
@@ -153,8 +154,8 @@ class EvictionCall:
         """attention_columns under a softcap, with the weights of some queries at a time."""
         k, count = self.k, q.shape[2]
         total = torch.zeros(*q.shape[:2], k.shape[2], device=q.device)
-        for start in range(0, count, _CAPPED):
-            part = slice(start, min(start + _CAPPED, count))
+        for start in range(0, count, _CAPPED_QUERIES):
+            part = slice(start, min(start + _CAPPED_QUERIES, count))
             own = mask
             if self.mask is not None and mask is not None:
                 seen, own = k.shape[2], mask[:, :, part]
@@ -164,7 +165,7 @@ class EvictionCall:
                 q[:, :, part], k[:, :, :seen], False, causal=self.mask is None, scale=self.scale,
                 mask=None if own is None else own[..., :seen],
             )  # fmt: skip
-            # -inf, of what is hidden, would become finite.
+            # tanh would make the -inf of a hidden key finite.
             p = torch.where(
                 rows > -torch.inf, (self._capped(rows) - lse[:, :, part, None]).exp(), 0
             )
@@ -184,7 +185,7 @@ class EvictionCall:
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def _received_from_one(self) -> Tensor:
-        """From a single query."""
+        """`received` from a single query: f32 [B, Hkv, M]."""
         shape = self.q.shape[0], self.heads, -1, self.stored
         k, bias = self.stored_k, self.bias
         if not isinstance(k, Tensor):
@@ -210,7 +211,7 @@ class EvictionCall:
         return before.scatter(2, self.new_slot, new)
 
     def visible(self) -> Tensor | None:
-        """bool [B, Hkv, M]: the keys that are there; None: all."""
+        """bool [B, Hkv, M]: the keys that are not hidden; None: all."""
         return None if self.bias is None else self.bias > -torch.inf
 
     def recent(self, count: int) -> Tensor:
@@ -245,7 +246,7 @@ class EvictionCall:
 
         Args:
             scores: f32 [B, Hkv, M]; inf for a key that must stay. Hidden keys and NaN go first. Of
-                two alike the later one goes, where a single key goes the one stored first.
+                equal scores the later key goes; where only one key goes, the one stored first.
             budget: how many stay. row_budget: i32 [B, Hkv], of every head, at most the budget.
             state: see Eviction.
         """
@@ -255,7 +256,7 @@ class EvictionCall:
         if self.bias is not None:
             scores = scores.masked_fill(self.bias == -torch.inf, -torch.inf)
         if excess == 1 and row_budget is None and not self.is_prompt:
-            # The least, or NaN: in place, as other keys need not move.
+            # argmin finds NaN too. Only this key's slot changes.
             return Eviction(dropped=scores.argmin(2, keepdim=True), state=state)
         _, slots = tokred.topk(
             scores.contiguous(), min(budget, self.stored), order="position", row_k=row_budget

@@ -56,7 +56,7 @@ class Stack:
         return self.evictor
 
     def prepare(self, cache: Any) -> None:
-        """Gives the layers of a cache that the method works in caches of their own.
+        """Puts a KeptKeysLayer in the place of each full-attention layer of a cache.
 
         Raises:
             ValueError: a cache of another kind, or one with tokens from elsewhere.
@@ -143,7 +143,11 @@ def stacks(model: nn.Module, method: Any, settings: Settings) -> Iterator[Stack]
 
 
 def _check_packing(name: str, packing: Any) -> None:
-    """Refuses a packed cache whose tokens cannot go one by one."""
+    """Refuses a packed cache from which single tokens cannot be evicted.
+
+    Raises:
+        ValueError: saying which option to change.
+    """
     if packing.key_axis == "token":
         raise ValueError(
             f"{name} evicts single tokens, and this PackedCache packs the keys of neighbouring "
@@ -162,7 +166,7 @@ def why_not(model: nn.Module) -> str:
 
 
 def _lacks(module: nn.Module) -> str | None:
-    """What keeps keys of the module from being evicted; None where nothing does."""
+    """Why keys of the module cannot be evicted; None where they can."""
     config = module.config
     if getattr(config, "is_encoder_decoder", False):
         return "is of an encoder-decoder, whose cache is two"

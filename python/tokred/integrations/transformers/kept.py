@@ -1,4 +1,4 @@
-"""What a layer holds of the keys that a method has let stay, in full precision or packed."""
+"""The keys and values of a layer that a method has left in it, in full precision or packed."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from .token_buffer import TokenBuffer
 
 @dataclass(eq=False, slots=True)
 class Kept:
-    """What a layer holds; replaced, not changed, but for one row of each head (`free`).
+    """The M keys and values that a layer stores. Methods return another Kept, which may use the
+    memory of this one.
 
-    keys [B, Hkv, M, D], values [B, Hkv, M, Dv], both packed or neither.
+    keys: [B, Hkv, M, D]. values: [B, Hkv, M, Dv]; both packed or neither.
     position: i32 [B, Hkv, M], places in the sequence, -1 for none; None while all tokens are there.
     bias: f32 [B, Hkv, M], see EvictionCall; None for 0. start: i32 [B], see EvictionCall.
     state: see Eviction.
-    free: int64 [B, Hkv, 1], the slot of a key that has gone, which the next token takes; None where
-        all M are there. So a token that drops another moves nothing.
+    free: int64 [B, Hkv, 1], the slot of a key that was evicted, into which the next token is
+        written, so that no key moves; None where all M are there.
     """
 
     keys: TokenBuffer | PackedBuffer
@@ -46,7 +47,7 @@ class Kept:
         return Kept(keys, values, position, bias, self.start, state, self.free)
 
     def tensors(self) -> list[Tensor]:
-        """All memory that it holds, room for more tokens included."""
+        """All memory in use, room for more tokens included."""
         found = [x for x in (self.start, self.free, self.mean) if x is not None]
 
         def noted(buffer: TokenBuffer) -> TokenBuffer:
@@ -58,11 +59,11 @@ class Kept:
 
     @property
     def mean(self) -> Tensor | None:
-        """[B, Hkv, 1, D], what packed keys lack; or None."""
+        """[B, Hkv, 1, D], subtracted from keys before they were packed; or None."""
         return self.keys.mean if isinstance(self.keys, PackedBuffer) else None
 
     def rows(self, numbers: Tensor) -> Kept:
-        """These rows of the batch, int [B']."""
+        """The rows of the batch with these numbers, int [B']."""
         kept = self.map(lambda buffer: buffer.rows(numbers))
         kept.start, kept.free = (None if x is None else x[numbers] for x in (self.start, self.free))
         if isinstance(kept.keys, PackedBuffer) and kept.keys.mean is not None:
@@ -71,7 +72,7 @@ class Kept:
 
     def to(self, device: torch.device | str) -> Kept:
         """The same on a device."""
-        kept = self.settled().map(lambda buffer: buffer.to(device))
+        kept = self.without_free_slot().map(lambda buffer: buffer.to(device))
         if kept.start is not None:
             kept.start = kept.start.to(device)
         if isinstance(kept.keys, PackedBuffer) and kept.keys.mean is not None:
@@ -79,20 +80,20 @@ class Kept:
         return kept
 
     def packed(self, key: PackFormat, value: PackFormat, center: bool) -> Kept:
-        """With packed keys and values, where they are not."""
+        """With packed keys and values; itself if they are packed already."""
         if isinstance(self.keys, PackedBuffer) or isinstance(self.values, PackedBuffer):
             return self
-        kept = self.settled()
+        kept = self.without_free_slot()
         keys = PackedBuffer.of(kept.keys.tokens, key, center)
         return replace(kept, keys=keys, values=PackedBuffer.of(kept.values.tokens, value))
 
-    def taken(self, keys: Tensor, values: Tensor, place: int) -> Kept | None:
+    def with_in_free_slot(self, keys: Tensor, values: Tensor, place: int) -> Kept | None:
         """With a token, keys [B, Hkv, 1, D] and values [B, Hkv, 1, Dv], in the free slot; None
-        where there is no such slot, or none for tokens of this dtype."""
+        where there is none, or where it cannot hold tokens of this dtype."""
         slot = self.free
         if slot is None or keys.shape[2] != 1 or self.position is None:
             return None
-        if not self.keys.takes(keys) or not self.values.takes(values) or self._is_locked():
+        if not self.keys.can_hold(keys) or not self.values.can_hold(values) or self._is_locked():
             return None
         index = slot.unsqueeze(3)
         self.keys.write(index, keys)
@@ -105,27 +106,27 @@ class Kept:
         return Kept(self.keys, self.values, self.position, self.bias, self.start, self.state)
 
     def _is_locked(self) -> bool:
-        """Whether one of the buffers cannot be written here."""
+        """Whether a buffer was made in inference mode, which this is not."""
         if torch.is_inference_mode_enabled():
             return False
         small = [each for each in (self.position, self.bias) if each is not None]
         return any(x.is_locked for x in (self.keys, self.values, *small, *self.state.values()))
 
-    def settled(self) -> Kept:
-        """The same without a free slot: the last key takes it."""
+    def without_free_slot(self) -> Kept:
+        """The same keys without a free slot: the last key moves into it."""
         slot = self.free
         if slot is None:
             return self
         return replace(self.map(lambda buffer: moved_last(buffer, slot)), free=None)
 
     def shown(self, buffer: TokenBuffer | PackedBuffer | None) -> Tensor | None:
-        """The tokens of one of its buffers, what is free left out."""
+        """The tokens of one of its buffers, without the free slot; a copy where there is one."""
         if buffer is None or self.free is None:
             return None if buffer is None else buffer.tokens
-        return moved_last(full(buffer.tokens.clone()), self.free).tokens
+        return moved_last(TokenBuffer.of(buffer.tokens.clone()), self.free).tokens
 
     def appended(self, keys: Tensor, values: Tensor, length: int) -> Kept:
-        """With new tokens behind; `length` were seen before them."""
+        """With new tokens at the end, `length` tokens of the sequence having come before."""
         batch, heads, count = keys.shape[:3]
         position, bias = self.position, self.bias
         if position is not None:
@@ -143,8 +144,8 @@ class Kept:
         )  # fmt: skip
 
     def hidden(self, visible: Tensor, slot: Tensor | None) -> Kept:
-        """With the new keys, in slot or else the last ones, hidden where visible, bool
-        [B | 1, L], is not."""
+        """With the new keys, those in slot or else the last ones, hidden where visible, bool
+        [B | 1, L], is False."""
         batch, heads, stored, _ = self.keys.shape
         count, device = visible.shape[1], visible.device
         bias = self.bias
@@ -157,17 +158,17 @@ class Kept:
             bias.memory.scatter_(2, slot, new[:, None].expand(batch, heads, 1))
         return replace(self, bias=bias)
 
-    def of(self, eviction: Eviction, call: EvictionCall) -> Kept:
-        """What stays of the keys, which the call describes."""
-        state = {name: full(x) for name, x in eviction.state.items()}
+    def after(self, eviction: Eviction, call: EvictionCall) -> Kept:
+        """The keys that stay after an eviction, the method's answer to the call."""
+        state = {name: TokenBuffer.of(x) for name, x in eviction.state.items()}
         kept = Kept(self.keys, self.values, self.position, self.bias, self.start, state)
         if eviction.slots is None and eviction.dropped is None:
             return kept
         position, bias = call.position.contiguous(), call.bias
         if eviction.dropped is not None:
             if kept.position is None:
-                own = None if bias is None else full(bias.contiguous())
-                kept = replace(kept, position=full(position), bias=own)
+                own = None if bias is None else TokenBuffer.of(bias.contiguous())
+                kept = replace(kept, position=TokenBuffer.of(position), bias=own)
             kept.free = eviction.dropped
             return kept
         slots = eviction.slots
@@ -185,7 +186,7 @@ class Kept:
             bias = found.get("bias", torch.zeros(slots.shape, device=slots.device))
             found["bias"] = bias.masked_fill(nothing, -torch.inf)
         count = len(self.keys.parts())
-        buffers = {name: full(x) for name, x in found.items()}
+        buffers = {name: TokenBuffer.of(x) for name, x in found.items()}
         keys = self.keys.with_parts(*rows[:count])
         values = self.values.with_parts(*rows[count : 2 * count])
         state = {name: buffers[name] for name in kept.state}
@@ -193,7 +194,7 @@ class Kept:
 
 
 def moved_last(buffer: TokenBuffer, slot: Tensor) -> TokenBuffer:
-    """Without the tokens in slot, int64 [B, H, 1]: the last ones take their places in memory."""
+    """Without the tokens in slot, int64 [B, H, 1]: the last token of each head moves into it."""
     buffer = buffer.with_room(buffer.room) if buffer.is_locked else buffer
     x, last = buffer.memory, buffer.length - 1
     index = slot if x.dim() == 3 else slot[..., None].expand(-1, -1, -1, x.shape[3])
@@ -202,15 +203,14 @@ def moved_last(buffer: TokenBuffer, slot: Tensor) -> TokenBuffer:
 
 
 def check_like(name: str, x: Tensor, held: TokenBuffer | PackedBuffer) -> None:
-    """Whether these tokens go with those in the cache."""
+    """Checks that tokens [B, Hkv, L, D] have the batch, heads and channels of those in the cache.
+
+    Raises:
+        ValueError: they have not.
+    """
     batch, heads, _, dim = held.shape
     if x.shape[:2] != (batch, heads) or x.shape[3] != dim:
         raise ValueError(
             f"the cache holds {name} [B, Hkv, L, D] = {[batch, heads, x.shape[2], dim]}, got "
             f"{[*x.shape]}: reset() it before other tokens"
         )
-
-
-def full(x: Tensor) -> TokenBuffer:
-    """A buffer of these tokens without room for more."""
-    return TokenBuffer(x, x.shape[2])

@@ -1,7 +1,7 @@
 """The cache of a layer that keeps fewer keys than it has seen tokens.
 
-What is stored are the keys that a method (a KeyEvictor) has let stay, in any order, each with the
-place where it stood. Lengths, positions and masks go on counting all tokens.
+It stores the keys that a method (a KeyEvictor) has not evicted, in any order, each with its place
+in the sequence. Lengths, positions and masks go on counting all tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import tokred
 from tokred._library import refuse_grad
 from tokred.patching import Eviction, EvictionCall, KeyEvictor, Replacement
 
-from .kept import Kept, check_like, full
+from .kept import Kept, check_like
 from .packed_buffer import PackedBuffer
 from .token_buffer import TokenBuffer
 
@@ -28,13 +28,14 @@ ADVICE = (
 
 
 class KeptKeysLayer(CacheLayerMixin):
-    """The cache of one layer, of which a method lets some keys stay after every forward pass.
+    """The cache of one layer, from which a method may evict keys after every forward pass.
 
     Args:
-        evictor: the method. number, num_layers: of this layer among those of full attention.
+        evictor: the method.
+        number: of this layer among the num_layers of full attention, from 0.
         rotary: the model's rotary embedding, where the method reads it.
-        packing: how what is left of the first pass, and what follows, is packed; a
-            tokred.PackedCache's options, or None.
+        packing: the options of a tokred.PackedCache, by which the keys that the first pass leaves,
+            and all later ones, are packed; None: nothing is packed.
     """
 
     is_sliding = False
@@ -53,27 +54,27 @@ class KeptKeysLayer(CacheLayerMixin):
 
     @property
     def keys(self) -> Tensor | None:
-        """[B, Hkv, M, D], those that are left."""
+        """[B, Hkv, M, D], the stored ones; None before the first tokens."""
         kept = self.kept
         return None if kept is None else kept.shown(kept.keys)
 
     @property
     def values(self) -> Tensor | None:
-        """[B, Hkv, M, Dv], those that are left."""
+        """[B, Hkv, M, Dv], the stored ones; None before the first tokens."""
         kept = self.kept
         return None if kept is None else kept.shown(kept.values)
 
     @property
     def position(self) -> Tensor | None:
-        """i32 [B, Hkv, M], where they stand in the sequence, -1 for an empty place; None: all are
-        there."""
+        """i32 [B, Hkv, M], the places of the stored keys in the sequence, -1 for an empty slot;
+        None while no key was evicted."""
         kept = self.kept
         return None if kept is None else kept.shown(kept.position)
 
     @property
     def bias(self) -> Tensor | None:
-        """f32 [B, Hkv, M], what is added to their logits, -inf for an empty place; None: nothing,
-        or nothing was evicted yet."""
+        """f32 [B, Hkv, M], added to the logits of the stored keys, -inf for an empty slot; None for
+        0, and while no key was evicted."""
         kept = self.kept
         return None if kept is None else kept.shown(kept.bias)
 
@@ -86,8 +87,8 @@ class KeptKeysLayer(CacheLayerMixin):
         """Appends keys [B, Hkv, L, D] and values [B, Hkv, L, Dv].
 
         Raises:
-            ValueError: tokens unlike those in the cache, that cannot be packed, or that require
-                grad.
+            ValueError: tokens of another shape than those in the cache, that cannot be packed, or
+                that require grad.
         """
         refuse_grad("a cache that keeps fewer keys", key_states=key_states,
                     value_states=value_states)  # fmt: skip
@@ -95,24 +96,25 @@ class KeptKeysLayer(CacheLayerMixin):
         if self.kept is None:
             if self.packing is not None:
                 self.packing.layout(key_states.shape[3], value_states.shape[3])
-            kept = Kept(full(key_states), full(value_states))
+            kept = Kept(TokenBuffer.of(key_states), TokenBuffer.of(value_states))
         else:
             check_like("keys", key_states, self.kept.keys)
             check_like("values", value_states, self.kept.values)
-            taken = self.kept.taken(key_states, value_states, self.length)
-            if taken is None:
-                kept = self.kept.settled().appended(key_states, value_states, self.length)
+            written = self.kept.with_in_free_slot(key_states, value_states, self.length)
+            if written is None:
+                kept = self.kept.without_free_slot()
+                kept = kept.appended(key_states, value_states, self.length)
             else:
-                kept, slot = taken, self.kept.free
+                kept, slot = written, self.kept.free
         self.kept, self.length = kept, self.length + key_states.shape[2]
         self.is_initialized, self.device = True, key_states.device
         return KeptStates(self, kept, self.length, key_states, value_states, slot), None
 
     def shrink(self, kept: Kept, call: EvictionCall, whole: bool) -> None:
-        """Asks the method what stays, after the queries of a pass have attended to all of `kept`.
+        """Lets the method evict, after the queries of a pass have attended to all of `kept`.
 
         Raises:
-            ValueError: something goes, and may not: `whole`.
+            ValueError: with `whole`, a method that evicts something.
         """
         result = self.evictor.evict(call)
         stays = result is None or (
@@ -126,10 +128,10 @@ class KeptKeysLayer(CacheLayerMixin):
             )
         if isinstance(result, Replacement):
             new = (result.k, result.v, result.position.to(torch.int32), result.bias)
-            kept = Kept(*(None if x is None else full(x) for x in new), kept.start)
+            kept = Kept(*(None if x is None else TokenBuffer.of(x) for x in new), kept.start)
         elif result is not None:
-            kept = kept.of(result, call)
-        # Where a method comes after the attention, packing does, too.
+            kept = kept.after(result, call)
+        # A method that is called after the attention module reads keys in full precision.
         self.kept = kept if hasattr(self.evictor, "attended") else self._packed(kept)
 
     def _packed(self, kept: Kept) -> Kept:
@@ -139,19 +141,24 @@ class KeptKeysLayer(CacheLayerMixin):
         return kept.packed(layout.key, layout.value, layout.center)
 
     def replace(self, keys: Tensor, values: Tensor) -> None:
-        """Puts keys [B, Hkv, K, D] and values [B, Hkv, K, Dv] that are some of the tokens, nobody
-        says which, in the place of all."""
+        """Stores keys [B, Hkv, K, D] and values [B, Hkv, K, Dv] in the place of all. Where K is
+        less than before, it is not known which tokens they are: their position is -1."""
         kept = self.kept
         if kept is not None and keys.shape[2] < kept.keys.shape[2]:
             nowhere = torch.full(keys.shape[:3], -1, dtype=torch.int32, device=keys.device)
-            kept = Kept(full(keys), full(values), full(nowhere), start=kept.start)
+            kept = Kept(
+                TokenBuffer.of(keys),
+                TokenBuffer.of(values),
+                TokenBuffer.of(nowhere),
+                start=kept.start,
+            )
         self.kept = None if kept is None else self._packed(kept)
 
     def call(
         self, states: KeptStates, kept: Kept, q: Tensor, k: Any, v: Any, lse: Tensor,
         scale: float | None, bias: Tensor | None, softcap: float | None,
     ) -> EvictionCall:  # fmt: skip
-        """What the method is given after a pass; k and v as tensors or as they are packed."""
+        """The method's view of the layer after a pass; k and v are tensors, or PackedBuffers."""
         if kept.position is None:
             batch, heads, stored, _ = kept.keys.shape
             place = torch.arange(stored, dtype=torch.int32, device=q.device)
@@ -165,15 +172,15 @@ class KeptKeysLayer(CacheLayerMixin):
         )  # fmt: skip
 
     def get_seq_length(self) -> int:
-        """All tokens so far, those that are gone included."""
+        """All tokens so far, evicted ones included."""
         return self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """A mask covers all tokens, those that are gone included; and its offset."""
+        """The length of a mask, which covers all tokens, evicted ones included; and its offset."""
         return self.length + query_length, 0
 
     def get_max_length(self) -> int:
-        """There is none."""
+        """-1: there is none."""
         return -1
 
     def get_max_cache_shape(self) -> int:
@@ -240,9 +247,9 @@ class KeptStates:
 
     It is no tensor; using it as one raises an error that says what to do.
 
-    kept: with the new tokens. length: all tokens so far.
+    kept: the stored keys, new ones included. length: all tokens so far.
     new_key: [B, Hkv, L, D] and new_value: [B, Hkv, L, Dv], of this pass, in full precision.
-    slot: int64 [B, Hkv, 1], where a new token is stored; None for the last places.
+    slot: int64 [B, Hkv, 1], where the new token is stored; None: new tokens are the last.
     """
 
     layer: KeptKeysLayer
@@ -274,17 +281,17 @@ class KeptStates:
         self, q: Tensor, mask: Tensor | None, scale: float | None, softcap: float | None = None
     ) -> tuple[Tensor, Tensor]:
         """Causal attention to what is stored, out [B, Hq, L, Dv] and lse f32 [B, Hq, L]; then keys
-        are evicted. Packed keys have an lse without what their mean adds to it.
+        are evicted. Of packed keys lse leaves out the logit of their mean.
 
         Args:
             mask: bool [B | 1, 1, 1, N] over all tokens, where padding is hidden; or a mask of every
                 query, [B | 1, 1, L, N], as long as every key is there, and either stays or is seen
                 by the last query if any query sees it.
-            softcap: of the logits.
+            softcap: of the logits, or None.
 
         Raises:
-            ValueError: a mask that does not fit; a softcap of keys that are packed without their
-                mean.
+            ValueError: a mask that does not fit; a softcap where the mean was subtracted from
+                packed keys.
         """
         kept, slot, queries = self.kept, self.slot, q.shape[2]
         own = mask is not None and mask.shape[2] > 1
@@ -340,7 +347,7 @@ class KeptStates:
         return out, lse
 
     def _whole(self, held: TokenBuffer | PackedBuffer, new: Tensor) -> Tensor:
-        """All tokens; several that are new stand behind, and are not read from their codes."""
+        """All tokens in full precision; new ones, which are the last, are not read from codes."""
         tokens = held.tokens
         if isinstance(held, PackedBuffer):
             tokens[:, :, -new.shape[2] :] = new

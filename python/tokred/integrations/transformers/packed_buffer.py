@@ -13,8 +13,8 @@ from tokred.ops.kv_pack import PackedKV, PackFormat
 
 from .token_buffer import TokenBuffer
 
-# A mean of fewer keys is closer to these keys than to those that follow.
-_LEAST_MEAN = 16
+# The mean of fewer keys than this says little of the keys that follow.
+_MIN_CENTERED = 16
 
 # The attribute of a cache's keys under which it hands out codes of them, a PackedKV, for scoring.
 SCORE_KEYS = "score_keys"
@@ -24,7 +24,8 @@ SCORE_KEYS = "score_keys"
 class PackedBuffer:
     """Keys or values [B, H, M, D], packed along channels.
 
-    mean: [B, H, 1, D], what is missing of every token, or None. dtype: of `tokens`.
+    codes, params: see `kv_pack`, with the same M. dtype: of `tokens`.
+    mean: [B, H, 1, D], subtracted from every token before it was packed; or None.
     """
 
     codes: TokenBuffer
@@ -35,9 +36,9 @@ class PackedBuffer:
 
     @classmethod
     def of(cls, x: Tensor, form: PackFormat, center: bool = False) -> PackedBuffer:
-        """The tokens x [B, H, M, D]; with center without their mean, where there are enough."""
+        """The tokens x [B, H, M, D]; with center, their mean is subtracted if M is at least 16."""
         mean = None
-        if center and x.shape[2] >= _LEAST_MEAN:
+        if center and x.shape[2] >= _MIN_CENTERED:
             mean = x.mean(2, keepdim=True, dtype=torch.float32)
             mean = torch.where(mean.isfinite(), mean, 0).to(x.dtype)
         empty = form.empty(x.shape[0], x.shape[1], 0, x.shape[3], x.device)
@@ -46,7 +47,7 @@ class PackedBuffer:
 
     @property
     def packed(self) -> PackedKV:
-        """What the ops read."""
+        """Codes and params of all tokens, without the mean, as the ops read them."""
         return PackedKV(self.codes.tokens, self.params.tokens, self.format)
 
     @property
@@ -72,15 +73,14 @@ class PackedBuffer:
 
     def with_parts(self, codes: Tensor, params: Tensor) -> PackedBuffer:
         """See TokenBuffer."""
-        codes_, params_ = (TokenBuffer(x, x.shape[2]) for x in (codes, params))
-        return replace(self, codes=codes_, params=params_)
+        return replace(self, codes=TokenBuffer.of(codes), params=TokenBuffer.of(params))
 
     def map(self, function: Callable[[TokenBuffer], TokenBuffer]) -> PackedBuffer:
         """See TokenBuffer."""
         return replace(self, codes=function(self.codes), params=function(self.params))
 
-    def takes(self, x: Tensor) -> bool:
-        """Tokens of any dtype can be packed."""
+    def can_hold(self, x: Tensor) -> bool:
+        """True: tokens of any dtype can be packed."""
         return True
 
     def write(self, slot: Tensor, x: Tensor) -> None:
@@ -90,7 +90,7 @@ class PackedBuffer:
         self.params.write(slot, new.params)
 
     def appended(self, x: Tensor) -> PackedBuffer:
-        """With the tokens x [B, H, L, D] behind."""
+        """With the tokens x [B, H, L, D] at the end."""
         new = self._pack(x)
         codes, params = self.codes.appended(new.codes), self.params.appended(new.params)
         return replace(self, codes=codes, params=params)

@@ -1,4 +1,4 @@
-"""kvpress's presses on tokred's attention: decoding reads what a press leaves of a prompt."""
+"""kvpress's presses on tokred's attention: decoding reads the keys that a press leaves."""
 
 from __future__ import annotations
 
@@ -59,20 +59,22 @@ class PressAdapter:
         return Patch(model, self, Settings())
 
     def evict(self, call: EvictionCall) -> None:
-        """Nothing goes inside the attention."""
+        """Evicts nothing: the press comes after the attention, in `attended`."""
 
     def attended(
         self, module: nn.Module, layer: KeptKeysLayer, attentions: Any, given: dict[str, Any],
         rotary: nn.Module | None,
     ) -> None:  # fmt: skip
-        """Lets the press compress what the first pass of a layer has left.
+        """Lets the press compress the keys and values of a layer after the first forward pass.
 
         Args:
-            given: what the module was called with. rotary: of the decoder, which presses look for
-                in the module.
+            module: the attention. layer: its cache. attentions: the weights, always None.
+            given: the arguments that the module was called with.
+            rotary: the decoder's rotary embedding, which presses look for in the module.
 
         Raises:
-            ValueError: padding; keys that are hidden and not dropped, or are no [B, Hkv, K, D].
+            ValueError: padding; a press that hides keys instead of dropping them, or returns other
+                shapes than [B, Hkv, K, D].
         """
         hidden_states: Tensor = given["hidden_states"]
         tokens = hidden_states.shape[1]

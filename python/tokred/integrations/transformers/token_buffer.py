@@ -14,7 +14,7 @@ from torch import Tensor
 # A cache without a capacity grows by an eighth: a token is copied eight times on the way, which is
 # nothing beside the steps of attention that read it.
 _GROWTH = 8
-_LEAST_GROWTH = 16  # tokens
+_MIN_GROWTH = 16  # tokens
 _LARGE_BYTES = 16 << 20  # from which on outputs of the ops ask for huge pages
 _MADV_HUGEPAGE = 14
 
@@ -35,6 +35,11 @@ class TokenBuffer:
         """An empty buffer for tokens like those of x [B, H, L, ...]."""
         return cls(_memory(x, [x.shape[0], x.shape[1], room, *x.shape[3:]]), 0)
 
+    @classmethod
+    def of(cls, tokens: Tensor) -> TokenBuffer:
+        """The tokens [B, H, L, ...], in their own memory, without room for more."""
+        return cls(tokens, tokens.shape[2])
+
     @cached_property
     def tokens(self) -> Tensor:
         """[B, H, length, ...], a view."""
@@ -43,7 +48,7 @@ class TokenBuffer:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """[B, H, length, D] of what has channels."""
+        """[B, H, length, D], if tokens have channels."""
         batch, heads, _, dim = self.memory.shape
         return batch, heads, self.length, dim
 
@@ -52,15 +57,15 @@ class TokenBuffer:
         return [self.tokens]
 
     def with_parts(self, tokens: Tensor) -> TokenBuffer:
-        """One of these tokens, without room for more."""
-        return TokenBuffer(tokens, tokens.shape[2])
+        """A buffer of the same kind with these in the place of its parts; no room for more."""
+        return TokenBuffer.of(tokens)
 
     def map(self, function: Callable[[TokenBuffer], TokenBuffer]) -> TokenBuffer:
         """The function applied to every buffer that it is made of."""
         return function(self)
 
-    def takes(self, x: Tensor) -> bool:
-        """Whether tokens of this dtype can be written into it."""
+    def can_hold(self, x: Tensor) -> bool:
+        """Whether tokens of the dtype of x can be written into it."""
         return x.dtype == self.memory.dtype
 
     def write(self, slot: Tensor, x: Tensor) -> None:
@@ -79,7 +84,7 @@ class TokenBuffer:
 
     @property
     def is_locked(self) -> bool:
-        """Whether it can only be written in inference mode, which has made it."""
+        """Whether it was made in inference mode, which this is not: then it cannot be written."""
         return self.memory.is_inference() and not torch.is_inference_mode_enabled()
 
     def with_room(self, room: int) -> TokenBuffer:
@@ -90,8 +95,10 @@ class TokenBuffer:
         return TokenBuffer(memory, self.length)
 
     def appended(self, x: Tensor, capacity: int | None = None) -> TokenBuffer:
-        """With the tokens x [B, H, L, ...] behind; grows where there is no room, to the capacity at
-        once where there is one. As torch.cat, of two dtypes it takes the wider one."""
+        """With the tokens x [B, H, L, ...] at the end, in the wider of two dtypes, as torch.cat.
+
+        capacity: the room to grow to where there is not enough; None: by an eighth.
+        """
         buffer, length = self, self.length + x.shape[2]
         if x.dtype != self.memory.dtype:
             dtype = torch.promote_types(x.dtype, self.memory.dtype)
@@ -120,7 +127,7 @@ class TokenBuffer:
 
 def grown(length: int) -> int:
     """Room that is made where it has become too small for so many tokens."""
-    return length + max(length // _GROWTH, _LEAST_GROWTH)
+    return length + max(length // _GROWTH, _MIN_GROWTH)
 
 
 def _memory(x: Tensor, shape: list[int]) -> Tensor:
