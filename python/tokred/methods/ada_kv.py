@@ -63,6 +63,7 @@ class AdaKvOptions(Options):
     pool: Literal["max", "avg"] = "max"
 
     adapters = ("causal_lm_cache",)
+    prompts_only = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -158,6 +158,7 @@ class EmsOptions(Options):
     counted: bool = False
 
     adapters = ("causal_lm_cache",)
+    prompts_only = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

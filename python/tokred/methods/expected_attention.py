@@ -74,6 +74,7 @@ class ExpectedAttentionOptions(Options):
     covariance: bool = True
 
     adapters = ("causal_lm_cache",)
+    prompts_only = True
     reads_rotary = True
 
     def __post_init__(self) -> None:

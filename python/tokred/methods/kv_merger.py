@@ -175,6 +175,7 @@ class KvMergerOptions(Options):
     last: int = 1
 
     adapters = ("causal_lm_cache",)
+    prompts_only = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -61,7 +61,8 @@ class KeyEvictor(Protocol):
 
     Its adapters are ("causal_lm_cache",). One object serves all layers, threads and forward passes,
     so it keeps no state: what it knows of the stored keys goes into Eviction.state. Options that
-    compare equal are the same method: a cache goes on with either.
+    compare equal are the same method: a cache goes on with either. Where it has `prompts_only =
+    True`, it is not asked after passes of a single token.
     """
 
     adapters: ClassVar[tuple[str, ...]]

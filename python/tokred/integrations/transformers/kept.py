@@ -96,6 +96,8 @@ class Kept:
         if not self.keys.can_hold(keys) or not self.values.can_hold(values) or self._is_locked():
             return None
         index = slot.unsqueeze(3)
+        if isinstance(self.keys, TokenBuffer) and keys.shape == values.shape:
+            index = index.expand_as(keys)
         self.keys.write(index, keys)
         self.values.write(index, values)
         self.position.memory.scatter_(2, slot, place)
@@ -131,7 +133,7 @@ class Kept:
         position, bias = self.position, self.bias
         if position is not None:
             new = torch.arange(length, length + count, dtype=torch.int32, device=keys.device)
-            position = position.appended(new[None, None])
+            position = position.appended(new.view(1, 1, count))
         zeros = None
         if bias is not None or self.state:
             zeros = torch.zeros(batch, heads, count, device=keys.device)
@@ -160,7 +162,8 @@ class Kept:
 
     def after(self, eviction: Eviction, call: EvictionCall) -> Kept:
         """The keys that stay after an eviction, the method's answer to the call."""
-        state = {name: TokenBuffer.of(x) for name, x in eviction.state.items()}
+        # Of its own memory, as new tokens are written into it.
+        state = {name: TokenBuffer.of(x.contiguous()) for name, x in eviction.state.items()}
         kept = Kept(self.keys, self.values, self.position, self.bias, self.start, state)
         if eviction.slots is None and eviction.dropped is None:
             return kept

@@ -131,11 +131,15 @@ class KeptKeysLayer(CacheLayerMixin):
             kept = Kept(*(None if x is None else TokenBuffer.of(x) for x in new), kept.start)
         elif result is not None:
             kept = kept.after(result, call)
-        # A method that is called after the attention module reads keys in full precision.
+        self.hold(kept)
+
+    def hold(self, kept: Kept) -> None:
+        """What is left after a pass, which is packed now, unless the method is called after the
+        attention module: it reads keys in full precision."""
         self.kept = kept if hasattr(self.evictor, "attended") else self._packed(kept)
 
     def _packed(self, kept: Kept) -> Kept:
-        if self.packing is None:
+        if self.packing is None or isinstance(kept.keys, PackedBuffer):
             return kept
         layout = self.packing.layout(kept.keys.shape[3], kept.values.shape[3])
         return kept.packed(layout.key, layout.value, layout.center)
@@ -341,6 +345,9 @@ class KeptStates:
                 q, keys, values, None if whole else bias, causal=queries > 1 and not own,
                 scale=scale, mask=mask if whole else None, softcap=softcap,
             )  # fmt: skip
+        if queries == 1 and getattr(self.layer.evictor, "prompts_only", False):
+            self.layer.hold(kept)
+            return out, lse
         call = self.layer.call(self, kept, q, keys, values, lse, scale, bias, softcap)
         call.mask = mask if own else None
         self.layer.shrink(kept, call, fixed)

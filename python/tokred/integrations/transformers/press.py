@@ -39,6 +39,7 @@ class PressAdapter:
     """
 
     adapters = ("causal_lm_cache",)
+    prompts_only = True
 
     def __init__(self, press: Any) -> None:
         if not callable(getattr(press, "compress", None)):

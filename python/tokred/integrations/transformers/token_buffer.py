@@ -69,8 +69,8 @@ class TokenBuffer:
         return x.dtype == self.memory.dtype
 
     def write(self, slot: Tensor, x: Tensor) -> None:
-        """Writes a token x [B, H, 1, D] into slot, int64 [B, H, 1, 1]."""
-        self.memory.scatter_(2, slot.expand_as(x), x)
+        """Writes a token x [B, H, 1, D] into slot, int64 [B, H, 1, 1 | D]."""
+        self.memory.scatter_(2, slot if slot.shape == x.shape else slot.expand_as(x), x)
 
     @property
     def room(self) -> int:
