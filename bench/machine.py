@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from tokred.evaluation.origin import revision
+from tokred.evaluation.origin import cpu_name, revision
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -119,12 +119,7 @@ def idle_gate(threads: int, force: bool = False, patience_s: float = 60.0) -> fl
 def machine_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name(0)
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())
-        model = found.group(1).strip() if found else model
-    return f"{model} {torch.backends.cpu.get_cpu_capability()} {os.cpu_count()}-core"
+    return f"{cpu_name()} {torch.backends.cpu.get_cpu_capability()} {os.cpu_count()}-core"
 
 
 def last_cache_bytes() -> int:

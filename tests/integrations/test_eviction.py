@@ -79,7 +79,7 @@ def test_a_softcap_of_nothing_changes_nothing(reduce: str) -> None:
 
 
 @pytest.mark.parametrize("softcap", [None, 0.7])
-def test_what_a_prefix_that_sees_itself_pays_counts(softcap: float | None) -> None:
+def test_attention_of_a_prefix_that_looks_both_ways_counts(softcap: float | None) -> None:
     """A prompt whose first tokens look both ways, beside the weights themselves."""
     found = []
 
@@ -284,8 +284,8 @@ def test_rows_follow_beams() -> None:
 
 @pytest.mark.parametrize("center", [False, True])
 @torch.no_grad()
-def test_packed_keys_go_like_others(center: bool) -> None:
-    """Of keys that 4 bits can hold the same ones stay, and outputs are those of full precision."""
+def test_packed_keys_are_evicted_like_others(center: bool) -> None:
+    """Where 4 bits hold the keys exactly, the same ones stay, and outputs agree."""
     options = tokred.PackedCache(
         tiny_lm("Llama", head_dim=16).config, window=0, rotate=False, center=center
     ).options
@@ -342,7 +342,7 @@ class Ops(TorchDispatchMode):
 
 @torch.no_grad()
 def test_a_token_takes_few_ops() -> None:
-    """The new token is written over the one that goes, and nothing is moved."""
+    """The new token is written over the evicted one, and no other is moved."""
     cache = KeptKeysLayer(H2oOptions(budget=6), 0, 1)
     draw = generator(0)
     for count in (20, 1, 1):

@@ -15,6 +15,7 @@ import torch
 
 import tokred
 from tokred import _library
+from tokred.evaluation.origin import cpu_name
 
 # Name to import: (what to install, what it adds).
 OPTIONAL = {
@@ -97,14 +98,13 @@ def version_of(module: str) -> str | None:
 
 
 def cpu_features() -> str:
-    """The processor, and its features that matter to kernels; empty where Linux does not tell."""
+    """The processor, and where Linux tells them, its features that matter to kernels."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), "")
     flags = {*next((line.split() for line in lines if line.startswith("flags")), [])}
     known = ("avx2", "fma", "f16c", "avx512f", "avx512vl", "avx512bw", "avx512_vnni",
              "avx512_bf16", "amx_tile")  # fmt: skip
-    return ", ".join(filter(None, [model, " ".join(name for name in known if name in flags)]))
+    return ", ".join(filter(None, [cpu_name(), " ".join(name for name in known if name in flags)]))
 
 
 def cuda() -> dict[str, str]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tokred.compat import advice
+from tokred.evaluation.inputs import reference_text
 
 DEMO = ("smollm2", "dinov2")
 _MODEL = (
@@ -132,9 +133,7 @@ def text_ids(path: str | None, tokens: int, loaded: Loaded) -> Tensor:
     if loaded.tokenizer is None:
         raise ValueError("the model has no tokenizer in its folder, which --text needs")
     if path is None:
-        from pydoc_data.topics import topics
-
-        text = "\n".join(topics[name] for name in sorted(topics))
+        text = reference_text()
     else:
         try:
             text = Path(path).read_text(encoding="utf-8")

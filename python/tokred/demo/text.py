@@ -23,6 +23,7 @@ from tokred.compat import cache_keyword
 from tokred.evaluation.budgets import FORCED
 from tokred.evaluation.decoding import dense_attention
 from tokred.evaluation.figure import new_figure
+from tokred.evaluation.inputs import reference_text
 
 from .offline import MissingModelError
 from .report import (
@@ -109,11 +110,8 @@ def run(plan: TextPlan, output: Path) -> TextReport:
 
 
 def text_ids(tokenizer: Any, count: int) -> Tensor:
-    """int64 [1, count]: the first tokens of Python's own reference, which comes with it."""
-    from pydoc_data.topics import topics
-
-    text = "\n".join(topics[name] for name in sorted(topics))
-    ids = tokenizer(text, return_tensors="pt").input_ids
+    """int64 [1, count]: the first tokens of Python's language reference."""
+    ids = tokenizer(reference_text(), return_tensors="pt").input_ids
     if ids.shape[1] < count:
         raise MissingModelError(f"Python's reference has {ids.shape[1]} tokens, {count} are needed")
     return ids[:, :count]

@@ -66,7 +66,7 @@ class Candidate:
 
 
 def _short(value: Any) -> str:
-    """A value as it is written in a call; of tensors, and what is as long, that there is one."""
+    """A value as it is written in a call; "..." for tensors and other long ones."""
     text = written(value)
     return "..." if "\n" in text or len(text) > 200 else text
 

@@ -82,6 +82,13 @@ def _checked(x: Tensor, name: str) -> Tensor:
     return x if x.dim() == dims else x[None]
 
 
+def reference_text() -> str:
+    """A long English text that every Python has: its own language reference."""
+    from pydoc_data.topics import topics
+
+    return "\n".join(topics[name] for name in sorted(topics))
+
+
 def without_padding(batch: Batch) -> Iterator[Tensor]:
     """The token numbers i64 [B, N] of a batch; where it has padding, each row by itself."""
     ids, mask = batch["input_ids"].long(), batch.get("attention_mask")

@@ -37,7 +37,7 @@ def origin(complete: bool) -> Origin:
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     return Origin(
         complete,
-        f"{_cpu_name()} {torch.backends.cpu.get_cpu_capability()}",
+        f"{cpu_name()} {torch.backends.cpu.get_cpu_capability()}",
         torch.get_num_threads(),
         torch.__version__,
         _version("transformers"),
@@ -74,8 +74,8 @@ def revision() -> str:
         return "unknown"
 
 
-def _cpu_name() -> str:
-    """The processor's name, where Linux tells it."""
+def cpu_name() -> str:
+    """The processor's name; only its kind where Linux does not tell it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

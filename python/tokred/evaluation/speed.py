@@ -25,7 +25,7 @@ Times: TypeAlias = tuple[list[float], list[float]]
 TOKEN, SPEED, PROMPT, PROMPT_SPEED = "ms a token", "speed-up", "prompt ms", "prompt speed-up"
 PROMPT_MB, CACHE_MB, STEP_MB = "prompt MB", "cache MB", "step MB"
 FORWARD, FORWARD_MB = "ms", "MB"
-_PROMPTS = 3  # are read as many times at most
+_PROMPT_TURNS = 3  # at most, as a prompt takes long
 _DECODING = (
     Measure(TOKEN, "lower"),
     Measure(SPEED, "higher", 3),
@@ -146,7 +146,7 @@ class Turns:
     def beside(
         self, repeats: int, dense: Step, ours: Step, warm: bool = False
     ) -> tuple[float, float]:
-        """The medians of both in turns, after one that warms up unless they are warm."""
+        """The median seconds of both steps in turns, after one turn that warms up unless warm."""
         times: Times = ([], [])
         for _ in range(repeats + (not warm)):
             for found, step in zip(times, (dense, ours), strict=True):
@@ -170,9 +170,9 @@ class DecoderRace:
             f"{prompt.shape[0]}"
         )
         self.notes = (
-            f"Medians of {repeats} turns with {self.practice}, of prompts at most {_PROMPTS}, on "
-            f"{where(prompt.device)}. MB: the most that prompt and step allocate, and the cache "
-            "after the prompt.",
+            f"Medians of {repeats} turns with {self.practice}, at most {_PROMPT_TURNS} for "
+            f"prompts, on {where(prompt.device)}. MB: the most that prompt and step allocate, and "
+            "the cache after the prompt.",
         )
 
     def dense(self) -> dict[str, float]:
@@ -196,7 +196,7 @@ class DecoderRace:
     def run(self, candidate: Candidate) -> dict[str, float]:
         """The figures of a method, in turns with the dense model."""
         with candidate.patch(self.model):
-            peak = peak_bytes(lambda: self.read(candidate))  # warms up
+            peak = peak_bytes(lambda: self.read(candidate))  # also warms up
         caches: list[Any] = [None]
 
         def read() -> None:
@@ -204,7 +204,7 @@ class DecoderRace:
             caches[0] = self.read(candidate)
 
         dense_prompt, prompt = self.prompts.beside(
-            min(self.repeats, _PROMPTS),
+            min(self.repeats, _PROMPT_TURNS),
             self._dense_prompt(),
             Step(partial(candidate.patch, self.model), read),
             warm=True,
