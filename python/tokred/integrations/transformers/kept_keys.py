@@ -134,8 +134,8 @@ class KeptKeysLayer(CacheLayerMixin):
         self.hold(kept)
 
     def hold(self, kept: Kept) -> None:
-        """What is left after a pass, which is packed now, unless the method is called after the
-        attention module: it reads keys in full precision."""
+        """Stores the keys that a pass has left; packs them, unless the method is called after the
+        attention module and still has to read them in full precision."""
         self.kept = kept if hasattr(self.evictor, "attended") else self._packed(kept)
 
     def _packed(self, kept: Kept) -> Kept:
