@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# What is imported is compiled then, which is a small part of torch, transformers and diffusers.
+# Python compiles modules when they are imported: a small part of torch, transformers and diffusers.
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 # Lock files name every package, so pip looks for no dependencies.
 LOCKED = $(PIP) --no-deps --requirement

@@ -13,7 +13,7 @@ VOCABULARY = 128
 
 @cache
 def decoder() -> nn.Module:
-    """Two layers, 256 positions, large enough weights to attend to few tokens."""
+    """Two layers and 256 positions; its weights are large, so that attention is on few tokens."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=2,

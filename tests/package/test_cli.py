@@ -88,7 +88,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_model_of_ones_own(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_saved_model_is_tried(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "report"
     arguments = ["evaluate", str(saved), "--methods", "tome,snap_kv", "--budgets", "0.5"]
     assert cli.main([*arguments, "--out", str(out), "--quiet"]) == 0

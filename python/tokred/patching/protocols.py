@@ -61,16 +61,20 @@ class KeyEvictor(Protocol):
 
     Its adapters are ("causal_lm_cache",). One object serves all layers, threads and forward passes,
     so it keeps no state: what it knows of the stored keys goes into Eviction.state. Options that
-    compare equal are the same method: a cache goes on with either. Where it has `prompts_only =
-    True`, it is not asked after passes of a single token.
+    compare equal are the same method: a cache goes on with either. A method may also have:
+
+    prompts_only: True if it is not asked after passes of a single token.
+    reads_rotary: True if it reads the model's rotary embedding, call.rotary.
+    attended(module, layer, attentions, given, rotary): is called after the attention module, with
+        the layer's cache and the module's arguments; see PressAdapter.
     """
 
     adapters: ClassVar[tuple[str, ...]]
 
     def evict(self, call: EvictionCall) -> Eviction | Replacement | None:
-        """What stays of the keys of a layer, after the attention of every forward pass; None: all.
+        """Which keys of a layer stay, after the attention of every forward pass; None: all.
 
-        How many stay in a row may follow from values, as long as rows with fewer end in -1.
+        Heads may keep different numbers of keys: those with fewer end in -1 (Eviction.padded).
         """
 
 

@@ -136,9 +136,6 @@ def stacks(model: nn.Module, method: Any, settings: Settings) -> Iterator[Stack]
                 )
             rotary = find_rotary(model, modules)
         numbers = _numbers(modules)
-        check = getattr(method, "check_layers", None)
-        if check is not None:
-            check(len(modules), modules[0].config)
         yield Stack(modules, numbers, _decoder(model, names), method, rotary)
 
 
