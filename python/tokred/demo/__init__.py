@@ -14,7 +14,7 @@ from .offline import MissingModelError, require_packages
 
 
 def main(arguments: Sequence[str] = ()) -> int:
-    """Runs the demo; the exit code is 2 where something must be installed first."""
+    """Runs the demo; the exit code is 1 where something must be installed first."""
     parser = argparse.ArgumentParser(prog="python -m tokred demo", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder to write")
     parser.add_argument("--quick", action="store_true", help="one photograph, a little text")
@@ -30,5 +30,5 @@ def main(arguments: Sequence[str] = ()) -> int:
             cache.run(cache.QUICK if options.quick else cache.FULL, options.output)
     except MissingModelError as error:
         print(f"tokred demo: {error}", file=sys.stderr)
-        return 2
+        return 1
     return 0

@@ -207,7 +207,8 @@ def _on_text(options: argparse.Namespace, budgets: tuple[float, ...]) -> Iterato
 
 
 def main(arguments: Sequence[str] = ()) -> int:
-    """Compares on photographs or on text; the exit code is 2 for what cannot be compared."""
+    """Compares on photographs or on text; the exit code is 2 for what cannot be compared, 1 where a
+    model or a package is missing."""
     parser = argparse.ArgumentParser(prog="python -m tokred compare", description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--image", nargs="+", metavar="FILE", help="photographs")
@@ -244,5 +245,5 @@ def main(arguments: Sequence[str] = ()) -> int:
         raise
     except (MissingModelError, OSError, ValueError) as error:
         print(f"tokred compare: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, MissingModelError) else 2
     return 0

@@ -168,7 +168,8 @@ def _measured(
 
 
 def main(arguments: Sequence[str] = ()) -> int:
-    """Draws the gallery; the exit code is 2 for what cannot be drawn."""
+    """Draws the gallery; the exit code is 2 for what cannot be drawn, 1 where a model or a package
+    is missing."""
     parser = argparse.ArgumentParser(prog="python -m tokred gallery", description=__doc__)
     parser.add_argument("--image", help=f"a photograph; by default scikit-image's {SAMPLE}")
     parser.add_argument("--video", type=Path, help="a folder of frames, in order of name")
@@ -209,7 +210,7 @@ def main(arguments: Sequence[str] = ()) -> int:
         raise
     except (MissingModelError, OSError, ValueError) as error:
         print(f"tokred gallery: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, MissingModelError) else 2
     return 0
 
 

@@ -1,4 +1,4 @@
-"""How the parts of the demo report: where and on what they ran, rows of speed, tables, plots."""
+"""How the parts of the demo report: rows of speed, tables, plots."""
 
 from __future__ import annotations
 
