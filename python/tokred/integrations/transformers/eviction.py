@@ -158,7 +158,7 @@ def _check_packing(name: str, packing: Any) -> None:
 
 
 def why_not(model: nn.Module) -> str:
-    """Why there are no stacks in a model."""
+    """Why a model has no decoder that a method can be put into."""
     return explain(model)
 
 
