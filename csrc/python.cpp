@@ -206,6 +206,7 @@ py::dict plans_of_packed_attention(const AttentionShape& s, const PackFormat& f)
   if (!s.is_float && takes_fragments(DType::bf16, shape, f, f)) {
     const SideCopy side = side_copy(f, 0, 0);
     plans["codes"] = describe(plan_code_decode(shape, items, code_stage(side, side)));
+    plans["score_codes"] = describe(plan_code_score(heads, s.keys, side));
   }
   return py::dict("plans"_a = plans, "items"_a = decode_row_tiles(shape),
                   "workspace_bytes"_a = decode_workspace_bytes(shape));

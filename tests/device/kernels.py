@@ -193,6 +193,9 @@ CALLS = (
                                            *_packed(d, "channel", True))),
     Call("packed_attention, rotated", ("packed_decode_kernel", "rotate_out_kernel"),
          lambda d: tokred.packed_attention(draw((2, 4, 1, 64), d), *_packed(d, "channel", True))),
+    Call("packed_qk_score on codes", ("code_score_kernel",),
+         lambda d: tokred.packed_qk_score(draw((2, 4, 1, 64), d, torch.bfloat16),
+                                          _packed(d, "channel")[0])),
     Call("packed_qk_score", ("rotate_queries_kernel", "packed_score_kernel"),
          lambda d: tokred.packed_qk_score(draw((2, 4, 1, 64), d), _packed(d, "channel", True)[0])),
 )  # fmt: skip

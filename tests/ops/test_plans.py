@@ -344,6 +344,8 @@ def test_attention_on_codes_fits_every_device(bits: int) -> None:
         plans = _C.plan_packed_attention(1, 32, 8, 1, 131072, 128, bits, group)["plans"]
         assert plans["codes"]["grid"] == plans["decode"]["grid"]
         assert plans["codes"]["shared_bytes"] <= 75 << 10
+        assert plans["score_codes"]["grid"] == (8 * 256, 1, 1)  # chunks of 512 keys
+        assert plans["score_codes"]["shared_bytes"] <= 48 << 10
     assert plans["codes"]["shared_bytes"] <= 227 * 1024 // 3
     few = _C.plan_packed_attention(1, 64, 4, 1, 131072, 128, bits, 32)["plans"]
     assert "codes" not in few  # sixteen query rows a key head

@@ -1,5 +1,5 @@
-// Rows of packed codes as fragments of the tensor cores: a shift and a mask make two bf16 numbers
-// 128 + code of a word, since an integer below 128 is the significand of 128 plus itself.
+// Rows of packed codes as fragments of the tensor cores: a rotation and a mask make two bf16
+// numbers 2^bits + code of a word, as a code in the upper bits of the significand of 2^bits is.
 #pragma once
 
 #include "common/cuda/mma_tile.cuh"
@@ -8,26 +8,35 @@
 
 namespace tokred::cuda::attention {
 
-inline constexpr float kCodeBase = 128.0f;  // in a fragment a code is this more
+// In a fragment a code is this more; were it larger, sums would lose bits to it.
+__device__ __forceinline__ float code_base(const PackFormat& f) {
+  return static_cast<float>(1 << f.bits);
+}
 
 // Where the codes of channels 16 i .. 16 i + 15 lie in the rows of a tile, and how they become
 // numbers. ldmatrix gives a lane four bytes of a run (of one row) or two bytes of two rows; either
 // way bytes 0 and 2 of its word make one pair, bytes 1 and 3 the other.
 struct CodeStep {
-  uint32_t bits, bit, mask;
+  uint32_t bits, bit, mask, base;
 
   // Of i = 0. Made anew for every tile, so that it takes no registers meanwhile.
   __device__ __forceinline__ explicit CodeStep(int bits)
       : bits(optimization_barrier(static_cast<uint32_t>(bits))), bit(0),
-        mask(0x00010001u * ((1u << bits) - 1)) {}
+        mask(0x00010001u * (((1u << bits) - 1) << (7 - bits))),
+        base(0x00010001u * static_cast<uint32_t>((127 + bits) << 7)) {}
 
   __device__ __forceinline__ void advance() { bit += bits; }
   __device__ __forceinline__ uint32_t byte() const { return (bit & ~7u) * 2; }
 
   __device__ __forceinline__ void pairs(uint32_t (&pair)[2], uint32_t word) const {
-    const uint32_t shifted = word >> (bit & 7);
-    pair[0] = (shifted & mask) | 0x43004300u;
-    pair[1] = (shifted >> 8 & mask) | 0x43004300u;
+    const uint32_t turned = turn_right(word, (bit & 7) + bits - 7);
+    pair[0] = (turned & mask) | base;
+    pair[1] = (turn_right(turned, 8) & mask) | base;
+  }
+
+ private:
+  static __device__ __forceinline__ uint32_t turn_right(uint32_t x, uint32_t by) {
+    return x >> (by & 31) | x << (-by & 31);
   }
 };
 

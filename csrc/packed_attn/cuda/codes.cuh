@@ -5,20 +5,10 @@
 
 #include "attention/cuda/plan_decode.h"
 #include "common/cuda/mma_tile.cuh"
+#include "packed_attn/cuda/query_codes.cuh"
 #include "packed_attn/cuda/side.cuh"
 
 namespace tokred::cuda::attention {
-
-// Tiles of codes, and what meets them, have channels 1 and 2 of every four in each other's place:
-// two masks make pairs of the bytes of a word.
-__device__ __forceinline__ void order_codes(float (&x)[8]) {
-#pragma unroll
-  for (int i = 1; i < 8; i += 4) {
-    const float second = x[i];
-    x[i] = x[i + 1];
-    x[i + 1] = second;
-  }
-}
 
 // Codes less their middle are multiplied, so that offsets are those of the middle of a group's
 // range.

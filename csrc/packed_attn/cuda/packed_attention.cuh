@@ -2,6 +2,7 @@
 // rows, and unpacks the keys of a tile, then its values, on their way to the tensor cores.
 #pragma once
 
+#include "packed_attn/cuda/query_codes.cuh"
 #include "packed_attn/cuda/tokens.cuh"
 
 namespace tokred::cuda::attention {
@@ -161,20 +162,6 @@ __device__ __forceinline__ void finish_rows(
       store_split<typename C::T>(p.decode, row_tile, row, first + i, weights.top, weights.sum,
                                  out[i]);
     }
-  }
-}
-
-// The sums of the query rows over the groups of keys; the block has met since they were loaded.
-template <class C, class Shared>
-__device__ __forceinline__ void sum_queries(Shared& shared, const PackFormat& f) {
-  const int size = static_cast<int>(f.group_size), groups = static_cast<int>(groups_per_row(f));
-  for (int i = static_cast<int>(threadIdx.x); i < C::kRows * groups; i += C::kThreads) {
-    const int row = i % C::kRows, group = i / C::kRows;
-    float sum = 0.0f;
-    for (int c = group * size; c < (group + 1) * size; ++c) {
-      sum += to_float(shared.query.plane[1][row][c]) + to_float(shared.query.plane[0][row][c]);
-    }
-    shared.query_sum[row][group] = sum;
   }
 }
 

@@ -1,10 +1,12 @@
 // packed_qk_score: codes and params once, and the scores. B = 8, Hkv = 8, T = 32768, D = 128 in 4
 // bits and groups of 32: 168 MB and 34 MB of scores for 32 query heads, 47 us at the 4.3 TB/s that
 // an H200 reaches; 268 M codes of some ten instructions each, four of them multiply-adds, are 95 us
-// of all multiprocessors.
+// of all multiprocessors. Where fragments can be made from codes, code_score.cuh takes a quarter of
+// it.
 #include "attention/cuda/score_launch.h"
+#include "packed_attn/cuda/launch.h"
 #include "packed_attn/cuda/packed_qk_score.cuh"
-#include "packed_attn/cuda/plan.h"
+#include "packed_attn/cuda/plan_codes.h"
 
 namespace tokred::cuda {
 namespace {
@@ -19,6 +21,10 @@ void launch_score(PackedScoreArgs a, Stream stream) {
     const int64_t rows = p.batch * (score.query.stride_batch / p.head_dim);
     launch(rotate_queries_kernel<kLanes>, plan_rotate_queries(rows, kLanes), stream,
            static_cast<float*>(const_cast<void*>(score.query.data)), rows, p.head_dim);
+  }
+  if (std::is_same_v<T, bf16> && score.rows <= kCodeRows && score.summed == 1 &&
+      makes_fragments(a.k.packed.format)) {
+    return launch_code_score(score, a.k, a.slots, stream);
   }
   const int64_t heads = p.batch * (p.heads_kv / score.summed);
   score.chunk = qk_score_chunk(heads, p.keys, kLanes);

@@ -38,6 +38,17 @@ constexpr SideCopy side_copy(const PackFormat& f, uint64_t codes, uint64_t param
           row_copy(of_params, params, round_up(of_params, 16), 1)};
 }
 
+inline SideCopy side_copy(const PackedRows& rows) {
+  const auto together = [](const void* data, int64_t bytes) {
+    return reinterpret_cast<uintptr_t>(data) | static_cast<uint64_t>(bytes);
+  };
+  return side_copy(rows.format,
+                   together(rows.codes, rows.codes_stride_batch | rows.codes_stride_head |
+                                            rows.codes_stride_token),
+                   together(rows.params, 2 * (rows.params_stride_batch | rows.params_stride_head |
+                                              rows.params_stride_row)));
+}
+
 // The copies of a tile's packed rows that a warp makes.
 struct CodeStage {
   SideCopy k, v;
@@ -78,6 +89,24 @@ constexpr int64_t code_shared_bytes(const CodeStage& stage) {
 constexpr LaunchPlan plan_code_decode(const ListShape& s, int64_t row_tiles,
                                       const CodeStage& stage) {
   return {{row_tiles, decode_splits(s.length), 1}, 32 * kCodeWarps, code_shared_bytes(stage)};
+}
+
+// packed_qk_score: a block for a chunk of the keys of one key head. Example: B = 1, Hkv = 8,
+// T = 131072, D = 128 in 4 bits in groups of 32: 2048 blocks of 512 keys, 128 threads and 41 KB, of
+// which four fit a multiprocessor.
+constexpr int64_t code_score_chunk(int64_t heads, int64_t keys) {
+  const int64_t step = kCodeWarps * kCodeKeys, longest = 4 * step;
+  return heads * divide_up(keys, longest) >= 528 ? longest : step;
+}
+constexpr int64_t code_score_fixed_bytes() {
+  return tile_bytes(kCodeDim, kCodeRows, 2) + 4 * kCodeRows * kCodeDim / 16 + 16 +
+         8 * kCodeKeys * kCodeDim / 16 * kCodeWarps +
+         int64_t{4} * kCodeKeys * kCodeWarps * kCodeStages;
+}
+constexpr LaunchPlan plan_code_score(int64_t heads, int64_t keys, const SideCopy& copy) {
+  return {{heads * divide_up(keys, code_score_chunk(heads, keys)), 1, 1},
+          32 * kCodeWarps,
+          code_score_fixed_bytes() + int64_t{kCodeWarps} * kCodeStages * copy.bytes()};
 }
 
 }  // namespace tokred::cuda
