@@ -36,9 +36,10 @@ inline void check_slots(const Tensor& slots, int64_t batch, const char* shape, c
   check_token_count(slots, "slots", 1);
 }
 
-inline void check_head_dim(const Tensor& t, const char* name, int64_t dim) {
-  TOKRED_CHECK(t.size(dim) >= 1 && t.size(dim) <= kMaxHeadDim, "the head dimension of ", name,
-               " must be between 1 and ", kMaxHeadDim, ", got ", t.size(dim));
+inline void check_head_dim(const Tensor& t, const char* name, int64_t dim,
+                           int64_t most = kMaxHeadDim) {
+  TOKRED_CHECK(t.size(dim) >= 1 && t.size(dim) <= most, "the head dimension of ", name,
+               " must be between 1 and ", most, ", got ", t.size(dim));
 }
 
 inline void check_groups(int64_t heads_q, int64_t heads_kv) {
@@ -78,28 +79,37 @@ inline void set_key_bias(AttentionParams& p, const OptionalTensor& bias, const T
   p.bias_stride_key = bias->stride(2);
 }
 
-// A bool tensor of four dimensions, each of which but the last may be 1 instead of what it is of.
-inline MaskView broadcast_mask(const Tensor& mask, const char* name, const char* layout,
-                               const int64_t (&want)[4], int64_t broadcast_dims, const Tensor& q) {
-  MaskView view;
+// The strides of a tensor of four dimensions, the first `broadcast_dims` of which may be 1 instead
+// of what they are of.
+inline void set_mask_strides(int64_t (&stride)[4], const Tensor& mask, const char* name,
+                             const char* layout, const int64_t (&want)[4], int64_t broadcast_dims,
+                             const Tensor& q) {
   check_dim(mask, name, 4, layout);
-  check_dtype(mask, name, ScalarType::Bool);
   check_same_device(mask, name, q, "q");
   for (int64_t dim = 0; dim < 4; ++dim) {
     const bool broadcasts = dim < broadcast_dims && mask.size(dim) == 1;
     TOKRED_CHECK(mask.size(dim) == want[dim] || broadcasts, name, " must be ", layout,
                  " with size ", want[dim], " in dimension ", dim, ", got shape ",
                  shape_string(mask));
-    view.stride[dim] = broadcasts ? 0 : mask.stride(dim);
+    stride[dim] = broadcasts ? 0 : mask.stride(dim);
   }
-  view.data = static_cast<const bool*>(mask.const_data_ptr());
-  return view;
 }
 
+// A mask of bools hides pairs, one of numbers is added to their logits.
 inline void set_attention_mask(AttentionParams& p, const OptionalTensor& mask, const Tensor& q) {
   if (!mask) return;
-  p.mask = broadcast_mask(*mask, "mask", "[B | 1, Hq | 1, L | 1, N]",
-                          {p.batch, p.heads_q, p.queries, p.keys}, 3, q);
+  const bool hides = mask->scalar_type() == ScalarType::Bool;
+  set_mask_strides(hides ? p.mask.stride : p.pair_bias.stride, *mask, "mask",
+                   "[B | 1, Hq | 1, L | 1, N]", {p.batch, p.heads_q, p.queries, p.keys}, 3, q);
+  if (hides) {
+    p.mask.data = static_cast<const bool*>(mask->const_data_ptr());
+    return;
+  }
+  TOKRED_CHECK(mask->scalar_type() == q.scalar_type() || mask->scalar_type() == accumulator_type(q),
+               "mask must be bool, ", dtype_name(accumulator_type(q)), " or of the dtype of q, ",
+               dtype_name(q.scalar_type()), ", got ", dtype_name(mask->scalar_type()));
+  p.pair_bias.dtype = float_dtype(*mask, "mask", true);
+  p.pair_bias.data = mask->const_data_ptr();
 }
 
 inline void check_position(const Tensor& t, const char* name, int64_t batch, int64_t tokens,
@@ -134,8 +144,8 @@ inline void set_positions(AttentionParams& p, const OptionalTensor& query,
 
 // q and k of an attention, checked; v, outputs and what hides keys are still to be set.
 inline AttentionParams query_key_inputs(const Tensor& q, const Tensor& k,
-                                        std::optional<double> scale, bool causal,
-                                        bool allow_double) {
+                                        std::optional<double> scale, bool causal, bool allow_double,
+                                        int64_t max_head_dim = kMaxHeadDim) {
   AttentionParams p{};
   p.dtype = float_dtype(q, "q", allow_double);
   check_heads(q, "q", q);
@@ -144,7 +154,7 @@ inline AttentionParams query_key_inputs(const Tensor& q, const Tensor& k,
                "k must have the batch and head sizes of q ", shape_string(q), ", got shape ",
                shape_string(k));
   check_groups(q.size(1), k.size(1));
-  check_head_dim(q, "q", 3);
+  check_head_dim(q, "q", 3, max_head_dim);
   check_token_count(q, "q", 2);
   check_token_count(k, "k", 2);
   p.q = head_tensor(q);
@@ -164,13 +174,14 @@ inline AttentionParams query_key_inputs(const Tensor& q, const Tensor& k,
 template <class Backend>
 AttentionParams attention_inputs(const Tensor& q, const Tensor& k, const Tensor& v,
                                  const OptionalTensor& key_bias, bool causal,
-                                 std::optional<double> scale, const OptionalTensor& mask) {
-  AttentionParams p = query_key_inputs(q, k, scale, causal, Backend::kDouble);
+                                 std::optional<double> scale, const OptionalTensor& mask,
+                                 int64_t max_head_dim = kMaxHeadDim) {
+  AttentionParams p = query_key_inputs(q, k, scale, causal, Backend::kDouble, max_head_dim);
   check_heads(v, "v", q);
   TOKRED_CHECK(v.size(0) == k.size(0) && v.size(1) == k.size(1) && v.size(2) == k.size(2),
                "v must have the batch, heads and keys of k ", shape_string(k), ", got shape ",
                shape_string(v));
-  check_head_dim(v, "v", 3);
+  check_head_dim(v, "v", 3, max_head_dim);
   p.v = head_tensor(v);
   p.value_dim = v.size(3);
   set_key_bias(p, key_bias, q);

@@ -7,6 +7,7 @@
 namespace tokred {
 
 inline constexpr int64_t kMaxHeadDim = 256;
+inline constexpr int64_t kMaxWideDim = 512;  // of biased, sparse and block-sparse attention
 
 // Up to two integers a query and a key: query i sees key j only where
 // key[b][j][c] <= query[b][i][c] for every column c. One column is a position, two are (position,
@@ -26,10 +27,17 @@ struct BlockMask {
   int64_t block_q = 0, block_k = 0;
 };
 
-// logits(i, j) = scale * q_i . k_j + key_bias[j], for the visible j: mask(i, j) true, with causal
-// j <= i + N - L (the last query sees every key), and visible by positions and blocks. With a
-// softcap it is softcap * tanh(scale * q_i . k_j) + key_bias[j], and scale the front end's divided
-// by the softcap.
+// Numbers that are added to the logits of pairs; -inf hides a pair. Null data: none.
+struct PairBias {
+  const void* data = nullptr;
+  int64_t stride[4] = {0, 0, 0, 0};    // batch, head, query, key; in elements
+  DType dtype = DType::f32;            // Acc, or that of q
+};
+
+// logits(i, j) = scale * q_i . k_j + key_bias[j] + pair_bias(i, j), for the visible j: mask(i, j)
+// true, with causal j <= i + N - L (the last query sees every key), and visible by positions and
+// blocks. With a softcap softcap * tanh(scale * q_i . k_j) takes the place of scale * q_i . k_j,
+// and scale is the front end's divided by the softcap.
 // out_i = softmax . v, lse_i = log sum exp.
 // A query that sees no key, or only keys of logit -inf, has out 0 and lse -inf.
 // Query head h reads key head h / (heads_q / heads_kv).
@@ -40,6 +48,7 @@ struct AttentionParams {
   const void* key_bias;                // Acc [B | 1, Hkv | 1, N] or null
   int64_t bias_stride_batch, bias_stride_head, bias_stride_key;
   MaskView mask;                       // bool [B | 1, Hq | 1, L | 1, N] or null
+  PairBias pair_bias;                  // [B | 1, Hq | 1, L | 1, N] or null; not beside a mask
   PositionTables positions;
   BlockMask blocks;
   void* out;                           // [B, Hq, L, Dv]

@@ -7,6 +7,15 @@
 
 namespace tokred {
 
+// Of CUDA's kernels only the forward ones of a few rows hold wide heads.
+template <class Backend>
+void refuse_wide_heads(const AttentionParams& p, const char* whose) {
+  const int64_t dim = std::max(p.head_dim, p.value_dim);
+  TOKRED_CHECK(Backend::kHost || dim <= kMaxHeadDim,
+               "the head dimensions of q and v must be at most ", kMaxHeadDim, " on CUDA for ",
+               whose, ", got ", dim);
+}
+
 template <class Backend>
 std::tuple<Tensor, Tensor> run_attention(AttentionParams& p, const Tensor& q) {
   Backend backend(q);
@@ -25,7 +34,8 @@ std::tuple<Tensor, Tensor> biased_attention(const Tensor& q, const Tensor& k, co
                                             const OptionalTensor& query_position,
                                             const OptionalTensor& key_position,
                                             std::optional<double> softcap) {
-  AttentionParams p = attention_inputs<Backend>(q, k, v, key_bias, causal, scale, mask);
+  AttentionParams p =
+      attention_inputs<Backend>(q, k, v, key_bias, causal, scale, mask, kMaxWideDim);
   set_softcap(p, softcap);
   set_positions(p, query_position, key_position, q);
   return run_attention<Backend>(p, q);
@@ -94,9 +104,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> biased_attention_backward(
     bool causal, std::optional<double> scale, const OptionalTensor& mask,
     const OptionalTensor& query_position, const OptionalTensor& key_position,
     std::optional<double> softcap) {
-  AttentionParams f = attention_inputs<Backend>(q, k, v, key_bias, causal, scale, mask);
+  AttentionParams f =
+      attention_inputs<Backend>(q, k, v, key_bias, causal, scale, mask, kMaxWideDim);
   set_softcap(f, softcap);
   set_positions(f, query_position, key_position, q);
+  refuse_wide_heads<Backend>(f, "gradients");
   AttentionBackwardParams p = backward_inputs(f, grad_out, grad_lse, out, lse, q);
   return run_attention_backward<Backend>(p, q);
 }

@@ -11,9 +11,11 @@ inline void set_block_mask(AttentionParams& p, const Tensor& block_mask, int64_t
   TOKRED_CHECK(block_q >= 1, "block_q must be at least 1, got ", block_q);
   TOKRED_CHECK(block_k >= 1, "block_k must be at least 1, got ", block_k);
   const auto blocks = [](int64_t n, int64_t size) { return n / size + (n % size != 0); };
-  p.blocks.mask = broadcast_mask(
-      block_mask, "block_mask", "[B | 1, Hq | 1, ceil(L / block_q), ceil(N / block_k)]",
-      {p.batch, p.heads_q, blocks(p.queries, block_q), blocks(p.keys, block_k)}, 2, q);
+  set_mask_strides(p.blocks.mask.stride, block_mask, "block_mask",
+                   "[B | 1, Hq | 1, ceil(L / block_q), ceil(N / block_k)]",
+                   {p.batch, p.heads_q, blocks(p.queries, block_q), blocks(p.keys, block_k)}, 2, q);
+  check_dtype(block_mask, "block_mask", ScalarType::Bool);
+  p.blocks.mask.data = static_cast<const bool*>(block_mask.const_data_ptr());
   p.blocks.block_q = std::min(block_q, std::max<int64_t>(p.queries, 1));
   p.blocks.block_k = std::min(block_k, std::max<int64_t>(p.keys, 1));
 }
@@ -24,7 +26,9 @@ std::tuple<Tensor, Tensor> block_sparse_attention(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& block_mask, int64_t block_q,
     int64_t block_k, bool causal, std::optional<double> scale, const OptionalTensor& key_bias,
     const OptionalTensor& mask, std::optional<double> softcap) {
-  AttentionParams p = attention_inputs<Backend>(q, k, v, key_bias, causal, scale, mask);
+  AttentionParams p =
+      attention_inputs<Backend>(q, k, v, key_bias, causal, scale, mask, kMaxWideDim);
+  refuse_wide_heads<Backend>(p, "block_sparse_attention");
   set_softcap(p, softcap);
   set_block_mask(p, block_mask, block_q, block_k, q);
   return run_attention<Backend>(p, q);
@@ -36,7 +40,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> block_sparse_attention_backward(
     const Tensor& v, const Tensor& block_mask, int64_t block_q, int64_t block_k, const Tensor& out,
     const Tensor& lse, bool causal, std::optional<double> scale, const OptionalTensor& key_bias,
     const OptionalTensor& mask, std::optional<double> softcap) {
-  AttentionParams f = attention_inputs<Backend>(q, k, v, key_bias, causal, scale, mask);
+  AttentionParams f =
+      attention_inputs<Backend>(q, k, v, key_bias, causal, scale, mask, kMaxWideDim);
+  refuse_wide_heads<Backend>(f, "gradients");
   set_softcap(f, softcap);
   set_block_mask(f, block_mask, block_q, block_k, q);
   AttentionBackwardParams p = backward_inputs(f, grad_out, grad_lse, out, lse, q);

@@ -38,7 +38,8 @@ std::tuple<Tensor, Tensor> sparse_attention(const Tensor& q, const Tensor& k, co
                                             const OptionalTensor& rope_sin,
                                             std::optional<double> softcap) {
   SparseAttentionParams p{};
-  p.attention = attention_inputs<Backend>(q, k, v, key_bias, causal, scale, mask);
+  p.attention = attention_inputs<Backend>(q, k, v, key_bias, causal, scale, mask, kMaxWideDim);
+  if (rope_cos) refuse_wide_heads<Backend>(p.attention, "rope_cos");
   set_softcap(p.attention, softcap);
   p.lists = key_lists(p.attention, indices, block_q, q);
   p.rotation = rotation(p.attention, rope_cos, rope_sin, p.lists.length, q);
@@ -58,7 +59,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_attention_backward(
     std::optional<double> scale, const OptionalTensor& key_bias, bool causal,
     const OptionalTensor& mask, int64_t block_q, std::optional<double> softcap) {
   SparseAttentionBackwardParams p{};
-  AttentionParams f = attention_inputs<Backend>(q, k, v, key_bias, causal, scale, mask);
+  AttentionParams f =
+      attention_inputs<Backend>(q, k, v, key_bias, causal, scale, mask, kMaxWideDim);
+  refuse_wide_heads<Backend>(f, "gradients");
   set_softcap(f, softcap);
   p.backward = backward_inputs(f, grad_out, grad_lse, out, lse, q);
   p.lists = key_lists(f, indices, block_q, q);

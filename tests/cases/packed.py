@@ -183,8 +183,13 @@ class Case:
             "heads": (1, heads, 1, self.tokens),
             "full": (self.batch, heads, self.queries, self.tokens),
         }
-        shape = shapes[self.mask]
-        return None if shape is None else torch.rand(shape, generator=rng) < 0.6
+        shape = shapes[self.mask.removesuffix(" of numbers")]
+        if shape is None:
+            return None
+        visible = torch.rand(shape, generator=rng) < 0.6
+        if not self.mask.endswith("numbers"):
+            return visible
+        return torch.randn(shape, generator=rng).where(visible, -torch.inf).to(self.dtype)
 
     def make_bias(self, rng: torch.Generator) -> Tensor | None:
         if self.bias == "none":

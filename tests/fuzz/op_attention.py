@@ -26,10 +26,12 @@ def attend(
     key_bias: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention in which every query meets every key so many times [B|1, Hq|1, L, N].
 
-    A key that a query meets 0 times, or whose bias is -inf, adds nothing, whatever it holds.
+    A key that a query meets 0 times, or whose bias is -inf, adds nothing, whatever it holds. A mask
+    of numbers is added, one of bools is in the times.
     """
     (batch, heads, queries, dim), (key_heads, keys) = q.shape, k.shape[1:3]
     group = heads // max(key_heads, 1)
@@ -43,6 +45,9 @@ def attend(
         bias = key_bias.expand(-1, key_heads, -1).repeat_interleave(group, 1)[:, :, None]
         seen = seen & (bias > -torch.inf)
         logits = logits + bias
+    if mask is not None and mask.is_floating_point():
+        seen = seen & (mask > -torch.inf)
+        logits = logits + mask
     logits = logits.masked_fill(~seen, -torch.inf)
     greatest = torch.nn.functional.pad(logits.detach(), (0, 1), value=-torch.inf).amax(-1, True)
     greatest = greatest.masked_fill(greatest == -torch.inf, 0)
@@ -67,11 +72,11 @@ def seen_by(
     query_position: Tensor | None = None,
     key_position: Tensor | None = None,
 ) -> Tensor:
-    """What causal, mask and positions leave, bool [B | 1, Hq | 1, L, N]."""
+    """What causal, a bool mask and positions leave, bool [B | 1, Hq | 1, L, N]."""
     seen = torch.ones(1, 1, queries, keys, dtype=torch.bool)
     if causal:
         seen = seen & (torch.arange(keys) <= torch.arange(queries)[:, None] + keys - queries)
-    if mask is not None:
+    if mask is not None and mask.dtype == torch.bool:
         seen = seen & mask
     if query_position is not None:
         seen = seen & (key_position[:, None, None] <= query_position[:, None, :, None]).all(-1)
@@ -79,7 +84,8 @@ def seen_by(
 
 
 def biased(q: Tensor, k: Tensor, v: Tensor, **some: Any) -> tuple[Tensor, Tensor]:
-    how = {name: some.pop(name) for name in HOW if name in some}
+    how = {name: some[name] for name in (*HOW, "mask") if name in some}
+    some = {name: value for name, value in some.items() if name not in HOW}
     return attend(q, k, v, seen_by(q.shape[2], k.shape[2], **some).to(q.dtype), **how)
 
 
@@ -90,7 +96,9 @@ def blocks(
     columns = torch.arange(k.shape[2]) // block_k
     mask = block_mask[:, :, rows][..., columns]
     other = some.pop("mask", None)
-    return biased(q, k, v, mask=mask if other is None else mask & other, **some)
+    if other is not None:
+        mask = other.where(mask, -torch.inf if other.is_floating_point() else False)
+    return biased(q, k, v, mask=mask, **some)
 
 
 def lists(
@@ -105,7 +113,8 @@ def lists(
 ) -> tuple[Tensor, Tensor]:
     """Every key as often as it is listed; with rope, every place of a list as a key of its own."""
     (batch, heads, queries, _), keys = q.shape, k.shape[2]
-    how = {name: some.pop(name) for name in HOW if name in some}
+    how = {name: some[name] for name in (*HOW, "mask") if name in some}
+    some = {name: value for name, value in some.items() if name not in HOW}
     listed = indices.long().repeat_interleave(heads // max(indices.shape[1], 1), 1)
     listed = listed.repeat_interleave(min(block_q, max(queries, 1)), 2)[:, :, :queries]
     valid = (listed >= 0) & (listed < keys)
@@ -129,12 +138,14 @@ def _rotated(
     key_bias: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Query by query: the listed keys, each rotated to its place."""
     (batch, heads, queries, dim), places = q.shape, listed.shape[3]
     out, lse = q.new_zeros(batch, heads, queries, v.shape[3]), q.new_zeros(batch, heads, queries)
     cos, sin = cos[:places], sin[:places]
     group = heads // max(k.shape[1], 1)
+    mask = None if mask is None else mask.expand(batch, heads, queries, -1)
     for b in range(batch):
         for h in range(heads):
             bias = None if key_bias is None else key_bias[b % key_bias.shape[0]]
@@ -145,16 +156,18 @@ def _rotated(
                 times = (valid[b, h, i] & seen[b, h, i, row]).to(q.dtype)
                 some_bias = None if bias is None else bias[source % len(bias), row][None, None]
                 one = q[b, h, i][None, None, None], key[None, None], v[b, source, row][None, None]
-                result = attend(*one, times, some_bias, scale, softcap)
+                row_mask = None if mask is None else mask[b, h, i, row]
+                result = attend(*one, times, some_bias, scale, softcap, row_mask)
                 out[b, h, i], lse[b, h, i] = result[0][0, 0, 0], result[1][0, 0, 0]
     return out, lse
 
 
-def qkv(draw: Draw, double: bool = True) -> dict[str, Tensor]:
+def qkv(draw: Draw, double: bool = True, wide: bool = False) -> dict[str, Tensor]:
     batch, (heads, keys_heads) = draw.batch(), draw.heads()
     queries, keys, dim = draw.queries(), draw.size(), draw.channels()
     if not draw.small and draw.chance(0.06):
         keys = draw.one_of(500, 1000, 1025)
+    dim = draw.choice([257, 300, 512]) if wide else dim
     value_dim = dim if draw.chance() else draw.channels()
     dtype, plain = draw.dtype(double), draw.chance()
     shapes = {
@@ -168,7 +181,10 @@ def qkv(draw: Draw, double: bool = True) -> dict[str, Tensor]:
 def full_mask(draw: Draw, q: Tensor, keys: int) -> Tensor:
     batch, heads, queries, _ = q.shape
     shape = draw.choice([1, batch]), draw.choice([1, heads]), draw.choice([1, queries]), keys
-    return draw.mask(shape)
+    if draw.chance(0.6):
+        return draw.mask(shape)
+    numbers = draw.floats(shape, F64 if q.dtype == F64 else draw.choice([F32, q.dtype]), plain=True)
+    return numbers.where(draw.mask(shape), -torch.inf)
 
 
 def bias(draw: Draw, q: Tensor, heads: int, keys: int) -> Tensor:
@@ -192,8 +208,8 @@ def _hiding(draw: Draw, some: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def biased_arguments(draw: Draw) -> dict[str, Any]:
-    some: dict[str, Any] = qkv(draw)
+def biased_arguments(draw: Draw, wide: bool = False) -> dict[str, Any]:
+    some: dict[str, Any] = qkv(draw, wide=wide)
     some |= _hiding(draw, some)
     if draw.chance(0.3):
         columns = draw.one_of(1, 2)
@@ -203,8 +219,8 @@ def biased_arguments(draw: Draw) -> dict[str, Any]:
     return some
 
 
-def lists_arguments(draw: Draw) -> dict[str, Any]:
-    some: dict[str, Any] = qkv(draw)
+def lists_arguments(draw: Draw, wide: bool = False) -> dict[str, Any]:
+    some: dict[str, Any] = qkv(draw, wide=wide)
     some |= _hiding(draw, some)
     batch, heads, queries, dim = some["q"].shape
     block = draw.choice([1, 1, 2, 3, 16, max(1, queries), queries + 5, 2**62])
@@ -213,7 +229,7 @@ def lists_arguments(draw: Draw) -> dict[str, Any]:
     indices = draw.indices(shape, some["k"].shape[2])
     some["indices"] = indices.sort(-1).values if draw.chance(0.3) else indices
     some["block_q"] = block
-    if dim % 2 == 0 and some["q"].dtype != F64 and draw.chance(0.2):
+    if dim % 2 == 0 and not wide and some["q"].dtype != F64 and draw.chance(0.2):
         if some["q"].numel() // dim * shape[3] > 3000:
             return some
         for name in ("rope_cos", "rope_sin"):
@@ -256,12 +272,12 @@ def _wide(value: Any) -> Any:
 
 @op_case
 def biased_attention(draw: Draw) -> Case:
-    return _attention(draw, "biased_attention", biased_arguments(draw), biased)
+    return _attention(draw, "biased_attention", biased_arguments(draw, draw.chance(0.04)), biased)
 
 
 @op_case
 def sparse_attention(draw: Draw) -> Case:
-    return _attention(draw, "sparse_attention", lists_arguments(draw), lists)
+    return _attention(draw, "sparse_attention", lists_arguments(draw, draw.chance(0.04)), lists)
 
 
 @op_case

@@ -359,7 +359,7 @@ def packed_attention(draw: Draw) -> Case:
                 held = rest["lengths"].clamp(0, tokens)[:, None, None]
             last = torch.arange(queries)[:, None] + held - queries
             seen = seen & (torch.arange(tokens) <= last)[:, None]
-        seen = seen if mask is None else seen & mask
+        seen = seen if mask is None or mask.is_floating_point() else seen & mask
         times = seen.to(q.dtype).expand(batch, heads, queries, tokens)
         if indices is not None:
             listed = indices.long().repeat_interleave(heads // indices.shape[1], 1)
@@ -368,7 +368,8 @@ def packed_attention(draw: Draw) -> Case:
             counts = torch.zeros(batch, heads, queries, tokens + 1, dtype=q.dtype)
             counts.scatter_add_(3, torch.where(valid, listed, tokens), valid.to(q.dtype))
             times = times * counts[..., :tokens]
-        return attend(q, keys, values, times, key_bias, rest["scale"], rest.get("softcap"))
+        how = key_bias, rest["scale"], rest.get("softcap"), mask
+        return attend(q, keys, values, times, *how)
 
     slack = _rounding(some, k)
     names = ("q", "residual_k", "residual_v", "indices", "mask", "key_bias", "lengths", "slots")

@@ -70,7 +70,7 @@ MERGE = [
 
 Q, K = torch.zeros(2, 4, 5, 8), torch.zeros(2, 2, 7, 8)
 BIAS, MASK = torch.zeros(2, 2, 7), torch.ones(2, 4, 5, 7, dtype=torch.bool)
-WIDE = torch.zeros(1, 1, 2, 257)
+WIDE = torch.zeros(1, 1, 2, 513)
 ATTENTION = [
     (attention, (Q[0], K, K), {}, "q must have 4 dimensions"),
     (attention, (Q, K[0], K), {}, "k must have 4 dimensions"),
@@ -90,7 +90,7 @@ ATTENTION = [
     (attention, (Q, K, K), {"key_bias": BIAS.half()}, "key_bias must be float32"),
     (attention, (Q, K, K), {"key_bias": BIAS[..., :6]}, "key_bias must be"),
     (attention, (Q, K, K), {"key_bias": BIAS[:, None]}, "key_bias must"),
-    (attention, (Q, K, K), {"mask": MASK.float()}, "mask must be bool"),
+    (attention, (Q, K, K), {"mask": MASK.int()}, "mask must be bool"),
     (attention, (Q, K, K), {"mask": MASK[..., :6]}, "mask must be"),
     (attention, (Q, K, K), {"mask": MASK[0]}, "mask must"),
     (attention, (Q, K, K), {"scale": float("nan")}, "scale must be finite"),
@@ -163,7 +163,7 @@ BLOCKS = [
     (blocks, (Q, K, K, GRID, 0, 3), {}, "block_q must be at least 1"),
     (blocks, (Q, K, K, GRID, 2, -1), {}, "block_k must be at least 1"),
     (blocks, (Q, K, K[:, :1], GRID, 2, 3), {}, "v must have"),
-    (blocks, (Q, K, K, GRID, 2, 3), {"mask": MASK.float()}, "mask must be bool"),
+    (blocks, (Q, K, K, GRID, 2, 3), {"mask": MASK.int()}, "mask must be bool"),
     (blocks, (Q, K, K, GRID, 2, 3), {"key_bias": BIAS[..., :6]}, "key_bias must be"),
     (tokred.combine_states, (Q, STATE, Q[..., :4], STATE), {}, "out_b must"),
     (tokred.combine_states, (Q, STATE, Q.half(), STATE), {}, "out_b must have the dtype"),

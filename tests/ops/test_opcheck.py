@@ -42,6 +42,7 @@ def opcheck_cases() -> dict[str, tuple]:
         "attention grad": (OPS.biased_attention, (*leaves, True)),
         "attention views": (OPS.biased_attention, (heads, k, v, bias[:1, :1], False, 0.3)),
         "attention empty rows": (OPS.biased_attention, (*leaves, False, None, hidden)),
+        "attention numbers": (OPS.biased_attention, (*leaves, True, None, tokens(1, 4, 5, 7))),
     }
     for mode in ("mean", "amax", "maxnorm"):
         cases[f"merge {mode}"] = (OPS.merge, (outer, token_map, 4, size, size, mode))

@@ -163,7 +163,7 @@ def test_attention(is_float: bool) -> None:
 @pytest.mark.parametrize("is_float", [False, True])
 def test_attention_over_lists(is_float: bool) -> None:
     heads = ((1, 1), (9, 3), (32, 1), (8, 8))
-    dims = ((1, 1), (64, 64), (96, 32), (128, 128), (256, 256))
+    dims = ((1, 1), (64, 64), (96, 32), (128, 128), (256, 256), (512, 512))
     for batch, queries, (heads_q, heads_kv), (dim, value_dim) in shapes(heads, dims):
         if batch * queries * heads_q > MAX_TOKENS:
             continue

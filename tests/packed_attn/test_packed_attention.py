@@ -99,6 +99,7 @@ PREFILL += [
     replace(PAGES, queries=20, causal=True, lengths=True),
     replace(CHANNEL, queries=30, tokens=11, causal=True),
     replace(CHANNEL, queries=70, causal=True, mask="full", bias="full"),
+    replace(CHANNEL, queries=33, causal=True, mask="heads of numbers"),
     Case(queries=33, k="3 token 16 symmetric rotated", v="2 channel 32", causal=True),
 ]
 OPTIONS = [
@@ -111,6 +112,7 @@ OPTIONS = [
         ("full", "tokens"),
         ("none", "holes"),
         ("full", "holes"),
+        ("full of numbers", "holes"),
     )
     for queries in (1, 3)
 ]

@@ -65,14 +65,17 @@ class RowVisibility {
  public:
   RowVisibility(const AttentionParams& p, const ListRows& at)
       : see_(p, at.batch, at.list_head, at.heads), first_(at.first_row), rows_(at.rows),
-        all_(static_cast<uint32_t>((uint64_t{1} << at.rows) - 1)) {
+        all_(static_cast<uint32_t>((uint64_t{1} << at.rows) - 1)), ascending_(!at.indices) {
     const bool one_query = first_ / at.heads == (first_ + rows_ - 1) / at.heads;
     one_mask_ = (one_query || see_.stride_query == 0) && (at.heads == 1 || see_.stride_head == 0);
+    const int64_t (&stride)[4] = see_.pair_bias.stride;
+    one_pair_bias_ = (one_query || stride[2] == 0) && (at.heads == 1 || stride[1] == 0);
   }
 
   uint32_t all() const { return all_; }
   bool hides_nothing() const {
-    return !see_.mask && see_.positions.columns == 0 && see_.limit(first_) >= see_.keys - 1;
+    return !see_.mask && !see_.pair_bias.data && see_.positions.columns == 0 &&
+           see_.limit(first_) >= see_.keys - 1;
   }
   uint32_t operator()(int64_t key) const {
     uint32_t seen = all_;
@@ -84,11 +87,21 @@ class RowVisibility {
     } else if (see_.mask) {
       seen = keep(seen, [&](int64_t row) { return *see_.row_mask(row, key); });
     }
+    if (see_.pair_bias.data && one_pair_bias_) {
+      if (see_.pair_bias_hides(first_, key, key)) return 0;
+    } else if (see_.pair_bias.data) {
+      seen = keep(seen, [&](int64_t row) { return !see_.pair_bias_hides(row, key, key); });
+    }
     for (int64_t column = 0; column < see_.positions.columns; ++column) {
       const int32_t position = see_.key_position(key)[column];
       seen = keep(seen, [&](int64_t row) { return position <= see_.query_position(row)[column]; });
     }
     return seen;
+  }
+  // Adds to the logits of the row-th row what a float mask says of these keys.
+  template <class Acc>
+  void add_pair_bias(int64_t row, const int32_t* key, int64_t count, Acc* logits) const {
+    if (see_.pair_bias.data) bias_row(see_, first_ + row, key, count, ascending_, logits);
   }
 
  private:
@@ -103,7 +116,7 @@ class RowVisibility {
   Visibility see_;
   int64_t first_, rows_;
   uint32_t all_;
-  bool one_mask_;
+  bool ascending_, one_mask_, one_pair_bias_;
 };
 
 // Up to kGather entries of a list that some row sees and whose bias is not -inf.
@@ -135,7 +148,8 @@ struct KeyBatch {
 
   // Products [row][kGather] to logits: softcap and biases, -inf where a row does not see a key and
   // behind the last. Where slopes is given a softcap leaves its derivatives there.
-  void finish_logits(int64_t rows, double softcap, Acc* logits, Acc* slopes = nullptr) const {
+  void finish_logits(const RowVisibility& visibility, int64_t rows, double softcap, Acc* logits,
+                     Acc* slopes = nullptr) const {
     for (int64_t row = 0; row < rows && softcap > 0; ++row) {
       cap_logits(
           logits + row * kGather, divide_up(count, kLanes), softcap,
@@ -145,6 +159,7 @@ struct KeyBatch {
       for (int64_t i = 0; i < count && !plain; i += kLanes) {
         store(logits + i, load(logits + i) + load(bias + i));
       }
+      if (!plain) visibility.add_pair_bias(row, key, count, logits);
       for (int64_t i = count; i < whole_lanes(count); ++i) logits[i] = -kInfinity<Acc>;
       if (seen_by_all) continue;
       for (int64_t i = 0; i < count; ++i) {

@@ -102,6 +102,9 @@ struct Forward {
           cap_logits(tile_logits, block.count, p.softcap,
                      [&](int64_t key) { return splat(block.bias[key]); });
         }
+        if (see.pair_bias.data) {
+          bias_listed_keys(see, block.index, block.count, panel_row(panel + i), tile_logits);
+        }
         if (coverage[panel + i] == Coverage::some) {
           hide_keys<T>(see, block, panel_row(panel + i), tile_logits);
         }

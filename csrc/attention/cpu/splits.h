@@ -103,7 +103,7 @@ void run_splits(const AttentionParams& p, const KeyLists& lists, const Parallel&
     parallel_tasks(parallel, list_tasks.count, [&](int64_t task, int64_t) {
       const ListRows at = list_tasks(p, lists, task);
       if (at.rows == 0) return;
-      alignas(64) Acc memory[2][Partial<Acc>::numbers(kMaxRows, kMaxHeadDim)];
+      alignas(64) Acc memory[2][Partial<Acc>::numbers(kMaxRows, kMaxWideDim)];
       Partial<Acc> result(memory[0], at.rows, p.value_dim), next(memory[1], at.rows, p.value_dim);
       run(at, 0, result);
       for (int64_t split = 1; split < splits; ++split) {

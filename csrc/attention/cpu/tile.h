@@ -4,7 +4,7 @@
 // register width.
 #pragma once
 
-#include "attention/cpu/visibility.h"
+#include "attention/cpu/pair_bias.h"
 #include "common/cpu/register_tile.h"
 #include "common/cpu/row.h"
 #include "common/cpu/vexp.h"
@@ -13,13 +13,15 @@
 namespace tokred::TOKRED_ISA {
 
 inline constexpr int64_t kMaxPanels = 8;
-// The numbers of all panels of a task: 128 rows of up to 128 dimensions, or 64 rows of up to 256.
+// The numbers of all panels of a task: 128 rows of up to 128 dimensions, 64 rows of up to 256, or
+// 32 rows of up to 512.
 inline constexpr int64_t kPanelNumbers = kMaxPanels * kLanes * 128;
 
 // Panels that a task owns, fewer where the threads would otherwise go idle. Results do not depend
 // on it: panels share nothing but the blocks they read.
 inline int64_t panels_per_task(const AttentionParams& p, int64_t rows, int64_t threads) {
-  int64_t panels = p.head_dim <= 128 && p.value_dim <= 128 ? kMaxPanels : kMaxPanels / 2;
+  const int64_t dim = max(p.head_dim, p.value_dim);
+  int64_t panels = dim <= 128 ? kMaxPanels : dim <= 256 ? kMaxPanels / 2 : kMaxPanels / 4;
   while (panels > 2 && p.batch * p.heads_kv * divide_up(rows, panels * kLanes) < 4 * threads) {
     panels /= 2;
   }
@@ -97,7 +99,7 @@ TOKRED_INLINE void unpack_row(const Accumulator<T>* from, int64_t dim, Accumulat
 template <class T, class Row>
 TOKRED_INLINE void pack_panel(const Row& row, int64_t dim, Accumulator<T> scale,
                               Accumulator<T>* panel) {
-  alignas(64) Accumulator<T> rows[kLanes * kMaxHeadDim];
+  alignas(64) Accumulator<T> rows[kLanes * kMaxWideDim];
   for (int lane = 0; lane < kLanes; ++lane) {
     Accumulator<T>* to = rows + lane * dim;
     if (const T* from = row(lane)) {
@@ -114,7 +116,7 @@ TOKRED_INLINE void pack_panel(const Row& row, int64_t dim, Accumulator<T> scale,
 template <class T, class Row>
 TOKRED_INLINE void unpack_panel(const Accumulator<T>* panel, int64_t count, int64_t dim,
                                 Accumulator<T> scale, const Row& row) {
-  alignas(64) Accumulator<T> rows[kLanes * kMaxHeadDim];
+  alignas(64) Accumulator<T> rows[kLanes * kMaxWideDim];
   transpose(panel, dim, kLanes, rows);
   for (int64_t lane = 0; lane < count; ++lane) unpack_row(rows + lane * dim, dim, scale, row(lane));
 }
@@ -165,8 +167,8 @@ struct KeyBlock {
   int64_t count, first, last;
   int64_t index[kBlock];  // of the keys, ascending
   alignas(64) Acc bias[kBlock];
-  alignas(64) Acc k[kBlock * kMaxHeadDim];
-  alignas(64) Acc v[kBlock * kMaxHeadDim];
+  alignas(64) Acc k[kBlock * kMaxWideDim];
+  alignas(64) Acc v[kBlock * kMaxWideDim];
 
   // Takes the keys from `key` on that some row may see; returns where to go on. Keys of bias -inf,
   // and those that `hidden` hides, are left out.

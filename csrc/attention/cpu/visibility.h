@@ -5,6 +5,7 @@
 #include "attention/params.h"
 #include "common/cpu/simd.h"
 #include "common/cpu/sizes.h"
+#include "common/cpu/storage.h"
 
 namespace tokred::TOKRED_ISA {
 
@@ -17,6 +18,21 @@ inline constexpr int kBlock = 96;
 inline int64_t row_group(const AttentionParams& p) {
   const bool by_head = p.blocks.mask.data && p.blocks.mask.stride[1] != 0;
   return by_head ? 1 : p.heads_q / p.heads_kv;
+}
+
+// f(data) with the numbers in their type: Acc, or a half-precision one.
+template <class Acc, class F>
+TOKRED_INLINE void visit_pair_bias(const PairBias& bias, const F& f) {
+  if constexpr (sizeof(Acc) == sizeof(float)) {
+    if (bias.dtype == DType::bf16) return f(static_cast<const bf16*>(bias.data));
+    if (bias.dtype == DType::f16) return f(static_cast<const f16*>(bias.data));
+  }
+  f(static_cast<const Acc*>(bias.data));
+}
+
+template <class T>
+TOKRED_INLINE bool is_minus_infinity(T x) {
+  return to_float(x) == -kInfinity<Accumulator<T>>;
 }
 
 enum class Coverage { none, some, all };
@@ -65,22 +81,25 @@ TOKRED_INLINE int64_t choose_visible(const BlockLine& line, int64_t i, int64_t e
 struct Visibility {
   const bool* mask;
   int64_t stride_head, stride_query, stride_key;
+  PairBias pair_bias;  // see pair_offset()
   int64_t group, rows, keys;
   int64_t first_limit;  // the last key that query 0 sees; every later query sees one more
   bool causal;
   PositionTables positions;
   const bool* blocks;   // of block_rows rows by block_keys keys
   int64_t stride_block_row, stride_block_key, block_rows = 1, block_keys = 1;
+  int64_t first_pair;  // of pair_bias
   BlockLine key_blocks, row_blocks;  // the row or column of `blocks` that a strip lies in
 
   Visibility(const AttentionParams& p, int64_t batch, int64_t head, int64_t heads)
       : mask(p.mask.data), stride_head(p.mask.stride[1]), stride_query(p.mask.stride[2]),
-        stride_key(p.mask.stride[3]), group(heads), rows(p.queries * group), keys(p.keys),
-        first_limit(p.keys - p.queries), causal(p.causal), positions(p.positions),
+        stride_key(p.mask.stride[3]), pair_bias(p.pair_bias), group(heads), rows(p.queries * group),
+        keys(p.keys), first_limit(p.keys - p.queries), causal(p.causal), positions(p.positions),
         blocks(p.blocks.mask.data), stride_block_row(p.blocks.mask.stride[2]),
         stride_block_key(p.blocks.mask.stride[3]) {
     const int64_t first_head = head * group;
     if (mask) mask += batch * p.mask.stride[0] + first_head * stride_head;
+    first_pair = batch * p.pair_bias.stride[0] + first_head * p.pair_bias.stride[1];
     if (positions.columns > 0) {
       positions.query += batch * positions.query_stride_batch;
       positions.key += batch * positions.key_stride_batch;
@@ -123,6 +142,27 @@ struct Visibility {
   const bool* row_mask(int64_t row, int64_t key) const {
     return mask + row / group * stride_query + row % group * stride_head + key * stride_key;
   }
+  // Where pair_bias has the number of a pair.
+  int64_t pair_offset(int64_t row, int64_t key) const {
+    const int64_t (&stride)[4] = pair_bias.stride;
+    return first_pair + row % group * stride[1] + row / group * stride[2] + key * stride[3];
+  }
+  // Whether that is -inf for a row and all keys first .. last.
+  bool pair_bias_hides(int64_t row, int64_t first_key, int64_t last_key) const {
+    const auto hides = [&]<class T>(const T* data) {
+      const T* number = data + pair_offset(row, first_key);
+      const int64_t stride = pair_bias.stride[3];
+      int64_t key = first_key;
+      for (; key <= last_key && is_minus_infinity(*number); ++key) number += stride;
+      return key > last_key;
+    };
+    switch (pair_bias.dtype) {
+      case DType::bf16: return hides(static_cast<const bf16*>(pair_bias.data));
+      case DType::f16: return hides(static_cast<const f16*>(pair_bias.data));
+      case DType::f64: return hides(static_cast<const double*>(pair_bias.data));
+      default: return hides(static_cast<const float*>(pair_bias.data));
+    }
+  }
   const bool* block_row(int64_t row) const { return blocks + row / block_rows * stride_block_row; }
   const int32_t* query_position(int64_t row) const {
     return positions.query + row / group * positions.query_stride_token;
@@ -136,13 +176,22 @@ struct Visibility {
                     int64_t last_key) const {
     if (first_key > limit(last_row)) return Coverage::none;
     Coverage result = last_key <= limit(first_row) ? Coverage::all : Coverage::some;
-    if (!masks_pairs() && !blocks_pairs() && positions.columns == 0) return result;
+    if (!masks_pairs() && !pair_bias.data && !blocks_pairs() && positions.columns == 0) {
+      return result;
+    }
     // Wide only where most of it is not packed.
     if (last_key - first_key >= 4 * kBlock || last_row - first_row >= 4 * kBlock) {
       return Coverage::some;
     }
     if (masks_pairs()) {
       result = both(result, coverage_by_mask(first_row, last_row, first_key, last_key));
+    }
+    if (pair_bias.data) {
+      bool hidden = true;
+      for (int64_t row = first_row; hidden && row <= last_row; ++row) {
+        hidden = pair_bias_hides(row, first_key, last_key);
+      }
+      if (hidden) return Coverage::none;
     }
     if (blocks_pairs()) {
       result = both(result, coverage_by_blocks(first_row, last_row, first_key, last_key));

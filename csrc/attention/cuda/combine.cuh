@@ -7,16 +7,18 @@ namespace tokred::cuda::attention {
 
 inline constexpr int kCombineWarps = kCombineThreads / kWarp;
 
+// Of rows of up to kDim columns.
+template <int kDim>
 struct CombineShared {
-  float out[kCombineWarps][kMaxHeadDim];
+  float out[kCombineWarps][kDim];
   float sum[kCombineWarps];
 };
 
 // One row of a row tile. Warp w adds up splits w, w + kCombineWarps, ..; then come the warps.
-template <class T>
+template <class T, int kDim = 256>
 __global__ void __launch_bounds__(kCombineThreads)
     combine_splits_kernel(const __grid_constant__ DecodeParams p) {
-  auto& shared = shared_memory<CombineShared>();
+  auto& shared = shared_memory<CombineShared<kDim>>();
   const AttentionParams& a = p.sparse.attention;
   const int64_t local = blockIdx.x / p.tile_rows, row = blockIdx.x % p.tile_rows;
   const int64_t row_tiles = gridDim.x / p.tile_rows, slot = local * p.splits * p.tile_rows + row;
@@ -30,7 +32,7 @@ __global__ void __launch_bounds__(kCombineThreads)
   top = warp_max(top);
   const float base = top == -kInfinity ? 0.0f : top;
 
-  constexpr int kColumns = kMaxHeadDim / kWarp;
+  constexpr int kColumns = kDim / kWarp;
   float out[kColumns] = {}, sum = 0.0f;
 #pragma unroll 4
   for (int64_t s = warp_id(); s < p.splits; s += kCombineWarps) {
@@ -49,16 +51,19 @@ __global__ void __launch_bounds__(kCombineThreads)
   if (lane_id() == 0) shared.sum[warp_id()] = sum;
   __syncthreads();
 
-  const int column = static_cast<int>(threadIdx.x);
-  if (column >= a.value_dim) return;
-  float total = 0.0f, weights = 0.0f;
 #pragma unroll
-  for (int w = 0; w < kCombineWarps; ++w) {
-    total += shared.out[w][column];
-    weights += shared.sum[w];
+  for (int first = 0; first < kDim; first += kCombineThreads) {
+    const int column = first + static_cast<int>(threadIdx.x);
+    if (column >= a.value_dim) return;
+    float total = 0.0f, weights = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kCombineWarps; ++w) {
+      total += shared.out[w][column];
+      weights += shared.sum[w];
+    }
+    store_result<T>(a, row_tile.list.view, row_tile.first_row + static_cast<uint32_t>(row), column,
+                    top, weights, total);
   }
-  store_result<T>(a, row_tile.list.view, row_tile.first_row + static_cast<uint32_t>(row), column,
-                  top, weights, total);
 }
 
 }  // namespace tokred::cuda::attention

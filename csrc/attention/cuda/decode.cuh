@@ -254,8 +254,9 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       load_left(left, shared.query, 0, 16 * k);
       return left;
     });
-    list_logits(weights, stage.slots, shared.visibility, a, row_tile.list.view.batch, scale,
-                per_row_mask, [](int, int h) { return h * 8 + lane_id() / 4; });
+    list_logits<typename C::T>(weights, stage.slots, shared.visibility, a, row_tile.list.view.batch,
+                               scale, per_row_mask,
+                               [](int, int h) { return h * 8 + lane_id() / 4; });
     to_weights(weights, state);
     accumulate(state.out, weights, stage.value);
   }

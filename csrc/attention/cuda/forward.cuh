@@ -175,8 +175,7 @@ struct ForwardRows {
     if (thread >= C::kRows) return;
     const uint32_t row = min(first_row + thread, view.rows - 1);
     shared.last_key[thread] = view.last_key(p, row);
-    shared.mask_offset[thread] =
-        p.mask.data && !masks_keys_only(p) ? view.mask_offset(p.mask, row) : 0;
+    shared.mask_offset[thread] = view.mask_offset(p, row);
   }
 
  private:
@@ -196,7 +195,8 @@ struct ForwardRows {
     const int64_t end = max(view.last_key(p, last_row) + 1, 0);
     tiles = static_cast<uint32_t>((end + C::kKeys - 1) / C::kKeys);
     const int whole = max(view.last_key(p, first_row) + 1, 0) / C::kKeys;
-    const bool by_pair = p.mask.data || (C::kSparse && p.positions.columns > 0);
+    const bool by_pair =
+        p.mask.data || (C::kSparse && (p.positions.columns > 0 || p.pair_bias.data));
     whole_tiles = by_pair ? 0 : static_cast<uint32_t>(whole);
   }
 };
@@ -223,6 +223,32 @@ __device__ __forceinline__ auto find_hidden(const ForwardRows<C>& rows,
                [](const bool* row, int64_t column) { return row[column]; });
   }
   return hidden;
+}
+
+// Adds the numbers of pairs to a tile of logits, where those of hidden pairs are -inf.
+template <class C, class Shared>
+__device__ __forceinline__ void add_pair_bias(float (&logit)[C::kRowTiles][C::kKeys / 8][4],
+                                              const Shared& shared, const AttentionParams& p,
+                                              uint32_t tile) {
+  const int64_t first_key = int64_t{tile} * C::kKeys + lane_id() % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < C::kRowTiles; ++i) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int64_t offset = shared.mask_offset[lane_row<C>(i, h)];
+#pragma unroll
+      for (int j = 0; j < C::kKeys / 8; ++j) {
+        const int64_t key = optimization_barrier(first_key) + 8 * j;
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& x = logit[i][j][2 * h + e];
+          if (x != -kInfinity) {
+            x = with_pair_bias<typename C::T>(x, p.pair_bias, offset, key + e);
+          }
+        }
+      }
+    }
+  }
 }
 
 // Products to logits, by what `shared` has of the tile and of the rows: bias, last_key and
@@ -253,7 +279,7 @@ __device__ __forceinline__ void to_logits(float (&product)[C::kRowTiles][C::kKey
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int last_key = shared.last_key[lane_row<C>(i, h)];
-      const bool* mask = p.mask.data + shared.mask_offset[lane_row<C>(i, h)];
+      const int64_t offset = shared.mask_offset[lane_row<C>(i, h)];
 #pragma unroll
       for (int j = 0; j < C::kKeys / 8; ++j) {
 #pragma unroll
@@ -262,11 +288,14 @@ __device__ __forceinline__ void to_logits(float (&product)[C::kRowTiles][C::kKey
           const int64_t key = int64_t{tile} * C::kKeys + column;
           const bool visible = bias[column] != -kInfinity && key <= last_key &&
                                !hidden.at(i, h, j, e) &&
-                               (!by_query || mask[key * p.mask.stride[3]]);
+                               (!by_query || p.mask.data[offset + key * p.mask.stride[3]]);
           if (!visible) product[i][j][2 * h + e] = -kInfinity;
         }
       }
     }
+  }
+  if constexpr (C::kSparse) {
+    if (p.pair_bias.data) add_pair_bias<C>(product, shared, p, tile);
   }
 }
 

@@ -79,8 +79,7 @@ struct RowVisibility {
 
 __device__ __forceinline__ RowVisibility row_visibility(const AttentionParams& p,
                                                         const HeadView& view, uint32_t row) {
-  RowVisibility visibility{0, view.last_key(p, row), {0, 0}};
-  if (p.mask.data && !masks_keys_only(p)) visibility.mask_offset = view.mask_offset(p.mask, row);
+  RowVisibility visibility{view.mask_offset(p, row), view.last_key(p, row), {0, 0}};
   if (p.positions.columns > 0) {
     visibility.position = query_position(p.positions, view.batch, view.query(row));
   }
@@ -177,7 +176,8 @@ struct KeyStream : ListStream<int64_t, KeyLookUp> {
 
 // Products to logits, for kRowTiles tiles of rows and a tile of keys; row(i, h) is the row of the
 // block that half h of row tile i is. Only `per_row_mask` blocks have rows that see different keys.
-template <int kRowTiles, int kKeys, class Row>
+// T is the type of q.
+template <class T, int kRowTiles, int kKeys, class Row>
 __device__ __forceinline__ void list_logits(float (&product)[kRowTiles][kKeys / 8][4],
                                             const KeySlots<kKeys>& slots,
                                             const RowVisibility* visibility,
@@ -210,6 +210,23 @@ __device__ __forceinline__ void list_logits(float (&product)[kRowTiles][kKeys / 
           const int key = slots.key[8 * j + first_column + e];
           if (key < 0 || !sees(p, batch, row_visibility, key))
             product[i][j][2 * h + e] = -kInfinity;
+        }
+      }
+    }
+  }
+  if (!p.pair_bias.data) return;
+#pragma unroll
+  for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int64_t offset = visibility[row(i, h)].mask_offset;
+#pragma unroll
+      for (int j = 0; j < kKeys / 8; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& x = product[i][j][2 * h + e];
+          if (x == -kInfinity) continue;
+          x = with_pair_bias<T>(x, p.pair_bias, offset, slots.key[8 * j + first_column + e]);
         }
       }
     }

@@ -38,7 +38,8 @@ constexpr int forward_head_dim(int64_t dim, bool is_float) {
 }
 // The value columns that one block sums; a larger Dv is shared out, where registers are short.
 constexpr int forward_value_dim(int dim, bool is_float) {
-  return is_float && dim > 128 ? 128 : dim;
+  if (is_float) return dim > 128 ? 128 : dim;
+  return dim > 256 ? 256 : dim;
 }
 // The compiled head size of all kernels but the dense forward ones.
 constexpr int padded_head_dim(int64_t dim) { return dim <= 64 ? 64 : dim <= 128 ? 128 : 256; }
@@ -98,6 +99,8 @@ struct AttentionShape {
   bool by_head = false;  // query heads have blocks of rows of their own: rows do not interleave
 
   constexpr int64_t dim() const { return head_dim > value_dim ? head_dim : value_dim; }
+  // Wide heads have a kernel for a few rows only, which takes all rows that many at a time.
+  constexpr bool is_wide() const { return dim() > 256; }
   // Of a key head.
   constexpr int64_t row_blocks(int rows) const {
     const int64_t group = heads_q / heads_kv;

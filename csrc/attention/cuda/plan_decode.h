@@ -39,16 +39,18 @@ struct DecodeTiles {
   constexpr int threads() const { return 32 * warps; }
 };
 constexpr DecodeTiles decode_tiles(int dim, bool is_float) {
-  if (is_float) return {dim <= 128 ? 4 : 2, dim <= 64 ? 3 : 2};
-  return {4, dim <= 64 ? 4 : dim <= 128 ? 3 : 2};
+  if (is_float) return {dim <= 128 ? 4 : dim <= 256 ? 2 : 1, dim <= 64 ? 3 : 2};
+  return {dim <= 256 ? 4 : 2, dim <= 64 ? 4 : dim <= 128 ? 3 : 2};
 }
+// The compiled head size.
+constexpr int decode_head_dim(int64_t dim) { return dim <= 256 ? padded_head_dim(dim) : 512; }
 
 constexpr int64_t decode_shared_bytes(int dim, bool is_float) {
   const DecodeTiles t = decode_tiles(dim, is_float);
   const int value_dim = forward_value_dim(dim, is_float);
-  const int64_t stage = is_float
-                            ? int64_t{4} * kDecodeKeys * (raw_pitch(dim) + raw_pitch(value_dim))
-                            : 2 * tile_bytes(dim, kDecodeKeys, 1);
+  const int64_t stage =
+      is_float ? int64_t{4} * kDecodeKeys * (raw_pitch(dim) + raw_pitch(value_dim))
+               : tile_bytes(dim, kDecodeKeys, 1) + tile_bytes(value_dim, kDecodeKeys, 1);
   return tile_bytes(dim, kDecodeRows, is_float ? 3 : 1) +
          t.warps * t.stages * (stage + 8 * kDecodeKeys) + (24 + 8 * t.warps) * kDecodeRows;
 }
@@ -56,7 +58,7 @@ constexpr int64_t decode_shared_bytes(int dim, bool is_float) {
 // Whether so few rows share their keys that splitting the keys is what fills the device. Where a
 // head has many lists they fill it too, and more than one tile of rows is better kept together.
 constexpr bool is_decode(const ListShape& s) {
-  return s.rows() <= (s.lists() == 1 ? kMaxDecodeRows : kDecodeRows);
+  return s.attention.is_wide() || s.rows() <= (s.lists() == 1 ? kMaxDecodeRows : kDecodeRows);
 }
 
 // Splits and their length both grow with the square root of the keys: 16 splits of 128 keys for
@@ -99,7 +101,7 @@ constexpr int64_t decode_workspace_bytes(const ListShape& s) {
 // multiprocessor; the partial results take 2 MB. With lists of 2048 keys: 8 x 16 = 128 blocks.
 constexpr LaunchPlan plan_decode(const ListShape& s, int64_t row_tiles) {
   const AttentionShape& a = s.attention;
-  const int dim = padded_head_dim(a.dim());
+  const int dim = decode_head_dim(a.dim());
   const int64_t parts = divide_up(a.value_dim, forward_value_dim(dim, a.is_float));
   return {{row_tiles, decode_splits(s.length), parts},
           decode_tiles(dim, a.is_float).threads(),
@@ -107,11 +109,13 @@ constexpr LaunchPlan plan_decode(const ListShape& s, int64_t row_tiles) {
 }
 
 // A block for each row. The example above: 32 blocks of 8 warps that share out the splits.
-constexpr int64_t combine_shared_bytes() { return 4 * (kCombineThreads / 32) * (256 + 1); }
+constexpr int64_t combine_shared_bytes(int dim = 256) {
+  return 4 * (kCombineThreads / 32) * (dim + 1);
+}
 constexpr LaunchPlan plan_combine(const ListShape& s, int64_t row_tiles) {
   return {{decode_splits(s.length) == 1 ? 0 : row_tiles * decode_tile_rows(s), 1, 1},
           kCombineThreads,
-          combine_shared_bytes()};
+          combine_shared_bytes(s.attention.is_wide() ? 512 : 256)};
 }
 
 // Over lists, more rows than decode takes: a block for tiles.rows() rows of one list and a part of

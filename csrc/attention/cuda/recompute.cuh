@@ -1,6 +1,6 @@
 // Recomputes the rows of attention whose result is NaN. In the tiles of the other kernels a hidden
 // key has weight 0, and 0 times infinity or NaN is NaN; here a warp takes only the visible pairs of
-// a row, one at a time. A row lies across a warp, eight neighbours to a lane.
+// a row, one at a time. A row lies across a warp, eight neighbours to a lane, of every 256.
 #pragma once
 
 #include "attention/cuda/keys.cuh"
@@ -8,12 +8,24 @@
 
 namespace tokred::cuda::attention {
 
-using LaneRow = float[1][8];
+// kParts of 256 numbers of a row, as a lane has them.
+template <int kParts>
+using LaneRows = float[kParts][8];
+using LaneRow = LaneRows<1>;
 
-template <class T>
-__device__ __forceinline__ void load_row(LaneRow& x, const T* row, int64_t dim) {
-  const T* rows[1] = {row};
-  load_rows(x, rows, 8 * lane_id(), static_cast<int>(dim), false);
+__device__ __forceinline__ int lane_channel(int part, int i) {
+  return 256 * part + 8 * lane_id() + i;
+}
+template <class T, int kParts>
+__device__ __forceinline__ void load_row(LaneRows<kParts>& x, const T* row, int64_t dim) {
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+    const T* rows[1] = {row};
+    LaneRow some;
+    load_rows(some, rows, lane_channel(part, 0), static_cast<int>(dim), false);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[part][i] = some[0][i];
+  }
 }
 template <class T>
 __device__ __forceinline__ const T* row_of(const HeadTensor& t, int64_t batch, int64_t head,
@@ -21,32 +33,38 @@ __device__ __forceinline__ const T* row_of(const HeadTensor& t, int64_t batch, i
   return static_cast<const T*>(t.data) + batch * t.stride_batch + head * t.stride_head +
          token * t.stride_token;
 }
-template <class T>
-__device__ __forceinline__ void store_row(T* row, int64_t dim, const LaneRow& x, float factor) {
+template <class T, int kParts>
+__device__ __forceinline__ void store_row(T* row, int64_t dim, const LaneRows<kParts>& x,
+                                          float factor) {
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    if (8 * lane_id() + i < dim) row[8 * lane_id() + i] = from_float<T>(x[0][i] * factor);
+  for (int i = 0; i < 8 * kParts; ++i) {
+    const int channel = lane_channel(i / 8, i % 8);
+    if (channel < dim) row[channel] = from_float<T>(x[i / 8][i % 8] * factor);
   }
 }
-template <class T>
+template <int kParts = 1, class T>
 __device__ __forceinline__ bool has_nan(const T* row, int64_t dim) {
-  LaneRow x;
+  LaneRows<kParts> x;
   load_row(x, row, dim);
   bool nan = false;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) nan = nan || x[0][i] != x[0][i];
+  for (int i = 0; i < 8 * kParts; ++i) nan = nan || x[i / 8][i % 8] != x[i / 8][i % 8];
   return __any_sync(kAllLanes, nan);
 }
-__device__ __forceinline__ float dot(const LaneRow& x, const LaneRow& y) {
+template <int kParts>
+__device__ __forceinline__ float dot(const LaneRows<kParts>& x, const LaneRows<kParts>& y) {
   float sum = 0.0f;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) sum = fmaf(x[0][i], y[0][i], sum);
+  for (int i = 0; i < 8 * kParts; ++i) sum = fmaf(x[i / 8][i % 8], y[i / 8][i % 8], sum);
   return warp_sum(sum);
 }
 // x += weight y
-__device__ __forceinline__ void add(LaneRow& x, float weight, const LaneRow& y) {
+template <int kParts>
+__device__ __forceinline__ void add(LaneRows<kParts>& x, float weight, const LaneRows<kParts>& y) {
 #pragma unroll
-  for (int i = 0; i < 8; ++i) x[0][i] = fmaf(weight, y[0][i], x[0][i]);
+  for (int i = 0; i < 8 * kParts; ++i) {
+    x[i / 8][i % 8] = fmaf(weight, y[i / 8][i % 8], x[i / 8][i % 8]);
+  }
 }
 
 // f(lane) for every lane that says `visible`, in order.
@@ -63,8 +81,10 @@ __device__ __forceinline__ int64_t divide(int64_t x, int64_t by) {
 }
 
 // Keys of memory, or of a list of them, as one query row sees them.
-template <class T>
+template <class T, int kRowParts = 1>
 struct PlainKeys {
+  static constexpr int kParts = kRowParts;
+  using Row = LaneRows<kParts>;
   struct Found {
     int key;  // -1 for none
     float bias;
@@ -92,11 +112,17 @@ struct PlainKeys {
       : PlainKeys(p.attention, p.lists, p.rotation, batch, head, query) {}
 
   __device__ int64_t length() const { return lists.length; }
+  // Of the key, and of the pair.
   __device__ float bias_of(int64_t key) const {
-    if (!a.key_bias) return 0.0f;
-    return kLog2E * static_cast<const float*>(
-                        a.key_bias)[batch * a.bias_stride_batch + kv_head * a.bias_stride_head +
-                                    key * a.bias_stride_key];
+    float bias = 0.0f;
+    if (a.key_bias) {
+      bias = kLog2E * static_cast<const float*>(
+                          a.key_bias)[batch * a.bias_stride_batch + kv_head * a.bias_stride_head +
+                                      key * a.bias_stride_key];
+    }
+    const int64_t (&stride)[4] = a.pair_bias.stride;
+    return with_pair_bias<T>(bias, a.pair_bias,
+                             batch * stride[0] + head * stride[1] + query * stride[2], key);
   }
   __device__ bool sees_key(int64_t key) const {
     if (key < 0 || key >= a.keys) return false;
@@ -120,16 +146,16 @@ struct PlainKeys {
     return {static_cast<int>(key), bias_of(key)};
   }
 
-  __device__ void rotate_query(LaneRow&) const {}
-  __device__ void rotate_out(LaneRow&) const {}
-  __device__ void load_key(LaneRow& x, const Found& found, int64_t position) const {
+  __device__ void rotate_query(Row&) const {}
+  __device__ void rotate_out(Row&) const {}
+  __device__ void load_key(Row& x, const Found& found, int64_t position) const {
     const T* row = row_of<T>(a.k, batch, kv_head, found.key);
     load_row(x, row, a.head_dim);
-    if (!rotation.cos) return;
+    if (kParts > 1 || !rotation.cos) return;  // wide heads are never rotated
     const int64_t half = a.head_dim / 2;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const int64_t d = 8 * lane_id() + i, angle = d < half ? d : d - half;
+      const int64_t d = lane_channel(0, i), angle = d < half ? d : d - half;
       if (d >= a.head_dim) continue;
       const float other = to_float(row[d < half ? d + half : angle]) *
                           rotation.sin[position * rotation.sin_stride + angle];
@@ -137,7 +163,7 @@ struct PlainKeys {
                      d < half ? -other : other);
     }
   }
-  __device__ void load_value(LaneRow& x, const Found& found) const {
+  __device__ void load_value(Row& x, const Found& found) const {
     load_row(x, row_of<T>(a.v, batch, kv_head, found.key), a.value_dim);
   }
 };
@@ -163,9 +189,10 @@ __global__ void __launch_bounds__(256, 1)
   T* out = static_cast<T*>(a.out) + at.batch * a.out_stride_batch + at.head * a.out_stride_head +
            at.query * a.out_stride_token;
   float* lse = static_cast<float*>(a.lse) + at.flat;
-  if (*lse == *lse && (marked || !has_nan(out, a.value_dim))) return;
+  constexpr int kParts = Keys::kParts;
+  if (*lse == *lse && (marked || !has_nan<kParts>(out, a.value_dim))) return;
   const Keys keys(p, at.batch, at.head, at.query);
-  LaneRow q, sum = {};
+  LaneRows<kParts> q, sum = {};
   load_row(q, row_of<T>(a.q, at.batch, at.head, at.query), a.head_dim);
   keys.rotate_query(q);
   float top = -kInfinity, total = 0.0f;
@@ -173,7 +200,7 @@ __global__ void __launch_bounds__(256, 1)
     const auto mine = keys.find(first + lane_id());
     each_visible(mine.key >= 0, [&](int lane) {
       const auto found = mine.of(lane);
-      LaneRow x;
+      LaneRows<kParts> x;
       keys.load_key(x, found, first + lane);
       float product = dot(q, x);
       cap_product(product, a);
@@ -183,7 +210,7 @@ __global__ void __launch_bounds__(256, 1)
       top = next;
       total = fmaf(total, shrink, weight);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) sum[0][i] *= shrink;
+      for (int i = 0; i < 8 * kParts; ++i) sum[i / 8][i % 8] *= shrink;
       if (weight == 0.0f) return;
       keys.load_value(x, found);
       add(sum, weight, x);

@@ -59,9 +59,11 @@ struct HeadView {
   __device__ int64_t flat_row(const AttentionParams& p, uint32_t row) const {
     return (batch * p.heads_q + query_head(row)) * p.queries + query(row);
   }
-  // Where a row of a mask that differs by query lies.
-  __device__ int64_t mask_offset(const MaskView& mask, uint32_t row) const {
-    return batch * mask.stride[0] + query_head(row) * mask.stride[1] + query(row) * mask.stride[2];
+  // Where a row lies in a mask that differs by query, or in numbers for pairs. 0 without either.
+  __device__ int64_t mask_offset(const AttentionParams& p, uint32_t row) const {
+    if (masks_keys_only(p)) return 0;
+    const int64_t (&stride)[4] = p.pair_bias.data ? p.pair_bias.stride : p.mask.stride;
+    return batch * stride[0] + query_head(row) * stride[1] + query(row) * stride[2];
   }
   // The last key that a row sees under the causal rule.
   __device__ int last_key(const AttentionParams& p, uint32_t row) const {
@@ -152,12 +154,37 @@ __host__ __device__ __forceinline__ bool hides_pairs(const AttentionParams& p) {
 
 // Whether biased_attention needs the kernels of these, which dense attention has no room for.
 __host__ __device__ __forceinline__ bool is_general(const AttentionParams& p) {
-  return hides_pairs(p) || p.softcap > 0;
+  return hides_pairs(p) || p.softcap > 0 || p.pair_bias.data;
 }
 
 // Whether rows may see different keys.
 __host__ __device__ __forceinline__ bool rows_differ(const AttentionParams& p) {
-  return (p.causal && p.queries > 1) || (p.mask.data && !masks_keys_only(p)) || hides_pairs(p);
+  return (p.causal && p.queries > 1) || (p.mask.data && !masks_keys_only(p)) || hides_pairs(p) ||
+         p.pair_bias.data;
+}
+
+// The number of a pair whose row has mask_offset() `row`, times log2(e). One that is finite stays
+// so: a query that sees only the least float sees all keys alike. T is the type of q.
+template <class T>
+__device__ __forceinline__ float pair_bias_log2(const PairBias& bias, int64_t row, int64_t key) {
+  const int64_t at = row + key * bias.stride[3];
+  float number;
+  if (sizeof(T) == 4 || bias.dtype == DType::f32) {
+    number = static_cast<const float*>(bias.data)[at];
+  } else {
+    number = to_float(static_cast<const T*>(bias.data)[at]);
+  }
+  constexpr float kLeast = -0x1.fffffep127f;
+  const float scaled = kLog2E * number;
+  return scaled == -kInfinity && number != -kInfinity ? kLeast : scaled;
+}
+// A logit of a visible pair with its number, where there are numbers.
+template <class T>
+__device__ __forceinline__ float with_pair_bias(float logit, const PairBias& bias, int64_t row,
+                                                int64_t key) {
+  if (!bias.data) return logit;
+  const float number = pair_bias_log2<T>(bias, row, key);
+  return number == -kInfinity ? number : logit + number;
 }
 
 // The one or two columns of a position table. Without a second one nothing is hidden by it.

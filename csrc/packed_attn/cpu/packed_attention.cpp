@@ -95,7 +95,7 @@ struct PackedForward {
       entry = next->choose(p, at, visibility, keys, values, entry, end);
       if (at.indices) next->prefetch_pages();
       query.dot(block->k, weights, TokenPrefetcher(block->v, values.stored));
-      block->finish_logits(at.rows, p.softcap, weights);
+      block->finish_logits(visibility, at.rows, p.softcap, weights);
       exponentiate(at.rows, block->count, weights, shrink, result);
       sums.add(block->v, weights, shrink, TokenPrefetcher(next->k, keys.stored));
       PackedKeyBatch* done = block;

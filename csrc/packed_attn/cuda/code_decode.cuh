@@ -229,8 +229,8 @@ __global__ void __launch_bounds__(C::kThreads, 3)
     float weights[1][C::kParts][4];
     multiply_codes<C>(weights, keys, shared, scales, stage, places.k,
                       __any_sync(kAllLanes, in_window(k_place)));
-    list_logits(weights, places, shared.visibility, a, list.view.batch, scale, per_row_mask,
-                [](int, int) { return lane_id() / 4; });
+    list_logits<bf16>(weights, places, shared.visibility, a, list.view.batch, scale, per_row_mask,
+                      [](int, int) { return lane_id() / 4; });
     state.to_weights(weights);
     __syncwarp();  // all lanes are done with the scales of keys
     scales.fill(values.format(), v_place, values.param_row(stage + v_first),

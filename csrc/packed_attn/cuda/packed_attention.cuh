@@ -233,8 +233,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     float weights[1][C::kKeys / 8][4];
     multiply_keys(weights, k_side(), shared, p, stage, places.k);
     __syncwarp();
-    list_logits(weights, places, shared.visibility, a, list.view.batch, scale, per_row_mask,
-                [](int, int h) { return h * 8 + lane_id() / 4; });
+    list_logits<typename C::T>(weights, places, shared.visibility, a, list.view.batch, scale,
+                               per_row_mask, [](int, int h) { return h * 8 + lane_id() / 4; });
     to_weights(weights, state);
     accumulate_values(state, weights, v_side(), shared, p, stage + v_first, places.v);
   }

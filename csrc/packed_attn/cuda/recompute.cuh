@@ -9,6 +9,7 @@ namespace tokred::cuda::attention {
 
 template <class T>
 struct PackedKeys {
+  static constexpr int kParts = 1;
   struct Found {
     int key;  // -1 for none
     float bias;

@@ -31,8 +31,8 @@ struct KeyPass {
   int64_t block_count, block_row[kBlock];
   alignas(64) Acc lse[kBlock];
   alignas(64) Acc delta[kBlock];
-  alignas(64) Acc q[kBlock * kMaxHeadDim];  // scaled
-  alignas(64) Acc grad_out[kBlock * kMaxHeadDim];
+  alignas(64) Acc q[kBlock * kMaxWideDim];  // scaled
+  alignas(64) Acc grad_out[kBlock * kMaxWideDim];
 
   // Keys [first, end) of a kv head.
   KeyPass(const AttentionBackwardParams& b, int64_t batch_index, int64_t head, int64_t rows_group,
@@ -154,6 +154,9 @@ struct KeyPass {
         cap_logits(
             tile_weights, block_count, p.softcap, [&](int64_t) { return of_keys; },
             slopes + i * kWeights);
+      }
+      if (see.pair_bias.data) {
+        bias_listed_rows(see, block_row, block_count, panel_key(panel + i), tile_weights);
       }
       if (coverage[i] == Coverage::some) {
         hide_listed_rows(see, block_row, block_count, panel_key(panel + i), tile_weights);

@@ -110,6 +110,9 @@ struct QueryPass {
             tile_weights, block.count, p.softcap,
             [&](int64_t key) { return splat(block.bias[key]); }, slopes + i * kWeights);
       }
+      if (see.pair_bias.data) {
+        bias_listed_keys(see, block.index, block.count, panel_row(panel + i), tile_weights);
+      }
       if (coverage[i] == Coverage::some)
         hide_keys<T>(see, block, panel_row(panel + i), tile_weights);
       const Vec<Acc> base = load(lse + (panel + i) * kLanes);

@@ -43,11 +43,11 @@ struct ListForward {
   const ListRows at;
   const RowVisibility visibility;
   const int64_t stride;                           // of a packed query
-  alignas(64) Acc query[kMaxRows * kMaxHeadDim];  // scaled
+  alignas(64) Acc query[kMaxRows * kMaxWideDim];  // scaled
   alignas(64) Acc weights[kMaxRows * kGather];
   alignas(64) Acc shrink[kMaxRows];
   GatheredKeys<T> blocks[2];
-  alignas(64) Acc rotated[kRotated ? kGather * kMaxHeadDim : 1];
+  alignas(64) Acc rotated[kRotated ? kGather * kMaxWideDim : 1];
   const Key* rotated_rows[kRotated ? kGather : 1];
 
   ListForward(const SparseAttentionParams& s, const ListRows& list_rows)
@@ -58,7 +58,7 @@ struct ListForward {
       const T* from = rows[at.first_row + row];
       const Acc scale = static_cast<Acc>(p.scale);
       if constexpr (kRotated) {
-        Acc natural[kMaxHeadDim];
+        Acc natural[kMaxWideDim];
         pack_row(from, p.head_dim, natural);
         pack_channels(natural, p.head_dim, scale, query + row * stride);
       } else {
@@ -103,7 +103,7 @@ struct ListForward {
     } else {
       dot_rows<T>(query, stride, at.rows, block.k, block.count, p.head_dim, weights, kGather, keys);
     }
-    block.finish_logits(at.rows, p.softcap, weights);
+    block.finish_logits(visibility, at.rows, p.softcap, weights);
     exponentiate(at.rows, block.count, weights, shrink, result);
     if constexpr (kSkipZeros) {
       for (int64_t row = 0; row < at.rows; ++row) {
@@ -118,7 +118,7 @@ struct ListForward {
 
   void rotate(const GatheredKeys<T>& block) {
     const int64_t half = p.head_dim / 2;
-    Acc row[kMaxHeadDim];
+    Acc row[kMaxWideDim];
     for (int64_t i = 0; i < whole_lanes(block.count); ++i) {
       rotated_rows[i] = rotated + i * p.head_dim;
       if (i >= block.count) continue;

@@ -18,8 +18,8 @@ struct ListGradient {
   const ListRows at;
   const RowVisibility visibility;
   const int64_t key_stride, value_stride;
-  alignas(64) Acc query[kMaxRows * kMaxHeadDim];  // scaled
-  alignas(64) Acc grad_out[kMaxRows * kMaxHeadDim];
+  alignas(64) Acc query[kMaxRows * kMaxWideDim];  // scaled
+  alignas(64) Acc grad_out[kMaxRows * kMaxWideDim];
   Acc lse[kMaxRows], delta[kMaxRows];
   alignas(64) Acc weights[kMaxRows * kGather];
   alignas(64) Acc grad_logits[kMaxRows * kGather];
@@ -82,7 +82,7 @@ struct ListGradient {
 
   __attribute__((noinline)) void weigh() {
     dot_rows<T>(query, key_stride, at.rows, block.k, block.count, p.head_dim, weights, kGather);
-    block.finish_logits(at.rows, p.softcap, weights, capped);
+    block.finish_logits(visibility, at.rows, p.softcap, weights, capped);
     dot_rows<T>(grad_out, value_stride, at.rows, block.v, block.count, p.value_dim, grad_logits,
                 kGather);
     for (int64_t row = 0; row < at.rows; ++row) {
@@ -106,7 +106,7 @@ void query_pass(const AttentionBackwardParams& b, const ListRows& at, int64_t en
   list.make_delta();
   const AttentionParams& p = b.forward;
   const int64_t stride = list.key_stride;
-  alignas(64) Acc grad[kMaxRows * kMaxHeadDim], one[kMaxRows];
+  alignas(64) Acc grad[kMaxRows * kMaxWideDim], one[kMaxRows];
   for (int64_t row = 0; row < at.rows; ++row) one[row] = 1;
   const auto clear = [&] {
     for (int64_t i = 0; i < at.rows * stride; ++i) grad[i] = 0;

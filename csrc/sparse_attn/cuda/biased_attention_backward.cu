@@ -9,6 +9,17 @@ namespace {
 
 using namespace attention;
 
+// grad_k and grad_v in a launch each. There are kernels from 128 dimensions on.
+template <class T, int kDim, bool kSparse>
+void launch_key_and_value(const AttentionBackwardParams& p, AttentionShape shape, Stream stream) {
+  shape.head_dim = max(shape.head_dim, int64_t{kDim});
+  const LaunchPlan plan = plan_grad_key(shape);
+  launch(attention_grad_key_kernel<BackwardConfig<T, kDim, KeyGrads::value, kSparse>>, plan, stream,
+         p);
+  launch(attention_grad_key_kernel<BackwardConfig<T, kDim, KeyGrads::key, kSparse>>, plan, stream,
+         p);
+}
+
 template <class T, int kDim, bool kSparse>
 void launch_gradients(const AttentionBackwardParams& p, const AttentionShape& shape,
                       Stream stream) {
@@ -17,19 +28,14 @@ void launch_gradients(const AttentionBackwardParams& p, const AttentionShape& sh
   static_assert(sizeof(QueryGradShared<Config>) == grad_query_shared_bytes(kDim, kFloat));
   static_assert(sizeof(KeyGradShared<Config>) == grad_key_shared_bytes(kDim, kFloat));
   launch(attention_grad_query_kernel<Config>, plan_grad_query(shape), stream, p);
-  const LaunchPlan plan = plan_grad_key(shape);
-  if constexpr (kDim <= 64 || (kDim <= 128 && !kSparse)) {
-    launch(attention_grad_key_kernel<Config>, plan, stream, p);
-  } else {
-    if constexpr (kDim <= 128) {
-      if (p.forward.softcap == 0) {
-        return launch(attention_grad_key_kernel<Config>, plan, stream, p);
-      }
-    }
-    using Value = BackwardConfig<T, kDim, KeyGrads::value, kSparse>;
-    using Key = BackwardConfig<T, kDim, KeyGrads::key, kSparse>;
-    launch(attention_grad_key_kernel<Value>, plan, stream, p);
-    launch(attention_grad_key_kernel<Key>, plan, stream, p);
+  if constexpr (kDim <= 128) {
+    // Whether the owners of keys have no registers for all their gradients at once.
+    const AttentionParams& f = p.forward;
+    const bool apart = kSparse && (f.pair_bias.data || (kDim > 64 && f.softcap > 0));
+    if (!apart) return launch(attention_grad_key_kernel<Config>, plan_grad_key(shape), stream, p);
+  }
+  if constexpr (kSparse || kDim > 128) {
+    launch_key_and_value<T, (kDim < 128 ? 128 : kDim), kSparse>(p, shape, stream);
   }
 }
 

@@ -23,7 +23,8 @@ struct BackwardConfig {
   static constexpr bool kSparse = kHidesPairs;
   static constexpr bool kWantsKey = kGrads != KeyGrads::value;
   static constexpr bool kWantsValue = kGrads != KeyGrads::key;
-  // Whether the owners of keys know the softcap; else they have no registers for it.
+  // Whether the owners of keys know numbers of pairs, and the softcap; else they have no registers.
+  static constexpr bool kKeysHavePairs = kSparse && kGrads != KeyGrads::all;
   static constexpr bool kKeysAreCapped = kSparse && (kGrads != KeyGrads::all || kDim <= 64);
   static constexpr AttentionTiles kTiles = backward_tiles(kDim, Operand<T>::kPlanes == 3);
   static constexpr int kThreads = kTiles.threads(), kRows = kTiles.rows();
@@ -49,14 +50,13 @@ __device__ __forceinline__ QueryInfo query_info(const AttentionBackwardParams& p
   const AttentionParams& f = p.forward;
   const int64_t flat = view.flat_row(f, row);
   const float lse = static_cast<const float*>(f.lse)[flat];
-  return {f.mask.data && !masks_keys_only(f) ? view.mask_offset(f.mask, row) : 0,
-          lse == -kInfinity ? kInfinity : lse * kLog2E, static_cast<const float*>(p.delta)[flat],
-          view.last_key(f, row)};
+  return {view.mask_offset(f, row), lse == -kInfinity ? kInfinity : lse * kLog2E,
+          static_cast<const float*>(p.delta)[flat], view.last_key(f, row)};
 }
 
 // The probability that the row of `info` gives to a key. In sparse attention `hidden` also stands
 // for the mask.
-template <class C>
+template <class C, bool kHasPairs = C::kSparse>
 __device__ __forceinline__ float probability(float product, float scale, float bias, int64_t key,
                                              const QueryInfo& info, const AttentionParams& p,
                                              bool hidden) {
@@ -66,7 +66,11 @@ __device__ __forceinline__ float probability(float product, float scale, float b
     if (!C::kSparse && visible && p.mask.data && !masks_keys_only(p)) {
       visible = p.mask.data[info.mask_offset + key * p.mask.stride[3]];
     }
-    if (!visible) logit = -kInfinity;
+    if (!visible) {
+      logit = -kInfinity;
+    } else if constexpr (kHasPairs) {
+      logit = with_pair_bias<typename C::T>(logit, p.pair_bias, info.mask_offset, key);
+    }
   }
   return exp2_approx(logit - info.lse_log2);
 }
@@ -231,8 +235,8 @@ __device__ __forceinline__ void add_queries(KeyGradSums<C>& sums, const KeyGradS
         float& x = weight[0][j][2 * half + e];
         float slope = 1.0f;
         if constexpr (C::kKeysAreCapped) slope = cap_product(x, p);
-        x = probability<C>(x, scale, shared.bias[row], first_key + row, info, p,
-                           hidden.at(0, half, j, e));
+        x = probability<C, C::kKeysHavePairs>(x, scale, shared.bias[row], first_key + row, info, p,
+                                              hidden.at(0, half, j, e));
         if constexpr (C::kWantsKey) {
           float& g = grad[0][j][2 * half + e];
           g = grad_logit(x, g, info.delta);

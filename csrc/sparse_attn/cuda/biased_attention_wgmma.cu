@@ -44,7 +44,7 @@ void launch_wgmma(const AttentionParams& p, Stream stream) {
 
 bool is_wgmma_attention(const AttentionParams& p) {
   const char* wanted = std::getenv("TOKRED_WGMMA");
-  if (!wanted || std::strcmp(wanted, "1") != 0 || p.softcap > 0) return false;
+  if (!wanted || std::strcmp(wanted, "1") != 0 || p.softcap > 0 || p.pair_bias.data) return false;
   const bool aligned = is_aligned<bf16>(p.q) && is_aligned<bf16>(p.k) && is_aligned<bf16>(p.v) &&
                        is_aligned<bf16>(p.out_view());
   return takes_wgmma(attention_shape(p), aligned, compute_capability());

@@ -18,7 +18,8 @@ void launch_decode(const SparseAttentionParams& sparse, Stream stream) {
   constexpr bool kFloat = Operand<typename Config::Key>::kPlanes > 1;
   static_assert(fits<typename Config::Key>(sizeof(DecodeShared<Config>),
                                            decode_shared_bytes(Config::kDim, kFloat)));
-  static_assert(sizeof(CombineShared) == combine_shared_bytes());
+  constexpr int kCombineDim = Config::kDim > 256 ? 512 : 256;
+  static_assert(sizeof(CombineShared<kCombineDim>) == combine_shared_bytes(kCombineDim));
   const ListShape shape = list_shape(sparse);
   DecodeParams p{sparse,
                  0,
@@ -31,14 +32,14 @@ void launch_decode(const SparseAttentionParams& sparse, Stream stream) {
   for (; p.first_tile_of_launch < row_tiles; p.first_tile_of_launch += most) {
     const int64_t count = min(most, row_tiles - p.first_tile_of_launch);
     launch(decode_kernel<Config>, plan_decode(shape, count), stream, p);
-    launch(combine_splits_kernel<T>, plan_combine(shape, count), stream, p);
+    launch(combine_splits_kernel<T, kCombineDim>, plan_combine(shape, count), stream, p);
   }
   if (rows_differ(p.sparse.attention)) recompute_rows(p.sparse, false, stream);
 }
 
 template <class T, int kDim>
 void decode(const SparseAttentionParams& p, Stream stream) {
-  if constexpr (sizeof(T) == 2) {
+  if constexpr (sizeof(T) == 2 && kDim <= 256) {
     if (p.rotation.cos) return launch_decode<RotatedDecodeConfig<T, kDim>>(p, stream);
   }
   launch_decode<DecodeConfig<T, kDim>>(p, stream);
@@ -51,9 +52,10 @@ bool is_decode_attention(const AttentionParams& p) {
 }
 
 void decode_attention(const SparseAttentionParams& p, Stream stream) {
+  const AttentionShape shape = attention_shape(p.attention);
   visit_dtype(p.attention.dtype, [&]<class T>() {
-    visit_head_dim(attention_shape(p.attention).dim(),
-                   [&]<int kDim>() { decode<T, kDim>(p, stream); });
+    if (shape.is_wide()) return decode<T, 512>(p, stream);
+    visit_head_dim(shape.dim(), [&]<int kDim>() { decode<T, kDim>(p, stream); });
   });
 }
 

@@ -11,9 +11,15 @@ using namespace attention;
 
 void recompute_rows(const SparseAttentionParams& p, bool marked, Stream stream) {
   const AttentionParams& a = p.attention;
+  const LaunchPlan plan = plan_delta(attention_shape(a));
   visit_dtype(a.dtype, [&]<class T>() {
-    launch(recompute_rows_kernel<T, PlainKeys<T>, SparseAttentionParams>,
-           plan_delta(attention_shape(a)), stream, p, a, marked);
+    if (attention_shape(a).is_wide()) {
+      launch(recompute_rows_kernel<T, PlainKeys<T, 2>, SparseAttentionParams>, plan, stream, p, a,
+             marked);
+    } else {
+      launch(recompute_rows_kernel<T, PlainKeys<T>, SparseAttentionParams>, plan, stream, p, a,
+             marked);
+    }
   });
 }
 

@@ -26,12 +26,15 @@ __device__ __forceinline__ ListRowInfo list_row_info(const AttentionBackwardPara
           static_cast<const float*>(p.delta)[flat], 0};
 }
 
-// The probability that a row gives to a key whenever one of its lists names it.
+// The probability that a row gives to a key whenever one of its lists names it. T is the type of q.
+template <class T>
 __device__ __forceinline__ float list_probability(float product, float scale, float bias, int key,
                                                   const ListRowInfo& info, const AttentionParams& p,
                                                   int64_t batch, bool per_row_mask) {
   if (bias == -kInfinity || (per_row_mask && !sees(p, batch, info.visibility, key))) return 0.0f;
-  return exp2_approx(fmaf(product, scale, bias) - info.lse_log2);
+  const float logit =
+      with_pair_bias<T>(fmaf(product, scale, bias), p.pair_bias, info.visibility.mask_offset, key);
+  return exp2_approx(logit - info.lse_log2);
 }
 
 template <class C>
@@ -63,8 +66,8 @@ __device__ __forceinline__ void add_listed_keys(typename C::Sums& grad_q,
         const int column = 8 * j + lane_id() % 4 * 2 + e;
         float& x = product[0][j][2 * half + e];
         const float slope = cap_product(x, p);
-        x = list_probability(x, scale, slots.bias[column], slots.key[column], info, p, view.batch,
-                             per_row_mask);
+        x = list_probability<typename C::T>(x, scale, slots.bias[column], slots.key[column], info,
+                                            p, view.batch, per_row_mask);
         x = grad_product(grad_logit(x, grad[0][j][2 * half + e], info.delta), slope);
       }
     }
@@ -178,7 +181,7 @@ __device__ __forceinline__ void look_at_keys(ListKeyGradShared<C>& shared, const
 // Adds one tile of query rows: products have a key a row and a query row a column.
 template <class C>
 __device__ __forceinline__ void add_listing_rows(KeyGradSums<C>& sums, ListKeyGradShared<C>& shared,
-                                                 const AttentionParams& p) {
+                                                 const AttentionParams& p, int first_key) {
   const float scale = logit_scale(p);
   typename C::Products weight, grad;
   float bias[2] = {};
@@ -196,8 +199,13 @@ __device__ __forceinline__ void add_listing_rows(KeyGradSums<C>& sums, ListKeyGr
         const float times = shared.times[column][row];
         float& x = weight[0][j][2 * half + e];
         const float slope = cap_product(x, p);
-        const float probability = exp2_approx(fmaf(x, scale, shared.bias[row]) - lse);
-        x = times == 0.0f ? 0.0f : times * probability;
+        float logit = fmaf(x, scale, shared.bias[row]);
+        if (times != 0.0f) {
+          logit = with_pair_bias<typename C::T>(logit, p.pair_bias,
+                                                shared.info[column].visibility.mask_offset,
+                                                int64_t{first_key} + row);
+        }
+        x = times == 0.0f ? 0.0f : times * exp2_approx(logit - lse);
         if constexpr (C::kWantsKey) {
           float& g = grad[0][j][2 * half + e];
           g = grad_logit(x, g, delta);
@@ -254,7 +262,7 @@ __device__ __forceinline__ void add_rows_of_lists(KeyGradSums<C>& sums,
     __syncthreads();
     look_at_keys(shared, f, first_key);
     __syncthreads();
-    add_listing_rows<C>(sums, shared, f);
+    add_listing_rows<C>(sums, shared, f, first_key);
   }
 }
 

@@ -55,7 +55,8 @@ def packed_attention(
         scale: 1 / sqrt(D) where None.
         indices: int32 [B, Hq | Hkv | 1, L | 1, K]: attends to these tokens alone; others than
             0 .. T - 1 are skipped, and a token listed twice counts twice.
-        mask: bool [B | 1, Hq | 1, L | 1, T], or [B, T]; True is visible.
+        mask: [B | 1, Hq | 1, L | 1, T], or [B, T]: bool, True is visible; or numbers that are
+            added to the logits, in float32 or the dtype of q, of which -inf hides.
         key_bias: float32 [B | 1, Hkv | 1, T], or [B, T], added to the logits.
         causal: query i sees the tokens t <= i + T - L.
         length: tokens T in the cache.

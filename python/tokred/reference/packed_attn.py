@@ -10,7 +10,7 @@ from tokred.ops.kv_pack import PackedKV, packed_tokens
 
 from .kv_pack import hadamard, kv_unpack
 from .score import qk_score
-from .sparse_attn import biased_attention, sparse_attention
+from .sparse_attn import biased_attention, hide_pairs, sparse_attention
 
 __all__ = ["packed_attention", "packed_qk_score"]
 
@@ -86,19 +86,20 @@ def packed_attention(
         last = torch.arange(queries, device=q.device) + held - queries
         token = torch.arange(tokens, device=q.device)
         visible = visible & (token <= last[..., None])[:, None]
-    if mask is not None:
-        visible = visible & (mask[:, None, None] if mask.dim() == 2 else mask)
+    if mask is not None and mask.dim() == 2:
+        mask = mask[:, None, None]
     if key_bias is not None and key_bias.dim() == 2:
         key_bias = key_bias[:, None]
     k, v = (t.masked_fill(~exists[:, None, :, None], 0) for t in (k, v))
     query = q.to(dtype)
     if indices is None:
-        out, lse = biased_attention(query, k, v, key_bias, False, scale, visible, softcap=softcap)
+        mask = hide_pairs(mask, visible)
+        out, lse = biased_attention(query, k, v, key_bias, False, scale, mask, softcap=softcap)
     else:
         block_q = max(queries, 1) if indices.shape[2] == 1 else 1
-        visible = visible.expand(q.shape[0], q.shape[1], queries, tokens)
+        mask = hide_pairs(mask, visible.expand(q.shape[0], q.shape[1], queries, tokens))
         out, lse = sparse_attention(
-            query, k, v, indices, scale, key_bias, mask=visible, block_q=block_q, softcap=softcap
+            query, k, v, indices, scale, key_bias, mask=mask, block_q=block_q, softcap=softcap
         )
     return out.to(q.dtype), lse
 

@@ -37,16 +37,19 @@ def biased_attention(
     visible = torch.ones(queries, keys, dtype=torch.bool, device=q.device)
     if causal:
         visible = visible.tril(keys - queries)
+    bias = query.new_zeros(())
+    if mask is not None and mask.is_floating_point():
+        bias, mask = mask.to(dtype), mask != -torch.inf
     if mask is not None:
         visible = visible & mask
     if query_position is not None and key_position is not None:
         ordered = key_position[:, None, None] <= query_position[:, None, :, None]
         visible = visible & ordered.all(-1)
-    bias = query.new_zeros(())
     if key_bias is not None:
-        bias = key_bias.to(dtype).expand(-1, k.shape[1], -1)
-        bias = bias.repeat_interleave(group, dim=1)[:, :, None, :]
-        visible = visible & (bias != -torch.inf)
+        of_keys = key_bias.to(dtype).expand(-1, k.shape[1], -1)
+        of_keys = of_keys.repeat_interleave(group, dim=1)[:, :, None, :]
+        visible = visible & (of_keys != -torch.inf)
+        bias = of_keys + bias
     visible = visible.expand(*q.shape[:3], keys)
 
     nonfinite = _nonfinite_keys(key)
@@ -97,9 +100,15 @@ def block_sparse_attention(
     query_block = torch.arange(q.shape[2], device=q.device) // block_q
     key_block = torch.arange(k.shape[2], device=k.device) // block_k
     visible = block_mask[:, :, query_block][..., key_block]
-    if mask is not None:
-        visible = visible & mask
-    return biased_attention(q, k, v, key_bias, causal, scale, visible, softcap=softcap)
+    mask = hide_pairs(mask, visible)
+    return biased_attention(q, k, v, key_bias, causal, scale, mask, softcap=softcap)
+
+
+def hide_pairs(mask: Tensor | None, visible: Tensor) -> Tensor:
+    """A mask, bool or of numbers to add, that hides other pairs as well."""
+    if mask is None:
+        return visible
+    return mask.where(visible, -torch.inf if mask.is_floating_point() else False)
 
 
 def sparse_attention(
@@ -132,9 +141,13 @@ def sparse_attention(
         last = torch.arange(queries, device=q.device) + keys - queries
         visible = visible & (lists <= last[:, None])
     lists = lists.where(visible, keys)
+    pair_bias = None
     if mask is not None:
         padded = torch.nn.functional.pad(mask.expand(batch, heads, queries, keys), (0, 1))
-        visible = visible & padded.gather(3, lists)
+        mask = padded.gather(3, lists)
+        if mask.is_floating_point():
+            pair_bias, mask = mask.to(dtype), mask != -torch.inf
+        visible = visible & mask
 
     def listed(t: Tensor) -> Tensor:
         """[B, Hkv | 1, N, C] to [B, Hq, L, K, C]."""
@@ -156,6 +169,8 @@ def sparse_attention(
         logits = softcap * torch.tanh(logits / softcap)
     if key_bias is not None:
         logits = logits + bias
+    if pair_bias is not None:
+        logits = logits + pair_bias
     logits = logits.masked_fill(~visible, -torch.inf)
 
     empty = ~visible.any(-1, keepdim=True)

@@ -60,13 +60,16 @@ def biased_attention(
 
     Args:
         q: [B, Hq, L, D] float32, float16 or bfloat16, or float64 on the CPU; any outer strides, the
-            last dimension contiguous, D at most 256.
+            last dimension contiguous, D and Dv at most 512; on CUDA 256 for gradients.
         k: [B, Hkv, N, D], Hq a multiple of Hkv. v: [B, Hkv, N, Dv].
         key_bias: float32 (float64 beside float64 q) [B | 1, Hkv | 1, N], or [B, N]; -inf hides a
             key.
         causal: query i sees the keys j <= i + N - L: the last query sees them all.
         scale: 1 / sqrt(D) where None.
-        mask: bool [B | 1, Hq | 1, L | 1, N], or [B, N]; True is visible.
+        mask: [B | 1, Hq | 1, L | 1, N], or [B, N]: bool, True is visible; or numbers that are
+            added to the logits, in float32 (float64 beside float64 q) or the dtype of q, of which
+            -inf hides: relative positions, ALiBi. As in torch's scaled_dot_product_attention, but
+            that a query of -inf alone gets zeros. +inf makes a query NaN.
         query_position, key_position: int32 [B | 1, L, c] and [B | 1, N, c] with c = 1 or 2, or
             [B | 1, L] and [B | 1, N] for one column; together or not at all.
         softcap: where given, logits are softcap * tanh(scale q k^T / softcap) before key_bias and
@@ -75,8 +78,9 @@ def biased_attention(
     Returns:
         out [B, Hq, L, Dv] in the dtype of q, and lse float32 [B, Hq, L], the log of the sum of the
         exponentials. A query that sees no key has out 0 and lse -inf. Differentiable in q, k, v and
-        key_bias, once, through out and lse: second derivatives raise a RuntimeError. Under
-        autocast q, k and v are cast, key_bias is not.
+        key_bias, once, through out and lse: second derivatives raise a RuntimeError, and a mask
+        that requires grad a ValueError. Under autocast q, k and v are cast, key_bias and mask are
+        not.
 
     Raises:
         ValueError: naming the argument whose shape, dtype, device or value does not fit.

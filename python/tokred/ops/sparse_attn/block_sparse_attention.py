@@ -56,7 +56,7 @@ def block_sparse_attention(
 
     Args:
         q: [B, Hq, L, D] float32, float16 or bfloat16, or float64 on the CPU; any outer strides, the
-            last dimension contiguous, D at most 256.
+            last dimension contiguous, D and Dv at most 512; on CUDA 256.
         k: [B, Hkv, N, D], Hq a multiple of Hkv. v: [B, Hkv, N, Dv].
         block_mask: bool [B | 1, Hq | 1, ceil(L / block_q), ceil(N / block_k)]; or the pair
             (kv_num_blocks [B | 1, Hq | 1, nQ], kv_indices [B | 1, Hq | 1, nQ, any]) that
@@ -68,7 +68,8 @@ def block_sparse_attention(
         causal: query i sees the keys j <= i + N - L.
         scale: 1 / sqrt(D) where None.
         key_bias: float32 (float64 beside float64 q) [B | 1, Hkv | 1, N], or [B, N].
-        mask: bool [B | 1, Hq | 1, L | 1, N], or [B, N]; True is visible.
+        mask: [B | 1, Hq | 1, L | 1, N], or [B, N]: bool, True is visible; or numbers that are
+            added to the logits, in float32 or the dtype of q, of which -inf hides.
         softcap: where given, logits are softcap * tanh(scale q k^T / softcap) before key_bias and
             masks, as in Gemma 2 (arXiv:2408.00118); positive.
 

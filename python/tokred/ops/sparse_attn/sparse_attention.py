@@ -59,13 +59,15 @@ def sparse_attention(
 
     Args:
         q: [B, Hq, L, D] float32, float16 or bfloat16, or float64 on the CPU; any outer strides, the
-            last dimension contiguous, D at most 256.
+            last dimension contiguous, D and Dv at most 512; on CUDA 256 for gradients
+            and rope_cos.
         k: [B, Hkv, N, D], Hq a multiple of Hkv. v: [B, Hkv, N, Dv].
         indices: int32 [B, Hq | Hkv | 1, ceil(L / block_q), K], the last dimension contiguous.
         scale: 1 / sqrt(D) where None.
         key_bias: float32 (float64 beside float64 q) [B | 1, Hkv | 1, N], or [B, N].
         causal: query i sees the keys j <= i + N - L.
-        mask: bool [B | 1, Hq | 1, L | 1, N], or [B, N]; True is visible.
+        mask: [B | 1, Hq | 1, L | 1, N], or [B, N]: bool, True is visible; or numbers that are
+            added to the logits, in float32 or the dtype of q, of which -inf hides.
         block_q: consecutive queries that share a list; where None, L if there is one list, else 1.
         rope_cos, rope_sin: float32 [K or more, D / 2]; together or not at all, not with gradients.
         softcap: where given, logits are softcap * tanh(scale q k^T / softcap) before key_bias and
