@@ -116,7 +116,9 @@ def _reason(message: str) -> str:
     """Why, without what the page says once for all."""
     found = re.search(r"that this method can be put into \((.*)\); supported", message)
     message = found.group(1) if found else message
-    message = re.split(r": use a transformers|, which tokred's attention|: no method", message)[0]
+    message = re.split(
+        r": use a transformers|, which (?:tokred's attention|methods)|: no method", message
+    )[0]
     for words, short in _SHORTER:
         message = re.sub(words, short, message)
     return message

@@ -217,7 +217,6 @@ def test_lists_of_keys_obey_the_mask_and_causality() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"position_bias": torch.zeros(1)}, "bias for every pair"),
         ({"block_indices": torch.zeros(1)}, "lists of blocks"),
         ({"cache": object()}, "paged caches"),
         ({"cu_seq_lens_q": torch.zeros(2)}, "packed sequences"),
@@ -233,10 +232,10 @@ def test_what_the_kernels_lack_is_refused(options: dict, message: str) -> None:
     attention.attention_forward(module_of(), q, k, v, None, **nothing)
 
 
-def test_float_masks_are_refused() -> None:
+def test_masks_of_integers_are_refused() -> None:
     q, k, v = heads(5, 5)
-    with pytest.raises(ValueError, match="attention_mask must be bool"):
-        attention.attention_forward(module_of(), q, k, v, torch.zeros(2, 1, 5, 5))
+    with pytest.raises(ValueError, match=r"attention_mask must be .*, bool, .* got torch.int64"):
+        attention.attention_forward(module_of(), q, k, v, torch.zeros(2, 1, 5, 5).long())
 
 
 def test_training_runs_and_gives_the_gradients_of_sdpa() -> None:

@@ -81,7 +81,7 @@ def check_layers(model: nn.Module) -> None:
                 f"{type(module).__name__} computes with cached keys in its own code, and packed "
                 f"ones are read through transformers' attention interface: {_INSTEAD}"
             )
-    if not full_attention(model):
+    if not full_attention(model, chooses=False):
         raise ValueError(
             f"PackedCache serves causal attention to all keys, and {type(model).__name__} has "
             f"none ({explain(model)}): {_INSTEAD}"

@@ -51,7 +51,8 @@ class AttentionCall:
     q: [B, Hq, L, D]. k: [B, Hkv, N, D] and v: [B, Hkv, N, Dv], the whole cache and the new tokens.
         Of a PackedCache that is not empty, k is its packed keys, and v None: `dense`, `score` and
         `attend_to` read it, what needs tensors raises an error that says so.
-    mask: bool [B | 1, 1, L | 1, N], True is visible, or None.
+    mask: bool [B | 1, 1, L | 1, N], True is visible, or None. For `dense` alone, where there is no
+        method, also numbers [B | 1, Hq | 1, L | 1, N] that are added to the logits.
     causal: query i sees the keys j <= i + N - L, in addition to the mask.
     scale: of the logits.
     layer: the number of this layer among those that the method attends for, from 0.

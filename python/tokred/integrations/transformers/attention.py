@@ -40,6 +40,7 @@ __all__ = [
 ]
 
 NAME = "tokred"
+_BOOL = torch.bool
 
 # Parts of these models add masks to their logits themselves, or say that what is causal is not.
 _UNSUITABLE = ("bigbird_pegasus", "nllb-moe", "pegasus_x")
@@ -139,6 +140,7 @@ def attention_forward(
     s_aux: Tensor | None = None,
     indices: Tensor | None = None,
     softcap: float | None = None,
+    position_bias: Tensor | None = None,
     tokred_method: Any = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
@@ -148,14 +150,17 @@ def attention_forward(
         module: the layer's attention module.
         query: [B, Hq, L, D]. key: [B, Hkv, N, D], N of a static cache counting its empty part.
             value: [B, Hkv, N, Dv]. From a PackedCache: both are its PackedStates.
-        attention_mask: from `attention_mask` above, or a bool mask [B, 1, L, N] of your own.
-            Without one the queries of a causal module are the last of the keys, and see all before.
+        attention_mask: from `attention_mask` above, or a mask [B | 1, Hq | 1, L | 1, N] of your
+            own: bool, True is visible, or numbers that are added to the logits and say what is
+            hidden as well, by -inf or the least number. Without one the queries of a causal module
+            are the last of the keys, and see all before.
         scaling: of the logits; 1 / sqrt(D) where None.
         is_causal: module.is_causal where None; without a mask, and with one of padding alone.
         sliding_window: applied where the mask does not carry it.
         s_aux: [Hq], logits that join each head's softmax without a value (attention sinks).
         indices: int [B, L, K], the keys each query attends to, in addition to the mask.
         softcap: of the logits, before the mask.
+        position_bias: [B | 1, Hq, L | 1, N], added to the logits (T5's relative positions).
         tokred_method: given by tokred.patch.
 
     Returns:
@@ -173,6 +178,8 @@ def attention_forward(
         if tokred_method is not None:
             tokred_method.refuse_packed()
         key, value = (key.new_key, key.new_value) if key.is_first else (key, None)
+    if position_bias is not None or (attention_mask is not None and attention_mask.dtype != _BOOL):
+        _refuse_numbers(key, tokred_method)
     if isinstance(key, KeptStates):
         key.refuse(module, tokred_method, s_aux, indices)
         out, _ = key.attend(query, attention_mask, scaling, softcap)
@@ -181,7 +188,8 @@ def attention_forward(
     if value is not None:
         query, key, value = _same_dtype(query, key, value)
     call = _call(query, key, value, attention_mask, bool(is_causal), scaling, sliding_window)
-    call = replace(call, softcap=softcap, score_keys=score_keys)
+    mask = _added(call, position_bias)
+    call = replace(call, softcap=softcap, mask=mask, score_keys=score_keys)
     if indices is not None:
         out, lse = _listed(call, indices)
     elif tokred_method is not None:
@@ -215,11 +223,12 @@ def _call(
 ) -> AttentionCall:
     """The call as methods are given it; a mask of padding alone leaves causality to the kernel."""
     queries = q.shape[2]
-    if mask is not None and (mask.dtype != torch.bool or mask.dim() != 4):
+    if mask is not None and (not _is_mask(mask) or mask.dim() != 4):
         raise ValueError(
-            "attention_mask must be bool [B, 1, L, N], True where a query may look, got "
-            f"{mask.dtype} {list(mask.shape)}: tokred attention adds no float mask to the logits"
+            "attention_mask must be [B, 1, L, N], bool, True where a query may look, or numbers "
+            f"to add to the logits, got {mask.dtype} {list(mask.shape)}"
         )
+    is_causal = is_causal and (mask is None or mask.dtype == _BOOL)
     causal = is_causal and queries > 1 and (mask is None or mask.shape[2] == 1)
     if isinstance(k, PackedStates):
         if window is not None and k.length > window:
@@ -238,6 +247,30 @@ def _call(
     return AttentionCall(q, k, v, mask, causal, scale, window=window)
 
 
+def _is_mask(mask: Tensor) -> bool:
+    return mask.dtype == _BOOL or mask.is_floating_point()
+
+
+def _added(call: AttentionCall, position_bias: Tensor | None) -> Tensor | None:
+    """The mask with a position bias, whose keys may reach beyond those that there are."""
+    mask = call.mask
+    if position_bias is None:
+        return mask
+    bias = position_bias[..., : call.num_keys]
+    if mask is None:
+        return bias
+    return bias.masked_fill(~mask, -torch.inf) if mask.dtype == _BOOL else bias + mask
+
+
+def _refuse_numbers(key: Any, method: Any) -> None:
+    """Methods choose and evict keys by logits without what a mask adds."""
+    if method is not None or isinstance(key, KeptStates):
+        raise ValueError(
+            "methods that choose or evict keys know no numbers that are added to the logits, as a "
+            "float attention_mask or a position_bias: give a bool mask, or attend to all keys"
+        )
+
+
 def _listed(call: AttentionCall, indices: Tensor) -> tuple[Tensor, Tensor]:
     """Attention of every query to its own list of keys, those that are hidden left out."""
     if call.window is not None:
@@ -246,7 +279,6 @@ def _listed(call: AttentionCall, indices: Tensor) -> tuple[Tensor, Tensor]:
 
 
 _REFUSED = {
-    "position_bias": "a bias for every pair of query and key",
     "block_indices": "lists of blocks",
     "sinks": "sinks with keys of their own",
     "head_mask": "a head_mask",

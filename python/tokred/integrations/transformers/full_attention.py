@@ -18,11 +18,14 @@ from transformers import modeling_utils
 _FULL = ("full_attention", "attention", "hybrid", "global")
 _LISTS = ("indices", "block_indices")
 _NO_INTERFACE = "does not call transformers' attention interface"
-_MAX_HEAD_DIM = 256  # of tokred's attention
+_MAX_HEAD_DIM = 256  # of scores, and of packed keys
 
 
-def full_attention(model: nn.Module) -> dict[str, nn.Module]:
+def full_attention(model: nn.Module, chooses: bool = True) -> dict[str, nn.Module]:
     """The modules by name, in the order of the model.
+
+    Args:
+        chooses: whether keys are chosen there, and not all attended to.
 
     Raises:
         ValueError: tokred's attention lacks something that a module beside them needs.
@@ -36,11 +39,10 @@ def full_attention(model: nn.Module) -> dict[str, nn.Module]:
     found = {name: module for name, module in causal.items() if _limit(module) is None}
     configs = {id(module.config) for module in found.values()}
     for module in causal.values():
-        lacks = _lacks(module)
+        lacks = _lacks(module, chooses)
         if id(module.config) in configs and lacks:
             raise ValueError(
-                f"{type(module).__name__} {lacks}, which tokred's attention does not have: no "
-                f"method can be put into {type(model).__name__}"
+                f"{type(module).__name__} {lacks}: no method can be put into {type(model).__name__}"
             )
     return found
 
@@ -130,17 +132,21 @@ def _limit(module: nn.Module) -> str | None:
     return None
 
 
-def _lacks(module: nn.Module) -> str | None:
+def _lacks(module: nn.Module, chooses: bool) -> str | None:
     """What the module needs and tokred's attention lacks; None where there is nothing."""
-    if _passes(module, "position_bias"):
-        return "adds a position bias to the logits"
+    unknown = ", which tokred's attention does not have"
+    if chooses and _passes(module, "position_bias"):
+        return "adds a position bias to the logits, which methods do not choose keys by"
     if _passes(module, "block_indices"):
-        return "attends to lists of blocks"
+        return f"attends to lists of blocks{unknown}"
     for name in ("head_dim", "qk_head_dim", "v_head_dim"):
         dim = getattr(module, name, None)
         if isinstance(dim, int) and dim > _MAX_HEAD_DIM:
-            return f"has heads of {dim} dimensions, above {_MAX_HEAD_DIM}"
+            return (
+                f"has heads of {dim} dimensions, above {_MAX_HEAD_DIM}, which methods and packed "
+                "caches do not take"
+            )
     parameters = inspect.signature(type(module).forward).parameters.values()
     if all(p.kind is not p.VAR_KEYWORD for p in parameters):
-        return "takes no further arguments for its attention"
+        return f"takes no further arguments for its attention{unknown}"
     return None

@@ -44,6 +44,12 @@ class PackedStates:
     key_mean: Tensor | None = None
 
     @property
+    def shape(self) -> torch.Size:
+        """That of the keys that it stands for, [B, Hkv, N, D]."""
+        batch, heads, _, dim = self.new_key.shape
+        return torch.Size((batch, heads, self.length, dim))
+
+    @property
     def is_first(self) -> bool:
         """Whether the cache was empty before: then the new keys and values are all there are."""
         return self.length == self.new_key.shape[2]
@@ -80,7 +86,9 @@ class PackedStates:
             return self._from_cache(q, scale, softcap, mask=mask)
         older = self.length - self.new_key.shape[2]
         seen = torch.arange(self.length, device=q.device) < older
-        seen = seen[None, None, None] if mask is None else mask & seen
+        seen = seen[None, None, None]
+        if mask is not None:
+            seen = mask.where(seen, -torch.inf if mask.is_floating_point() else False)
         own = None if mask is None else mask[..., older:]
         from_cache = self._from_cache(q, scale, softcap, mask=seen)
         from_new = tokred.biased_attention(
