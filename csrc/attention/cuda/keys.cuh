@@ -176,8 +176,8 @@ struct KeyStream : ListStream<int64_t, KeyLookUp> {
 
 // Products to logits, for kRowTiles tiles of rows and a tile of keys; row(i, h) is the row of the
 // block that half h of row tile i is. Only `per_row_mask` blocks have rows that see different keys.
-// T is the type of q.
-template <class T, int kRowTiles, int kKeys, class Row>
+// T is the type of q; without kHasPairs there are no numbers for pairs.
+template <class T, bool kHasPairs = true, int kRowTiles, int kKeys, class Row>
 __device__ __forceinline__ void list_logits(float (&product)[kRowTiles][kKeys / 8][4],
                                             const KeySlots<kKeys>& slots,
                                             const RowVisibility* visibility,
@@ -214,7 +214,7 @@ __device__ __forceinline__ void list_logits(float (&product)[kRowTiles][kKeys / 
       }
     }
   }
-  if (!p.pair_bias.data) return;
+  if (!kHasPairs || !p.pair_bias.data) return;
 #pragma unroll
   for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll

@@ -22,7 +22,10 @@ void launch_lists(SparseAttentionParams p, Stream stream) {
   if (rows_differ(p.attention)) recompute_rows(p, in_one_part(shape.attention), stream);
 }
 
-bool is_decode_list(const SparseAttentionParams& p) { return is_decode(list_shape(p)); }
+// Tiles of more rows have no registers for numbers of pairs.
+bool is_decode_list(const SparseAttentionParams& p) {
+  return p.attention.pair_bias.data || is_decode(list_shape(p));
+}
 
 template <class T>
 void attend_lists(const SparseAttentionParams& p, Stream stream) {

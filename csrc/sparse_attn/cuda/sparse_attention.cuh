@@ -105,9 +105,9 @@ __global__ void __launch_bounds__(C::kThreads, 2)
       load_left(left, shared.query, (warp_id() * C::kRowTiles + i) * 16, 16 * k);
       return left;
     });
-    list_logits<typename C::T>(weights, shared.slots[tile % kSlotStages], shared.visibility, a,
-                               view.batch, scale, per_row_mask,
-                               [](int i, int h) { return lane_row<C>(i, h); });
+    list_logits<typename C::T, false>(weights, shared.slots[tile % kSlotStages], shared.visibility,
+                                      a, view.batch, scale, per_row_mask,
+                                      [](int i, int h) { return lane_row<C>(i, h); });
     to_weights(weights, state);
     accumulate(state.out, weights, shared.value[tile % C::kStages]);
   });
