@@ -131,6 +131,44 @@ def test_ctrl_c_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None
         tokred.evaluate(encoder(), images(), ["tome"])
 
 
+def test_interrupted_in_a_later_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method stands beside the unpatched model on the batches that both have read."""
+    from tokred.evaluation.decoding import DecoderTask
+
+    first, others = tokens(), tokens() + 1
+    alone = tokred.evaluate(decoder(), first % VOCABULARY, {"h2o": {"budget": 8}}, decoded=4)
+    read, calls = DecoderTask.read, []
+
+    def stops(*arguments: object) -> object:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return read(*arguments)
+
+    monkeypatch.setattr(DecoderTask, "read", stops)
+    batches = [first, others % VOCABULARY]
+    result = tokred.evaluate(decoder(), batches, {"h2o": {"budget": 8}}, decoded=4)
+    assert result.interrupted and result.rows[0].figures == alone.rows[0].figures
+
+
+def test_parts_of_a_model_keep_their_attention() -> None:
+    from tokred.evaluation.decoding import dense_attention
+
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        image_size=28, patch_size=14,
+    )  # fmt: skip
+    config = transformers.LlavaConfig(vision_config=vision, text_config=decoder().config.to_dict())
+    model = transformers.LlavaForConditionalGeneration(config)
+    model.set_attn_implementation({"vision_config": "eager", "text_config": "sdpa"})
+    parts = config, config.vision_config, config.text_config
+    before = [part._attn_implementation for part in parts]
+    assert before[1:] == ["eager", "sdpa"]
+    with dense_attention(model):
+        assert config.text_config._attn_implementation == "tokred"
+    assert [part._attn_implementation for part in parts] == before
+
+
 def test_results_are_written(tmp_path) -> None:
     pytest.importorskip("matplotlib")
     result = tokred.evaluate(encoder(), images(), ["tome", "fasa"], [0.75, 0.5])
@@ -157,6 +195,7 @@ def test_inputs() -> None:
         ["input_ids"], ["input_ids"], ["pixel_values"]
     ]  # fmt: skip
     assert next(batches([1, 2, 3]))["input_ids"].shape == (1, 3)
+    assert next(batches({key: x[0] for key, x in padded.items()}))["attention_mask"].shape == (1, 5)
     for wrong, kind, message in (
         ("text", TypeError, "tokenize it first"),
         (3, TypeError, "inputs must be a tensor, a dict, a list of these or a loader, got int"),
@@ -164,6 +203,12 @@ def test_inputs() -> None:
         ([{"labels": 1}], ValueError, r"inputs\[0\] must have tensors input_ids or pixel_values"),
         (torch.ones(2, 2, 2, 2, 2), ValueError, r"pixels \[B, C, H, W\]"),
         (torch.zeros(1, 0, dtype=torch.long), ValueError, "not empty"),
+        (
+            padded | {"attention_mask": torch.ones(2, 4)},
+            ValueError,
+            r"must be \[2, 5\] as input_ids",
+        ),
+        (padded | {"attention_mask": torch.zeros(2, 5)}, ValueError, "must leave a token"),
     ):
         with pytest.raises(kind, match=message):
             list(batches(wrong))
@@ -177,6 +222,13 @@ def test_refusals() -> None:
         ((decoder(), tokens(), None, [1.5]), {}, ValueError, r"budgets must be shares in \(0, 1\]"),
         ((decoder(), tokens()), {"bits": [5]}, ValueError, "bits must be some of 1, 2, 3, 4, 8"),
         ((decoder(), tokens()), {"decoded": 0}, ValueError, "decoded must be an int of at least 1"),
+        ((decoder(), tokens()), {"bits": 4}, TypeError, "bits must be a list"),
+        ((decoder(), tokens(), None, 0.5), {}, TypeError, "budgets must be a list of shares"),
+        ((decoder(), tokens(), None, ["0.5"]), {}, TypeError, "budgets must be numbers, got '0.5'"),
+        ((decoder(), tokens(), []), {}, ValueError, "methods must name a method"),
+        ((decoder(), images()), {}, ValueError, "token numbers for LlamaForCausalLM, got pixels"),
+        ((encoder(), tokens()), {}, ValueError, "pixels for ViTModel, got token numbers"),
+        ((nn.ReLU(), images()), {}, ValueError, "ReLU has no weights"),
         ((decoder(), tokens(1, 3)), {}, ValueError, "at least 4 tokens, got 3"),
         ((decoder(), tokens(1, 300)), {}, ValueError, "300 tokens, and the model at most 256"),
         ((decoder(), tokens() + 100), {}, ValueError, r"token numbers must be in \[0, 128\)"),

@@ -144,3 +144,15 @@ def test_a_closed_pipe_is_no_traceback() -> None:
     process.stdin = process.stdout = None
     _, error = process.communicate()
     assert process.returncode == 1 and error == b""
+
+
+def test_normalisation_of_a_folder(tmp_path: Path) -> None:
+    from tokred.commands.load import _normalisation
+
+    path, three = tmp_path / "preprocessor_config.json", (0.1, 0.2, 0.3)
+    assert _normalisation(str(tmp_path), three, three) == (three, three)
+    path.write_text('{"image_mean": 0.5, "image_std": [1, 2, 3]}', encoding="utf-8")
+    assert _normalisation(str(tmp_path), three, three) == ((0.5,) * 3, (1, 2, 3))
+    path.write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match="is no JSON"):
+        _normalisation(str(tmp_path), three, three)

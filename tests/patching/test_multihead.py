@@ -232,6 +232,15 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("ratio", lambda: MergedAttention(EMBED, HEADS, ratio=2.0), "between 0 and 1"),
     ("residual", lambda: PackedKVAttention(EMBED, HEADS, residual=-1), "at least 0"),
     ("bias_kv", lambda: TopKAttention.from_mha(mha(add_bias_kv=True), k=1), "add_bias_kv"),
+    ("kv heads", lambda: TopKAttention.from_mha(mha(), k=1, num_kv_heads=2), "num_kv_heads must"),
+    ("density", lambda: BlockSparseAttention(EMBED, HEADS, density=2.0), "density must be between"),
+    ("1-D", lambda: top_k()(X[0, 0], X, X), r"query must be \[B, N, 64\]"),
+    ("key", lambda: top_k()(X, X[0], X), r"key must be \[B, N, 64\]"),
+    (
+        "channels",
+        lambda: top_k()(X, X, X[..., :5]),
+        r"value must be .*got \[2, 8, 5\]",
+    ),
     ("dropout", lambda: top_k(dropout=0.1)(X, X, X), "no dropout"),
     ("weights", lambda: top_k()(X, X, X, need_weights=True), "need_weights"),
     ("output_attentions", lambda: top_k()(X, output_attentions=True), "output_attentions"),
@@ -266,6 +275,11 @@ REFUSED: list[tuple[str, Any, str]] = [
         "merge_queries=False",
     ),
     (
+        "merged cross-attention",
+        lambda: MergedAttention(EMBED, HEADS, r=1)(X, X + 1, X),
+        "one and the same tensor",
+    ),
+    (
         "rotated residual",
         lambda: PackedKVAttention(EMBED, HEADS, group_size=16, rotate=True, residual=1)(X, X, X),
         "residual = 0",
@@ -281,3 +295,8 @@ def test_what_is_refused_says_why(call: Any, message: str) -> None:
         call()
     with pytest.raises(TypeError, match=r"nn\.MultiheadAttention"):
         TopKAttention.from_mha(nn.Linear(1, 1), k=1)
+
+
+def test_no_tokens_under_a_mask() -> None:
+    x = tokens(2, 0, EMBED)
+    assert top_k()(x, x, x, attn_mask=torch.zeros(0, 0).bool())[0].shape == (2, 0, EMBED)

@@ -102,9 +102,14 @@ def _normalisation(name: str, mean: Any, std: Any) -> tuple[tuple[float, ...], t
     """The mean and deviation of each channel that a folder says; those given where it says none."""
     path = Path(name) / "preprocessor_config.json"
     if path.is_file():
-        said = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            said = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is no JSON: {error}") from None
         mean, std = said.get("image_mean", mean), said.get("image_std", std)
-    return tuple(mean), tuple(std)
+    # One number is of all channels.
+    mean, std = ((x,) * 3 if isinstance(x, int | float) else tuple(x) for x in (mean, std))
+    return mean, std
 
 
 def pixels(paths: list[str], size: int, loaded: Loaded) -> list[Tensor]:

@@ -75,9 +75,13 @@ def check_budgets(budgets: Iterable[float]) -> tuple[float, ...]:
     """The budgets, descending and each once.
 
     Raises:
-        ValueError: one outside (0, 1], or none.
+        ValueError: one outside (0, 1], or none. TypeError: they are no numbers.
     """
+    if isinstance(budgets, str) or not isinstance(budgets, Iterable):
+        raise TypeError(f"budgets must be a list of shares, got {budgets!r}")
     given = list(budgets)
+    if wrong := [share for share in given if not isinstance(share, int | float)]:
+        raise TypeError(f"budgets must be numbers, got {wrong[0]!r}")
     found = tuple(sorted({*given}, reverse=True))
     if not found or not all(0 < share <= 1 for share in found):
         raise ValueError(f"budgets must be shares in (0, 1], got {given}")
@@ -88,10 +92,12 @@ def check_bits(bits: Iterable[int]) -> None:
     """Refuses what no packed cache has.
 
     Raises:
-        ValueError: saying which.
+        ValueError: saying which. TypeError: they are no list.
     """
+    if not isinstance(bits, Iterable):
+        raise TypeError(f"bits must be a list of numbers, got {bits!r}")
     for each in bits:
-        if each not in (1, 2, 3, 4, 8):
+        if type(each) is not int or each not in (1, 2, 3, 4, 8):
             raise ValueError(f"bits must be some of 1, 2, 3, 4, 8, got {each!r}")
 
 

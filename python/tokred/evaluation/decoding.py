@@ -23,6 +23,7 @@ from .results import Measure
 from .tally import Tally
 
 PERPLEXITY, RATIO, KL, RECALL = "perplexity", "to dense", "logit KL", "needle recall"
+_DENSE = "loss of the unpatched model"  # of the same tokens, no column
 MEASURES = (
     Measure(PERPLEXITY, "lower", 5),
     Measure(RATIO, "", 4),
@@ -37,12 +38,27 @@ def dense_attention(model: nn.Module, name: str = "tokred") -> Iterator[None]:
     from tokred.integrations.transformers.attention import register
 
     register()
-    before = model.config._attn_implementation
+    # The parts of a model may have different ones.
+    found = {id(each): each for each in _configs(model)}.values()
+    before = [(each, each._attn_implementation_internal) for each in found]
     model.set_attn_implementation(name)
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        for config, implementation in before:
+            config._attn_implementation_internal = implementation
+
+
+def _configs(model: nn.Module) -> Iterator[Any]:
+    """The configs of a model of transformers and of its parts."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation_internal"):
+            yield config
+            for name in config.sub_configs:
+                part = getattr(config, name, None)
+                if hasattr(part, "_attn_implementation_internal"):
+                    yield part
 
 
 def forward(model: nn.Module, ids: Tensor, cache: Any) -> Tensor:
@@ -197,15 +213,16 @@ class DecoderTask:
         tally.add(PERPLEXITY, -ours.gather(2, reading.predicted[..., None]))
         if dense is not None:
             theirs = dense.log_probabilities
+            tally.add(_DENSE, -theirs.gather(2, reading.predicted[..., None]))
             tally.add(KL, kl_div(ours, theirs, reduction="none", log_target=True).sum(-1))
         if reading.named is not None:
             tally.add(RECALL, reading.named.float())
 
     def figures(self, tally: Tally, dense: Tally) -> dict[str, float]:
         """The measures of all that was added."""
-        means, theirs = tally.means(), dense.means()
+        means = tally.means()
         loss = means.pop(PERPLEXITY)
-        difference = loss - theirs[PERPLEXITY]
+        difference = loss - means.pop(_DENSE, loss)
         if KL in means:
             means[KL] = max(means[KL], 0.0)  # rounding can make it negative
         return {PERPLEXITY: _exp(loss), RATIO: _exp(difference), **means}

@@ -57,7 +57,7 @@ def _batch(part: Any, name: str) -> Batch:
         named = {key: value for key, value in part.items() if isinstance(value, Tensor)}
         for key in ("input_ids", "pixel_values"):
             if key in named:
-                return named | {key: _checked(named[key], f"{name}[{key!r}]")}
+                return _with_mask(named | {key: _checked(named[key], f"{name}[{key!r}]")}, name)
         raise ValueError(f"{name} must have tensors input_ids or pixel_values, got {[*part]}")
     if isinstance(part, list | tuple) and part and isinstance(part[0], Tensor):
         part = part[0]
@@ -67,6 +67,22 @@ def _batch(part: Any, name: str) -> Batch:
         raise TypeError(f"{name} must be a tensor or a dict of them, got {type(part).__name__}")
     kind = "pixel_values" if part.is_floating_point() else "input_ids"
     return {kind: _checked(part, name)}
+
+
+def _with_mask(batch: Batch, name: str) -> Batch:
+    """The batch, with an attention_mask [B, N] where it has one for token numbers."""
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    if ids is None or mask is None:
+        return batch
+    mask = mask[None] if mask.dim() == 1 else mask
+    if mask.shape != ids.shape:
+        raise ValueError(
+            f"{name}['attention_mask'] must be {list(ids.shape)} as input_ids, got "
+            f"{list(mask.shape)}"
+        )
+    if not mask.any():
+        raise ValueError(f"{name}['attention_mask'] must leave a token, and hides all of them")
+    return batch | {"attention_mask": mask}
 
 
 def _checked(x: Tensor, name: str) -> Tensor:

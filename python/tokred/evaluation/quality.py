@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -120,12 +121,16 @@ def check(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if next(model.parameters(), None) is None:
+        raise ValueError(f"model must be a transformer, and {type(model).__name__} has no weights")
     if any(hasattr(vars(m).get("forward"), "tokred_original") for m in model.modules()):
         raise ValueError(
             "model is patched, and methods are measured beside the unpatched one: leave the patch"
         )
     check_methods(methods)
     check_bits(bits)
+    if methods is not None and not methods and not bits:
+        raise ValueError("methods must name a method at least, or be None for all that fit")
     return check_budgets(budgets)
 
 
@@ -136,6 +141,11 @@ def begin(
     decoder Passages, of an encoder batches."""
     found = batches(inputs)
     first = next(found)
+    named, name = inspect.signature(model.forward).parameters, type(model).__name__
+    if "input_ids" in first and "pixel_values" in named and "input_ids" not in named:
+        raise ValueError(f"inputs must be pixels for {name}, got token numbers")
+    if "input_ids" not in first and is_decoder(model) and "pixel_values" not in named:
+        raise ValueError(f"inputs must be token numbers for {name}, got pixels")
     task: Task
     if "input_ids" in first and is_decoder(model):
         task = DecoderTask(model, tokenizer, decoded)

@@ -61,6 +61,8 @@ def padding_and_causality(
             f"{name} must be for {batch} items, {queries} queries and {keys} keys, got "
             f"{list(visible.shape)}"
         )
+    if rows == 0:
+        return None, causal
     last = visible[:, -1]
     if rows > 1:
         if torch.compiler.is_compiling():

@@ -99,7 +99,7 @@ class _MultiheadAttention(nn.Module):
 
         Raises:
             TypeError: mha is no nn.MultiheadAttention.
-            ValueError: it has keys of its own (add_bias_kv, add_zero_attn).
+            ValueError: it has keys of its own (add_bias_kv, add_zero_attn); other num_kv_heads.
         """
         if not isinstance(mha, nn.MultiheadAttention):
             raise TypeError(f"mha must be an nn.MultiheadAttention, got {type(mha).__name__}")
@@ -107,6 +107,10 @@ class _MultiheadAttention(nn.Module):
             raise ValueError(
                 f"{cls.__name__} has no keys of its own: add_bias_kv and add_zero_attn must be "
                 "False"
+            )
+        if options.get("num_kv_heads") not in (None, mha.num_heads):
+            raise ValueError(
+                f"num_kv_heads must be mha's {mha.num_heads} heads, got {options['num_kv_heads']}"
             )
         bias = mha.in_proj_bias is not None
         module = cls(
@@ -194,6 +198,7 @@ class _MultiheadAttention(nn.Module):
                     f"{name} must not be nested: nn.TransformerEncoder needs "
                     "enable_nested_tensor=False"
                 )
+        self._check_tokens(query, key, value)
         batched, mask = query.dim() == 3, key_padding_mask
         if not batched:
             query, key, value = (x[None] for x in (query, key, value))
@@ -224,6 +229,17 @@ class _MultiheadAttention(nn.Module):
         if not batched:
             return out[0], None
         return (out if self.batch_first else out.transpose(0, 1)), None
+
+    def _check_tokens(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Refuses shapes that are none of nn.MultiheadAttention's."""
+        widths = {"query": self.embed_dim, "key": self.kdim, "value": self.vdim}
+        for (name, width), x in zip(widths.items(), (query, key, value), strict=True):
+            if x.dim() not in (2, 3) or x.dim() != query.dim() or x.shape[-1] != width:
+                shape = f"[B, N, {width}]" if self.batch_first else f"[N, B, {width}]"
+                raise ValueError(
+                    f"{name} must be {shape}, or [N, {width}] where all three are, got "
+                    f"{list(x.shape)}"
+                )
 
     def _decoder_layer(
         self,
@@ -327,6 +343,16 @@ class MergedAttention(_MultiheadAttention):
     """
 
     core_type = MergedCore
+
+    def _check_tokens(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Refuses to merge queries as keys of other tokens."""
+        super()._check_tokens(query, key, value)
+        core: Any = self.core
+        if core.merge_queries and (core.r or core.ratio) and query is not key:
+            raise ValueError(
+                "query and key must be one and the same tensor, as queries merge where their keys "
+                "do: give merge_queries=False for cross-attention"
+            )
 
     def _check_cache(self, cache: Any) -> None:
         raise ValueError(

@@ -202,6 +202,8 @@ class BlockSparseCore(nn.Module):
         super().__init__()
         if sum(option is not None for option in (k, density, top_p)) != 1:
             raise ValueError("give one of k, density and top_p")
+        if density is not None and not 0 <= density <= 1:
+            raise ValueError(f"density must be between 0 and 1, got {density}")
         if reduce not in _REDUCTIONS[:-1]:
             raise ValueError(f"reduce must be one of {_REDUCTIONS[:-1]}, got {reduce!r}")
         if statistic not in _RULES:
