@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["DenseCache", "PackedCache", "apply", "benchmark", "evaluate", "patch", "profile", *_ops]
 
 _LAZY_MODULES = (
-    "cache", "evaluation", "integrations", "methods", "models", "nn", "patching", "reference",
+    "cache", "distributed", "evaluation", "integrations", "methods", "models", "nn", "patching",
+    "reference",
 )  # fmt: skip
 
 

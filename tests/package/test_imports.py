@@ -21,6 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "compat": set(),
     "ops": set(),
     "reference": {"ops"},
+    "distributed": {"ops"},
     "selection": {"ops"},
     "schedule": set(),
     "grid": set(),

@@ -11,6 +11,7 @@ so that no result ever carries a gradient that is missing or wrong.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -93,7 +94,24 @@ def differentiable(
         refuse_history(name, names, inputs, besides=arguments)
         setup_context(ctx, inputs, output)
 
-    torch.library.register_autograd(op, backward, setup_context=setup, lib=_library)
+    def run(ctx: Any, *grads: Tensor) -> Any:
+        return backward(ctx, *_of_one_kind(grads))
+
+    torch.library.register_autograd(op, run, setup_context=setup, lib=_library)
+
+
+def _of_one_kind(grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Gradients as DTensors where one is: those of results that nobody used are plain zeros."""
+    tensor = sys.modules.get("torch.distributed.tensor")
+    if tensor is None:
+        return grads
+    like = next((grad for grad in grads if isinstance(grad, tensor.DTensor)), None)
+    if like is None:
+        return grads
+    return tuple(
+        like.new_zeros(grad.shape, dtype=grad.dtype) if type(grad) is Tensor else grad
+        for grad in grads
+    )
 
 
 def once_differentiable(name: str, called: str) -> None:

@@ -65,6 +65,8 @@ class AttentionCall:
     softcap: logits s become softcap * tanh(s / softcap) in `dense` and `attend_to`, or None. Those
         of `score` are s itself: the order of keys is the same.
     score_keys: a copy of the keys in a few bits, which `score` reads instead of k; or None.
+    other_heads: the process group whose ranks have this layer's other heads, in tensor parallelism;
+        "unknown" where the heads are not all here, and no group is known to have the others.
     """
 
     q: Tensor
@@ -80,6 +82,7 @@ class AttentionCall:
     in_prompt: bool = False
     softcap: float | None = None
     score_keys: PackedKV | None = None
+    other_heads: Any = None
 
     @property
     def num_keys(self) -> int:
@@ -107,13 +110,27 @@ class AttentionCall:
         """
         mask = self.visible() if mask is None else mask
         if self.is_packed:
-            return self.k.score(self.q.detach(), reduce, self.scale, mask)
-        q, k = self.q.detach(), self.k.detach()
-        if self.score_keys is not None:
-            return tokred.packed_qk_score(
-                q, self.score_keys, reduce=reduce, scale=self.scale, mask=mask
+            scores = self.k.score(self.q.detach(), reduce, self.scale, mask)
+        elif self.score_keys is not None:
+            scores = tokred.packed_qk_score(
+                self.q.detach(), self.score_keys, reduce=reduce, scale=self.scale, mask=mask
             )
-        return tokred.qk_score(q, k, reduce, scale=self.scale, mask=mask)
+        else:
+            q, k = self.q.detach(), self.k.detach()
+            scores = tokred.qk_score(q, k, reduce, scale=self.scale, mask=mask)
+        if self.other_heads is not None and reduce in ("head_mean", "softmax_vote"):
+            return self._over_all_heads(scores, reduce)
+        return scores
+
+    def _over_all_heads(self, scores: Tensor, reduce: str) -> Tensor:
+        """The scores of all ranks' heads together, the same bits on every rank."""
+        if self.other_heads == "unknown":
+            raise ValueError(
+                "all heads choose together, and this process has some of them only: make the model "
+                "parallel with torch's parallelize_module before tokred.patch"
+            )
+        torch.distributed.all_reduce(scores, group=self.other_heads)
+        return scores if reduce == "softmax_vote" else scores / self.other_heads.size()
 
     def attend_to(self, indices: Tensor, block_q: int) -> tuple[Tensor, Tensor]:
         """Attention to the keys of lists: (out [B, Hq, L, Dv], lse f32 [B, Hq, L]).

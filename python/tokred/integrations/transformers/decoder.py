@@ -27,6 +27,7 @@ from tokred.patching.token_state import refuse_copy
 
 from . import attention
 from .full_attention import explain, full_attention, looks_both_ways
+from .parallel_heads import other_heads
 from .rotary import Rotary, find_rotary, unrotated
 
 __all__ = ["Rotary", "Stack", "stacks"]
@@ -85,6 +86,7 @@ class LayerMethod:
 
     bound: Bound
     layer: int
+    module: nn.Module
     called: bool = False
 
     def refuse_packed(self) -> None:
@@ -117,7 +119,7 @@ class LayerMethod:
         # A full-attention layer that passes a window on does not apply it.
         call = replace(
             call, layer=self.layer, rotary=bound.rotary, window=None, carried=running.carried,
-            in_prompt=running.is_prompt,
+            in_prompt=running.is_prompt, other_heads=other_heads(self.module, call.q.shape[1]),
         )  # fmt: skip
         return bound.method.attend(call)
 
@@ -232,7 +234,7 @@ def _attention_forward(
                 "rotation='cached'"
             )
         kwargs["position_embeddings"] = unrotated(*kwargs["position_embeddings"])
-    layer_method = LayerMethod(bound, layer)
+    layer_method = LayerMethod(bound, layer, module)
     result = original(*args, tokred_method=layer_method, **kwargs)
     if not layer_method.called:
         raise RuntimeError(

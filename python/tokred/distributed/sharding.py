@@ -1,0 +1,237 @@
+"""How every op works on DTensors: which dimensions of its arguments are the batch and the heads.
+
+A rule gives each argument a letter for every dimension. `b` is the batch, `h` the heads of queries,
+keys or lists of keys; a leading `*` stands for any number of dimensions that are rows of their own.
+An op runs without communication where all arguments are sharded along the batch, or all along the
+heads; what is 1 long there serves every shard, and is replicated. Other placements are brought into
+one of these first, or replicated, by torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor._op_schema import OpSchema, OpStrategy, RuntimeSchemaInfo
+from torch.distributed.tensor._ops.utils import expand_to_full_mesh_op_strategy
+from torch.distributed.tensor.placement_types import Placement
+
+_QKV = "q bhld, k bhnd, v bhne"
+_ATTENTION = f"{_QKV}, key_bias bhn, mask bhln"
+_GRADS = f"grad_out bhle, grad_lse bhl, {_QKV}, key_bias bhn, mask bhln, out bhle, lse bhl"
+_SINKHORN = (
+    "x bmc, anchors bnc, position_x bmp, position_anchors bnp, time_x bm, time_anchors bn, "
+    "mask_x bm, mask_anchors bn, offset b"
+)
+RULES = {
+    # topk
+    "topk": "scores *n, lengths *, row_k *, must_keep *n -> *k, *k, *",
+    "compact": "selected *n, lengths * -> *k, *",
+    "inverse_transform_sample": "scores *n, mask *n -> *k, *",
+    # score
+    "qk_score": "q bhld, k bhnd, dims hf, lengths b, mask bn, slots bn -> bhn",
+    "block_pool": "x bhnd, boundaries bm, lengths b, mask bn -> bhmsd, bm",
+    "block_score": "q bhl, pooled bhmsd, counts bm -> bhlm",
+    "attention_rows": "q bhld, k bhnd, mask bhln -> bhln",
+    "attention_columns": "q bhld, k bhnd, lse bhl, weight bhl, mask bhln -> bhn",
+    "pagerank": "q bhnd, k bhnd, lse bhn, start bhn, mask bhnn -> bhn",
+    "similarity_stats": "a bnc, b bmc, mask_a bn, mask_b bm -> bn, bn, bn, bn, bn, bn",
+    "transition_stats": "before bnc, after bnc -> bn, bn",
+    # match
+    "match": "a bnc, b bmc, mask_a bn, mask_b bm, weight_a bn, weight_b bm -> bn, bn",
+    "bipartite_soft_matching": "metric bnc, mask bn, sources bs, destinations bd -> bn",
+    "threshold_matching": "metric bnc, mask bn, sources bs, destinations bd -> bn, b",
+    "linear_assignment": "cost bnm -> bn, bn, bm",
+    "sinkhorn": f"{_SINKHORN} -> bnc, bn, bm, bm, bn, b",
+    "sinkhorn_backward": f"grad_aggregation bnc, grad_load bn, {_SINKHORN}, steps b -> bmc, bnc",
+    # cluster
+    "connected_components": "x byxc, mask bn -> bn, b",
+    "kmeans": "x bnc, start bk, mask bn -> bkc, bn, bk",
+    "dpc_knn": "x bnc, mask bn -> bm, bn",
+    "greedy_select": "x bnc, weight bn, start b, mask bn -> bk",
+    "kmedoids": "x bnc, start bk, mask bn -> bk, bn",
+    "local_soft_kmeans": "x bnc -> bmc, bn",
+    "knn_reconstruct": "deep bmd, x bnc, centroids bmc -> bnd",
+    "knn_reconstruct_backward": "grad_y bnd, x bnc, centroids bmc -> bmd",
+    # merge
+    "merge": "x bnc, token_map bn, size bn, weight bn -> bmc, bm",
+    "merge_backward": "grad_y bmc, grad_size bm, x bnc, token_map bn, size bn, weight bn "
+    "-> bnc, bn, bn",
+    "unmerge": "y bmc, token_map bn -> bnc",
+    "compose": "second bm, first bn -> bn",
+    "segment_weights": "ids bn, weight bn, x bnc -> bn",
+    "segment_weights_backward": "grad bn, weights bn, ids bn, weight bn, x bnc -> bn",
+    "adjacent_runs": "x bnc, y bnc, mask bn -> bn, bn, bn, b, bn",
+    "forest_roots": "parent bn -> bn, bn",
+    "ema_scan": "c bmc, p bm, state bc, lengths b -> bmc, bc",
+    "ema_scan_backward": "grad_z bmc, grad_state bc, c bmc, p bm, state bc, lengths b, z bmc "
+    "-> bmc, bm, bc",
+    # sparse_attn
+    "biased_attention": f"{_ATTENTION}, query_position blp, key_position bnp -> bhle, bhl",
+    "biased_attention_backward": f"{_GRADS}, query_position blp, key_position bnp "
+    "-> bhld, bhnd, bhne, bhn",
+    "sparse_attention": f"{_ATTENTION}, indices bhlk, rope_cos kr, rope_sin kr -> bhle, bhl",
+    "sparse_attention_backward": f"{_GRADS}, indices bhlk -> bhld, bhnd, bhne, bhn",
+    "block_sparse_attention": f"{_ATTENTION}, block_mask bhln -> bhle, bhl",
+    "block_sparse_attention_backward": f"{_GRADS}, block_mask bhln -> bhld, bhnd, bhne, bhn",
+    "combine_states": "out_a bhle, lse_a bhl, out_b bhle, lse_b bhl -> bhle, bhl",
+    "unmerged_attention": f"{_QKV}, token_map bt, rope_cos btr, rope_sin btr, query_map bl -> bhle",
+    # kv_pack
+    "kv_pack": "x bhnd, levels hi -> bhnd, bhnp",
+    "kv_unpack": "codes bhnd, params bhnp, levels hi -> bhnd",
+    # packed_attn
+    "packed_attention": "q bhld, k_codes bhnd, k_params bhnp, v_codes bhne, v_params bhnp, "
+    "residual_k bhwd, residual_v bhwe, indices bhlk, mask bhlt, key_bias bht, lengths b, "
+    "slots bs, k_levels hi, v_levels hi -> bhle, bhl",
+    "packed_qk_score": "q bhld, codes bhnd, params bhnp, residual bhwd, lengths b, mask bt, "
+    "slots bs, levels hi -> bht",
+    # linear_attn
+    "linear_attention": f"{_QKV}, decay h, state bhde, mask bn -> bhle, bhde",
+    "linear_attention_backward": f"grad_out bhle, grad_state bhde, {_QKV}, decay h, state bhde, "
+    "mask bn -> bhld, bhnd, bhne, bhde",
+}
+_WRITES = "it writes to its arguments, and torch may hand it copies: call it on local tensors"
+REFUSED = {
+    "gather_tokens": "it takes and returns lists, for which torch has no placements: call "
+    "gather_tokens on local tensors, inside torch.distributed.tensor.experimental.local_map",
+    "kv_append": _WRITES,
+    "kv_unpack_into": _WRITES,
+    "merge_out": _WRITES,
+}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """arguments: the letters of each tensor argument's dimensions, by name. results: of each."""
+
+    arguments: dict[str, str]
+    results: tuple[str, ...]
+
+    @classmethod
+    def of(cls, op: str) -> Rule:
+        given, _, returned = RULES[op].partition(" -> ")
+        arguments = dict(part.split() for part in given.split(", "))
+        return cls(arguments, tuple(returned.split(", ")))
+
+
+def register() -> None:
+    """Registers a rule for every op of torch.ops.tokred, or why it has none; any number of times.
+
+    A refusal is a RuntimeError of torch's that carries the reason.
+    """
+    for op in RULES:
+        _register(op, _strategy(op, Rule.of(op)))
+    for op, reason in REFUSED.items():
+        _register(op, _refusal(op, reason))
+
+
+def _register(op: str, strategy: Callable[[OpSchema], OpStrategy]) -> None:
+    overload = getattr(torch.ops.tokred, op).default
+    kinds = [isinstance(argument.type, torch.TensorType) for argument in overload._schema.arguments]
+    # Placements are remembered by all arguments from here on, as results depend on numbers.
+    first = kinds.index(False) if False in kinds else len(kinds)
+    DTensor._op_dispatcher.sharding_propagator.register_op_strategy(
+        overload, strategy, RuntimeSchemaInfo(first)
+    )
+
+
+def _refusal(op: str, reason: str) -> Callable[[OpSchema], OpStrategy]:
+    def refuse(schema: OpSchema) -> OpStrategy:
+        raise ValueError(f"{op} does not work on DTensors: {reason}")
+
+    return refuse
+
+
+def _strategy(op: str, rule: Rule) -> Callable[[OpSchema], OpStrategy]:
+    names = [argument.name for argument in getattr(torch.ops.tokred, op).default._schema.arguments]
+
+    def strategy(schema: OpSchema) -> OpStrategy:
+        values = dict(zip(names, schema.args_schema, strict=False)) | schema.kwargs_schema
+        tensors = {name: x for name, x in values.items() if isinstance(x, OpStrategy)}
+        letters = {name: _spelled(rule.arguments[name], x.ndim) for name, x in tensors.items()}
+        rows = max((x.count("*") for x in letters.values()), default=0)
+        results = [_spelled(result, rows + len(result) - 1) for result in rule.results]
+        if op.endswith("attention_backward") and "key_bias" in rule.arguments:
+            # The gradient of a bias that is not there is empty.
+            results[-1] = results[-1] if "key_bias" in tensors else "n"
+        everywhere: list[Placement | None] = [Replicate()] * (len(results) + len(tensors))
+        choices = [everywhere]
+        marks = [("*", place) for place in range(rows)] + [("b", 0), ("h", 0)]
+        for letter, nth in marks:
+            inputs = [_placed(letters[name], x.shape, letter, nth) for name, x in tensors.items()]
+            if not any(isinstance(placement, Shard) for placement in inputs):
+                continue
+            shapes = dict(zip(tensors, inputs, strict=True))
+            outputs = [_result(letters_, letter, nth) for letters_ in results]
+            if letter == "h":
+                found = _over_heads(op, values.get("reduce"), shapes, outputs)
+                if found is None:
+                    continue
+                outputs = found
+            choices.append([*outputs, *inputs])
+
+        def even(inputs: list[Any], outputs: Any) -> bool:
+            """Heads that are not cut evenly would part from their keys' heads."""
+            for (name, x), spec in zip(tensors.items(), inputs, strict=True):
+                if "h" in letters[name]:
+                    head = letters[name].index("h")
+                    shards = 1
+                    for size, placement in zip(spec.mesh.shape, spec.placements, strict=True):
+                        shards *= size if placement == Shard(head) else 1
+                    if x.shape[head] % shards:
+                        return False
+            return True
+
+        return expand_to_full_mesh_op_strategy(
+            schema.get_mesh_from_args(),
+            schema,
+            choices,
+            input_index=len(results),
+            is_valid_strategy_cb=even,
+        )
+
+    return strategy
+
+
+def _spelled(letters: str, dims: int) -> str:
+    """Letters with a star for every dimension that the star stands for."""
+    return letters.replace("*", "*" * (dims - len(letters) + 1))
+
+
+def _placed(letters: str, shape: Any, letter: str, nth: int) -> Placement:
+    """An argument's placement where the nth dimension of a letter is sharded."""
+    places = [place for place, each in enumerate(letters) if each == letter]
+    if len(places) <= nth or shape[places[nth]] == 1:
+        return Replicate()
+    return Shard(places[nth])
+
+
+def _result(letters: str, letter: str, nth: int) -> Placement:
+    places = [place for place, each in enumerate(letters) if each == letter]
+    return Shard(places[nth]) if len(places) > nth else Replicate()
+
+
+def _over_heads(
+    op: str, reduce: Any, inputs: dict[str, Placement], outputs: list[Placement]
+) -> list[Placement] | None:
+    """The results' placements with sharded heads; None where the heads must stay together."""
+    sharded = {name: isinstance(x, Shard) for name, x in inputs.items()}
+    one_key_head = sharded.get("q", False) and not all(
+        sharded[name] for name in ("k", "pooled", "codes", "k_codes") if name in sharded
+    )
+    if reduce in ("head_mean", "softmax_vote") and op != "attention_columns":
+        return [Partial("avg" if reduce == "head_mean" else "sum")]
+    if one_key_head and reduce in ("group_mean", "group_max"):
+        return None
+    if one_key_head and op.startswith("linear_attention"):
+        return None
+    if one_key_head and op.endswith("_backward"):
+        # All query heads add to the gradients of the one key head.
+        return [
+            Partial("sum") if number and isinstance(output, Shard) else output
+            for number, output in enumerate(outputs)
+        ]
+    return outputs
