@@ -195,7 +195,7 @@ def tensor_parallel(method: str | None, options: dict, bits: int | None) -> None
     logits = []
     for model in models:
         model.set_attn_implementation("tokred")
-        cache = DynamicCache() if bits is None else tokred.PackedCache(model, bits=bits)
+        cache = DynamicCache() if bits is None else tokred.PackedCache(model, bits=bits, window=4)
         if method is not None:
             tokred.apply(model, method, **options)
         steps = [model(tokens[:, :20], past_key_values=cache).logits]
