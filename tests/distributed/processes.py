@@ -6,6 +6,7 @@ everything, which takes longer than all that they do.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import sys
 import tempfile
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -176,20 +178,35 @@ def context_parallel() -> None:
                 wanted_row = (row[inside] - own.start).sort().values
                 assert torch.equal(mine[:number], wanted_row), (mine, wanted_row)
                 assert (mine[number:] == -1).all()
+    mine, everyones = chosen[:, :, None], indices[:, :, None]  # of the votes
+    state = tokred.sparse_attention(q, k[:, :, own], v[:, :, own], mine, mask=mask[:, own])
+    torch.testing.assert_close(
+        tokred.distributed.combine_over_ranks(*state),
+        tokred.sparse_attention(q, k, v, everyones, mask=mask),
+    )
+
+
+def config() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=8, num_key_value_heads=4, head_dim=16, max_position_embeddings=64,
+    )  # fmt: skip
 
 
 def tensor_parallel(method: str | None, options: dict, bits: int | None) -> None:
     """A Llama whose heads and MLPs are split, patched: the logits of the whole one."""
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=8, num_key_value_heads=4, head_dim=16, max_position_embeddings=64,
-    )  # fmt: skip
     torch.manual_seed(0)
-    models = [LlamaForCausalLM(config).eval() for _ in range(2)]
+    models = [LlamaForCausalLM(config()).eval() for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     styles = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
-    plan = {name: styles[kind]() for name, kind in config.base_model_tp_plan.items()}
+    plan = {name: styles[kind]() for name, kind in config().base_model_tp_plan.items()}
     parallelize_module(models[1].model, mesh(), plan)
+    try:
+        tokred.patch(models[1], "snap_kv")
+    except ValueError as error:
+        assert "use top_k_attention or token_select" in str(error), error
+    else:
+        raise AssertionError("a method that needs all heads took some of them")
     tokens = torch.randint(64, (2, 24), generator=generator(1))
     unpatched = models[0](tokens).logits
     logits = []
@@ -205,6 +222,23 @@ def tensor_parallel(method: str | None, options: dict, bits: int | None) -> None
     assert (logits[0] - unpatched).abs().max() > 1e-3 or method is bits
 
 
+def fully_sharded() -> None:
+    """Weights that are gathered while a layer runs leave all heads in one process: as without."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config()).eval()
+    tokens = torch.randint(64, (2, 24), generator=generator(1))
+    options = {"k": 6, "n_init": 2, "n_local": 3, "prefill": "select", "chunk": 3}
+    logits = []
+    for shard in (False, True):
+        if shard:
+            fully_shard(model, mesh=mesh())
+        with tokred.patch(model, "snap_kv"):
+            pass  # which needs all heads in one process
+        with tokred.patch(model, "token_select", **options):
+            logits.append(model(tokens).logits)
+    torch.testing.assert_close(logits[1], logits[0])
+
+
 def checks(world: int) -> dict[str, Callable[[], None]]:
     found: dict[str, Callable[[], None]] = {}
     for op in RULES if world == 2 else ("qk_score", "topk", "kv_pack", "merge"):
@@ -212,30 +246,32 @@ def checks(world: int) -> dict[str, Callable[[], None]]:
         for letter in "bh":
             if letter in letters.replace("*", "b"):
                 found[f"{op} over {letter}"] = partial(op_over, op, letter)
+    votes = {"k": 6, "n_init": 2, "n_local": 3}
     found |= {
         "gradients": partial(gradients, 4),
         "gradients, one head of keys": partial(gradients, 1),
-        "refusals": refusals_say_why,
         "other placements": other_placements,
         "context parallel": context_parallel,
+        "tensor parallel, token_select": partial(tensor_parallel, "token_select", votes, None),
+    }
+    if world == 4:
+        return found | {"two dimensions": two_dimensions}
+    return found | {
+        "refusals": refusals_say_why,
+        "fully sharded": fully_sharded,
         "tensor parallel": partial(tensor_parallel, None, {}, None),
         "tensor parallel, packed": partial(tensor_parallel, None, {}, 4),
         "tensor parallel, top_k_attention": partial(
             tensor_parallel, "top_k_attention", {"k": 6}, None
         ),
-        "tensor parallel, token_select": partial(
-            tensor_parallel, "token_select", {"k": 6, "n_init": 2, "n_local": 3}, None
-        ),
     }
-    if world == 4:
-        found["two dimensions"] = two_dimensions
-    return found
 
 
 def run(rank: int, world: int, store: str) -> None:
     """One rank: every check, in the same order on all."""
-    # Long enough for a busy machine; a rank that fails leaves the others waiting for so long.
-    wait = timedelta(seconds=120)
+    # A rank that hangs says where, and ends: after ten times what a busy machine needs.
+    faulthandler.dump_traceback_later(100, exit=True)
+    wait = timedelta(seconds=60)
     where = f"file://{store}"
     dist.init_process_group("gloo", where, timeout=wait, rank=rank, world_size=world)
     failed = False

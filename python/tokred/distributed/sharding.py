@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-from torch.distributed.tensor._op_schema import OpSchema, OpStrategy, RuntimeSchemaInfo
+from torch.distributed.tensor._op_schema import OpSchema, OpSpec, OpStrategy, RuntimeSchemaInfo
 from torch.distributed.tensor._ops.utils import expand_to_full_mesh_op_strategy
 from torch.distributed.tensor.placement_types import Placement
 
@@ -167,15 +167,15 @@ def _strategy(op: str, rule: Rule) -> Callable[[OpSchema], OpStrategy]:
             shapes = dict(zip(tensors, inputs, strict=True))
             outputs = [_result(letters_, letter, nth) for letters_ in results]
             if letter == "h":
-                found = _over_heads(op, values.get("reduce"), shapes, outputs)
-                if found is None:
+                kept = _over_heads(op, values.get("reduce"), shapes, outputs)
+                if kept is None:
                     continue
-                outputs = found
+                outputs = kept
             choices.append([*outputs, *inputs])
 
-        def even(inputs: list[Any], outputs: Any) -> bool:
+        def even(choice: OpSpec) -> bool:
             """Heads that are not cut evenly would part from their keys' heads."""
-            for (name, x), spec in zip(tensors.items(), inputs, strict=True):
+            for (name, x), spec in zip(tensors.items(), choice.input_specs or (), strict=True):
                 if "h" in letters[name]:
                     head = letters[name].index("h")
                     shards = 1
@@ -185,13 +185,11 @@ def _strategy(op: str, rule: Rule) -> Callable[[OpSchema], OpStrategy]:
                         return False
             return True
 
-        return expand_to_full_mesh_op_strategy(
-            schema.get_mesh_from_args(),
-            schema,
-            choices,
-            input_index=len(results),
-            is_valid_strategy_cb=even,
+        found = expand_to_full_mesh_op_strategy(
+            schema.get_mesh_from_args(), schema, choices, input_index=len(results)
         )
+        found.strategies = [choice for choice in found.strategies if even(choice)]
+        return found
 
     return strategy
 

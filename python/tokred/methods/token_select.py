@@ -164,6 +164,7 @@ class TokenSelectOptions(Options):
     pool: int = 1
 
     adapters = ("causal_lm",)
+    heads_may_be_split = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

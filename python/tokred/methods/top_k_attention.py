@@ -140,6 +140,7 @@ class TopKAttentionOptions(Options):
     prefill: Literal["select", "dense"] = "select"
 
     adapters = ("causal_lm",)
+    heads_may_be_split = True
     rotation = "cached"
 
     def __post_init__(self) -> None:

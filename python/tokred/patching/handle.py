@@ -91,7 +91,7 @@ def patch(
 
     Raises:
         ValueError: an unknown method, or one of functions alone; a model without layers the method
-            can work on.
+            can work on; a tensor-parallel model, and a method that needs all heads in one process.
         TypeError: an option the method does not have; a model that is no module.
 
     A Patch that is dropped without having been entered warns, as it did nothing.
@@ -118,8 +118,33 @@ def patch(
             "and every method has prop_attn, trace_source, weighted_pool, num_prefix, "
             "restore_tokens"
         )
+    module = _module_of(model)
+    if not getattr(entry.options, "heads_may_be_split", False) and _is_tensor_parallel(module):
+        fit = [
+            name
+            for name, other in methods.METHODS.items()
+            if getattr(other.options, "heads_may_be_split", False)
+        ]
+        raise ValueError(
+            f"{method!r} cannot be put into a tensor-parallel model, whose processes would choose "
+            f"by their own heads alone: use {' or '.join(fit)}"
+        )
     settings = Settings(prop_attn, trace_source, weighted_pool, num_prefix, restore_tokens)
-    return Patch(_module_of(model), entry.options(**options), settings)
+    return Patch(module, entry.options(**options), settings)
+
+
+def _is_tensor_parallel(model: nn.Module) -> bool:
+    """Whether weights stay split over processes while layers run, unlike those of fully_shard."""
+    tensor = sys.modules.get("torch.distributed.tensor")
+    if tensor is None:
+        return False
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    gathered = fsdp is not None and any(isinstance(m, fsdp.FSDPModule) for m in model.modules())
+    return any(
+        sum(not placement.is_replicate() for placement in weight.placements) > gathered
+        for weight in model.parameters()
+        if isinstance(weight, tensor.DTensor)
+    )
 
 
 def apply(model: Any, method: str, **options: Any) -> Patch:

@@ -47,7 +47,8 @@ class KeySelector(Protocol):
     """A method that chooses the cached keys that a layer attends to.
 
     Its options have `attention(layers)`, which returns one KeySelector for all full-attention
-    layers of a model, `layers` being the model's own numbers of them; and `rotation`, "cached", or
+    layers of a model, `layers` being the model's own numbers of them; `heads_may_be_split`, True
+    where it works on each head alone or by `AttentionCall.score`; and `rotation`, "cached", or
     "compact" for queries and keys without rotation. Where it works on a PackedCache, its class has
     `reads_packed = True`.
     """

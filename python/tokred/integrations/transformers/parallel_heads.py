@@ -21,7 +21,7 @@ def other_heads(module: nn.Module, heads: int) -> Any:
     """
     if not (dist.is_available() and dist.is_initialized()):
         return None
-    if heads == getattr(module.config, "num_attention_heads", heads):
+    if heads == getattr(getattr(module, "config", None), "num_attention_heads", heads):
         return None
     from torch.distributed.tensor import DTensor, Shard
 
