@@ -79,39 +79,73 @@ TOKRED_INLINE void pack_row(const T* from, int64_t dim, Accumulator<T>* to) {
   for (; d < dim; ++d) to[d] = to_float(from[d]);
 }
 
+// The same, times `scale`.
 template <class T>
-using Four __attribute__((vector_size(4 * sizeof(T)))) = T;
+TOKRED_INLINE void pack_scaled(const T* from, int64_t dim, Accumulator<T> scale,
+                               Accumulator<T>* to) {
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) store(to + d, load_as(from + d) * splat(scale));
+  for (; d < dim; ++d) to[d] = to_float(from[d]) * scale;
+}
+
+template <class T, int kCount>
+using Wide __attribute__((vector_size(kCount * sizeof(T)))) = T;
 
 // Four rows of four.
 template <class T>
-TOKRED_INLINE void transpose(Four<T> x[4]) {
-  using Index = decltype(Four<T>{} < Four<T>{});
+TOKRED_INLINE void transpose(Wide<T, 4> (&x)[4]) {
+  using Index = decltype(x[0] < x[0]);
   constexpr Index kLow = {0, 4, 1, 5}, kHigh = {2, 6, 3, 7};
-  const Four<T> even_low = __builtin_shuffle(x[0], x[2], kLow);
-  const Four<T> even_high = __builtin_shuffle(x[0], x[2], kHigh);
-  const Four<T> odd_low = __builtin_shuffle(x[1], x[3], kLow);
-  const Four<T> odd_high = __builtin_shuffle(x[1], x[3], kHigh);
+  const auto even_low = __builtin_shuffle(x[0], x[2], kLow);
+  const auto even_high = __builtin_shuffle(x[0], x[2], kHigh);
+  const auto odd_low = __builtin_shuffle(x[1], x[3], kLow);
+  const auto odd_high = __builtin_shuffle(x[1], x[3], kHigh);
   x[0] = __builtin_shuffle(even_low, odd_low, kLow);
   x[1] = __builtin_shuffle(even_low, odd_low, kHigh);
   x[2] = __builtin_shuffle(even_high, odd_high, kLow);
   x[3] = __builtin_shuffle(even_high, odd_high, kHigh);
 }
+// Eight rows of eight: numbers, pairs and fours change places.
+template <class T>
+TOKRED_INLINE void transpose(Wide<T, 8> (&x)[8]) {
+  using Index = decltype(x[0] < x[0]);
+  const auto exchange = [&](int step, Index low, Index high) {
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      if (i & step) continue;
+      const auto a = x[i], b = x[i + step];
+      x[i] = __builtin_shuffle(a, b, low);
+      x[i + step] = __builtin_shuffle(a, b, high);
+    }
+  };
+  exchange(1, Index{0, 8, 2, 10, 4, 12, 6, 14}, Index{1, 9, 3, 11, 5, 13, 7, 15});
+  exchange(2, Index{0, 1, 8, 9, 4, 5, 12, 13}, Index{2, 3, 10, 11, 6, 7, 14, 15});
+  exchange(4, Index{0, 1, 2, 3, 8, 9, 10, 11}, Index{4, 5, 6, 7, 12, 13, 14, 15});
+}
 
-// from [rows][columns] to [columns][rows], both without gaps.
+// from [rows][columns] to [columns][rows], both without gaps, as far as whole squares of kSide
+// reach; the rest, below `row_end` and right of `column_end`, number by number.
 template <class Acc>
 TOKRED_INLINE void transpose(const Acc* from, int64_t rows, int64_t columns, Acc* to) {
-  const int64_t row_end = rows / 4 * 4, column_end = columns / 4 * 4;
-  for (int64_t row = 0; row < row_end; row += 4) {
-    for (int64_t column = 0; column < column_end; column += 4) {
-      Four<Acc> x[4];
-      for (int i = 0; i < 4; ++i) {
+  constexpr int kSide = kRegisterBytes >= 8 * static_cast<int>(sizeof(Acc)) ? 8 : 4;
+  const int64_t row_end = rows / kSide * kSide, column_end = columns / kSide * kSide;
+  for (int64_t row = 0; row < row_end; row += kSide) {
+    for (int64_t column = 0; column < column_end; column += kSide) {
+      Wide<Acc, kSide> x[kSide];
+#pragma GCC unroll 8
+      for (int i = 0; i < kSide; ++i) {
         std::memcpy(&x[i], from + (row + i) * columns + column, sizeof x[i]);
       }
       transpose<Acc>(x);
-      for (int i = 0; i < 4; ++i) std::memcpy(to + (column + i) * rows + row, &x[i], sizeof x[i]);
+#pragma GCC unroll 8
+      for (int i = 0; i < kSide; ++i) {
+        std::memcpy(to + (column + i) * rows + row, &x[i], sizeof x[i]);
+      }
     }
     for (int64_t column = column_end; column < columns; ++column) {
-      for (int i = 0; i < 4; ++i) to[column * rows + row + i] = from[(row + i) * columns + column];
+      for (int i = 0; i < kSide; ++i) {
+        to[column * rows + row + i] = from[(row + i) * columns + column];
+      }
     }
   }
   for (int64_t row = row_end; row < rows; ++row) {

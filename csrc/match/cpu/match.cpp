@@ -173,8 +173,11 @@ void pack_panel(const MatchParams& p, int64_t item, int64_t row0, int64_t i0, co
     alignas(64) float chunk[kLanes * kChannels];
     for (int lane = 0; lane < kLanes; ++lane) {
       float* to = chunk + lane * channels;
-      if (rows[lane]) pack_row(rows[lane] + c, channels, to);
-      for (int64_t i = 0; i < channels; ++i) to[i] = rows[lane] ? to[i] * scale[lane] : 0.0f;
+      if (rows[lane]) {
+        pack_scaled(rows[lane] + c, channels, scale[lane], to);
+      } else {
+        fill_zero(to, channels * static_cast<int64_t>(sizeof(float)));
+      }
     }
     transpose(chunk, kLanes, channels, s.panels + i0 * p.channels + c * kLanes);
   }

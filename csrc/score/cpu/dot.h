@@ -13,7 +13,7 @@ constexpr int64_t kAhead = 16;
 
 // The first two steps of sum(): four lanes are left. Copying parts out of the registers instead
 // would make the compiler keep the sums in such parts all along.
-TOKRED_INLINE Four<float> fold(f32x16 v) {
+TOKRED_INLINE Wide<float, 4> fold(f32x16 v) {
 #if defined(__AVX2__)
 #if defined(__AVX512F__)
   const auto half = __builtin_shufflevector(v.r[0], v.r[0], 0, 1, 2, 3, 4, 5, 6, 7) +
@@ -28,11 +28,11 @@ TOKRED_INLINE Four<float> fold(f32x16 v) {
 #endif
 }
 // The sums of four vectors, lane by lane.
-TOKRED_INLINE Four<float> sums(const Four<float>* folded) {
-  const Four<float> low = __builtin_shufflevector(folded[0], folded[1], 0, 4, 1, 5) +
-                          __builtin_shufflevector(folded[0], folded[1], 2, 6, 3, 7);
-  const Four<float> high = __builtin_shufflevector(folded[2], folded[3], 0, 4, 1, 5) +
-                           __builtin_shufflevector(folded[2], folded[3], 2, 6, 3, 7);
+TOKRED_INLINE Wide<float, 4> sums(const Wide<float, 4>* folded) {
+  const Wide<float, 4> low = __builtin_shufflevector(folded[0], folded[1], 0, 4, 1, 5) +
+                             __builtin_shufflevector(folded[0], folded[1], 2, 6, 3, 7);
+  const Wide<float, 4> high = __builtin_shufflevector(folded[2], folded[3], 0, 4, 1, 5) +
+                              __builtin_shufflevector(folded[2], folded[3], 2, 6, 3, 7);
   return __builtin_shufflevector(low, high, 0, 1, 4, 5) +
          __builtin_shufflevector(low, high, 2, 3, 6, 7);
 }
@@ -64,7 +64,7 @@ TOKRED_INLINE void score_four(const float* query, int64_t stride, const T* keys,
                               const int64_t* offset, int64_t dim, const Steps& steps,
                               float* scores) {
   constexpr int kTogether = kCount == 1 ? 4 : kCount == 2 ? 2 : 1;  // up to eight registers of sums
-  Four<float> folded[kCount][4];
+  Wide<float, 4> folded[kCount][4];
 #pragma GCC unroll 1
   for (int first = 0; first < 4; first += kTogether) {
     f32x16 sum[kTogether][kCount];
@@ -97,7 +97,7 @@ TOKRED_INLINE void score_four(const float* query, int64_t stride, const T* keys,
   }
 #pragma GCC unroll 4
   for (int row = 0; row < kCount; ++row) {
-    const Four<float> four = sums(folded[row]);
+    const Wide<float, 4> four = sums(folded[row]);
     std::memcpy(scores + row * kScoreChunk, &four, sizeof four);
   }
 }
