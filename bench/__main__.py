@@ -25,6 +25,7 @@ BENCHES = (
     "selection",
     "merge",
     "segments",
+    "gradients",
     "sparse_attn",
     "linear_attn",
     "overhead",

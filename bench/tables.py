@@ -156,6 +156,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "selection": op_table,
     "merge": op_table,
     "segments": op_table,
+    "gradients": op_table,
     "sparse_attn": op_table,
     "linear_attn": op_table,
     "models": models_table,

@@ -178,11 +178,15 @@ void merge_backward_all(const MergeBackwardParams& p, const Parallel& parallel) 
   using A = Accumulator<T>;
   const MergeParams& f = p.forward;
   list_members(f, parallel);
-  // Tokens without a slot, and members that no rule below writes, have gradient 0.
+  // Prune leaves out all members but one, maxnorm those of a slot whose sum is 0.
+  const bool writes_members = f.mode != MergeMode::prune && f.mode != MergeMode::maxnorm;
   parallel_tasks(parallel, f.batch, [&](int64_t item, int64_t) {
-    const int64_t numbers = f.tokens * f.channels;
     constexpr int64_t kBytes = sizeof(T), kWideBytes = sizeof(A);
-    fill_zero(static_cast<T*>(p.grad_x) + item * numbers, numbers * kBytes);
+    T* grad_x = static_cast<T*>(p.grad_x) + item * f.tokens * f.channels;
+    for (int64_t token = 0; token < f.tokens; ++token) {
+      if (writes_members && slot_of(f, item, token) >= 0) continue;
+      fill_zero(grad_x + token * f.channels, f.channels * kBytes);
+    }
     fill_zero(static_cast<A*>(p.grad_size) + item * f.tokens, f.tokens * kWideBytes);
     fill_zero(static_cast<A*>(p.grad_weight) + item * f.tokens, f.tokens * kWideBytes);
   });

@@ -74,25 +74,26 @@ struct Slot {
   }
 };
 
+// The slot of a token; -1 where it has none.
+TOKRED_INLINE int64_t slot_of(const MergeParams& p, int64_t item, int64_t token) {
+  const int64_t slot = p.token_map[item * p.map_stride_batch + token * p.map_stride_token];
+  return slot >= 0 && slot < p.num_out ? slot : -1;
+}
+
 // Counting sort of one item's tokens by slot, stable in position; entries without a slot are left
 // out. Fills p.indptr and p.members.
 TOKRED_INLINE void list_members(const MergeParams& p, const Parallel& parallel) {
   parallel_tasks(parallel, p.batch, [&](int64_t item, int64_t) {
-    const int32_t* map = p.token_map + item * p.map_stride_batch;
     int32_t* indptr = p.indptr + item * (p.num_out + 1);
     int32_t* members = p.members + item * p.tokens;
-    const auto slot_of = [&](int64_t i) {
-      const int64_t slot = map[i * p.map_stride_token];
-      return slot < p.num_out ? slot : int64_t{-1};
-    };
     for (int64_t o = 0; o <= p.num_out; ++o) indptr[o] = 0;
     for (int64_t i = 0; i < p.tokens; ++i) {
-      if (const int64_t slot = slot_of(i); slot >= 0) ++indptr[slot];
+      if (const int64_t slot = slot_of(p, item, i); slot >= 0) ++indptr[slot];
     }
     // Ends of the slots; filling from the back makes starts of them.
     for (int64_t o = 1; o <= p.num_out; ++o) indptr[o] += indptr[o - 1];
     for (int64_t i = p.tokens - 1; i >= 0; --i) {
-      if (const int64_t slot = slot_of(i); slot >= 0) {
+      if (const int64_t slot = slot_of(p, item, i); slot >= 0) {
         members[--indptr[slot]] = static_cast<int32_t>(i);
       }
     }
