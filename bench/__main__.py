@@ -30,6 +30,7 @@ BENCHES = (
     "linear_attn",
     "overhead",
     "models",
+    "merging",
     "vision_language",
     "cache",
 )

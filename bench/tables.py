@@ -160,6 +160,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "sparse_attn": op_table,
     "linear_attn": op_table,
     "models": models_table,
+    "merging": models_table,
     "vision_language": op_table,
     "cache": cache_table,
     "overhead": overhead_table,
