@@ -95,16 +95,23 @@ inline void set_mask_strides(int64_t (&stride)[4], const Tensor& mask, const cha
   }
 }
 
-// A mask of bools hides pairs, one of numbers is added to their logits.
-inline void set_attention_mask(AttentionParams& p, const OptionalTensor& mask, const Tensor& q) {
+inline void set_pair_strides(int64_t (&stride)[4], const AttentionParams& p, const Tensor& mask,
+                             const Tensor& q) {
+  set_mask_strides(stride, mask, "mask", "[B | 1, Hq | 1, L | 1, N]",
+                   {p.batch, p.heads_q, p.queries, p.keys}, 3, q);
+}
+
+inline void set_bool_mask(AttentionParams& p, const OptionalTensor& mask, const Tensor& q) {
   if (!mask) return;
-  const bool hides = mask->scalar_type() == ScalarType::Bool;
-  set_mask_strides(hides ? p.mask.stride : p.pair_bias.stride, *mask, "mask",
-                   "[B | 1, Hq | 1, L | 1, N]", {p.batch, p.heads_q, p.queries, p.keys}, 3, q);
-  if (hides) {
-    p.mask.data = static_cast<const bool*>(mask->const_data_ptr());
-    return;
-  }
+  check_dtype(*mask, "mask", ScalarType::Bool);
+  set_pair_strides(p.mask.stride, p, *mask, q);
+  p.mask.data = static_cast<const bool*>(mask->const_data_ptr());
+}
+
+// A bool mask hides pairs, a float mask is added to their logits.
+inline void set_attention_mask(AttentionParams& p, const OptionalTensor& mask, const Tensor& q) {
+  if (!mask || mask->scalar_type() == ScalarType::Bool) return set_bool_mask(p, mask, q);
+  set_pair_strides(p.pair_bias.stride, p, *mask, q);
   TOKRED_CHECK(mask->scalar_type() == q.scalar_type() || mask->scalar_type() == accumulator_type(q),
                "mask must be bool, ", dtype_name(accumulator_type(q)), " or of the dtype of q, ",
                dtype_name(q.scalar_type()), ", got ", dtype_name(mask->scalar_type()));

@@ -12,7 +12,7 @@ inline AttentionColumnsParams column_inputs(const Tensor& q, const Tensor& k, co
                                             const OptionalTensor& mask) {
   AttentionColumnsParams p{};
   p.attention = query_key_inputs(q, k, scale, causal, false);
-  set_attention_mask(p.attention, mask, q);
+  set_bool_mask(p.attention, mask, q);
   const AttentionParams& a = p.attention;
   check_shape(lse, "lse", {a.batch, a.heads_q, a.queries}, "[B, Hq, L]");
   check_dtype(lse, "lse", ScalarType::Float);

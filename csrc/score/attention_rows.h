@@ -13,7 +13,7 @@ Tensor attention_rows(const Tensor& q, const Tensor& k, bool softmax, int64_t fi
                       const OptionalTensor& mask) {
   AttentionRowsParams p{};
   p.attention = query_key_inputs(q, k, scale, causal, false);
-  set_attention_mask(p.attention, mask, q);
+  set_bool_mask(p.attention, mask, q);
   p.softmax = softmax;
   p.first = first;
   p.last = last.value_or(p.attention.keys);

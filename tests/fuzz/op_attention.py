@@ -178,13 +178,18 @@ def qkv(draw: Draw, double: bool = True, wide: bool = False) -> dict[str, Tensor
     return {name: draw.floats(shape, dtype, plain) for name, shape in shapes.items()}
 
 
-def full_mask(draw: Draw, q: Tensor, keys: int) -> Tensor:
+def bool_mask(draw: Draw, q: Tensor, keys: int) -> Tensor:
     batch, heads, queries, _ = q.shape
     shape = draw.choice([1, batch]), draw.choice([1, heads]), draw.choice([1, queries]), keys
+    return draw.mask(shape)
+
+
+def full_mask(draw: Draw, q: Tensor, keys: int) -> Tensor:
+    seen = bool_mask(draw, q, keys)
     if draw.chance(0.6):
-        return draw.mask(shape)
-    numbers = draw.floats(shape, F64 if q.dtype == F64 else draw.choice([F32, q.dtype]), plain=True)
-    return numbers.where(draw.mask(shape), -torch.inf)
+        return seen
+    dtype = F64 if q.dtype == F64 else draw.choice([F32, q.dtype])
+    return draw.floats(seen.shape, dtype, plain=True).where(seen, -torch.inf)
 
 
 def bias(draw: Draw, q: Tensor, heads: int, keys: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from case import Case, op_case
 from compare import Mismatch, flat
 from draw import F32, FAR, Draw
-from op_attention import full_mask, qkv, seen_by
+from op_attention import bool_mask, qkv, seen_by
 from op_matching import METRICS, magnitude, similarity
 from torch import Tensor
 
@@ -231,7 +231,7 @@ def _of_queries(draw: Draw, square: bool = False) -> tuple[dict[str, Any], int]:
         some["q"] = q = draw.floats((*q.shape[:2], k.shape[2], q.shape[3]), q.dtype)
     some |= {"causal": draw.chance(0.4), "scale": draw.scale()}
     if draw.chance(0.4):
-        some["mask"] = full_mask(draw, q, k.shape[2])
+        some["mask"] = bool_mask(draw, q, k.shape[2])
     return some, k.shape[2]
 
 
