@@ -1,7 +1,8 @@
 """Every method that merges or drops the tokens of a vision encoder, beside the unpatched model.
 
 DINOv2 ViT-S/14 at 518 pixels on one photograph. Half of the tokens are left behind the last
-layer, and every layer that a method reduces gives up as many, or the same share. Cosines are those
+layer, and every layer that a method reduces gives up as many, or the same share; where this comes
+to another number (tca_condensation), the number says so. Cosines are those
 to the unpatched model's class token and patches; what is left of a dropped patch counts as 0.
 """
 
