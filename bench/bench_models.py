@@ -94,28 +94,36 @@ def features(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.last_hidden_state
 
 
-def candidates(model: nn.Module, x: Tensor, amounts: tuple[int, ...]) -> dict[str, Callable]:
+Patches = dict[str, tuple[str, dict[str, Any]]]  # the method and its options, by candidate
+
+
+def tome(amounts: tuple[int, ...]) -> Patches:
+    return {f"tokred tome r={r}": ("tome", {"r": r}) for r in amounts}
+
+
+def candidates(model: nn.Module, x: Tensor, patches: Patches) -> dict[str, Callable]:
     calls: dict[str, Callable] = {UNPATCHED: partial(model, x)}
-    for r in amounts:
+    for name, (method, options) in patches.items():
         patched = sharing_copy(model)
-        tokred.patch(patched, "tome", r=r).__enter__()
-        calls[f"tokred tome r={r}"] = partial(patched, x)
+        tokred.patch(patched, method, **options).__enter__()
+        calls[name] = partial(patched, x)
     return calls
 
 
 def quality(
-    model: nn.Module, x: Tensor, amounts: tuple[int, ...], outputs: dict[str, Any]
+    model: nn.Module, x: Tensor, patches: Patches, outputs: dict[str, Any]
 ) -> dict[str, dict[str, float]]:
     """Tokens left, and mean cosines to the unpatched class token and unmerged patch tokens."""
     exact = features(outputs[UNPATCHED]).float()
     metrics = {UNPATCHED: {"r": 0.0, "tokens": float(exact.shape[1])}}
-    for r in amounts:
-        with tokred.patch(model, "tome", r=r, trace_source=True) as handle:
+    for name, (method, options) in patches.items():
+        with tokred.patch(model, method, trace_source=True, **options) as handle:
             merged = features(model(x))
             every = handle.unmerge(merged).float()
         cosine = F.cosine_similarity(every, exact, dim=-1)
-        metrics[f"tokred tome r={r}"] = {
-            "r": float(r),
+        r = options.get("r")
+        metrics[name] = {
+            **({"r": float(r)} if isinstance(r, int) else {}),
             "tokens": float(merged.shape[1]),
             "cls_cosine": cosine[:, 0].mean().item(),
             "cls_cosine_worst": cosine[:, 0].min().item(),
@@ -135,9 +143,9 @@ def dinov2_case(
         "DINOv2 ViT-S/14",
         tuple(x.shape),
         dtype,
-        partial(candidates, model, x, amounts),
+        partial(candidates, model, x, tome(amounts)),
         inputs,
-        examine=partial(quality, model, x, amounts),
+        examine=partial(quality, model, x, tome(amounts)),
         context=torch.inference_mode,
     )
 
@@ -155,7 +163,7 @@ def timm_case(model: nn.Module, amounts: tuple[int, ...], dtype: str, device: st
         "timm ViT-S/16",
         tuple(x.shape),
         dtype,
-        partial(candidates, model, x, amounts),
+        partial(candidates, model, x, tome(amounts)),
         "randn, random weights",
         examine=examine,
         context=torch.inference_mode,

@@ -1,4 +1,4 @@
-"""Masks of numbers that are added to the logits: results, gradients, equal bits, bad input."""
+"""Float masks, which are added to the logits: results, gradients, equal bits, bad input."""
 
 from __future__ import annotations
 
