@@ -88,11 +88,12 @@ def test_first_picks(backend: Backend, rule: str, metric: str, first: str) -> No
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_isolated_among_many(backend: Backend, metric: str) -> None:
-    """More tiles than meet all others at once, more channels than are multiplied at once."""
-    centres = randn(12, 150, seed=4)
+    """More tiles than meet all others at once, more channels than are multiplied at once, and as
+    many as sketches are made of."""
+    centres = randn(12, 260, seed=4)
     chosen = torch.randint(12, (2, 203), generator=generator(5))
-    x = centres[chosen] + 0.5 * randn(2, 203, 150)
-    x[:, 150] = 2 * centres[0] + 3 * randn(150, seed=6)  # alone
+    x = centres[chosen] + 0.5 * randn(2, 203, 260)
+    x[:, 150] = 2 * centres[0] + 3 * randn(260, seed=6)  # alone
     weight = torch.rand(2, 203, generator=generator(7))
     weight[0, ::3], weight[1, ::2] = 0, -1
     mask = torch.rand(2, 203, generator=generator(8)) < 0.8
@@ -104,6 +105,26 @@ def test_isolated_among_many(backend: Backend, metric: str) -> None:
     alike = x[:, :1].repeat(1, 100, 1)
     picks = backend.run("greedy_select", alike, 1, "kcenter", metric=metric, first="isolated")
     assert picks.tolist() == [[0], [0]]
+
+
+def test_isolated_where_sketches_say_nothing(backend: Backend) -> None:
+    """All tokens are about as far from each other: bounds rule none of them out."""
+    x = torch.eye(256)[None, torch.randperm(256, generator=generator(1))[:200]]
+    x = x + 0.01 * randn(1, 200, 256)
+    options = {"first": "isolated"}
+    assert_greedy(backend.run("greedy_select", x, 2, "kcenter", **options), x, "kcenter", **options)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_sums_over_more_than_a_cache(backend: Backend, metric: str) -> None:
+    """Distances to tokens that may be next are measured with those to the one picked."""
+    x = (randn(9, 1030, seed=4)[torch.arange(261) % 9] + randn(261, 1030))[None]
+    weight = torch.rand(1, 261, generator=generator(7)) + 0.5
+    mask = torch.rand(1, 261, generator=generator(8)) < 0.9
+    for options in ({}, {"weight": weight, "mask": mask}):
+        options = {"metric": metric, **options}
+        picks = backend.run("greedy_select", x, 14, "maxsum", **options)
+        assert_greedy(picks, x, "maxsum", **options)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -280,3 +280,18 @@ def test_transitions_read_strides(kernels: Backend) -> None:
     assert_bitwise_equal(
         kernels.run("transition_stats", *views), kernels.run("transition_stats", *copies)
     )
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_set_beside_itself(backend: Backend, metric: str, dtype: torch.dtype) -> None:
+    """Each pair is multiplied once there, and rows have the bits that two sets give."""
+    x = make_rows((2, 109, 132), "randn", 3).to(dtype)
+    mask = torch.rand(2, 109, generator=generator(4)) < 0.8
+    mask[1, 20:] = False
+    for energy, exclude_self, masks in (
+        (("none", 0.0), True, None), (("elu", 0.45), False, mask), (("gaussian", 0.5), True, mask),
+    ):  # fmt: skip
+        options = (metric, 0.1, *energy, exclude_self, 0, masks, masks)
+        found = run(backend, (x, x, *options))
+        assert_bitwise_equal(found, run(backend, (x, x.clone(), *options)))

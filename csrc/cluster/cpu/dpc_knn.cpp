@@ -4,9 +4,9 @@
 //
 // [32, 729, 1152]: half of all pairs are 19.6 GFLOP, 0.4 s at 50 GFLOP/s; the matrices of
 // distances, 68 MB in fp32, are never stored.
-#include "cluster/cpu/items.h"
 #include "cluster/cpu/panels.h"
 #include "cluster/params.h"
+#include "common/cpu/items.h"
 #include "common/cpu/lanes.h"
 #include "common/cpu/parallel.h"
 #include "common/cpu/sort.h"

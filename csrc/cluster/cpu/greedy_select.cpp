@@ -6,12 +6,19 @@
 // [16, 1024, 64], k = 256: all pairs of a token and a picked one are 0.54 GFLOP, 11 ms at 50
 // GFLOP/s; where a loop reads all tokens at every step, a twentieth of them is read. Sums of
 // distances rise, and so may scores with negative weights: those meet every picked token at once.
+// Where the tokens are more than a cache holds, a pass over them measures the distances to a dozen
+// tokens, the one picked and those that look like being next, in the time of one: of 64 picks of
+// [1, 2880, 4096] twenty read all tokens.
 //
-// The most isolated token of [1, 2880, 4096]: 34 GFLOP for every pair once, 340 ms at 100 GFLOP/s,
-// and less the more tiles cannot hold it.
-#include "cluster/cpu/items.h"
+// The most isolated token of [1, 2880, 4096]: 34 GFLOP for every pair once, 340 ms at 100 GFLOP/s.
+// By cosine, sketches of 64 channels (Charikar, Chen and Farach-Colton's count sketch) first name
+// four tokens that may be near each token; the distance to the nearest of them, and what rounding
+// may add, bounds that to the nearest of all. Tiles whose bounds are below the best token found
+// need not meet any other: of clustered tokens nearly all of them.
 #include "cluster/cpu/panels.h"
 #include "cluster/params.h"
+#include "common/cpu/items.h"
+#include "common/cpu/panel_products.h"
 #include "common/cpu/parallel.h"
 #include "common/cpu/workspace.h"
 
@@ -26,8 +33,13 @@ constexpr int64_t kWideWork = 1 << 18;  // numbers of an item that threads share
 constexpr int64_t kWave = 8;  // tiles a thread, where they share one
 constexpr int64_t kBlock = 64;  // tiles of a task, where all of them are passed through
 constexpr int64_t kTogether = 4;  // tiles that meet all others in one pass over these
-constexpr int64_t kChunk = 128;  // channels of them that the first-level cache holds
-constexpr int kProductRows = min(kTileRows<float> * kTilePanels<float>, 16);
+constexpr int64_t kRounds = 8;  // of sixteen tokens that meet all, before whole tiles do
+constexpr int64_t kCacheNumbers = 1 << 18;  // of tokens that a pass finds in the cache
+constexpr int64_t kAhead = 12;  // tokens that a pass measures distances to, where it does not
+constexpr int64_t kColumns = 64;  // so many columns of distances are kept
+constexpr int64_t kPassTiles = 8;  // of a task of a pass
+constexpr int64_t kSketch = 64;  // channels of a sketch
+constexpr int64_t kGuesses = 4;  // tokens that the sketches name
 
 // The working arrays of an item. The score of a token is gain * value + add; add is -inf where it
 // is picked or does not take part. value: the least distance to a picked token (of l2 its square),
@@ -43,6 +55,13 @@ struct Item {
   float* nearest;  // f32 [tiles][16]: the least distance to another token that is known
   float* apart;    // f32 [threads][kTogether][16][16]: that of a row to the tokens of each lane
   bool* done;      // bool [tiles]: whether a tile has met all others
+  float* sketch;   // f32 [tiles][kSketch][16], or null
+  float* few;      // f32 [C][16]: tokens that meet all others
+  bool* met;       // bool [tiles][16]: whether a token has
+  int64_t ahead, num_columns, next_column;
+  float* columns;  // f32 [num_columns][tiles][16]: of maxsum, the distances to some tokens
+  int32_t* column_of;  // i32 [tiles][16]: a token's column, -1 where it has none
+  int32_t* owner;  // i32 [num_columns]
   float *chosen, *chosen_offset;  // the picked tokens as rows, or candidates of each thread
   int32_t* wave;   // i32 [kWave * threads]: tiles or tokens that are met next
 };
@@ -57,7 +76,10 @@ Item carve(const GreedySelectParams& p, int64_t threads, Workspace& workspace) {
   s.tiles = divide_up(p.x.tokens, kLanes);
   const int64_t lanes = s.tiles * kLanes, wave = kWave * kCandidates * threads;
   const int64_t bounds = is_facility ? lanes : round_up(s.tiles, kLanes);
-  const int64_t rows = is_facility ? max(1, kCandidates * threads) : min(p.k, p.x.tokens);
+  const bool is_sum = p.rule == GreedyRule::maxsum;
+  const int64_t rows = is_facility ? max(1, kCandidates * threads)
+                       : is_sum    ? kAhead
+                                   : min(p.k, p.x.tokens);
   s.panels = workspace.allocate<float>(lanes * p.channels);
   for (float** array : {&s.offset, &s.squared, &s.gain, &s.add, &s.value}) {
     *array = workspace.allocate<float>(lanes);
@@ -70,6 +92,20 @@ Item carve(const GreedySelectParams& p, int64_t threads, Workspace& workspace) {
     s.nearest = workspace.allocate<float>(lanes);
     s.apart = workspace.allocate<float>(threads * kTogether * kLanes * kLanes);
     s.done = workspace.allocate<bool>(s.tiles);
+    const bool pays = p.channels >= 4 * kSketch && s.tiles > kTogether;
+    if (pays && p.metric == Metric::cosine) {
+      s.sketch = workspace.allocate<float>(lanes * kSketch);
+      s.few = workspace.allocate<float>(p.channels * kLanes);
+      s.met = workspace.allocate<bool>(lanes);
+    }
+  }
+  if (is_sum) {
+    const bool is_large = lanes * p.channels > kCacheNumbers;
+    s.ahead = is_large ? kAhead : 1;
+    s.num_columns = is_large ? kColumns : 1;
+    s.columns = workspace.allocate<float>(s.num_columns * lanes);
+    s.column_of = workspace.allocate<int32_t>(lanes);
+    s.owner = workspace.allocate<int32_t>(s.num_columns);
   }
   s.chosen = workspace.allocate<float>(rows * p.channels);
   s.chosen_offset = workspace.allocate<float>(rows);
@@ -98,12 +134,26 @@ void note_best(const Item& s, int64_t tile, f32x16 score) {
   note_best(s, tile, lane);
 }
 
+// Channel c counts in channel c % kSketch, with a sign: products of sketches are on average those
+// of the tokens.
+void sketch_tile(const GreedySelectParams& p, const Item& s, int64_t tile) {
+  const float* panel = panel_of(p, s, tile);
+  float* sketch = s.sketch + tile * kSketch * kLanes;
+  for (int64_t i = 0; i < kSketch * kLanes; ++i) sketch[i] = 0;
+  for (int64_t c = 0; c < p.channels; ++c) {
+    const bool negative = static_cast<uint32_t>(c) * 0x9e3779b9u >> 31;
+    float* to = sketch + c % kSketch * kLanes;
+    store(to, fma(splat(negative ? -1.0f : 1.0f), load(panel + c * kLanes), load(to)));
+  }
+}
+
 // Packs a tile, and scores its tokens as first picks.
 template <class T>
 void prepare_tile(const GreedySelectParams& p, const Item& s, int64_t tile) {
   const int64_t token0 = tile * kLanes;
   pack_panel<T>(p.x, s.number, token0, p.channels, p.metric, panel_of(p, s, tile),
                 s.offset + token0, s.squared + token0);
+  if (s.sketch) sketch_tile(p, s, tile);
   float first[kLanes];
   s.rises[tile] = p.rule == GreedyRule::maxsum;
   for (int64_t token = token0; token < token0 + kLanes; ++token) {
@@ -125,29 +175,6 @@ TOKRED_INLINE f32x16 distance(const GreedySelectParams& p, f32x16 dot, f32x16 of
   return p.metric == Metric::dot ? apart : max(apart, splat(0.0f));
 }
 
-// sums[row] += row `row` of a tile . panel, over the channels in their order.
-template <int kRows>
-TOKRED_INLINE void add_products(const float* rows, const float* panel, int64_t channels,
-                                int64_t row, float* sums) {
-  for (; row + kRows <= kLanes; row += kRows) {
-    f32x16 sum[kRows];
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) sum[r] = load(sums + (row + r) * kLanes);
-    for (int64_t c = 0; c < channels; ++c) {
-      const f32x16 lanes = load(panel + c * kLanes);
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) {
-        sum[r] = fma(splat(rows[c * kLanes + row + r]), lanes, sum[r]);
-      }
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) store(sums + (row + r) * kLanes, sum[r]);
-  }
-  if constexpr (kRows > 1) {
-    add_products<(kRows > 4 ? 4 : kRows - 1)>(rows, panel, channels, row, sums);
-  }
-}
-
 // `count` tiles meet every tile that has not met all, each other and themselves.
 void meet_all(const GreedySelectParams& p, const Item& s, const int64_t* tiles, int64_t count,
               const Parallel& parallel) {
@@ -158,12 +185,11 @@ void meet_all(const GreedySelectParams& p, const Item& s, const int64_t* tiles, 
     int64_t here = count;  // of two of these tiles the later one meets the earlier
     for (int64_t i = 0; i < count; ++i) here = tiles[i] == other ? i + 1 : here;
     alignas(64) float dots[kTogether * kLanes * kLanes] = {};
-    for (int64_t c = 0; c < p.channels; c += kChunk) {
-      const int64_t channels = min(kChunk, p.channels - c);
+    for (int64_t c = 0; c < p.channels; c += kProductChannels) {
+      const int64_t channels = min(kProductChannels, p.channels - c);
       for (int64_t i = 0; i < here; ++i) {
-        add_products<kProductRows>(panel_of(p, s, tiles[i]) + c * kLanes,
-                                   panel_of(p, s, other) + c * kLanes, channels, 0,
-                                   dots + i * kLanes * kLanes);
+        add_products(panel_of(p, s, tiles[i]) + c * kLanes, panel_of(p, s, other) + c * kLanes,
+                     channels, dots + i * kLanes * kLanes);
       }
     }
     alignas(64) float hidden[kLanes], own[kLanes];
@@ -194,6 +220,85 @@ void meet_all(const GreedySelectParams& p, const Item& s, const int64_t* tiles, 
   }
 }
 
+// Up to sixteen tokens, which take part, meet all others.
+void meet_few(const GreedySelectParams& p, const Item& s, const int32_t* tokens, int64_t count,
+              const Parallel& parallel) {
+  for (int64_t i = 0; i < kLanes; ++i) {
+    const int64_t token = tokens[i < count ? i : 0];
+    const float* lane = panel_of(p, s, token / kLanes) + token % kLanes;
+    for (int64_t c = 0; c < p.channels; ++c) s.few[c * kLanes + i] = lane[c * kLanes];
+  }
+  const int64_t pairs = kLanes * kLanes;
+  for (int64_t i = 0; i < parallel.threads * pairs; ++i) s.apart[i] = -kNone;
+  parallel_tasks(parallel, s.tiles, [&](int64_t other, int64_t worker) {
+    alignas(64) float dots[kLanes * kLanes] = {}, hidden[kLanes];
+    for (int64_t c = 0; c < p.channels; c += kProductChannels) {
+      add_products(s.few + c * kLanes, panel_of(p, s, other) + c * kLanes,
+                   min(kProductChannels, p.channels - c), dots);
+    }
+    float* nearest = s.nearest + other * kLanes;
+    const f32x16 offset = load(s.offset + other * kLanes);
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        const int64_t token = other * kLanes + lane;
+        hidden[lane] = takes_part(s, token) && token != tokens[i] ? 0.0f : -kNone;
+      }
+      const f32x16 apart =
+          distance(p, load(dots + i * kLanes), offset + splat(s.offset[tokens[i]])) + load(hidden);
+      float* least = s.apart + worker * pairs + i * kLanes;
+      store(least, min(load(least), apart));
+      store(nearest, min(load(nearest), apart));
+    }
+  });
+  for (int64_t i = 0; i < parallel.threads * pairs; ++i) {
+    const int64_t row = i / kLanes % kLanes;
+    if (row < count && s.apart[i] < s.nearest[tokens[row]]) s.nearest[tokens[row]] = s.apart[i];
+  }
+}
+
+// The score of a token as first pick, or a bound of it.
+float isolation(const GreedySelectParams& p, const Item& s, int64_t token) {
+  const float weight = weight_of(p, s, token), nearest = s.nearest[token];
+  if (!takes_part(s, token)) return kNone;
+  return weight < 0 || nearest == -kNone ? -kNone : weight * nearest;
+}
+
+// By bounds of all tokens: the best of those that met all others, or -1, and its score. Others may
+// be better where some bounds are still above it.
+int64_t best_by_bounds(const GreedySelectParams& p, const Item& s, const Parallel& parallel,
+                       float& score, bool& is_best) {
+  int64_t best = -1;
+  for (int64_t token = 0; token < s.tiles * kLanes; ++token) s.met[token] = false;
+  for (int64_t round = 0;; ++round) {
+    int32_t tokens[kLanes];
+    float bounds[kLanes];
+    int64_t count = 0;
+    for (int64_t token = 0; token < s.tiles * kLanes; ++token) {
+      const float bound = s.met[token] ? kNone : isolation(p, s, token);
+      if (!(bound > score || (bound == score && token < best))) continue;
+      if (count == kLanes && bound <= bounds[count - 1]) continue;
+      int64_t at = count < kLanes ? count++ : count - 1;
+      for (; at > 0 && bounds[at - 1] < bound; --at) {
+        bounds[at] = bounds[at - 1];
+        tokens[at] = tokens[at - 1];
+      }
+      bounds[at] = bound;
+      tokens[at] = static_cast<int32_t>(token);
+    }
+    is_best = count == 0;
+    if (is_best || round == kRounds) return best;
+    meet_few(p, s, tokens, count, parallel);
+    for (int64_t i = 0; i < count; ++i) {
+      s.met[tokens[i]] = true;
+      const float apart = weight_of(p, s, tokens[i]) * s.nearest[tokens[i]];
+      if (apart > score || (apart == score && tokens[i] < best)) {
+        score = apart;
+        best = tokens[i];
+      }
+    }
+  }
+}
+
 // The bound of the tile's scores as first picks, and the best token once it has met all others.
 void note_isolation(const GreedySelectParams& p, const Item& s, int64_t tile, bool is_alone) {
   float score[kLanes];
@@ -207,8 +312,49 @@ void note_isolation(const GreedySelectParams& p, const Item& s, int64_t tile, bo
   note_best(s, tile, score);
 }
 
+// nearest[token] is at least the distance to the nearest other token: that of one of the tokens
+// whose sketches are nearest, one of every kGuesses.
+template <class T>
+void guess_nearest(const GreedySelectParams& p, const Item& s, int64_t tile) {
+  // Sums of C rounded products of unit tokens, here and where they count, and their norms.
+  const float slack = static_cast<float>(p.channels) * 0x1p-22f;
+  f32x16 best[kGuesses];
+  i32x16 where[kGuesses];
+  for (int64_t guess = 0; guess < kGuesses; ++guess) {
+    best[guess] = splat(kNone);
+    where[guess] = splat(int32_t{-1});
+  }
+  for (int64_t other = 0; other < s.tiles; ++other) {
+    if (other == tile) continue;
+    alignas(64) float dots[kLanes * kLanes] = {};
+    add_products(s.sketch + other * kSketch * kLanes, s.sketch + tile * kSketch * kLanes, kSketch,
+                 dots);
+    for (int64_t row = 0; row < kLanes; ++row) {
+      const f32x16 dot = load(dots + row * kLanes);
+      f32x16& most = best[row % kGuesses];
+      i32x16& token = where[row % kGuesses];
+      token = select_greater(dot, most, splat(static_cast<int32_t>(other * kLanes + row)), token);
+      most = select_greater(dot, most, dot, most);
+    }
+  }
+  for (int64_t guess = 0; guess < kGuesses; ++guess) {
+    int32_t others[kLanes];
+    store(others, where[guess]);
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const int64_t token = tile * kLanes + lane, other = others[lane];
+      if (other < 0 || !takes_part(s, token) || !takes_part(s, other)) continue;
+      const float dot = dot_row(token_row<T>(p.x, s.number, token),
+                                token_row<T>(p.x, s.number, other), p.channels);
+      const float cosine = dot * inverse_norm(s.squared[token]) * inverse_norm(s.squared[other]);
+      const float apart = (cosine < 1.0f ? 1.0f - cosine : 0.0f) + slack;
+      if (apart < s.nearest[token]) s.nearest[token] = apart;
+    }
+  }
+}
+
 // The token of the largest weighted distance to its nearest other one, or -1. Every pair of tiles
 // meets at most once, and a tile only while its bound reaches the best score so far.
+template <class T>
 int64_t most_isolated(const GreedySelectParams& p, const Item& s, const Parallel& parallel) {
   int64_t members = 0, best = -1;
   float score = kNone;
@@ -220,6 +366,15 @@ int64_t most_isolated(const GreedySelectParams& p, const Item& s, const Parallel
     }
     s.done[tile] = members == before;
     s.bound[tile] = s.done[tile] ? kNone : -kNone;
+  }
+  if (s.sketch) {
+    parallel_tasks(parallel, s.tiles, [&](int64_t tile, int64_t) { guess_nearest<T>(p, s, tile); });
+    bool is_best = members == 1;
+    if (!is_best) best = best_by_bounds(p, s, parallel, score, is_best);
+    if (is_best && best >= 0) return best;
+    for (int64_t tile = 0; tile < s.tiles; ++tile) {
+      if (!s.done[tile]) note_isolation(p, s, tile, false);
+    }
   }
   for (;;) {
     int64_t tiles[kTogether], count = 0;
@@ -288,35 +443,72 @@ TOKRED_INLINE void pass(const GreedySelectParams& p, const Item& s, const float*
   }
 }
 
-// All tiles add their distances to the token picked last.
-void add_distances(const GreedySelectParams& p, const Item& s, const Parallel& parallel) {
-  const float* row = s.chosen + (s.count - 1) * p.channels;
-  const f32x16 offset = splat(s.chosen_offset[s.count - 1]);
-  parallel_tasks(parallel, divide_up(s.tiles, kBlock), [&](int64_t task, int64_t) {
-    const int64_t last = min((task + 1) * kBlock, s.tiles);
-    pass(p, s, row, task * kBlock, last, [&](int64_t tile, f32x16 dot) {
-      float* value = s.value + tile * kLanes;
-      f32x16 apart = distance(p, dot, load(s.offset + tile * kLanes) + offset);
-      if (p.metric == Metric::l2) apart = sqrt(apart);
-      store(value, load(value) + apart);
-      s.seen[tile] = static_cast<int32_t>(s.count);
-      note_best(s, tile, scores(p, s, tile, load(value)));
-    });
+// Columns of distances to the token and to the best ones of the tiles that are ahead, which no
+// bound speaks of after the first pick.
+void measure(const GreedySelectParams& p, Item& s, int64_t picked, const Parallel& parallel) {
+  const int64_t lanes = s.tiles * kLanes;
+  int64_t columns[kAhead], count = 0;
+  for (int64_t token = picked; token >= 0;) {
+    columns[count] = s.next_column++ % s.num_columns;
+    int32_t& owner = s.owner[columns[count]];
+    if (owner >= 0) s.column_of[owner] = -1;
+    owner = static_cast<int32_t>(token);
+    s.column_of[token] = static_cast<int32_t>(columns[count]);
+    const float* lane = panel_of(p, s, token / kLanes) + token % kLanes;
+    for (int64_t c = 0; c < p.channels; ++c) s.chosen[c * kAhead + count] = lane[c * kLanes];
+    s.chosen_offset[count++] = s.offset[token];
+    token = -1;
+    while (s.count > 1 && count < s.ahead && token < 0) {
+      const int64_t tile = first_greatest(s.bound, round_up(s.tiles, kLanes));
+      if (tile < 0) break;
+      s.bound[tile] = kNone;  // all are noted anew
+      const int64_t best = s.best[tile];
+      if (s.add[best] > kNone && s.column_of[best] < 0) token = best;
+    }
+  }
+  parallel_tasks(parallel, divide_up(s.tiles, kPassTiles), [&](int64_t task, int64_t) {
+    const int64_t last = min((task + 1) * kPassTiles, s.tiles);
+    for (int64_t tile = task * kPassTiles, panels; tile < last; tile += panels) {
+      panels = min(kTilePanels<float>, last - tile);
+      multiply<Layout::step_row>(s.chosen, kAhead, count, panel_of(p, s, tile), p.channels * kLanes,
+                                 panels, p.channels, [&](int64_t row, int panel, f32x16 dot) {
+                                   const int64_t at = (tile + panel) * kLanes;
+                                   f32x16 apart = distance(
+                                       p, dot, load(s.offset + at) + splat(s.chosen_offset[row]));
+                                   if (p.metric == Metric::l2) apart = sqrt(apart);
+                                   store(s.columns + columns[row] * lanes + at, apart);
+                                 });
+    }
   });
+}
+
+// All tiles add their distances to the token, the one picked last.
+void add_distances(const GreedySelectParams& p, Item& s, int64_t token, const Parallel& parallel) {
+  if (s.column_of[token] < 0) measure(p, s, token, parallel);
+  const float* column = s.columns + s.column_of[token] * s.tiles * kLanes;
+  for (int64_t tile = 0; tile < s.tiles; ++tile) {
+    float* value = s.value + tile * kLanes;
+    store(value, load(value) + load(column + tile * kLanes));
+    s.seen[tile] = static_cast<int32_t>(s.count);
+    note_best(s, tile, scores(p, s, tile, load(value)));
+  }
 }
 
 // The gains of up to kCandidates tokens: what they would cover beyond what is covered.
 void sum_gains(const GreedySelectParams& p, const Item& s, const int32_t* tokens, int64_t count,
                float* rows) {
+  // Channel by channel: rows a power of two apart would meet in one set of the cache.
   for (int64_t i = 0; i < count; ++i) {
-    unpack_token(s.panels, p.channels, tokens[i], rows + i * p.channels);
+    const float* lane = panel_of(p, s, tokens[i] / kLanes) + tokens[i] % kLanes;
+    for (int64_t c = 0; c < p.channels; ++c) rows[c * kCandidates + i] = lane[c * kLanes];
   }
   f32x16 gain[kCandidates];
   for (f32x16& sum : gain) sum = splat(0.0f);
-  for (int64_t tile = 0; tile < s.tiles; ++tile) {
-    const f32x16 covered = load(s.value + tile * kLanes);
-    multiply<Layout::row_step>(rows, p.channels, count, panel_of(p, s, tile), 0, 1, p.channels,
-                               [&](int64_t row, int, f32x16 dot) {
+  for (int64_t tile = 0, panels; tile < s.tiles; tile += panels) {
+    panels = min(kTilePanels<float>, s.tiles - tile);
+    multiply<Layout::step_row>(rows, kCandidates, count, panel_of(p, s, tile), p.channels * kLanes,
+                               panels, p.channels, [&](int64_t row, int panel, f32x16 dot) {
+                                 const f32x16 covered = load(s.value + (tile + panel) * kLanes);
                                  gain[row] = gain[row] + max(dot - covered, splat(0.0f));
                                });
   }
@@ -363,9 +555,9 @@ void pick(const GreedySelectParams& p, Item& s, int64_t token, const Parallel& p
     }
     return;
   }
+  if (p.rule == GreedyRule::maxsum) return add_distances(p, s, token, parallel);
   unpack_token(s.panels, p.channels, token, s.chosen + count * p.channels);
   s.chosen_offset[count] = s.offset[token];
-  if (p.rule == GreedyRule::maxsum) return add_distances(p, s, parallel);
   for (int64_t tile = 0; s.any_rises && tile < s.tiles; ++tile) {
     if (s.rises[tile]) s.bound[tile] = -kNone;
   }
@@ -410,6 +602,8 @@ template <class T>
 void select_from_item(const GreedySelectParams& p, Item s, const Parallel& parallel) {
   const int64_t padded = round_up(s.tiles, kLanes);
   for (int64_t tile = s.tiles; tile < padded; ++tile) s.bound[tile] = kNone;
+  for (int64_t i = 0; i < s.num_columns; ++i) s.owner[i] = -1;
+  for (int64_t i = 0; s.column_of && i < s.tiles * kLanes; ++i) s.column_of[i] = -1;
   parallel_tasks(parallel, s.tiles, [&](int64_t tile, int64_t) { prepare_tile<T>(p, s, tile); });
   for (int64_t tile = 0; tile < s.tiles; ++tile) s.any_rises |= s.rises[tile];
 
@@ -418,7 +612,7 @@ void select_from_item(const GreedySelectParams& p, Item s, const Parallel& paral
   const bool by_gain = token < 0 && is_facility && p.first == FirstPick::rule;
   if (token < 0 && !by_gain) {
     if (p.first == FirstPick::isolated) {
-      token = most_isolated(p, s, parallel);
+      token = most_isolated<T>(p, s, parallel);
     } else {
       const int64_t tile = first_greatest(s.bound, padded);
       token = tile < 0 ? -1 : s.best[tile];

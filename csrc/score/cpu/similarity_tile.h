@@ -42,11 +42,13 @@ struct Partners {
   i32x16 row, block;  // row is -1, which no column has, where pairs i = j count
   int64_t block_size;
 
-  Partners(const SimilarityStatsParams& p, int64_t first_row) : block_size(p.block_size) {
+  // row_of(lane) is the row's number.
+  template <class RowOf>
+  Partners(const SimilarityStatsParams& p, const RowOf& row_of) : block_size(p.block_size) {
     int32_t rows[kLanes], blocks[kLanes];
     for (int i = 0; i < kLanes; ++i) {
-      rows[i] = p.exclude_self ? static_cast<int32_t>(first_row + i) : -1;
-      blocks[i] = block_of(first_row + i);
+      rows[i] = p.exclude_self ? static_cast<int32_t>(row_of(i)) : -1;
+      blocks[i] = block_of(row_of(i));
     }
     row = load(rows);
     block = load(blocks);
@@ -63,6 +65,21 @@ struct Partners {
     });
   }
 };
+
+// How many of the pairs of the rows [row, end] with columns [first, last] are partners.
+TOKRED_INLINE Coverage coverage_of(const SimilarityStatsParams& p, int64_t row, int64_t end,
+                                   int64_t first, int64_t last) {
+  Coverage result = Coverage::all;
+  if (p.block_size > 0) {
+    if (last / p.block_size < row / p.block_size || first / p.block_size > end / p.block_size) {
+      return Coverage::none;
+    }
+    const int64_t lowest = min(first, row), highest = max(last, end);
+    if (lowest / p.block_size != highest / p.block_size) result = Coverage::some;
+  }
+  if (p.exclude_self && first <= end && row <= last) result = Coverage::some;
+  return result;
+}
 
 // A pair's energy is a function of its similarity.
 template <Energy kEnergy>
@@ -127,6 +144,17 @@ __attribute__((noinline)) static void add_tile(const SimilarityStatsParams& p, c
   store(statistics.index, winner);
   store(statistics.count, above);
   store(statistics.energy, load(statistics.energy) + energy);
+}
+
+template <Energy kEnergy>
+TOKRED_INLINE void add_tile(Coverage coverage, const SimilarityStatsParams& p, const float* tile,
+                            const int32_t* index, int64_t count, const Partners& partners,
+                            Statistics& statistics) {
+  if (coverage == Coverage::all) {
+    add_tile<true, kEnergy>(p, tile, index, count, partners, statistics);
+  } else {
+    add_tile<false, kEnergy>(p, tile, index, count, partners, statistics);
+  }
 }
 
 }  // namespace tokred::TOKRED_ISA

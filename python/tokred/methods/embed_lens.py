@@ -23,6 +23,15 @@ if TYPE_CHECKING:
     from tokred.patching import VisualCall
 
 VIT_SINK, LLM_SINK, DEAD = 1141, 26673, 30296  # of the vocabulary of LLaVA-1.5
+FIRST_WORDS, MORE_WORDS = 512, 4  # that all tokens meet; so many times as many those that are left
+
+
+def _check_words(x: Tensor, vocabulary: Tensor, number: int) -> None:
+    check_features("x", x)
+    if number < 1:
+        raise ValueError(f"number must be at least 1, got {number}")
+    if vocabulary.dim() != 2 or vocabulary.shape[1] != x.shape[2]:
+        raise ValueError(f"vocabulary must be [V, {x.shape[2]}], got {list(vocabulary.shape)}")
 
 
 def nearest_words(x: Tensor, vocabulary: Tensor, number: int = 3) -> Tensor:
@@ -36,11 +45,7 @@ def nearest_words(x: Tensor, vocabulary: Tensor, number: int = 3) -> Tensor:
 
     O(B N V C) time; of the N x V cosines only the best are in memory.
     """
-    check_features("x", x)
-    if number < 1:
-        raise ValueError(f"number must be at least 1, got {number}")
-    if vocabulary.dim() != 2 or vocabulary.shape[1] != x.shape[2]:
-        raise ValueError(f"vocabulary must be [V, {x.shape[2]}], got {list(vocabulary.shape)}")
+    _check_words(x, vocabulary, number)
     rows = features_of(x).flatten(0, 1)[None]
     _, words = tokred.match(rows, features_of(vocabulary).to(rows.dtype)[None], k=number)
     return words.reshape(*x.shape[:2], number)
@@ -77,8 +82,51 @@ def select_tokens(
         ValueError: another shape or order.
     """
     check_order(order)
-    keep = alive(nearest_words(x, vocabulary, number), useless)
+    if x.is_cuda or torch.compiler.is_compiling():
+        keep = alive(nearest_words(x, vocabulary, number), useless)
+    else:
+        keep = _alive_early(x, vocabulary, useless, number)
     return in_order(positions_of(keep if valid is None else keep & valid), order)
+
+
+def _alive_early(x: Tensor, vocabulary: Tensor, useless: Sequence[int], number: int) -> Tensor:
+    """alive(nearest_words(x, vocabulary, number), useless), without most of the cosines.
+
+    A token is alive as soon as `number` other words are nearer than its nearest useless one, so
+    that most of them need only meet the first words.
+    """
+    _check_words(x, vocabulary, number)
+    total = len(vocabulary)
+    marks = sorted({word for word in useless if 0 <= word < total})
+    keep = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    if not marks or keep.numel() == 0:
+        return keep
+    rows = features_of(x).flatten(0, 1)
+    words = features_of(vocabulary).to(rows.dtype)
+    is_useless = torch.zeros(total, dtype=torch.bool)
+    is_useless[marks] = True
+    mark, place = tokred.match(rows[None], words[marks][None])
+    compared = place[0] >= 0
+    mark, place = mark[0], torch.tensor(marks)[place[0].clamp(min=0).long()]
+    best = rows.new_full((len(rows), number), -torch.inf, dtype=torch.float32)
+    index = torch.full_like(best, total, dtype=torch.int64)
+    left, first, width = compared.nonzero()[:, 0], 0, FIRST_WORDS
+    while len(left) and first < total:
+        part = slice(first, first + width)
+        score, found = tokred.match(
+            rows[left][None], words[part][None], mask_b=~is_useless[part][None], k=number
+        )
+        score = torch.cat([best[left], score.view(-1, number)], 1)
+        found = torch.where(found < 0, total, found.long() + first).view(-1, number)
+        # Those of earlier words come first among equal ones.
+        score, order = score.sort(dim=1, descending=True, stable=True)
+        best[left] = score[:, :number]
+        index[left] = torch.cat([index[left], found], 1).gather(1, order)[:, :number]
+        last, at = best[left, -1], index[left, -1]
+        nearer = (last > mark[left]) | ((last == mark[left]) & (at < place[left]))
+        left, first, width = left[~nearer], first + width, width * MORE_WORDS
+    keep.view(-1)[left] = False
+    return keep
 
 
 @dataclass(frozen=True)

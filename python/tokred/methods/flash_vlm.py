@@ -46,12 +46,12 @@ def text_similarity(
     x = x.detach().float()
     words = functional.normalize(text.detach().float(), dim=-1)
     length = torch.linalg.vector_norm(x, dim=-1).clamp(min=1e-12)
-    cosine = words @ x.mT / length[:, None]
+    cosine = x @ words.mT / length[..., None]
     logits = cosine / 0.05
     if text_mask is not None:
-        logits = logits.masked_fill(~text_mask[..., None], -torch.inf)
+        logits = logits.masked_fill(~text_mask[:, None], -torch.inf)
     # Without any word nothing resembles the text, and all tokens are alike.
-    similar = (cosine * logits.softmax(1).nan_to_num(0.0)).sum(1) / 0.01
+    similar = (cosine * logits.softmax(-1).nan_to_num(0.0)).sum(-1) / 0.01
     if valid is not None:
         similar = similar.masked_fill(~valid, -torch.inf)
     sharp = unit_range(similar.softmax(-1).pow(2.5), valid, 1e-6)

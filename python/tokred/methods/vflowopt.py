@@ -71,14 +71,21 @@ def importance(
         q, k: [B, H, N, D], of a late layer of the encoder. entropy: f32 [B, N], patch_entropy.
         scale: of the logits, 1 / sqrt(D) where None.
 
-    O(B H N^2 D) time, memory linear in N.
+    O(B H N^2 D) time, the strong queries' share of it once more; memory linear in N.
     """
     q, k = q.detach(), k.detach()
-    received = tokred.attention_columns(q, k, reduce="mean", scale=scale).mean(1)
+    lse = tokred.biased_attention(q, k, k[..., :1], scale=scale)[1]
+    received = tokred.attention_columns(q, k, lse, reduce="mean", scale=scale).mean(1)
     strong = received > threshold * received.mean(1, keepdim=True)
-    weight = strong.float()[:, None].contiguous()
-    columns = tokred.attention_columns(q, k, weight=weight, scale=scale).mean(1)
-    scores = columns / strong.sum(1, keepdim=True).clamp(min=1)
+    number, weight = strong.sum(1, keepdim=True), strong.float()
+    if not (q.is_cuda or torch.compiler.is_compiling()):
+        # The others' columns weigh nothing: not to multiply them is worth finding out how many.
+        picks = positions_of(strong, int(number.max()) if len(number) else 0)
+        q, lse = tokred.gather_tokens([q, lse], picks, [2, 2])
+        weight = (picks >= 0).float()
+    weight = weight[:, None].contiguous()
+    columns = tokred.attention_columns(q, k, lse, weight=weight, scale=scale).mean(1)
+    scores = columns / number.clamp(min=1)
     return scores if entropy is None else scores + alpha * entropy.float().softmax(1)
 
 

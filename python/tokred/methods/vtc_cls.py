@@ -36,7 +36,11 @@ def ensemble(attentions: Sequence[Tensor]) -> Tensor:
     if not len(attentions):
         raise ValueError("attentions must be those of at least one layer, got none")
     total, *others = map(head_mean, attentions)
-    return sum(others, start=total)
+    if others:
+        total = total + others[0]
+    for other in others[1:]:
+        total += other
+    return total
 
 
 def select_tokens(
