@@ -23,7 +23,7 @@ constexpr int kTokens = 6, kPanels = 1;
 #else
 constexpr int kTokens = 2, kPanels = 1;
 #endif
-constexpr int kChunk = 48;  // destinations converted at a time
+constexpr int kChunk = 48;  // destinations transposed at a time
 constexpr int kRowStep = kPanels * kLanes;  // source rows of a tile
 static_assert(kChunk % kTokens == 0);
 
@@ -39,7 +39,7 @@ struct Columns {
 // One worker's memory.
 struct Scratch {
   float* panels;  // [block / 16][C][16] source rows, transposed
-  float* converted;  // [kChunk][C] destinations as fp32
+  float* tokens;  // [C][kChunk] destinations, transposed
   float* best;  // [block]; with k > 1 the last of the k best
   int32_t* index;  // [block]
   float* offset;  // [block] row term of l2
@@ -67,7 +67,7 @@ Columns allocate_columns(Workspace& memory, const MatchParams& p) {
 Scratch allocate_scratch(Workspace& memory, const MatchParams& p, int64_t block) {
   Scratch s;
   s.panels = memory.allocate<float>(block * p.channels);
-  s.converted = memory.allocate<float>(kChunk * p.channels);
+  s.tokens = memory.allocate<float>(kChunk * p.channels);
   s.best = memory.allocate<float>(block);
   s.index = memory.allocate<int32_t>(block);
   s.offset = memory.allocate<float>(block);
@@ -183,40 +183,52 @@ void pack_panel(const MatchParams& p, int64_t item, int64_t row0, int64_t i0, co
   }
 }
 
-// fp32 destinations are read in place; others are converted.
-TOKRED_INLINE const float* as_floats(const float* x, float*, int64_t) { return x; }
+// Packs destinations as [C][kChunk], those of rows j0 .. of `columns`; behind the last one it comes
+// again. Broadcast from there, the numbers of a tile need one address instead of one each.
 template <class T>
-TOKRED_INLINE const float* as_floats(const T* x, float* converted, int64_t channels) {
-  pack_row(x, channels, converted);
-  return converted;
+void pack_tokens(const MatchParams& p, int64_t item, const Columns& columns, int64_t j0,
+                 int64_t count, float* tokens) {
+  constexpr int64_t kChannels = 64;  // transposed at a time
+  const T* rows[kChunk];
+  for (int64_t t = 0; t < kChunk; ++t) {
+    const int64_t row = columns.row[j0 + min(t, count - 1)];
+    rows[t] = row_data<T>(p.b, item, row_position(p.b, item, row));
+  }
+  for (int64_t c = 0; c < p.channels; c += kChannels) {
+    const int64_t channels = min(p.channels - c, kChannels);
+    alignas(64) float chunk[kChunk * kChannels];
+    for (int64_t t = 0; t < kChunk; ++t) pack_row(rows[t] + c, channels, chunk + t * channels);
+    transpose(chunk, kChunk, channels, tokens + c * kChunk);
+  }
 }
 
-struct Tile {
-  f32x16 dot[kTokens][kPanels];
-};
-
-TOKRED_INLINE Tile dot_tile(const float* panels, const float* const* rows, int64_t channels) {
-  Tile tile;
+// emit(token, panel, products) for the destinations of a tile of kCount panels. The sums do not
+// leave this function as an array: GCC would keep twenty-four registers of them in memory.
+template <int kCount, class Emit>
+TOKRED_INLINE void dot_tile(const float* panels, const float* tokens, int64_t channels,
+                            const Emit& emit) {
+  f32x16 dot[kTokens][kCount];
 #pragma GCC unroll 12
   for (int t = 0; t < kTokens; ++t) {
 #pragma GCC unroll 2
-    for (int n = 0; n < kPanels; ++n) tile.dot[t][n] = splat(0.0f);
+    for (int n = 0; n < kCount; ++n) dot[t][n] = splat(0.0f);
   }
-  const float* row[kTokens];
-#pragma GCC unroll 12
-  for (int t = 0; t < kTokens; ++t) row[t] = rows[t];
   for (int64_t c = 0; c < channels; ++c) {
-    f32x16 source[kPanels];
+    f32x16 source[kCount];
 #pragma GCC unroll 2
-    for (int n = 0; n < kPanels; ++n) source[n] = load(panels + n * kLanes * channels + c * kLanes);
+    for (int n = 0; n < kCount; ++n) source[n] = load(panels + n * kLanes * channels + c * kLanes);
 #pragma GCC unroll 12
     for (int t = 0; t < kTokens; ++t) {
-      const f32x16 token = splat(row[t][c]);
+      const f32x16 token = splat(tokens[c * kChunk + t]);
 #pragma GCC unroll 2
-      for (int n = 0; n < kPanels; ++n) tile.dot[t][n] = fma(token, source[n], tile.dot[t][n]);
+      for (int n = 0; n < kCount; ++n) dot[t][n] = fma(token, source[n], dot[t][n]);
     }
   }
-  return tile;
+#pragma GCC unroll 12
+  for (int t = 0; t < kTokens; ++t) {
+#pragma GCC unroll 2
+    for (int n = 0; n < kCount; ++n) emit(t, n, dot[t][n]);
+  }
 }
 
 // Lanes whose row number is more than `band` away from column `row` lose.
@@ -272,45 +284,52 @@ TOKRED_INLINE void insert_scores(const MatchParams& p, const Scratch& s, int64_t
   }
 }
 
-// Passes one chunk of destinations by one tile of source rows.
-template <bool kGeneral, bool kMany>
+// Passes one chunk of destinations by kCount panels of source rows.
+template <int kCount, bool kGeneral, bool kMany>
 TOKRED_INLINE void update_best(const MatchParams& p, const Scratch& s, int64_t item,
-                               int64_t block_row0, int64_t i0, const float* const* rows,
-                               const Columns& columns, int64_t column0, int64_t count) {
-  f32x16 best[kPanels];
-  i32x16 index[kPanels];
+                               int64_t block_row0, int64_t i0, const Columns& columns,
+                               int64_t column0, int64_t count) {
+  f32x16 best[kCount];
+  i32x16 index[kCount];
 #pragma GCC unroll 2
-  for (int n = 0; n < kPanels; ++n) {
+  for (int n = 0; n < kCount; ++n) {
     best[n] = load(s.best + i0 + n * kLanes);
     index[n] = load(s.index + i0 + n * kLanes);
   }
   for (int64_t t0 = 0; t0 < count; t0 += kTokens) {
-    const Tile tile = dot_tile(s.panels + i0 * p.channels, rows + t0, p.channels);
-#pragma GCC unroll 12
-    for (int t = 0; t < kTokens; ++t) {
-      if (kMany && t0 + t >= count) break;
+    const auto update = [&](int t, int n, f32x16 dot) {
+      if (kMany && t0 + t >= count) return;
       // Past the end the last row comes again, which changes nothing.
       const int64_t j = column0 + (t0 + t < count ? t0 + t : count - 1);
-      const i32x16 row = splat(columns.row[j]);
-#pragma GCC unroll 2
-      for (int n = 0; n < kPanels; ++n) {
-        f32x16 score = fma(tile.dot[t][n], splat(columns.scale[j]), splat(columns.offset[j]));
-        if constexpr (kGeneral) {
-          const int64_t i = i0 + n * kLanes;
-          score = (score + load(s.offset + i)) * (load(s.weight + i) * splat(columns.weight[j]));
-          if (p.band >= 0) score = inside_band(score, block_row0 + i, columns.row[j], p.band);
-        }
-        if constexpr (kMany) {
-          insert_scores(p, s, item, block_row0, i0 + n * kLanes, score, columns.row[j]);
-        } else {
-          index[n] = select_greater(score, best[n], row, index[n]);
-          best[n] = select_greater(score, best[n], score, best[n]);
-        }
+      const int64_t i = i0 + n * kLanes;
+      f32x16 score = fma(dot, splat(columns.scale[j]), splat(columns.offset[j]));
+      if constexpr (kGeneral) {
+        score = (score + load(s.offset + i)) * (load(s.weight + i) * splat(columns.weight[j]));
+        if (p.band >= 0) score = inside_band(score, block_row0 + i, columns.row[j], p.band);
       }
+      if constexpr (kMany) {
+        insert_scores(p, s, item, block_row0, i, score, columns.row[j]);
+      } else {
+        index[n] = select_greater(score, best[n], splat(columns.row[j]), index[n]);
+        best[n] = select_greater(score, best[n], score, best[n]);
+      }
+    };
+    const float* panels = s.panels + i0 * p.channels;
+    if constexpr (kGeneral) {
+      alignas(64) float dot[kTokens * kCount * kLanes];
+      dot_tile<kCount>(panels, s.tokens + t0, p.channels, [&](int t, int n, f32x16 sum) {
+        store(dot + (t * kCount + n) * kLanes, sum);
+      });
+      for (int t = 0; t < kTokens; ++t) {
+#pragma GCC unroll 2
+        for (int n = 0; n < kCount; ++n) update(t, n, load(dot + (t * kCount + n) * kLanes));
+      }
+    } else {
+      dot_tile<kCount>(panels, s.tokens + t0, p.channels, update);
     }
   }
 #pragma GCC unroll 2
-  for (int n = 0; !kMany && n < kPanels; ++n) {
+  for (int n = 0; !kMany && n < kCount; ++n) {
     store(s.best + i0 + n * kLanes, best[n]);
     store(s.index + i0 + n * kLanes, index[n]);
   }
@@ -320,28 +339,26 @@ template <class T>
 void match_block(const MatchParams& p, int64_t item, int64_t row0, int64_t block,
                  const Scratch& s) {
   const int64_t valid = p.a.count - row0 < block ? p.a.count - row0 : block;
-  const int64_t rows_used = round_up(valid, kRowStep);
+  const int64_t rows_used = round_up(valid, kLanes);
   for (int64_t i = 0; i < rows_used; i += kLanes) pack_panel<T>(p, item, row0, i, s);
   const Columns columns = columns_of(p, item);
   const bool many = p.k > 1, general = p.band >= 0 || p.a.weight || p.b.weight;
   for (int64_t i = 0; many && i < valid; ++i) BestList(p, item, row0 + i).clear();
   for (int64_t j0 = 0; j0 < *columns.count; j0 += kChunk) {
     const int64_t count = *columns.count - j0 < kChunk ? *columns.count - j0 : kChunk;
-    const float* rows[kChunk];
-    for (int64_t t = 0; t < kChunk; ++t) {
-      const int64_t j = j0 + (t < count ? t : count - 1);
-      const T* x = row_data<T>(p.b, item, row_position(p.b, item, columns.row[j]));
-      rows[t] = t < count ? as_floats(x, s.converted + t * p.channels, p.channels) : rows[t - 1];
-    }
-    for (int64_t i0 = 0; i0 < rows_used; i0 += kRowStep) {
+    pack_tokens<T>(p, item, columns, j0, count, s.tokens);
+    const auto update = [&]<int kCount>(int64_t i0) {
       if (many) {
-        update_best<true, true>(p, s, item, row0, i0, rows, columns, j0, count);
+        update_best<kCount, true, true>(p, s, item, row0, i0, columns, j0, count);
       } else if (general) {
-        update_best<true, false>(p, s, item, row0, i0, rows, columns, j0, count);
+        update_best<kCount, true, false>(p, s, item, row0, i0, columns, j0, count);
       } else {
-        update_best<false, false>(p, s, item, row0, i0, rows, columns, j0, count);
+        update_best<kCount, false, false>(p, s, item, row0, i0, columns, j0, count);
       }
-    }
+    };
+    int64_t i0 = 0;
+    for (; i0 + kRowStep <= rows_used; i0 += kRowStep) update.template operator()<kPanels>(i0);
+    if (i0 < rows_used) update.template operator()<1>(i0);
   }
   for (int64_t i = 0; i < valid; ++i) {
     const int64_t position = row_position(p.a, item, row0 + i);
@@ -362,11 +379,16 @@ void match_block(const MatchParams& p, int64_t item, int64_t row0, int64_t block
 
 template <class T>
 void match_all(const MatchParams& p, const Parallel& parallel) {
-  parallel_tasks(parallel, p.batch, [&](int64_t item, int64_t) { prepare_columns<T>(p, item); });
   const int64_t block = block_rows(p, parallel);
   const int64_t blocks = (p.a.count + block - 1) / block;
+  // Destinations of a single block are prepared with it, while they are in the cache.
+  if (blocks != 1) {
+    parallel_tasks(parallel, p.batch, [&](int64_t item, int64_t) { prepare_columns<T>(p, item); });
+  }
   parallel_tasks(parallel, p.batch * blocks, [&](int64_t task, int64_t worker) {
-    match_block<T>(p, task / blocks, task % blocks * block, block, scratch_of(p, block, worker));
+    const int64_t item = task / blocks;
+    if (blocks == 1) prepare_columns<T>(p, item);
+    match_block<T>(p, item, task % blocks * block, block, scratch_of(p, block, worker));
   });
 }
 
