@@ -8,7 +8,8 @@ import json
 from itertools import groupby
 from typing import Any
 
-from tokred.methods import METHODS, Method, get, written
+import tokred.methods
+from tokred.methods import Method, get, written
 
 # The models that an adapter can patch.
 _MODELS = {
@@ -35,7 +36,7 @@ def add(commands: Any) -> None:
 
 def methods(options: argparse.Namespace) -> int:
     """the published methods; those whose papers leave formulas open are marked"""
-    chosen = [get(name) for name in options.names] or list(METHODS.values())
+    chosen = [get(name) for name in options.names] or list(tokred.methods.METHODS.values())
     if options.json:
         print(json.dumps([method.as_dict() for method in chosen], indent=2, default=repr))
         return 0

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
-from tokred.methods import METHODS, Method, Needs
+import tokred.methods
+from tokred.methods import Method, Needs
 
 TOLERANCE = 0.1  # of a budget, within which the number of tokens left must be
 # Methods that give up tokens in one layer; the others in their options they only read.
@@ -26,7 +27,7 @@ def reducers(names: Sequence[str], argument: str) -> list[Method]:
     """
     found = {
         method.name: method
-        for method in METHODS.values()
+        for method in tokred.methods.METHODS.values()
         if Needs.VISION_ENCODER in method.needs
         and Needs.TRAINING not in method.needs
         and "transformers" in getattr(method.options, "adapters", ())
@@ -104,7 +105,7 @@ def selectors(names: Sequence[str] = ()) -> list[Method]:
     """
     found = {
         method.name: method
-        for method in METHODS.values()
+        for method in tokred.methods.METHODS.values()
         if Needs.LANGUAGE_MODEL in method.needs
         and "causal_lm" in getattr(method.options, "adapters", ())
         and "k" in method.defaults()

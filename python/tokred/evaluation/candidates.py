@@ -9,7 +9,8 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from tokred.methods import METHODS, Method, Needs, get, written
+import tokred.methods
+from tokred.methods import Method, Needs, get, written
 from tokred.patching import patch
 
 from .budgets import keys_at, options_at
@@ -154,7 +155,11 @@ def _candidates(
     options_of: Callable[[Method, float], tuple[dict[str, Any] | None, int]],
 ) -> list[Candidate]:
     if methods is None:
-        methods = [m.name for m in METHODS.values() if _serves(m, kind) and options_of(m, 0.5)[0]]
+        methods = [
+            m.name
+            for m in tokred.methods.METHODS.values()
+            if _serves(m, kind) and options_of(m, 0.5)[0]
+        ]
     given = methods if isinstance(methods, Mapping) else {name: {} for name in methods}
     found = []
     for name, own in given.items():

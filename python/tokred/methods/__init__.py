@@ -9,6 +9,7 @@ from __future__ import annotations
 import pkgutil
 from dataclasses import replace
 from difflib import get_close_matches
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -22,8 +23,7 @@ METHODS: dict[str, Method]
 
 def names() -> list[str]:
     """The names of all methods, sorted; none is imported."""
-    found = (module.name for module in pkgutil.iter_modules(__path__))
-    return sorted(name for name in found if not name.startswith("_"))
+    return list(_names_in(tuple(__path__)))
 
 
 def get(name: str) -> Method:
@@ -46,13 +46,19 @@ def get(name: str) -> Method:
     return replace(method, name=name)
 
 
-def _collect() -> dict[str, Method]:
-    families = list(Family)
-    found = sorted(map(get, names()), key=lambda m: (families.index(m.family), m.arxiv, m.name))
-    return {method.name: method for method in found}
+@cache
+def _names_in(folders: tuple[str, ...]) -> tuple[str, ...]:
+    found = (module.name for module in pkgutil.iter_modules(folders))
+    return tuple(sorted(name for name in found if not name.startswith("_")))
+
+
+@cache
+def _methods_in(folders: tuple[str, ...]) -> tuple[Method, ...]:
+    families, found = list(Family), map(get, _names_in(folders))
+    return tuple(sorted(found, key=lambda m: (families.index(m.family), m.arxiv, m.name)))
 
 
 def __getattr__(name: str) -> Any:
     if name == "METHODS":
-        return _collect()
+        return {method.name: method for method in _methods_in(tuple(__path__))}
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
