@@ -108,10 +108,12 @@ template <class Backend>
 std::tuple<Tensor, Tensor, Tensor> merge_backward(const Tensor& grad_y, const Tensor& grad_size,
                                                   const Tensor& x, const Tensor& token_map,
                                                   const OptionalTensor& size,
-                                                  const OptionalTensor& weight, const Text& mode) {
+                                                  const OptionalTensor& weight, const Text& mode,
+                                                  bool only_x) {
   check_dim(grad_y, "grad_y", 3, "[B, M, C]");
   MergeBackwardParams p{};
   p.forward = merge_inputs<Backend>(x, token_map, grad_y.size(1), size, weight, mode);
+  p.only_x = only_x;
   const int64_t batch = p.forward.batch, tokens = p.forward.tokens;
   check_shape(grad_y, "grad_y", {batch, p.forward.num_out, p.forward.channels}, "[B, M, C]");
   check_last_contiguous(grad_y, "grad_y");

@@ -35,9 +35,11 @@ struct MergeParams {
 };
 
 // Gradients of MergeParams' function. grad_x of skipped tokens is 0.
-// amax and amin share a gradient evenly between tied members.
+// amax and amin share a gradient evenly between tied members. With only_x grad_size and grad_weight
+// are 0, and x is not read where it is not for grad_x.
 struct MergeBackwardParams {
   MergeParams forward;                 // y and size_out unused
+  bool only_x;
   const void* grad_y;                  // [B, M, C], channels contiguous
   int64_t grad_y_stride_batch, grad_y_stride_token;
   TokenTable grad_size_out;            // Acc [B, M]

@@ -46,7 +46,7 @@ def test_a_ratio_is_fitted_to_the_tokens_left(power: float) -> None:
         return round(1000 * options["ratio"] ** power)
 
     options = budgets.fitted(get("evad"), 12, {"ratio": 0.7}, 343, tokens_left)
-    assert abs(tokens_left(options) - 343) <= 35
+    assert abs(tokens_left(options) - 343) <= 11
     assert len(calls) <= 9
 
 

@@ -52,11 +52,13 @@ void linear_backward(const Slot<T>& slot, const Gradients<T>& grad, int64_t chan
   for (int64_t m = 0; m < slot.count; ++m) {
     const int64_t token = slot.members[m];
     const A coefficient = slot.coefficient(token, use_size);
+    scale_into(grad.x(token), grad.grad_y, coefficient * inverse, channels);
+    if (grad.p.only_x) continue;
     const A dot = dot_row(grad.grad_y, slot.x(token), channels);
     grad.weight(token) = dot;
     mean_dot += coefficient * inverse * dot;
-    scale_into(grad.x(token), grad.grad_y, coefficient * inverse, channels);
   }
+  if (grad.p.only_x) return;
   for (int64_t m = 0; m < slot.count; ++m) {
     const int64_t token = slot.members[m];
     const A dot = grad.weight(token) - (divided ? mean_dot : A(0));
@@ -137,7 +139,7 @@ void maxnorm_backward(const Slot<T>& slot, const Gradients<T>& grad, int64_t cha
   const A norm = square_root(norm_squared), radius = square_root(longest_squared);
   const V gain = splat(radius / norm), back = splat(along / norm_squared);
   const V own = splat(along / (norm * radius));
-  for (int64_t m = 0; m < slot.count; ++m) grad.weight(slot.members[m]) = A(0);
+  for (int64_t m = 0; m < slot.count; ++m) grad.weight(slot.members[m]) = A(0);  // until the end
   for (int64_t c = 0; c < channels; c += kLanes) {
     const V s = sum_of_members(slot, c, channels);
     const V grad_s = gain * (load_row(grad.grad_y + c, channels - c) - s * back);
@@ -152,7 +154,7 @@ void maxnorm_backward(const Slot<T>& slot, const Gradients<T>& grad, int64_t cha
   }
   for (int64_t m = 0; m < slot.count; ++m) {
     const int64_t token = slot.members[m];
-    const A dot = grad.weight(token);
+    const A dot = grad.p.only_x ? A(0) : grad.weight(token);
     grad.size(token) += slot.weight(token) * dot;
     grad.weight(token) = slot.size(token) * dot;
   }
@@ -198,7 +200,9 @@ void merge_backward_all(const MergeBackwardParams& p, const Parallel& parallel) 
     for (int64_t o = first; o < last; ++o) {
       const Slot<T> slot(f, item, o);
       const Gradients<T> grad(p, item, o);
-      for (int64_t m = 0; m < slot.count; ++m) grad.size(slot.members[m]) = grad.grad_size_out;
+      for (int64_t m = 0; m < slot.count; ++m) {
+        grad.size(slot.members[m]) = p.only_x ? A(0) : grad.grad_size_out;
+      }
       slot_backward(slot, grad, f.channels);
     }
   });

@@ -17,7 +17,9 @@ struct Gradients {
     return static_cast<const T*>(p.grad_y) + item * p.grad_y_stride_batch +
            slot * p.grad_y_stride_token;
   }
+  // 0 where the gradients of sizes are not wanted.
   __device__ float size_out() const {
+    if (p.only_x) return 0.0f;
     const TokenTable& table = p.grad_size_out;
     return static_cast<const float*>(
         table.data)[item * table.stride_batch + slot * table.stride_token];
@@ -47,6 +49,7 @@ __device__ __forceinline__ void write_constant_factors(const Slot& slot, const G
 // and is divided between weight and size.
 __device__ __forceinline__ void share_coefficients(const Slot& slot, const Gradients& grad,
                                                    bool use_size, float factor, float offset) {
+  if (grad.p.only_x) return write_constant_factors(slot, grad);
   const float size_out = grad.size_out();
   __syncwarp();  // lane 0 wrote grad.weight
   for (int m = lane_id(); m < slot.count; m += kWarp) {
@@ -70,9 +73,11 @@ __device__ __forceinline__ void linear_backward(const Slot& slot, const Gradient
   for (int m = 0; m < slot.count; ++m) {
     const int64_t token = slot.members[m];
     const float share = slot.coefficient(token, use_size) * inverse;
-    const float dot = dot_rows<kWidth>(grad.y<T>(), slot.x<T>(token), channels);
-    if (lane_id() == 0) grad.weight(token) = dot;
-    along_y = fmaf(share, dot, along_y);
+    if (!grad.p.only_x) {
+      const float dot = dot_rows<kWidth>(grad.y<T>(), slot.x<T>(token), channels);
+      if (lane_id() == 0) grad.weight(token) = dot;
+      along_y = fmaf(share, dot, along_y);
+    }
     for (int64_t c = 0; c < channels; c += C::RowPart::kChannels) {
       typename C::RowPart g;
       g.load(grad.y<T>(), c, channels);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import tokred.methods
 from tokred.methods import Method, Needs
 
-TOLERANCE = 0.1  # of a budget, within which the number of tokens left must be
+TOLERANCE = 0.03  # of a budget, within which the number of tokens left must be
 # Methods that give up tokens in one layer; the others in their options they only read.
 REDUCE_ONCE = ("hiprune",)
 FORCED = {"n_init": 4, "n_local": 32}  # keys that token_select attends to in any case
@@ -75,9 +76,12 @@ def fitted(
     if ratio is None or ratio == 1:
         return options
     low, high = 0.0, 1.0
+    closest, best = math.inf, ratio
     for step in range(steps):
         left = tokens_left({"ratio": ratio})
-        if abs(left - wanted) <= TOLERANCE * wanted:
+        if abs(left - wanted) < closest:
+            closest, best = abs(left - wanted), ratio
+        if closest <= TOLERANCE * wanted:
             break
         if left < wanted:
             low = ratio
@@ -86,7 +90,7 @@ def fitted(
         # Two steps as if the layers' ratios multiplied; then by bisection.
         guess = ratio * (wanted / max(left, 1)) ** (1 / _reducing(method, layers))
         ratio = guess if step < 2 and low < guess < high else (low + high) / 2
-    return {"ratio": ratio}
+    return {"ratio": best}
 
 
 def _reducing(method: Method, layers: int) -> int:

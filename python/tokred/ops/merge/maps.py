@@ -182,6 +182,7 @@ def _merge_backward_fake(
     size: Tensor | None,
     weight: Tensor | None,
     mode: str,
+    only_x: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     table = x.new_empty(x.shape[:2], dtype=_size_dtype(x))
     return x.new_empty(x.shape), table, torch.empty_like(table)
@@ -214,10 +215,11 @@ def _merge_backward(ctx: Any, grad_y: Tensor, grad_size: Tensor) -> tuple[Tensor
     x, token_map, size, weight = ctx.saved_tensors
     if grad_y.stride(-1) != 1:
         grad_y = grad_y.clone(memory_format=torch.contiguous_format)
-    grads = call(
-        _ops.merge_backward.default, grad_y, grad_size, x, token_map, size, weight, ctx.mode
-    )
     wanted = [t is not None and t.requires_grad for t in (x, size, weight)]
+    grads = call(
+        _ops.merge_backward.default, grad_y, grad_size, x, token_map, size, weight, ctx.mode,
+        not any(wanted[1:]),
+    )  # fmt: skip
     grad_x, grad_size_in, grad_weight = (
         g if want else None for g, want in zip(grads, wanted, strict=True)
     )
@@ -225,7 +227,7 @@ def _merge_backward(ctx: Any, grad_y: Tensor, grad_size: Tensor) -> tuple[Tensor
 
 
 def _second_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    grad_y, _, _, token_map, size, weight, ctx.mode = inputs
+    grad_y, _, _, token_map, size, weight, ctx.mode, _ = inputs
     ctx.num_out = grad_y.shape[1]
     fixed = not any(t is not None and t.requires_grad for t in (size, weight))
     ctx.linear = fixed and ctx.mode in LINEAR_MODES
@@ -251,7 +253,7 @@ def _second_backward(
         grad_grad_y, _ = call(
             _ops.merge.default, grad_x, token_map, ctx.num_out, size, weight, ctx.mode
         )
-    return grad_grad_y, None, None, None, None, None, None
+    return grad_grad_y, None, None, None, None, None, None, None
 
 
 def _unmerge_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
