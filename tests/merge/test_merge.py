@@ -276,6 +276,25 @@ def gradients(backend: Backend, inputs: tuple, grad_y: Tensor, grad_size: Tensor
     ]
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_of_tokens_alone(kernels: Backend, mode: str) -> None:
+    """The same bits where those of sizes and weights are not wanted, and then not computed."""
+    inputs = Case(mode, size=True, weight=True, garbage=True).inputs()
+    rng = generator(8)
+    grad_y, grad_size = torch.randn(2, 20, 24, generator=rng), torch.randn(2, 20, generator=rng)
+    x, token_map, num_out, size, weight, _ = inputs
+    if kernels.name == "simt":
+        args = (grad_y, grad_size, x, token_map, size, weight, mode, True)
+        alone, *others = torch.ops.tokred_simt.merge_backward(*args)
+        assert not any(other.any() for other in others)
+    else:
+        leaf, *rest = move([x, token_map, size, weight], kernels.device)
+        leaf.requires_grad_()
+        y, _ = kernels.function("merge")(leaf, rest[0], num_out, rest[1], rest[2], mode)
+        alone = torch.autograd.grad(y, leaf, move(grad_y, kernels.device))[0].cpu()
+    assert_bitwise_equal(alone, gradients(kernels, inputs, grad_y, grad_size)[0])
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("mode", MODES)
 def test_gradients_against_float64(kernels: Backend, mode: str, dtype: torch.dtype) -> None:

@@ -49,9 +49,9 @@ __device__ __forceinline__ void write_constant_factors(const Slot& slot, const G
 // and is divided between weight and size.
 __device__ __forceinline__ void share_coefficients(const Slot& slot, const Gradients& grad,
                                                    bool use_size, float factor, float offset) {
+  __syncwarp();  // lane 0 wrote grad.weight
   if (grad.p.only_x) return write_constant_factors(slot, grad);
   const float size_out = grad.size_out();
-  __syncwarp();  // lane 0 wrote grad.weight
   for (int m = lane_id(); m < slot.count; m += kWarp) {
     const int64_t token = slot.members[m];
     const float dot = (grad.weight(token) - offset) * factor;
