@@ -1,8 +1,8 @@
 // kv_pack and kv_append read and write every byte once. Keys and values in bf16, of
 // 1048576 rows of 128 each, to 4 bits in groups of 32: 537 MB read, 168 MB written, 165 us at the
-// 4.3 TB/s that an H200 reaches; some 30 instructions a number are 280 us of all multiprocessors.
-// Along tokens the rows are read a second time, from a cache. Appending a token takes two launches,
-// about 6 us.
+// 4.3 TB/s that an H200 reaches. Rows that packs_runs() names take pack_runs.cu; all others the
+// kernels here, whose instructions outweigh the bytes. Along tokens the rows are read a second
+// time, from a cache. Appending a token takes two launches, about 6 us.
 #include "kv_pack/cuda/kv_pack.cuh"
 #include "kv_pack/cuda/launch.h"
 
@@ -14,6 +14,7 @@ using namespace packing;
 void launch_pack(const KvAppendParams& p, Stream stream) {
   const PackFormat& f = p.packed.format;
   const int64_t tokens = max_packed(f.axis, p.window_rows, p.tokens, p.lengths ? -1 : p.length);
+  if (launch_pack_runs(p, tokens, stream)) return;
   visit_dtype(p.dtype, [&]<class T>() {
     visit_lanes(f.head_dim, [&]<int kLanes>() {
       static_assert(sizeof(PackShared<kLanes>) == pack_shared_bytes(kLanes));

@@ -31,34 +31,75 @@ struct ItemTokens {
   __device__ bool valid() const { return held >= 0; }
 };
 
-// One head of an item. Rows of tokens that do not exist are null.
-template <class T, int kLanes>
-struct PackHead {
+// The tokens of one head of an item, and where they go.
+template <class T>
+struct PackedHead {
   const KvAppendParams& p;
   const int64_t batch, head;
   const ItemTokens tokens;
+
+  __device__ PackedHead(const KvAppendParams& p, uint32_t index)
+      : p(p), batch(index / static_cast<uint32_t>(p.heads)),
+        head(index % static_cast<uint32_t>(p.heads)), tokens(p, batch) {}
+
+  __device__ const T* row_of(const HeadTensor& t, int64_t row) const {
+    return static_cast<const T*>(t.data) + batch * t.stride_batch + head * t.stride_head +
+           row * t.stride_token;
+  }
+  __device__ __forceinline__ const T* x_row(int64_t row) const { return row_of(p.x, row); }
+  // Of a token that the window holds.
+  __device__ __forceinline__ const T* window_row(int64_t token) const {
+    return row_of(p.window, static_cast<uint32_t>(token) % static_cast<uint32_t>(p.window_rows));
+  }
+  // Where a token lies before it is packed; null if it does not exist.
+  __device__ __forceinline__ const T* source(int64_t token) const {
+    if (token >= tokens.last) return nullptr;
+    return token < tokens.held ? window_row(token) : x_row(token - tokens.held);
+  }
+  // The row of a token's codes, or -1 where it has none; of one that exists.
+  __device__ __forceinline__ int64_t slot_of(int64_t token) const {
+    if (!p.slots.data) return token;
+    const int64_t row = p.slots.data[batch * p.slots.stride_batch + token];
+    return row < p.packed.rows ? row : -1;
+  }
+  __device__ __forceinline__ int64_t slot(int64_t token) const {
+    return token < tokens.last ? slot_of(token) : -1;
+  }
+  __device__ uint8_t* codes() const {
+    return p.packed.codes + pool() * p.packed.codes_stride_batch +
+           head * p.packed.codes_stride_head;
+  }
+  __device__ uint16_t* params() const {
+    return p.packed.params + pool() * p.packed.params_stride_batch +
+           head * p.packed.params_stride_head;
+  }
+  __device__ uint16_t* params_row(int64_t row) const {
+    return params() + row * p.packed.params_stride_row;
+  }
+
+ private:
+  __device__ int64_t pool() const { return p.slots.data ? 0 : batch; }
+};
+
+// The same by lanes of eight neighbouring channels.
+template <class T, int kLanes>
+struct PackHead : PackedHead<T> {
+  using Base = PackedHead<T>;
+  using Base::p, Base::tokens;
   const int channel, dim;
   const bool aligned;  // rows of x and of the window
   static constexpr int kRows = kPackThreads / kLanes;
 
-  __device__ PackHead(const KvAppendParams& p, int64_t index)
-      : p(p), batch(index / p.heads), head(index % p.heads), tokens(p, batch),
-        channel(static_cast<int>(threadIdx.x) % kLanes * 8),
+  __device__ PackHead(const KvAppendParams& p, uint32_t index)
+      : Base(p, index), channel(static_cast<int>(threadIdx.x) % kLanes * 8),
         dim(static_cast<int>(p.packed.format.head_dim)),
         aligned(is_aligned(p.x, p.dtype) && is_aligned(p.window, p.dtype)) {}
 
   static __device__ int row() { return static_cast<int>(threadIdx.x) / kLanes; }
-  static __device__ const T* row_of(const HeadTensor& t, int64_t batch, int64_t head, int64_t row) {
-    return static_cast<const T*>(t.data) + batch * t.stride_batch + head * t.stride_head +
-           row * t.stride_token;
-  }
 
   // This lane's channels of a token as it is packed; zeros for a token outside [first, last).
   __device__ __forceinline__ void load(float (&x)[8], int64_t token) const {
-    const bool exists = token < tokens.last, held = token < tokens.held;
-    const T* source[1] = {nullptr};
-    if (exists && held) source[0] = row_of(p.window, batch, head, token % p.window_rows);
-    if (exists && !held) source[0] = row_of(p.x, batch, head, token - tokens.held);
+    const T* source[1] = {this->source(token)};
     float rows[1][8];
     load_rows(rows, source, channel, dim, aligned);
 #pragma unroll
@@ -69,19 +110,7 @@ struct PackHead {
     for (int i = 0; i < 8; ++i) rotated[i] = x[i];
     rotate_row(rotated, dim);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) x[i] = held ? x[i] : rotated[i];
-  }
-
-  // The row of a token's codes, or -1.
-  __device__ __forceinline__ int64_t slot(int64_t token) const {
-    if (token >= tokens.last) return -1;
-    const int64_t row = p.slots.data ? p.slots.data[batch * p.slots.stride_batch + token] : token;
-    return row < p.packed.rows ? row : -1;
-  }
-  __device__ int64_t pool() const { return p.slots.data ? 0 : batch; }
-  __device__ uint16_t* params_row(int64_t row) const {
-    return p.packed.params + pool() * p.packed.params_stride_batch +
-           head * p.packed.params_stride_head + row * p.packed.params_stride_row;
+    for (int i = 0; i < 8; ++i) x[i] = token < tokens.held ? x[i] : rotated[i];
   }
 
   // Writes the codes of this warp's rows, `mine` being those of this lane's channels.
@@ -92,10 +121,8 @@ struct PackHead {
     reinterpret_cast<Word*>(&codes[channel])[1] = mine.y;
     __syncwarp();
     if (slot >= 0) {
-      const PackedRows& packed = p.packed;
-      uint8_t* to = packed.codes + pool() * packed.codes_stride_batch +
-                    head * packed.codes_stride_head + slot * packed.codes_stride_token;
-      const int bits = packed.format.bits, lane = channel / 8;
+      uint8_t* to = this->codes() + slot * p.packed.codes_stride_token;
+      const int bits = p.packed.format.bits, lane = channel / 8;
       store_code_row<kLanes>(to, codes, lane, dim, bits == 3 ? 2 : bits, 0);
       if (bits == 3) store_code_row<kLanes>(to + high_bit_row(dim), codes, lane, dim, 1, 2);
     }
@@ -196,15 +223,16 @@ template <class T, int kLanes>
 __global__ void __launch_bounds__(kPackThreads)
     pack_kernel(const __grid_constant__ KvAppendParams p, int64_t units) {
   auto& shared = shared_memory<PackShared<kLanes>>();
-  const PackHead<T, kLanes> head(p, blockIdx.x / units);
+  const auto of_head = static_cast<uint32_t>(units);
+  const PackHead<T, kLanes> head(p, blockIdx.x / of_head);
+  const uint32_t unit = blockIdx.x % of_head;
   if (!head.tokens.valid()) return;
   if (p.packed.format.scheme == PackScheme::codebook) {
-    pack_levels(head, shared, blockIdx.x % units);
+    pack_levels(head, shared, unit);
   } else if (p.packed.format.axis == GroupAxis::channel) {
-    pack_along_channels(head, shared, blockIdx.x % units);
-  } else if (head.tokens.first + blockIdx.x % units * p.packed.format.group_size <
-             head.tokens.last) {
-    pack_along_tokens(head, shared, blockIdx.x % units);
+    pack_along_channels(head, shared, unit);
+  } else if (head.tokens.first + unit * p.packed.format.group_size < head.tokens.last) {
+    pack_along_tokens(head, shared, unit);
   }
 }
 
@@ -215,15 +243,15 @@ __global__ void __launch_bounds__(kPackThreads)
   using Head = PackHead<T, kLanes>;
   const int64_t row = int64_t{blockIdx.x} * Head::kRows + Head::row();
   const bool exists = row < p.batch * p.heads * newest;
-  const Head head(p, exists ? row / newest : 0);
+  const Head head(p, static_cast<uint32_t>(exists ? row / newest : 0));
   const int64_t token = p.tokens - newest + (exists ? row % newest : 0);
-  const T* source[1] = {exists ? head.row_of(p.x, head.batch, head.head, token) : nullptr};
+  const T* source[1] = {exists ? head.row_of(p.x, token) : nullptr};
   float x[1][8];
   load_rows(x, source, head.channel, head.dim, head.aligned);
   if (p.packed.format.rotated) rotate_row(x[0], head.dim);
   const int64_t position = head.tokens.held + token;
   if (!exists || !head.tokens.valid() || position < head.tokens.last) return;
-  auto* to = const_cast<T*>(head.row_of(p.window, head.batch, head.head, position % p.window_rows));
+  auto* to = const_cast<T*>(head.row_of(p.window, position % p.window_rows));
   store_eight(to, head.channel, head.dim, head.aligned, x[0]);
 }
 

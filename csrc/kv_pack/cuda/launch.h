@@ -1,10 +1,13 @@
-// The lanes of a row as a constant, for the launches of the kv_pack ops.
+// Launches of the kv_pack ops, and the lanes of a row as a constant.
 #pragma once
 
 #include "common/cuda/launch.h"
 #include "kv_pack/cuda/plan.h"
 
 namespace tokred::cuda::packing {
+
+// Packs with pack_runs_kernel, if it can; else nothing happens. Without slots.
+bool launch_pack_runs(const KvAppendParams&, int64_t tokens, Stream);
 
 template <class F>
 void visit_lanes(int64_t head_dim, F&& f) {

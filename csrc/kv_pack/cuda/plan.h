@@ -38,6 +38,45 @@ constexpr LaunchPlan plan_kv_pack(const PackFormat& f, int64_t heads, int64_t to
   return {{heads * pack_units(f, tokens), 1, 1}, kPackThreads, pack_shared_bytes(lanes)};
 }
 
+// pack_runs_kernel: a lane owns eight bytes of a row of codes, of kRunSteps rows one after another.
+inline constexpr int kRunSteps = 8;
+
+struct RunLayout {
+  int lanes, group_lanes;    // of a row, and that share a group; powers of two
+  int groups;                // of a lane
+  int64_t units;             // blocks of a head
+  float divisor, reciprocal; // of the range of a group, that make its scale
+};
+
+// Whether its rows are runs of sixteen bytes whose lanes share groups evenly. `aligned`: rows of
+// numbers start at multiples of 16 bytes, those of codes of 8.
+constexpr bool is_power_of_two(int64_t n) { return n > 0 && (n & (n - 1)) == 0; }
+constexpr bool packs_runs(const PackFormat& f, bool aligned) {
+  if (f.bits != 2 && f.bits != 4 && f.bits != 8) return false;
+  const int64_t run = 128 / f.bits,
+                of_run = f.group_size / run;  // channels of a run, runs of a group
+  return aligned && f.axis == GroupAxis::channel && f.scheme <= PackScheme::symmetric &&
+         !f.rotated && f.head_dim % run == 0 &&
+         (of_run * run == f.group_size ? is_power_of_two(of_run) : run % f.group_size == 0);
+}
+constexpr RunLayout run_layout(const PackFormat& f, int64_t tokens) {
+  const int64_t run = 128 / f.bits, levels = (int64_t{1} << f.bits) - 1;
+  int lanes = 2;
+  while (8 * lanes < code_bytes(f.head_dim, f.bits)) lanes *= 2;
+  const bool small = f.group_size < run;
+  const auto divisor = static_cast<float>(has_offset(f.scheme) ? levels : levels / 2);
+  return {lanes,
+          small ? 2 : static_cast<int>(2 * f.group_size / run),
+          small ? static_cast<int>(run / f.group_size) : 1,
+          divide_up(tokens, int64_t{kRunSteps} * (kPackThreads / lanes)),
+          divisor,
+          1.0f / divisor};
+}
+// Example: B = 8, H = 8, N = 131072, D = 128 in 4 bits: 8 lanes a row, 64 * 512 blocks of 256 rows.
+constexpr LaunchPlan plan_pack_runs(int64_t heads, const RunLayout& layout) {
+  return {{heads * layout.units, 1, 1}, kPackThreads, 0};
+}
+
 // Rows of kv_unpack, and those that go to the window: pack_rows() to a block. The example above:
 // 64 * 8192 blocks.
 constexpr LaunchPlan plan_packed_rows(int64_t head_dim, int64_t rows) {
