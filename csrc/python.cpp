@@ -33,6 +33,8 @@ using namespace tokred::cuda;
 
 namespace {
 
+constexpr int64_t kSharedLimit = 227 << 10;  // of an H200, for which plans are made unless told
+
 py::dict build_info() {
   return py::dict("version"_a = TOKRED_VERSION, "compiler"_a = __VERSION__,
                   "cuda"_a = static_cast<bool>(TOKRED_CUDA_BUILD));
@@ -40,14 +42,15 @@ py::dict build_info() {
 
 py::dict describe(const LaunchPlan& plan) {
   return py::dict("grid"_a = py::make_tuple(plan.grid[0], plan.grid[1], plan.grid[2]),
-                  "block"_a = plan.block, "shared_bytes"_a = plan.shared_bytes);
+                  "block"_a = plan.block, "shared_bytes"_a = plan.shared_bytes,
+                  "kernel"_a = plan.kernel);
 }
 
 // The launches of match, and of bipartite_soft_matching over `tokens` tokens, in order.
-py::dict plans_of_match(const MatchShape& shape, int64_t tokens) {
+py::dict plans_of_match(const MatchShape& shape, int64_t tokens, int64_t shared_limit) {
   py::dict plans("match"_a = describe(plan_match(shape)));
-  if (is_small_item(tokens, shape.rows)) {
-    plans["bipartite"] = describe(plan_small_items(shape));
+  if (is_small_item(shape, tokens, shared_limit)) {
+    plans["bipartite"] = describe(plan_small_items(shape, shared_limit));
   } else {
     plans["bipartite"] = describe(plan_large_items(shape.batch));
   }
@@ -104,8 +107,8 @@ py::dict plans_of_merge(int64_t batch, int64_t tokens, int64_t num_out) {
   return plans;
 }
 
-py::dict plans_of_attention(const AttentionShape& shape) {
-  py::dict plans("forward"_a = describe(plan_forward(shape)),
+py::dict plans_of_attention(const AttentionShape& shape, int64_t shared_limit) {
+  py::dict plans("forward"_a = describe(plan_forward(shape, shared_limit)),
                  "delta"_a = describe(plan_delta(shape)),
                  "grad_query"_a = describe(plan_grad_query(shape)),
                  "grad_key"_a = describe(plan_grad_key(shape)));
@@ -114,16 +117,18 @@ py::dict plans_of_attention(const AttentionShape& shape) {
 }
 
 // The launches of attention over lists (or over all keys, as one list), and how keys are split.
-py::dict plans_of_lists(const ListShape& shape) {
+py::dict plans_of_lists(const ListShape& shape, int64_t shared_limit) {
   py::dict plans(
       "grad_query"_a = describe(plan_list_grad_query(shape, list_grad_query_blocks(shape))),
       "grad_key"_a = describe(plan_list_grad_key(shape)));
   if (!is_decode(shape)) {
-    plans["forward"] = describe(plan_list_forward(shape));
+    plans["forward"] = describe(plan_list_forward(shape, shared_limit));
     return py::dict("plans"_a = plans, "workspace_bytes"_a = 0);
   }
   const int64_t items = decode_launch_tiles(shape);
-  plans["decode"] = describe(plan_decode(shape, items));
+  const AttentionShape& a = shape.attention;
+  const DecodeTiles tiles = decode_tiles(decode_head_dim(a.dim()), a.is_float, shared_limit);
+  plans["decode"] = describe(plan_decode(shape, items, tiles));
   const bool splits = decode_splits(shape.length) > 1;
   if (splits) plans["combine"] = describe(plan_combine(shape, items));
   return py::dict("plans"_a = plans, "items"_a = decode_row_tiles(shape),
@@ -194,18 +199,21 @@ py::dict plans_of_packing(const PackFormat& f, int64_t heads, int64_t tokens, in
 }
 
 // The launches of packed_attention over all tokens and of packed_qk_score, keys and values alike.
-py::dict plans_of_packed_attention(const AttentionShape& s, const PackFormat& f) {
+py::dict plans_of_packed_attention(const AttentionShape& s, const PackFormat& f,
+                                   int64_t shared_limit) {
   const ListShape shape = dense_list(s);
   const int64_t items = decode_launch_tiles(shape), heads = s.batch * s.heads_kv;
   const int lanes = score_lanes(s.head_dim);
-  py::dict plans("decode"_a = describe(plan_packed_decode(shape, items, packed_stage(f, f))),
+  const PackedCopy copy = packed_copy(f, f);
+  const DecodeTiles tiles = packed_tiles(padded_head_dim(s.dim()), s.is_float, copy, shared_limit);
+  py::dict plans("decode"_a = describe(plan_packed_decode(shape, items, copy, tiles)),
                  "score"_a = describe(plan_qk_score(heads, s.keys, lanes)),
                  "rotate_queries"_a = describe(plan_rotate_queries(s.batch * s.heads_q, lanes)));
   if (decode_splits(s.keys) > 1) plans["combine"] = describe(plan_combine(shape, items));
   if (rotates_later(s)) plans["rotate_out"] = describe(plan_rotate_out(s));
   if (!s.is_float && takes_fragments(DType::bf16, shape, f, f)) {
     const SideCopy side = side_copy(f, 0, 0);
-    plans["codes"] = describe(plan_code_decode(shape, items, code_stage(side, side)));
+    plans["codes"] = describe(plan_code_decode(shape, items, code_copy(side, side)));
     plans["score_codes"] = describe(plan_code_score(heads, s.keys, side));
   }
   return py::dict("plans"_a = plans, "items"_a = decode_row_tiles(shape),
@@ -268,11 +276,12 @@ PYBIND11_MODULE(_C, m) {
         "Whether they may; results are the same. False where the machine has no VNNI to use.");
   m.def(
       "plan_match",
-      [](int64_t batch, int64_t rows, int64_t tokens, bool is_float, bool aligned, bool general) {
-        return plans_of_match({batch, rows, is_float, aligned, general}, tokens);
+      [](int64_t batch, int64_t rows, int64_t tokens, bool is_float, bool aligned, bool general,
+         int64_t shared_limit) {
+        return plans_of_match({batch, rows, is_float, aligned, general}, tokens, shared_limit);
       },
       "batch"_a, "rows"_a, "tokens"_a, "is_float"_a = false, "aligned"_a = true,
-      "general"_a = false, "name -> {grid, block, shared_bytes}");
+      "general"_a = false, "shared_limit"_a = kSharedLimit, "name -> {grid, block, shared_bytes}");
   m.def("plan_connected_components", &plans_of_components, "batch"_a, "tokens"_a,
         "name -> {grid, block, shared_bytes}");
   m.def("plan_kmeans", &plans_of_kmeans, "batch"_a, "tokens"_a, "clusters"_a,
@@ -312,24 +321,26 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "plan_attention",
       [](int64_t batch, int64_t heads_q, int64_t heads_kv, int64_t queries, int64_t keys,
-         int64_t head_dim, int64_t value_dim, bool is_float) {
+         int64_t head_dim, int64_t value_dim, bool is_float, int64_t shared_limit) {
         return plans_of_attention(
-            {batch, heads_q, heads_kv, queries, keys, head_dim, value_dim, is_float});
+            {batch, heads_q, heads_kv, queries, keys, head_dim, value_dim, is_float}, shared_limit);
       },
       "batch"_a, "heads_q"_a, "heads_kv"_a, "queries"_a, "keys"_a, "head_dim"_a, "value_dim"_a,
-      "is_float"_a = false, "name -> {grid, block, shared_bytes}");
+      "is_float"_a = false, "shared_limit"_a = kSharedLimit, "name -> {grid, block, shared_bytes}");
   m.def(
       "plan_decode",
       [](int64_t batch, int64_t heads_q, int64_t heads_kv, int64_t queries, int64_t keys,
          int64_t head_dim, int64_t value_dim, bool is_float, int64_t list_heads, int64_t length,
-         int64_t block_q) {
+         int64_t block_q, int64_t shared_limit) {
         const AttentionShape shape{batch, heads_q,  heads_kv,  queries,
                                    keys,  head_dim, value_dim, is_float};
-        if (list_heads == 0) return plans_of_lists(dense_list(shape));
-        return plans_of_lists({shape, list_heads, length, block_q < queries ? block_q : queries});
+        if (list_heads == 0) return plans_of_lists(dense_list(shape), shared_limit);
+        return plans_of_lists({shape, list_heads, length, block_q < queries ? block_q : queries},
+                              shared_limit);
       },
       "batch"_a, "heads_q"_a, "heads_kv"_a, "queries"_a, "keys"_a, "head_dim"_a, "value_dim"_a,
       "is_float"_a = false, "list_heads"_a = 0, "length"_a = 0, "block_q"_a = 1,
+      "shared_limit"_a = kSharedLimit,
       "Of one launch each: plans (name -> {grid, block, shared_bytes}), items, split_length and "
       "workspace_bytes; without list_heads (Hkv or Hq), of dense attention.");
   m.def(
@@ -353,7 +364,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "plan_packed_attention",
       [](int64_t batch, int64_t heads_q, int64_t heads_kv, int64_t queries, int64_t keys,
-         int64_t head_dim, int64_t bits, int64_t group_size, bool is_float) {
+         int64_t head_dim, int64_t bits, int64_t group_size, bool is_float, int64_t shared_limit) {
         const PackFormat f{head_dim,
                            group_size,
                            static_cast<int32_t>(bits),
@@ -361,10 +372,11 @@ PYBIND11_MODULE(_C, m) {
                            PackScheme::asymmetric,
                            false};
         return plans_of_packed_attention(
-            {batch, heads_q, heads_kv, queries, keys, head_dim, head_dim, is_float}, f);
+            {batch, heads_q, heads_kv, queries, keys, head_dim, head_dim, is_float}, f,
+            shared_limit);
       },
       "batch"_a, "heads_q"_a, "heads_kv"_a, "queries"_a, "keys"_a, "head_dim"_a, "bits"_a = 4,
-      "group_size"_a = 16, "is_float"_a = false,
+      "group_size"_a = 16, "is_float"_a = false, "shared_limit"_a = kSharedLimit,
       "Of one launch each: plans (name -> {grid, block, shared_bytes}), items and "
       "workspace_bytes.");
   m.def(

@@ -187,7 +187,7 @@ inline Tensor allocate(const Tensor& like, std::initializer_list<int64_t> shape,
 class Scratch {
  public:
   Scratch(const Tensor& like, int64_t bytes, bool on_host) {
-    if (!on_host || bytes > kInlineBytes) tensor_ = allocate(like, {bytes}, ScalarType::Byte);
+    if (bytes > (on_host ? kInlineBytes : 0)) tensor_ = allocate(like, {bytes}, ScalarType::Byte);
     if (on_host) advise_huge_pages(data(), bytes, kLargeBytes);
   }
   Scratch(const Scratch&) = delete;

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,13 @@ from torch import Tensor
 
 # The variable points the tests at builds with sanitizers.
 LIBRARY_FOLDER = Path(os.environ.get("TOKRED_LIBRARY_FOLDER", Path(__file__).parent / "lib"))
+CUDA_LIBRARY = "libtokred_cuda.so"
 
 
 def library_paths() -> list[Path]:
     """The libraries to load: the CPU one always, the CUDA one beside a CUDA build of torch."""
     paths = [LIBRARY_FOLDER / "libtokred.so"]
-    cuda = LIBRARY_FOLDER / "libtokred_cuda.so"
+    cuda = LIBRARY_FOLDER / CUDA_LIBRARY
     if torch.version.cuda is not None and cuda.exists():
         paths.append(cuda)
     return paths
@@ -28,6 +31,8 @@ def load() -> None:
 
     Raises:
         ImportError: a library is missing or does not fit this torch.
+
+    Warns where a GPU's driver is older than the CUDA that the library was built with.
     """
     for path in library_paths():
         if not path.exists():
@@ -42,6 +47,30 @@ def load() -> None:
                 f"tokred's op library {path} does not load under torch {torch.__version__} "
                 "(2.11 or newer is needed): run `make build` or `pip install .` again"
             ) from error
+        if path.name == CUDA_LIBRARY and (problem := driver_problem(*_cuda_versions(path))):
+            warnings.warn(problem, RuntimeWarning, stacklevel=3)
+
+
+def _cuda_versions(library: Path) -> tuple[int, int]:
+    """What the driver supports, 0 without one, and what the library was built with."""
+    driver, runtime = ctypes.c_int(), ctypes.c_int()
+    ctypes.CDLL(str(library)).tokred_cuda_versions(ctypes.byref(driver), ctypes.byref(runtime))
+    return driver.value, runtime.value
+
+
+def driver_problem(driver: int, runtime: int) -> str | None:
+    """Why CUDA ops cannot run; versions are 1000 * major + 10 * minor.
+
+    A driver runs what was built with a newer CUDA of the same major version.
+    """
+    if driver == 0 or driver // 1000 >= runtime // 1000:
+        return None
+    supports, built = (f"{version // 1000}.{version % 1000 // 10}" for version in (driver, runtime))
+    return (
+        f"tokred's CUDA ops were built with CUDA {built} and cannot run, as this machine's driver "
+        f"supports CUDA {supports} only: update the driver, or build tokred with CUDA "
+        f"{driver // 1000}.x"
+    )
 
 
 def check_tensor(name: str, value: Any) -> None:

@@ -11,7 +11,8 @@ _C = pytest.importorskip("tokred._C", reason="tokred._C is not built for this Py
 
 MAX_GRID = (2**31 - 1, 65535, 65535)
 MAX_THREADS = 1024
-MAX_SHARED = 227 * 1024  # of a block, compute capability 9.0
+# Of a block: RTX 30, 40 and 50; A100; H100, H200 and B200.
+SHARED_LIMITS = (99 * 1024, 163 * 1024, 227 * 1024)
 
 BATCHES = (1, 7, 64, 4096, 1_000_000)
 COUNTS = (1, 31, 64, 289, 577, 1024, 1025, 16384, 131072)
@@ -25,14 +26,22 @@ def shapes(*axes: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
             yield shape
 
 
-def check(plans: dict, covered: dict[str, int]) -> None:
-    """`covered` says how many blocks a plan must have at least."""
+def check(
+    plans: dict,
+    covered: dict[str, int],
+    shared_limit: int = SHARED_LIMITS[0],
+    too_large: tuple[str, ...] = (),
+) -> None:
+    """`covered` says how many blocks a plan must have at least. Those of `too_large` may ask for
+    more than the device has, which is refused by name."""
     assert covered.keys() <= plans.keys()
     for name, plan in plans.items():
         for size, limit in zip(plan["grid"], MAX_GRID, strict=True):
             assert 1 <= size <= limit, (name, plan)
         assert 32 <= plan["block"] <= MAX_THREADS and plan["block"] % 32 == 0, (name, plan)
-        assert 0 <= plan["shared_bytes"] <= MAX_SHARED, (name, plan)
+        most = SHARED_LIMITS[-1] if name in too_large else shared_limit
+        assert 0 <= plan["shared_bytes"] <= most, (name, plan)
+        assert plan["kernel"] or plan["shared_bytes"] <= 48 * 1024, (name, plan)
         assert plan["grid"][0] >= covered.get(name, 1), (name, plan)
 
 
@@ -45,7 +54,7 @@ def test_match(is_float: bool, aligned: bool, general: bool) -> None:
             plans = _C.plan_match(batch, rows, tokens, is_float, aligned, general)
             # No block of 64 or 128 rows may be missing, unless blocks loop.
             blocks = min(batch * -(-rows // 128), 2**30)
-            check(plans, {"match": blocks, "bipartite": batch})
+            check(plans, {"match": blocks, "bipartite": batch}, SHARED_LIMITS[-1])
 
 
 def test_wide_tiles_only_where_blocks_abound() -> None:
@@ -152,7 +161,8 @@ def test_attention(is_float: bool) -> None:
             plans = _C.plan_attention(
                 batch, heads_q, heads_kv, queries, keys, dim, value_dim, is_float
             )
-            check(plans, {name: batch * heads_kv for name in ("forward", "grad_query", "grad_key")})
+            covered = dict.fromkeys(("forward", "grad_query", "grad_key"), batch * heads_kv)
+            check(plans, covered, SHARED_LIMITS[-1])
             by_wgmma = not is_float and dim == value_dim and dim in (64, 128)
             assert ("wgmma" in plans) == by_wgmma
             if by_wgmma:
@@ -178,9 +188,10 @@ def test_attention_over_lists(is_float: bool) -> None:
                 *(list_heads, length, block_q),
             )
             blocks = batch * list_heads * lists
-            check(plan["plans"], {"grad_query": min(blocks, 2**30)})
+            covered = {"grad_query": min(blocks, 2**30)}
             if "forward" in plan["plans"]:
-                check(plan["plans"], {"forward": blocks})
+                covered["forward"] = blocks
+            check(plan["plans"], covered, SHARED_LIMITS[-1])
             if "decode" in plan["plans"]:
                 # Either one launch does, or what its splits leave is kept within bounds.
                 at_once = plan["plans"]["decode"]["grid"][0]
@@ -329,12 +340,49 @@ def test_packed_attention(bits: int, is_float: bool) -> None:
             plan = _C.plan_packed_attention(
                 batch, heads_q, heads_kv, queries, tokens, dim, bits, 16, is_float
             )
-            check(plan["plans"], {"score": batch * heads_kv * -(-tokens // 512)})
+            blocks = batch * heads_kv * -(-tokens // 512)
+            check(plan["plans"], {"score": blocks}, SHARED_LIMITS[-1])
             assert ("rotate_out" in plan["plans"]) == (is_float and dim == 256)
             at_once = plan["plans"]["decode"]["grid"][0]
             rows = queries * heads_q // heads_kv
             assert plan["items"] == batch * heads_kv * -(-rows // 16)
             assert at_once == plan["items"] or plan["workspace_bytes"] <= 64 << 20
+
+
+@pytest.mark.parametrize("shared_limit", SHARED_LIMITS)
+@pytest.mark.parametrize("is_float", [False, True])
+def test_tiles_fit_the_device(is_float: bool, shared_limit: int) -> None:
+    """What is too large is in docs/limits.md, and refused by the name of the kernel."""
+    small, limit = shared_limit < SHARED_LIMITS[1], {"shared_limit": shared_limit}
+    for dim in (32, 64, 96, 128, 256, 512):
+        shape = (1, 8, 2, 100, 1000, dim, dim, is_float)
+        gradients = ("grad_query", "grad_key") if is_float and dim > 128 and small else ()
+        if dim <= 256:
+            # Only devices of 227 KB have wgmma.
+            check(_C.plan_attention(*shape, **limit), {}, shared_limit, ("wgmma", *gradients))
+            listed = _C.plan_decode(*shape, list_heads=8, length=64, block_q=50, **limit)["plans"]
+            check(listed, {"forward": 1}, shared_limit, gradients)
+        few = _C.plan_decode(1, 8, 2, 1, *shape[4:], **limit)["plans"]
+        decode = ("decode",) if is_float and dim > 256 and small else ()
+        check(few, {"decode": 1}, shared_limit, (*decode, "grad_query", "grad_key"))
+    for dim, bits in itertools.product((64, 128, 256), (1, 4, 8)):
+        plans = _C.plan_packed_attention(1, 8, 2, 1, 1000, dim, bits, is_float=is_float, **limit)[
+            "plans"
+        ]
+        check(plans, {"decode": 1}, shared_limit)
+    for rows, aligned in itertools.product((8, 500), (False, True)):
+        check(_C.plan_match(9, rows, 1000, is_float, aligned, **limit), {}, shared_limit)
+
+
+def test_a_device_with_more_has_more_stages() -> None:
+    """So many tiles are under way in a block, of warps and stages."""
+    shared = [
+        _C.plan_decode(1, 32, 8, 1, 131072, dim, dim, shared_limit=limit)["plans"]["decode"]
+        for dim, limit in itertools.product((128, 256), SHARED_LIMITS)
+    ]
+    assert [plan["block"] for plan in shared] == [128, 128, 128, 64, 128, 128]
+    kilobytes = [plan["shared_bytes"] // 1024 for plan in shared]
+    assert kilobytes == [74, 108, 108, 75, 142, 142]
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])

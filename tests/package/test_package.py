@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import tokred
+from tokred import _library
 
 
 def test_import_is_light() -> None:
@@ -66,3 +67,13 @@ def test_the_former_name_of_integrations_warns() -> None:
     assert former is attention
     with pytest.raises(ImportError, match="nothing"):
         from tokred.models import nothing  # noqa: F401
+
+
+def test_a_driver_that_is_too_old_is_named() -> None:
+    """Of an older major version: within one, drivers run what was built with a newer CUDA."""
+    for driver, runtime in ((0, 13000), (13000, 13000), (13000, 13020), (14000, 13000)):
+        assert _library.driver_problem(driver, runtime) is None
+    assert _library.driver_problem(12040, 13000) == (
+        "tokred's CUDA ops were built with CUDA 13.0 and cannot run, as this machine's driver "
+        "supports CUDA 12.4 only: update the driver, or build tokred with CUDA 12.x"
+    )

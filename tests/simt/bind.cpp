@@ -1,6 +1,7 @@
 // torch.ops.tokred_simt.*: the CUDA kernels on the emulated device, for CPU tensors.
 #include "bind/cuda_backend.h"
 #include "bind/register.h"
+#include "simt.h"
 
 namespace tokred {
 namespace {
@@ -11,5 +12,10 @@ struct Simt : cuda::Kernels {
 
 }  // namespace
 }  // namespace tokred
+
+// Chooses a device by what its blocks may have of shared memory; tests call it.
+extern "C" __attribute__((visibility("default"))) void tokred_simt_set_shared_limit(int64_t bytes) {
+  simt::set_shared_limit(static_cast<size_t>(bytes));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(tokred_simt, CPU, m) { tokred::register_ops<tokred::Simt>(m); }

@@ -321,6 +321,15 @@ int main() {
   report("barrier_without_count", [&] { return run(barrier_without_count, 32, same); });
   report("wgmma_without_fence", [&] { return run(wgmma_without_fence, 128, same); });
   report("too_many_threads", [&] { return run(scans, 1025, same); });
+  const auto with_shared = [](size_t limit, size_t bytes) {
+    simt::set_shared_limit(limit);
+    std::vector<int> out(32);
+    simt::launch(reverse_warp<true>, 1, 32, bytes, out.data());
+    return out[0] == 31;
+  };
+  report("much_shared", [&] { return with_shared(227 << 10, (99 << 10) + 1); });
+  report("all_shared", [&] { return with_shared(99 << 10, 99 << 10); });
+  report("too_much_shared", [&] { return with_shared(99 << 10, (99 << 10) + 1); });
   report("after_errors", [&] { return run(reverse_block<true>, 256, reversed); });
   report("mma_bf16", [] { return multiplies<bf16>(); });
   report("mma_f16", [] { return multiplies<f16>(); });

@@ -21,7 +21,6 @@ namespace simt {
 namespace {
 
 constexpr size_t kMaxThreads = 1024;
-constexpr size_t kMaxShared = 227 << 10;
 constexpr uint16_t kPoison = 0xffd5;       // a NaN in f32, f16 and bf16, and a negative integer
 
 enum class State : uint8_t { ready, at_warp, at_block, at_condition, done };
@@ -67,6 +66,7 @@ struct Machine {
   void (*body)(void*) = nullptr;
   void* body_argument = nullptr;
   std::vector<uint16_t> shared;
+  size_t shared_limit = 227 << 10;
   std::string error;
   uint64_t random_state = 0x9e3779b97f4a7c15;
 #if defined(__SANITIZE_ADDRESS__)
@@ -266,11 +266,17 @@ void run_block(Machine& m, std::vector<unsigned>& warps) {
 
 }  // namespace
 
+size_t shared_limit() { return machine().shared_limit; }
+void set_shared_limit(size_t bytes) { machine().shared_limit = bytes; }
+
 void run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* context) {
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
-  if (threads == 0 || threads > kMaxThreads || shared_bytes > kMaxShared || grid.x > 0x7fffffffu ||
-      grid.y > 65535 || grid.z > 65535 || grid.x == 0 || grid.y == 0 || grid.z == 0) {
+  if (threads == 0 || threads > kMaxThreads || grid.x > 0x7fffffffu || grid.y > 65535 ||
+      grid.z > 65535 || grid.x == 0 || grid.y == 0 || grid.z == 0) {
     throw std::runtime_error("simt: a launch outside the limits of the hardware");
+  }
+  if (shared_bytes > shared_limit()) {
+    throw std::runtime_error("simt: more shared memory than a block of this device may have");
   }
   Machine& m = machine();
   const std::lock_guard<std::mutex> lock(m.mutex);

@@ -46,6 +46,10 @@ inline constexpr int warpSize = 32;
 
 namespace simt {
 
+// What a block may have of shared memory: that of an H100 unless a device with less is chosen.
+size_t shared_limit();
+void set_shared_limit(size_t bytes);
+
 // Runs body(context) once per thread of every block. Throws std::runtime_error where the kernel
 // breaks a rule of the machine.
 void run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* context);

@@ -15,6 +15,7 @@ HERE = Path(__file__).parent
 RIGHT = {
     "block_barrier", "second_barrier", "warp_barrier", "copy_wait", "cleared", "after_errors",
     "mma_bf16", "mma_f16", "partial_copy", "scans", "grid", "announced", "wgmma_bf16", "wgmma_f16",
+    "much_shared", "all_shared",
 }  # fmt: skip
 WRONG = {
     "no_block_barrier", "no_second_barrier", "no_warp_barrier", "no_copy_wait", "not_cleared",
@@ -30,6 +31,7 @@ ERRORS = {
     "barrier_without_count": "a barrier in shared memory without a count",
     "wgmma_without_fence": "wgmma without a fence",
     "too_many_threads": "outside the limits of the hardware",
+    "too_much_shared": "more shared memory than a block of this device may have",
 }
 
 FLAGS = {

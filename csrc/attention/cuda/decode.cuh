@@ -8,13 +8,15 @@
 #include "attention/cuda/keys.cuh"
 #include "common/cuda/block.cuh"
 #include "common/cuda/raw_tile.cuh"
+#include "common/cuda/tile_ring.cuh"
 
 namespace tokred::cuda::attention {
 
 struct DecodeParams {
   SparseAttentionParams sparse;  // null indices: dense attention
-  int64_t first_tile_of_launch;            // of this launch
+  int64_t first_tile_of_launch;
   int64_t list_tiles, tile_rows, split_length, splits;
+  DecodeTiles tiles;
 
   // Partial results, by row tile of the launch, split and row.
   __device__ float* partial_out(int64_t slot) const {
@@ -31,7 +33,8 @@ struct DecodeConfig {
   using Key = T;  // the type in which queries and keys are multiplied
   static constexpr int kDim = kHeadDim;
   static constexpr int kValueDim = forward_value_dim(kDim, Operand<T>::kPlanes == 3);
-  static constexpr DecodeTiles kTiles = decode_tiles(kDim, Operand<T>::kPlanes == 3);
+  // At most; the device decides.
+  static constexpr DecodeTiles kTiles = max_decode_tiles(kDim, Operand<T>::kPlanes == 3);
   static constexpr int kWarps = kTiles.warps, kStages = kTiles.stages;
   static constexpr int kThreads = kTiles.threads();
   static constexpr int kRowTiles = 1, kRows = kDecodeRows, kKeys = kDecodeKeys;
@@ -45,6 +48,8 @@ struct RotatedDecodeConfig : DecodeConfig<float, kHeadDim> {
   using Key = Split<T>;
 };
 
+// The stages of the warps follow in memory, as DecodeTiles has them; then what the warps have
+// summed.
 template <class C>
 struct DecodeShared {
   struct Stage {
@@ -52,13 +57,14 @@ struct DecodeShared {
     StreamedTile<typename C::T, C::kKeys, C::kValueDim> value;
     KeySlots<C::kKeys> slots;
   };
+  using Sums = float[C::kWarps][C::kRows][C::kValueDim];
+
   Tile<typename C::Key, C::kRows, C::kDim> query;
-  union {
-    Stage stage[C::kWarps][C::kStages];
-    float out[C::kWarps][C::kRows][C::kValueDim];  // of the warps, when all tiles are done
-  };
   RowVisibility visibility[C::kRows];
   float top[C::kWarps][C::kRows], sum[C::kWarps][C::kRows];
+
+  __device__ Stage* stages(int first) { return reinterpret_cast<Stage*>(this + 1) + first; }
+  __device__ Sums& out() { return *reinterpret_cast<Sums*>(this + 1); }
 };
 
 // Up to kDecodeRows rows of one list.
@@ -92,9 +98,11 @@ struct DecodeBlock {
   __device__ __forceinline__ void load_rows(DecodeShared<C>& shared) const {
     const HeadView& view = row_tile.list.view;
     const RowSource<T> queries(p.attention.q, view.batch, 0, 0, p.attention.head_dim);
-    load_queries<C::kThreads>(shared.query, queries, view, row_tile.first_row);
+    const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+    for (int i = thread; i < C::kThreads; i += threads) {
+      load_queries<C::kThreads>(shared.query, queries, view, row_tile.first_row, i);
+    }
     cp_async_commit();
-    const int thread = static_cast<int>(threadIdx.x);
     if (thread >= C::kRows) return;
     shared.visibility[thread] =
         row_visibility(p.attention, view, min(row_tile.first_row + thread, view.rows - 1));
@@ -132,6 +140,7 @@ __device__ __forceinline__ void store_result(const AttentionParams& p, const Hea
 // Puts what this warp has summed where the block finds it.
 template <class C, class Shared>
 __device__ __forceinline__ void keep_warp_state(const ForwardState<C>& state, Shared& shared) {
+  auto& out_of_warp = shared.out()[warp_id()];
   const int warp = warp_id();
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
@@ -141,28 +150,44 @@ __device__ __forceinline__ void keep_warp_state(const ForwardState<C>& state, Sh
     shared.sum[warp][row] = sum;
 #pragma unroll
     for (int j = 0; j < C::kValueDim / 8; ++j) {
-      float* out = &shared.out[warp][row][8 * j + lane_id() % 4 * 2];
+      float* out = &out_of_warp[row][8 * j + lane_id() % 4 * 2];
       out[0] = state.out[0][j][2 * h];
       out[1] = state.out[0][j][2 * h + 1];
     }
   }
 }
 
-// The weight of each warp's sums of a row, in the order of the warps.
+// The weight of each warp's sums of a row, in the order of the warps that there are.
 template <class C>
 struct WarpWeights {
+  int warps = static_cast<int>(blockDim.x) / kWarp;
   float of[C::kWarps], top = -kInfinity, sum = 0.0f;
 
   template <class Shared>
   __device__ __forceinline__ WarpWeights(const Shared& shared, int row) {
 #pragma unroll
-    for (int w = 0; w < C::kWarps; ++w) top = fmaxf(top, shared.top[w][row]);
+    for (int w = 0; w < C::kWarps; ++w) {
+      if (w < warps) top = fmaxf(top, shared.top[w][row]);
+    }
     const float base = top == -kInfinity ? 0.0f : top;
 #pragma unroll
     for (int w = 0; w < C::kWarps; ++w) {
+      of[w] = 0.0f;
+      if (w >= warps) continue;
       of[w] = exp2_approx(shared.top[w][row] - base);
       sum = fmaf(of[w], shared.sum[w][row], sum);
     }
+  }
+
+  // sums[w][row][column] of the warps.
+  template <class Sums>
+  __device__ __forceinline__ float add(const Sums& sums, int row, int column) const {
+    float out = 0.0f;
+#pragma unroll
+    for (int w = 0; w < C::kWarps; ++w) {
+      if (w < warps) out = fmaf(of[w], sums[w][row][column], out);
+    }
+    return out;
   }
 };
 
@@ -192,16 +217,12 @@ __device__ __forceinline__ void finish_split(const ForwardState<C>& state, Decod
   const int first_column = static_cast<int>(blockIdx.z) * C::kValueDim;
   const int value_dim = static_cast<int>(p.sparse.attention.value_dim);
   const int columns = min(value_dim - first_column, C::kValueDim);
-  for (int i = static_cast<int>(threadIdx.x); i < row_tile.rows * columns; i += C::kThreads) {
+  const int threads = static_cast<int>(blockDim.x);
+  for (int i = static_cast<int>(threadIdx.x); i < row_tile.rows * columns; i += threads) {
     const int row = i / columns, column = i % columns;
     const WarpWeights<C> weights(shared, row);
-    float out = 0.0f;
-#pragma unroll
-    for (int w = 0; w < C::kWarps; ++w) {
-      out = fmaf(weights.of[w], shared.out[w][row][column], out);
-    }
     store_split<typename C::T>(p, row_tile, row, first_column + column, weights.top, weights.sum,
-                               out);
+                               weights.add(shared.out(), row, column));
   }
 }
 
@@ -216,21 +237,20 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 
   const int64_t first = blockIdx.y * p.split_length;
   const int64_t end = min(first + p.split_length, row_tile.list.length);
-  const int64_t step = C::kWarps * C::kKeys, mine = first + warp_id() * C::kKeys;
+  const int64_t step = p.tiles.warps * C::kKeys, mine = first + warp_id() * C::kKeys;
   const int tiles = static_cast<int>(max((end - mine + step - 1) / step, int64_t{0}));
   KeyStream stream(a, row_tile.list, lane_id() < C::kKeys ? mine + lane_id() : end, step, end);
-  auto& stages = shared.stage[warp_id()];
-  const auto load = [&](int tile) {
-    if (tile < tiles) {
-      block.load_tile_of_warp(stages[tile % C::kStages], stream.next(), mine + tile * step);
-    }
+  Ring ring{p.tiles.stages};
+  auto* const stages = shared.stages(warp_id() * ring.stages);
+  const auto load = [&](int tile, int stage) {
+    if (tile < tiles) block.load_tile_of_warp(stages[stage], stream.next(), mine + tile * step);
     cp_async_commit();
   };
 
   block.load_rows(shared);
-#pragma unroll
-  for (int tile = 0; tile < C::kStages - 1; ++tile) load(tile);
-  cp_async_wait<C::kStages - 1>();  // the queries
+#pragma unroll 1
+  for (int tile = 0; tile < ring.stages - 1; ++tile) load(tile, tile);
+  wait_for_stage<C::kStages + 1>(ring.stages + 1);  // the queries
   __syncthreads();
 
   ForwardState<C> state;
@@ -243,10 +263,11 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const float scale = logit_scale(a);
   const bool per_row_mask = rows_differ(a);
   for (int tile = 0; tile < tiles; ++tile) {
-    cp_async_wait<C::kStages - 2>();
+    wait_for_stage<C::kStages>(ring.stages);
     __syncwarp();  // all lanes have their copies, and are done with the tile before
-    load(tile + C::kStages - 1);
-    const auto& stage = stages[tile % C::kStages];
+    load(tile + ring.stages - 1, ring.before());
+    const auto& stage = stages[ring.at];
+    ring.advance();
     float weights[1][C::kKeys / 8][4];
     multiply_by_rows<C::kDim>(weights, stage.key, [&](int k, int) {
       if constexpr (C::kQueryInRegisters) return query[k];

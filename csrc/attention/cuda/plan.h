@@ -17,15 +17,18 @@ struct AttentionTiles {
   constexpr int rows() const { return 16 * row_tiles * warps; }
 };
 
-// Forward: the fewer registers a row of the output takes, the more rows share a key tile.
-constexpr AttentionTiles forward_tiles(int dim, bool is_float) {
-  if (is_float) return {4, 1, dim <= 128 ? 32 : 16, 1, 3};
-  return {4, dim <= 64 ? 2 : 1, dim <= 128 ? 64 : 32, 2, 1};
-}
-
-// Backward: two tiles owned, two streamed.
-constexpr AttentionTiles backward_tiles(int dim, bool is_float) {
+// Forward: the fewer registers a row of the output takes, the more rows share a key tile. `small`:
+// what fits 99 KB, where has_small_tiles(); all others do.
+constexpr AttentionTiles forward_tiles(int dim, bool is_float, bool small = false) {
   if (is_float) return {dim <= 128 ? 4 : 2, 1, dim <= 64 ? 32 : 16, 1, 3};
+  return {4, dim <= 64 ? 2 : 1, dim <= 128 ? 64 : small ? 16 : 32, 2, 1};
+}
+constexpr bool has_small_tiles(int dim, bool is_float) { return dim > 128 && !is_float; }
+
+// Backward: two tiles owned, two streamed. All fit 99 KB but those of f32 above 128 dimensions.
+constexpr AttentionTiles backward_tiles(int dim, bool is_float) {
+  if (is_float) return {dim <= 64 ? 4 : 2, 1, 16, 1, 3};
+  if (dim > 128) return {4, 1, 16, 1, 1};
   return {4, 1, dim <= 64 ? 64 : 32, 2, 1};
 }
 
@@ -69,8 +72,8 @@ inline constexpr int kWgmmaAlignment = 1024;  // of the tiles: a period of the s
 
 // Shared memory of a block, in bytes; the structs that use it are checked against these.
 // Last comes a byte a thread, for what it found out about a tile.
-constexpr int64_t forward_shared_bytes(int dim, bool is_float) {
-  const AttentionTiles t = forward_tiles(dim, is_float);
+constexpr int64_t forward_shared_bytes(int dim, bool is_float, bool small = false) {
+  const AttentionTiles t = forward_tiles(dim, is_float, small);
   const int value_dim = forward_value_dim(dim, is_float);
   const int64_t stage = tile_bytes(dim, t.columns, t.planes) +
                         tile_bytes(value_dim, t.columns, t.planes) + 4 * t.columns;
@@ -108,16 +111,23 @@ struct AttentionShape {
   }
 };
 
+constexpr bool takes_small_tiles(const AttentionShape& s, int64_t shared_limit) {
+  const int dim = forward_head_dim(s.dim(), s.is_float);
+  return has_small_tiles(dim, s.is_float) && forward_shared_bytes(dim, s.is_float) > shared_limit;
+}
+
 // A block for tiles.rows() query rows of one key head and one part of the value columns. Example:
 // B = 8, Hq = 9, Hkv = 3, L = 1000, D = Dv = 64 in bf16: a key head has 3 * 1000 rows (its query
 // heads share blocks), 128 to a block, so 8 * 3 * 24 = 576 blocks of 128 threads and 56 KB.
-constexpr LaunchPlan plan_forward(const AttentionShape& s) {
+constexpr LaunchPlan plan_forward(const AttentionShape& s, int64_t shared_limit) {
   const int dim = forward_head_dim(s.dim(), s.is_float);
-  const AttentionTiles tiles = forward_tiles(dim, s.is_float);
+  const bool small = takes_small_tiles(s, shared_limit);
+  const AttentionTiles tiles = forward_tiles(dim, s.is_float, small);
   const int64_t parts = divide_up(s.value_dim, forward_value_dim(dim, s.is_float));
   return {{s.batch * s.heads_kv * parts * s.row_blocks(tiles.rows()), 1, 1},
           tiles.threads(),
-          forward_shared_bytes(dim, s.is_float)};
+          forward_shared_bytes(dim, s.is_float, small),
+          "attention"};
 }
 
 // Whether a block of the forward kernel has all value columns of its rows.
@@ -138,7 +148,8 @@ constexpr LaunchPlan plan_wgmma(const AttentionShape& s) {
   const AttentionTiles tiles = wgmma_tiles(dim);
   return {{s.batch * s.heads_kv * s.row_blocks(tiles.rows()), 1, 1},
           tiles.threads() + kWgmmaProducers,
-          wgmma_shared_bytes(dim) + kWgmmaAlignment - 16};
+          wgmma_shared_bytes(dim) + kWgmmaAlignment - 16,
+          "attention by wgmma"};
 }
 
 // A block for tiles.rows() query rows. The example above: 24 * 47 = 1128 blocks.
@@ -147,7 +158,8 @@ constexpr LaunchPlan plan_grad_query(const AttentionShape& s) {
   const AttentionTiles tiles = backward_tiles(dim, s.is_float);
   return {{s.batch * s.heads_kv * s.row_blocks(tiles.rows()), 1, 1},
           tiles.threads(),
-          grad_query_shared_bytes(dim, s.is_float)};
+          grad_query_shared_bytes(dim, s.is_float),
+          "the gradient of queries"};
 }
 
 // A block for tiles.rows() keys. The example above with N = 1000: 24 * 16 = 384 blocks.
@@ -156,7 +168,8 @@ constexpr LaunchPlan plan_grad_key(const AttentionShape& s) {
   const AttentionTiles tiles = backward_tiles(dim, s.is_float);
   return {{s.batch * s.heads_kv * divide_up(s.keys, tiles.rows()), 1, 1},
           tiles.threads(),
-          grad_key_shared_bytes(dim, s.is_float)};
+          grad_key_shared_bytes(dim, s.is_float),
+          "the gradient of keys"};
 }
 
 // A warp for each row of [B, Hq, L], eight to a block. The example above: 9000 blocks.

@@ -38,21 +38,44 @@ struct DecodeTiles {
 
   constexpr int threads() const { return 32 * warps; }
 };
-constexpr DecodeTiles decode_tiles(int dim, bool is_float) {
+// bytes(tiles) of shared memory: the most warps, then stages, up to `max` that fit; where nothing
+// does, the fewest.
+template <class Bytes>
+constexpr DecodeTiles fitting_tiles(DecodeTiles max, int64_t shared_limit, Bytes bytes) {
+  for (int warps = max.warps; warps > 0; warps /= 2) {
+    for (int stages = max.stages; stages >= 2; --stages) {
+      if (bytes(DecodeTiles{warps, stages}) <= shared_limit) return {warps, stages};
+    }
+  }
+  return {1, 2};
+}
+
+constexpr DecodeTiles max_decode_tiles(int dim, bool is_float) {
   if (is_float) return {dim <= 128 ? 4 : dim <= 256 ? 2 : 1, dim <= 64 ? 3 : 2};
   return {dim <= 256 ? 4 : 2, dim <= 64 ? 4 : dim <= 128 ? 3 : 2};
 }
 // The compiled head size.
 constexpr int decode_head_dim(int64_t dim) { return dim <= 256 ? padded_head_dim(dim) : 512; }
 
-constexpr int64_t decode_shared_bytes(int dim, bool is_float) {
-  const DecodeTiles t = decode_tiles(dim, is_float);
+// Queries, their visibility, and what the warps have summed; then the copies of tiles.
+constexpr int64_t decode_fixed_bytes(int dim, bool is_float) {
+  const int warps = max_decode_tiles(dim, is_float).warps;
+  return tile_bytes(dim, kDecodeRows, is_float ? 3 : 1) + (24 + 8 * warps) * kDecodeRows;
+}
+constexpr int64_t decode_stage_bytes(int dim, bool is_float) {
   const int value_dim = forward_value_dim(dim, is_float);
-  const int64_t stage =
+  const int64_t tiles =
       is_float ? int64_t{4} * kDecodeKeys * (raw_pitch(dim) + raw_pitch(value_dim))
                : tile_bytes(dim, kDecodeKeys, 1) + tile_bytes(value_dim, kDecodeKeys, 1);
-  return tile_bytes(dim, kDecodeRows, is_float ? 3 : 1) +
-         t.warps * t.stages * (stage + 8 * kDecodeKeys) + (24 + 8 * t.warps) * kDecodeRows;
+  return tiles + 8 * kDecodeKeys;
+}
+constexpr int64_t decode_shared_bytes(int dim, bool is_float, const DecodeTiles& t) {
+  return decode_fixed_bytes(dim, is_float) +
+         int64_t{t.warps} * t.stages * decode_stage_bytes(dim, is_float);
+}
+constexpr DecodeTiles decode_tiles(int dim, bool is_float, int64_t shared_limit) {
+  return fitting_tiles(max_decode_tiles(dim, is_float), shared_limit,
+                       [&](const DecodeTiles& t) { return decode_shared_bytes(dim, is_float, t); });
 }
 
 // Whether so few rows share their keys that splitting the keys is what fills the device. Where a
@@ -97,15 +120,16 @@ constexpr int64_t decode_workspace_bytes(const ListShape& s) {
 }
 
 // Example: B = 1, Hq = 32, Hkv = 8, L = 1, N = 131072, D = 128 in bf16: 8 row_tiles of 4 rows and
-// 128 splits of 1024 keys, 1024 blocks of 128 threads and 111 KB, of which two fit a
+// 128 splits of 1024 keys, 1024 blocks of 128 threads and 109 KB, of which two fit a
 // multiprocessor; the partial results take 2 MB. With lists of 2048 keys: 8 x 16 = 128 blocks.
-constexpr LaunchPlan plan_decode(const ListShape& s, int64_t row_tiles) {
+constexpr LaunchPlan plan_decode(const ListShape& s, int64_t row_tiles, const DecodeTiles& tiles) {
   const AttentionShape& a = s.attention;
   const int dim = decode_head_dim(a.dim());
   const int64_t parts = divide_up(a.value_dim, forward_value_dim(dim, a.is_float));
   return {{row_tiles, decode_splits(s.length), parts},
-          decode_tiles(dim, a.is_float).threads(),
-          decode_shared_bytes(dim, a.is_float)};
+          tiles.threads(),
+          decode_shared_bytes(dim, a.is_float, tiles),
+          "decode"};
 }
 
 // A block for each row. The example above: 32 blocks of 8 warps that share out the splits.
@@ -120,8 +144,8 @@ constexpr LaunchPlan plan_combine(const ListShape& s, int64_t row_tiles) {
 
 // Over lists, more rows than decode takes: a block for tiles.rows() rows of one list and a part of
 // the value columns, as in biased_attention. The keys of three tiles are known at a time.
-constexpr int64_t list_forward_shared_bytes(int dim, bool is_float) {
-  const AttentionTiles t = forward_tiles(dim, is_float);
+constexpr int64_t list_forward_shared_bytes(int dim, bool is_float, bool small = false) {
+  const AttentionTiles t = forward_tiles(dim, is_float, small);
   const int value_dim = forward_value_dim(dim, is_float);
   const int64_t stage =
       tile_bytes(dim, t.columns, t.planes) + tile_bytes(value_dim, t.columns, t.planes);
@@ -129,14 +153,16 @@ constexpr int64_t list_forward_shared_bytes(int dim, bool is_float) {
 }
 // Example: B = 1, Hq = 32, Hkv = 8, L = 4096, block_q = 64, D = 128 in bf16: 8 x 64 lists of 256
 // rows, 64 to a block: 2048 blocks.
-constexpr LaunchPlan plan_list_forward(const ListShape& s) {
+constexpr LaunchPlan plan_list_forward(const ListShape& s, int64_t shared_limit) {
   const AttentionShape& a = s.attention;
   const int dim = forward_head_dim(a.dim(), a.is_float);
-  const AttentionTiles tiles = forward_tiles(dim, a.is_float);
+  const bool small = takes_small_tiles(a, shared_limit);
+  const AttentionTiles tiles = forward_tiles(dim, a.is_float, small);
   const int64_t parts = divide_up(a.value_dim, forward_value_dim(dim, a.is_float));
   return {{s.all_lists() * parts * divide_up(s.rows(), tiles.rows()), 1, 1},
           tiles.threads(),
-          list_forward_shared_bytes(dim, a.is_float)};
+          list_forward_shared_bytes(dim, a.is_float, small),
+          "attention over lists"};
 }
 
 // Backward over lists. Of the rows of one list:
@@ -154,7 +180,8 @@ constexpr LaunchPlan plan_list_grad_query(const ListShape& s, int64_t blocks) {
   const int dim = padded_head_dim(s.attention.dim());
   return {{blocks < kMaxRowTiles ? blocks : kMaxRowTiles, 1, 1},
           backward_tiles(dim, s.attention.is_float).threads(),
-          list_grad_query_shared_bytes(dim, s.attention.is_float)};
+          list_grad_query_shared_bytes(dim, s.attention.is_float),
+          "the gradient of queries over lists"};
 }
 // And of the keys, whose blocks count how often each list of a tile of rows names each of them.
 constexpr int64_t list_grad_key_shared_bytes(int dim, bool is_float) {
@@ -166,6 +193,7 @@ constexpr LaunchPlan plan_list_grad_key(const ListShape& s) {
   LaunchPlan plan = plan_grad_key(s.attention);
   plan.shared_bytes =
       list_grad_key_shared_bytes(padded_head_dim(s.attention.dim()), s.attention.is_float);
+  plan.kernel = "the gradient of keys over lists";
   return plan;
 }
 

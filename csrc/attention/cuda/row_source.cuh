@@ -35,13 +35,15 @@ __device__ __forceinline__ void load_keys(Tile<T, kRows, kDim>& tile, const RowS
 template <int kThreads, class TileType, class T, int kRows, int kDim>
 __device__ __forceinline__ void load_queries(Tile<TileType, kRows, kDim>& tile,
                                              const RowSource<T>& source, const HeadView& view,
-                                             int64_t first_row) {
-  load_tile<kThreads>(tile, source.first, source.columns, source.aligned, [&](int r) {
+                                             int64_t first_row,
+                                             int thread = static_cast<int>(threadIdx.x)) {
+  const auto row_at = [&](int r) -> const T* {
     const auto row = static_cast<uint32_t>(first_row + r);
-    return row < view.rows ? source.first + view.query_head(row) * source.tensor.stride_head +
-                                 view.query(row) * source.tensor.stride_token
-                           : nullptr;
-  });
+    if (row >= view.rows) return nullptr;
+    return source.first + view.query_head(row) * source.tensor.stride_head +
+           view.query(row) * source.tensor.stride_token;
+  };
+  load_tile<kThreads>(tile, source.first, source.columns, source.aligned, row_at, thread);
 }
 
 }  // namespace tokred::cuda::attention

@@ -108,7 +108,10 @@ constexpr int64_t distance_shared_bytes(bool is_float, bool async) {
 // Example: [32, 729, C]: 384 blocks of four warps.
 constexpr LaunchPlan plan_distance_rows(int64_t batch, int64_t tokens, bool is_float, bool async) {
   const int64_t blocks = batch * divide_up(tokens, kNarrowTiles.rows());
-  return {{capped(blocks), 1, 1}, kNarrowTiles.threads(), distance_shared_bytes(is_float, async)};
+  return {{capped(blocks), 1, 1},
+          kNarrowTiles.threads(),
+          distance_shared_bytes(is_float, async),
+          "dpc_knn"};
 }
 // A thread an entry.
 constexpr LaunchPlan plan_places(int64_t entries) {

@@ -31,7 +31,10 @@ constexpr int64_t linear_blocks(int64_t heads, int64_t value_dim) {
 // A block takes 32 value dimensions of a head through all chunks. Example: B = 1, 32 heads, D =
 // Dv = 128: 32 * 4 = 128 blocks of 128 threads and 57 KB.
 constexpr LaunchPlan plan_linear_attention(int64_t heads, int64_t head_dim, int64_t value_dim) {
-  return {{linear_blocks(heads, value_dim), 1, 1}, kLinearThreads, linear_shared_bytes(head_dim)};
+  return {{linear_blocks(heads, value_dim), 1, 1},
+          kLinearThreads,
+          linear_shared_bytes(head_dim),
+          "linear_attention"};
 }
 
 // One row: 32 value dimensions by eight warps. Example: B = 4, 32 heads, Dv = 128: 512 blocks.

@@ -17,7 +17,8 @@ void launch_small_items(const BipartiteParams& p, Stream stream) {
   static_assert(sizeof(SmallItemShared<Config>) ==
                 similarity_shared_bytes(Config::kTiles, Config::kPlanes == 3, Config::kAsync) +
                     kSmallMapBytes);
-  launch(small_item_kernel<Config>, plan_small_items(shape_of(p.match)), stream, p);
+  const LaunchPlan plan = plan_small_items(shape_of(p.match), current_device().shared_limit);
+  launch(small_item_kernel<Config>, plan, stream, p);
 }
 
 template <class T>
@@ -25,7 +26,7 @@ void map_small_items(const BipartiteParams& p, Stream stream) {
   const MatchShape shape = shape_of(p.match);
   if constexpr (sizeof(T) == 2) {
     if (shape.async()) {
-      if (item_tiles(shape) == kWideItemTiles) {
+      if (item_tiles(shape, current_device().shared_limit) == kWideItemTiles) {
         return launch_small_items<MatchConfig<T, true, false, kWideItemTiles>>(p, stream);
       }
       return launch_small_items<MatchConfig<T, true, false, kItemTiles>>(p, stream);
@@ -34,15 +35,19 @@ void map_small_items(const BipartiteParams& p, Stream stream) {
   launch_small_items<MatchConfig<T, false, false, kItemTiles>>(p, stream);
 }
 
+bool in_one_block(const BipartiteParams& p) {
+  return is_small_item(shape_of(p.match), p.tokens, current_device().shared_limit);
+}
+
 }  // namespace
 
 int64_t bipartite_soft_matching_workspace(const BipartiteParams& p) {
-  if (is_small_item(p.tokens, p.match.a.count)) return 0;
+  if (in_one_block(p)) return 0;
   return p.match.batch * map_scratch_bytes(p.tokens, p.match.a.count);
 }
 
 void bipartite_soft_matching(const BipartiteParams& p, Stream stream) {
-  if (is_small_item(p.tokens, p.match.a.count)) {
+  if (in_one_block(p)) {
     return visit_dtype(p.match.dtype, [&]<class T>() { map_small_items<T>(p, stream); });
   }
   if (p.match.a.count > 0) match(p.match, stream);

@@ -41,25 +41,34 @@ constexpr LaunchPlan plan_match(const MatchShape& s) {
   const int64_t blocks = s.batch * divide_up(s.rows, tiles.rows());
   return {{capped(blocks), 1, 1},
           tiles.threads(),
-          similarity_shared_bytes(tiles, s.is_float, s.async())};
+          similarity_shared_bytes(tiles, s.is_float, s.async()),
+          "match"};
 }
 
-// Whether similarity and map of an item fit one block and its shared memory.
-constexpr bool is_small_item(int64_t tokens, int64_t sources) {
-  return tokens <= kSmallItem && sources <= kSmallItem;
+constexpr int64_t small_item_bytes(const MatchShape& s, SimilarityTiles tiles) {
+  return similarity_shared_bytes(tiles, s.is_float, s.async()) + kSmallMapBytes;
 }
-constexpr SimilarityTiles item_tiles(const MatchShape& s) {
-  return s.async() && s.rows > kItemTiles.rows() ? kWideItemTiles : kItemTiles;
+constexpr SimilarityTiles item_tiles(const MatchShape& s, int64_t shared_limit) {
+  const bool wide = s.async() && s.rows > kItemTiles.rows() &&
+                    small_item_bytes(s, kWideItemTiles) <= shared_limit;
+  return wide ? kWideItemTiles : kItemTiles;
 }
 // Example: B = 64, 577 tokens in bf16: 64 blocks of 384 threads, each passing once over its item.
-constexpr LaunchPlan plan_small_items(const MatchShape& s) {
-  const SimilarityTiles tiles = item_tiles(s);
+constexpr LaunchPlan plan_small_items(const MatchShape& s, int64_t shared_limit) {
+  const SimilarityTiles tiles = item_tiles(s, shared_limit);
   return {{capped(s.batch), 1, 1},
           tiles.threads(),
-          similarity_shared_bytes(tiles, s.is_float, s.async()) + kSmallMapBytes};
+          small_item_bytes(s, tiles),
+          "bipartite_soft_matching"};
+}
+// Whether similarity and map of an item fit one block and its shared memory. In f32 they do not fit
+// 99 KB, and take two launches.
+constexpr bool is_small_item(const MatchShape& s, int64_t tokens, int64_t shared_limit) {
+  return tokens <= kSmallItem && s.rows <= kSmallItem &&
+         plan_small_items(s, shared_limit).shared_bytes <= shared_limit;
 }
 constexpr LaunchPlan plan_large_items(int64_t batch) {
-  return {{capped(batch), 1, 1}, kMapThreads, kLargeMapBytes};
+  return {{capped(batch), 1, 1}, kMapThreads, kLargeMapBytes, "bipartite_soft_matching"};
 }
 
 constexpr int64_t sort_length(int64_t count) {
@@ -88,7 +97,8 @@ constexpr bool assignment_in_shared(int64_t n, int64_t m) {
 // Example: B = 64, 256 x 256: 64 blocks of 256 threads with 1 + 9 KiB each.
 constexpr LaunchPlan plan_assignment(int64_t batch, int64_t n, int64_t m) {
   const int64_t state = assignment_in_shared(n, m) ? assignment_state_bytes(n, m) : 0;
-  return {{capped(batch), 1, 1}, kAssignmentThreads, kAssignmentScratch + state};
+  return {
+      {capped(batch), 1, 1}, kAssignmentThreads, kAssignmentScratch + state, "linear_assignment"};
 }
 
 // sinkhorn: costs by tiles of 64 sources; a block an item for the steps; tiles of 32 anchors by 64
@@ -104,7 +114,8 @@ constexpr LaunchPlan plan_sinkhorn_costs(int64_t batch, int64_t sources, bool is
   const int64_t blocks = batch * divide_up(sources, kNarrowTiles.rows());
   return {{capped(blocks), 1, 1},
           kNarrowTiles.threads(),
-          similarity_shared_bytes(kNarrowTiles, is_float, is_async)};
+          similarity_shared_bytes(kNarrowTiles, is_float, is_async),
+          "sinkhorn"};
 }
 constexpr LaunchPlan plan_sinkhorn(int64_t batch) {
   return {{capped(batch), 1, 1}, kSinkhornThreads, kSinkhornShared};

@@ -33,7 +33,8 @@ constexpr LaunchPlan plan_merge(int64_t batch, int64_t num_out) {
 constexpr LaunchPlan plan_list_members(int64_t batch, int64_t num_out) {
   return {{batch * divide_up(num_out, kListSlots), 1, 1},
           kListThreads,
-          member_counts_bytes(kListThreads, kListSlots)};
+          member_counts_bytes(kListThreads, kListSlots),
+          "merge"};
 }
 
 // A warp for each row. Example: B = 64, N = 577: 64 * 577 / 8 = 4616 blocks of 8 warps.

@@ -11,8 +11,8 @@ void launch_code_decode(const PackedDecodeParams& params, const ListShape& shape
                         Stream stream) {
   static_assert(sizeof(CodeShared<CodeConfig<1>>) == code_fixed_bytes());
   const CodeDecodeParams p{params,
-                           code_stage(side_copy(params.k.packed), side_copy(params.v.packed))};
-  const LaunchPlan plan = plan_code_decode(shape, row_tiles, p.stage_of_codes);
+                           code_copy(side_copy(params.k.packed), side_copy(params.v.packed))};
+  const LaunchPlan plan = plan_code_decode(shape, row_tiles, p.copy_of_codes);
   if (params.k.packed.format.rotated) {
     launch(code_decode_kernel<CodeConfig<2>>, plan, stream, p);
   } else {

@@ -9,7 +9,7 @@
 namespace tokred::cuda::attention {
 
 struct CodeDecodeParams : PackedDecodeParams {
-  CodeStage stage_of_codes;
+  CodeCopy copy_of_codes;
 };
 
 struct CodePlaces : KeySlots<kCodeKeys> {
@@ -27,8 +27,8 @@ struct CodeShared : CodeQueries<C> {
 
   using Sums = float[C::kWarps][C::kRows][C::kValueDim];
 
-  __device__ uint8_t* stage(const CodeStage& plan, int warp, int number) {
-    return reinterpret_cast<uint8_t*>(this + 1) + (warp * C::kStages + number) * plan.bytes;
+  __device__ uint8_t* stage(const CodeCopy& copy, int warp, int number) {
+    return reinterpret_cast<uint8_t*>(this + 1) + (warp * C::kStages + number) * copy.bytes;
   }
   __device__ Sums& out() { return *reinterpret_cast<Sums*>(this + 1); }
 };
@@ -44,15 +44,15 @@ struct CodeState {
 
   // Logits to weights, and the sums so far to the new top.
   __device__ __forceinline__ void to_weights(float (&logit)[1][C::kParts][4]) {
-    float most = top;
+    float max = top;
 #pragma unroll
-    for (int n = 0; n < C::kParts; ++n) most = fmaxf(most, fmaxf(logit[0][n][0], logit[0][n][1]));
-    most = warp_max<4>(most);
+    for (int n = 0; n < C::kParts; ++n) max = fmaxf(max, fmaxf(logit[0][n][0], logit[0][n][1]));
+    max = warp_max<4>(max);
     // A row that has seen nothing yet keeps weights of 0: -inf minus 0 instead of minus -inf.
-    const float base = most == -kInfinity ? 0.0f : most;
+    const float base = max == -kInfinity ? 0.0f : max;
     const float shrink = exp2_approx(top - base);
-    if (__any_sync(kAllLanes, most != top)) rescale(shrink);
-    top = most;
+    if (__any_sync(kAllLanes, max != top)) rescale(shrink);
+    top = max;
 #pragma unroll
     for (int n = 0; n < C::kParts; ++n) {
 #pragma unroll
@@ -119,7 +119,7 @@ __device__ __forceinline__ void accumulate_codes(CodeState<C>& state,
       first += size;
     }
     uint32_t word[C::kParts];
-    load_words<true>(word, stage, rows.plan.codes.pitch, step);
+    load_words<true>(word, stage, rows.layout.codes.pitch, step);
     uint32_t pair[C::kParts][2];
 #pragma unroll
     for (int n = 0; n < C::kParts; ++n) step.pairs(pair[n], word[n]);
@@ -169,42 +169,17 @@ template <class C>
 __global__ void __launch_bounds__(C::kThreads, 3)
     code_decode_kernel(const __grid_constant__ CodeDecodeParams p) {
   auto& shared = shared_memory<CodeShared<C>>();
-  const DecodeParams& decode = p.decode;
-  const AttentionParams& a = decode.sparse.attention;
-  const RowTile row_tile(decode, decode.first_tile_of_launch + blockIdx.x);
-  if (row_tile.rows == 0) return;
-  const ListView& list = row_tile.list;
-  const int64_t tokens = item_tokens(p.lengths, p.lengths_stride, list.view.batch, a.keys);
+  const AttentionParams& a = p.decode.sparse.attention;
+  const PackedSplit<C::kKeys> split(p, C::kWarps);
+  if (split.row_tile.rows == 0) return;
+  const ListView& list = split.list();
+  TokenStream stream = split.stream(p);
+  const CodeCopy& copy = p.copy_of_codes;
+  const CodeRows keys(p.k, copy.k, a.k, p.slots, list.view.batch, list.key_head);
+  const CodeRows values(p.v, copy.v, a.v, p.slots, list.view.batch, list.key_head);
+  const int v_first = copy.v_first;
 
-  const int64_t first = blockIdx.y * decode.split_length;
-  const int64_t end = min(first + decode.split_length, list.indices ? list.length : tokens);
-  const int64_t step = C::kWarps * C::kKeys, mine = first + warp_id() * C::kKeys;
-  const int tiles = static_cast<int>(max((end - mine + step - 1) / step, int64_t{0}));
-  TokenStream stream(p, list, tokens, mine + lane_id(), step, end);
-  const CodeStage& plan = p.stage_of_codes;
-  const CodeRows keys(p.k, plan.k, a.k, p.slots, list.view.batch, list.key_head);
-  const CodeRows values(p.v, plan.v, a.v, p.slots, list.view.batch, list.key_head);
-  const int v_first = plan.v_first;
-  const auto slot = [](int tile) {
-    return static_cast<int>(static_cast<unsigned>(tile) % C::kStages);
-  };
-  const auto load = [&](int tile) {
-    if (tile < tiles) {
-      CodePlaces& places = shared.places[warp_id()][slot(tile)];
-      uint8_t* stage = shared.stage(plan, warp_id(), slot(tile));
-      const TokenInfo info = stream.next();
-      places.key[lane_id()] = info.key;
-      places.bias[lane_id()] = info.bias;
-      places.k[lane_id()] = info.k;
-      places.v[lane_id()] = info.v;
-      __syncwarp();
-      keys.copy(stage, places.k);
-      values.copy(stage + v_first, places.v);
-    }
-    cp_async_commit();
-  };
-
-  load_packed_queries<C>(shared, p, row_tile, tokens);
+  load_packed_queries<C>(shared, p, split.row_tile, split.tokens);
   __syncthreads();
   sum_queries<C>(shared, p.k.packed.format);
   __syncthreads();
@@ -213,14 +188,17 @@ __global__ void __launch_bounds__(C::kThreads, 3)
   CodeState<C> state;
   const float scale = logit_scale(a);
   const bool per_row_mask = rows_differ(a);
-#pragma unroll 1
-  for (int tile = 1 - C::kStages; tile < tiles; ++tile) {
-    cp_async_wait<C::kStages - 2>();
-    __syncwarp();  // all lanes have their copies, and are done with the tile before
-    load(tile + C::kStages - 1);
-    if (tile < 0) continue;
-    const CodePlaces& places = shared.places[warp_id()][slot(tile)];
-    const uint8_t* stage = shared.stage(plan, warp_id(), slot(tile));
+  const auto load = [&](int, int number) {
+    CodePlaces& places = shared.places[warp_id()][number];
+    uint8_t* stage = shared.stage(copy, warp_id(), number);
+    keep_token(places, stream.next());
+    __syncwarp();
+    keys.copy(stage, places.k);
+    values.copy(stage + v_first, places.v);
+  };
+  const auto add = [&](int, int number) {
+    const CodePlaces& places = shared.places[warp_id()][number];
+    const uint8_t* stage = shared.stage(copy, warp_id(), number);
     CodeScales& scales = shared.scales[warp_id()];
     const int k_place = places.k[lane_id()], v_place = places.v[lane_id()];
 
@@ -238,12 +216,13 @@ __global__ void __launch_bounds__(C::kThreads, 3)
     __syncwarp();
     accumulate_codes<C>(state, weights, values, shared, stage + v_first, places.v,
                         __any_sync(kAllLanes, in_window(v_place)));
-  }
+  };
+  for_each_tile_of_warp<C::kStages>(split.tiles, C::kStages, load, add);
   cp_async_wait<0>();
   __syncthreads();
   keep_code_state(state, shared, p.v.packed.format);
   __syncthreads();
-  finish_rows<C>(shared.out(), shared, p, row_tile, false);
+  finish_rows<C>(shared, p, split.row_tile, false);
 }
 
 }  // namespace tokred::cuda::attention

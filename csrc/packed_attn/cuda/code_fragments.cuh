@@ -77,15 +77,15 @@ struct CodeScales {
 
 // Starts the copies of the packed rows of a tile, kLanes lanes a row.
 template <int kLanes>
-__device__ __forceinline__ void copy_code_rows(uint8_t* to, const RowCopy& plan,
+__device__ __forceinline__ void copy_code_rows(uint8_t* to, const RowCopy& copy,
                                                const uint8_t* head, int64_t stride,
                                                const int* places) {
   constexpr int kAtOnce = kWarp / kLanes;  // rows
-  const int lane = lane_id() % kLanes, pitch = kAtOnce * plan.pitch;
-  to += lane_id() / kLanes * plan.pitch;
+  const int lane = lane_id() % kLanes, pitch = kAtOnce * copy.pitch;
+  to += lane_id() / kLanes * copy.pitch;
   places += lane_id() / kLanes;
-  if (plan.whole) {
-    if (16 * lane >= plan.bytes) return;
+  if (copy.whole) {
+    if (16 * lane >= copy.bytes) return;
     head += 16 * lane;
     to += 16 * lane;
 #pragma unroll
@@ -102,10 +102,10 @@ __device__ __forceinline__ void copy_code_rows(uint8_t* to, const RowCopy& plan,
     if (!is_packed(places[r])) continue;
     const uint8_t* from = head + places[r] * stride;
 #pragma unroll 1
-    for (int i = lane * plan.unit; i < plan.bytes; i += kLanes * plan.unit) {
-      if (plan.unit == 16) {
+    for (int i = lane * copy.unit; i < copy.bytes; i += kLanes * copy.unit) {
+      if (copy.unit == 16) {
         cp_async_16(to + i, from + i);
-      } else if (plan.unit == 4) {
+      } else if (copy.unit == 4) {
         cp_async_4(to + i, from + i);
       } else {
         to[i] = from[i];

@@ -37,14 +37,14 @@ __device__ __forceinline__ bool in_window(int place) { return place < 0 && place
 // The packed rows of one head of one side, and its window.
 struct CodeRows {
   const PackedSide& side;
-  const SideCopy& plan;
+  const SideCopy& layout;
   const HeadTensor& window;
   const int64_t batch, head;
   const uint8_t *codes, *params;
 
-  __device__ CodeRows(const PackedSide& side, const SideCopy& plan, const HeadTensor& window,
+  __device__ CodeRows(const PackedSide& side, const SideCopy& layout, const HeadTensor& window,
                       const SlotTable& slots, int64_t batch, int64_t head)
-      : side(side), plan(plan), window(window), batch(batch), head(head) {
+      : side(side), layout(layout), window(window), batch(batch), head(head) {
     const PackedRows& packed = side.packed;
     const int64_t item = slots.data ? 0 : batch;
     codes = kept(packed.codes + item * packed.codes_stride_batch + head * packed.codes_stride_head);
@@ -54,8 +54,8 @@ struct CodeRows {
 
   __device__ __forceinline__ const PackFormat& format() const { return side.packed.format; }
   __device__ __forceinline__ void copy(uint8_t* stage, const int* places) const {
-    copy_code_rows<kCodeLanes>(stage, plan.codes, codes, side.packed.codes_stride_token, places);
-    copy_code_rows<1>(stage + kCodeKeys * plan.codes.pitch, plan.params, params,
+    copy_code_rows<kCodeLanes>(stage, layout.codes, codes, side.packed.codes_stride_token, places);
+    copy_code_rows<1>(stage + kCodeKeys * layout.codes.pitch, layout.params, params,
                       2 * side.packed.params_stride_row, places);
   }
   // In a register, not computed again for every tile.
@@ -65,7 +65,7 @@ struct CodeRows {
   }
   // Of a lane's token.
   __device__ __forceinline__ const uint8_t* param_row(const uint8_t* stage) const {
-    return stage + kCodeKeys * plan.codes.pitch + lane_id() * plan.params.pitch;
+    return stage + kCodeKeys * layout.codes.pitch + lane_id() * layout.params.pitch;
   }
 
   // Numbers of the window in the places of codes, from a channel on: as CodeStep::pairs() has those
@@ -154,7 +154,7 @@ __device__ __forceinline__ void multiply_codes(float (&out)[1][C::kParts][4], co
   for (int i = 0; i < C::kSteps; ++i) {
     if (16 * i >= dim) break;
     uint32_t word[C::kParts];
-    load_words<false>(word, stage, rows.plan.codes.pitch, step);
+    load_words<false>(word, stage, rows.layout.codes.pitch, step);
     uint32_t b[C::kParts][2];
 #pragma unroll
     for (int n = 0; n < C::kParts; ++n) step.pairs(b[n], word[n]);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention/cuda/qk_score.cuh"
+#include "common/cuda/tile_ring.cuh"
 #include "packed_attn/cuda/code_products.cuh"
 
 namespace tokred::cuda::scoring {
@@ -20,8 +21,8 @@ struct CodeScoreShared : attention::CodeQueries<C> {
   attention::CodeScales scales[C::kWarps];
   int places[C::kWarps][C::kStages][C::kKeys];
 
-  __device__ uint8_t* stage(const SideCopy& plan, int warp, int number) {
-    return reinterpret_cast<uint8_t*>(this + 1) + (warp * C::kStages + number) * plan.bytes();
+  __device__ uint8_t* stage(const SideCopy& copy, int warp, int number) {
+    return reinterpret_cast<uint8_t*>(this + 1) + (warp * C::kStages + number) * copy.bytes();
   }
 };
 
@@ -82,34 +83,19 @@ __global__ void __launch_bounds__(C::kThreads, 4)
   const int step = C::kWarps * C::kKeys;
   const int64_t first = chunk.first + warp_id() * C::kKeys;
   const int tiles = static_cast<int>(max((chunk.end - first + step - 1) / step, int64_t{0}));
-  const auto load = [&](int tile) {
-    if (tile < tiles) {
-      int* places = shared.places[warp_id()][tile % C::kStages];
-      const int64_t key = first + int64_t{tile} * step + lane_id();
-      const bool exists =
-          key < min(chunk.end, tokens) &&
-          (!p.mask || p.mask[chunk.batch * p.mask_stride_batch + key * p.mask_stride_token]);
-      places[lane_id()] = exists ? side.place(static_cast<int>(key)) : attention::kNowhere;
-      __syncwarp();
-      rows.copy(shared.stage(a.copy, warp_id(), tile % C::kStages), places);
-    }
-    cp_async_commit();
+  const auto load = [&](int tile, int number) {
+    int* places = shared.places[warp_id()][number];
+    const int64_t key = first + int64_t{tile} * step + lane_id();
+    const bool exists =
+        key < min(chunk.end, tokens) &&
+        (!p.mask || p.mask[chunk.batch * p.mask_stride_batch + key * p.mask_stride_token]);
+    places[lane_id()] = exists ? side.place(static_cast<int>(key)) : attention::kNowhere;
+    __syncwarp();
+    rows.copy(shared.stage(a.copy, warp_id(), number), places);
   };
-
-  load_score_queries(shared, a.score, chunk.batch, chunk.group);
-  __syncthreads();
-  attention::sum_queries<C>(shared, a.k.packed.format);
-  __syncthreads();
-  attention::order_queries<C>(shared);
-  __syncthreads();
-#pragma unroll 1
-  for (int tile = 1 - C::kStages; tile < tiles; ++tile) {
-    cp_async_wait<C::kStages - 2>();
-    __syncwarp();  // all lanes have their copies, and are done with the tile before
-    load(tile + C::kStages - 1);
-    if (tile < 0) continue;
-    const int* places = shared.places[warp_id()][tile % C::kStages];
-    const uint8_t* stage = shared.stage(a.copy, warp_id(), tile % C::kStages);
+  const auto add = [&](int tile, int number) {
+    const int* places = shared.places[warp_id()][number];
+    const uint8_t* stage = shared.stage(a.copy, warp_id(), number);
     auto& scales = shared.scales[warp_id()];
     const int place = places[lane_id()];
     scales.fill(rows.format(), place, rows.param_row(stage), -attention::code_base(rows.format()));
@@ -119,7 +105,15 @@ __global__ void __launch_bounds__(C::kThreads, 4)
                                  __any_sync(kAllLanes, attention::in_window(place)));
     store_scores<C>(a.score, chunk.batch, chunk.group, sum, places, first + int64_t{tile} * step,
                     chunk.end);
-  }
+  };
+
+  load_score_queries(shared, a.score, chunk.batch, chunk.group);
+  __syncthreads();
+  attention::sum_queries<C>(shared, a.k.packed.format);
+  __syncthreads();
+  attention::order_queries<C>(shared);
+  __syncthreads();
+  for_each_tile_of_warp<C::kStages>(tiles, C::kStages, load, add);
 }
 
 }  // namespace tokred::cuda::scoring

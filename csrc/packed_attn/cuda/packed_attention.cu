@@ -18,21 +18,27 @@ using namespace attention;
 template <class T, int kDim>
 void launch_packed(const PackedAttentionParams& params, Stream stream) {
   using Config = PackedConfig<T, kDim>;
-  static_assert(sizeof(PackedShared<Config>) == packed_fixed_bytes(kDim, Operand<T>::kPlanes == 3));
+  using Shared = PackedShared<Config>;
+  constexpr bool kFloat = Operand<T>::kPlanes == 3;
+  static_assert(sizeof(Shared) == packed_fixed_bytes(kDim, kFloat));
+  static_assert(sizeof(typename Shared::Warp) == packed_warp_bytes(kDim, kFloat));
+  static_assert(sizeof(TilePlaces) == kPlacesBytes);
   const AttentionParams& a = params.attention;
   const ListShape shape = list_shape(a, params.lists);
+  const PackedCopy copy = packed_copy(params.k.packed.format, params.v.packed.format);
   PackedDecodeParams p{{{a, params.lists, {}},
                         0,
                         divide_up(shape.rows(), kDecodeRows),
                         decode_tile_rows(shape),
                         decode_split_length(shape.length),
-                        decode_splits(shape.length)},
+                        decode_splits(shape.length),
+                        packed_tiles(kDim, kFloat, copy, current_device().shared_limit)},
                        params.k,
                        params.v,
                        params.slots,
                        params.lengths,
                        params.lengths_stride,
-                       packed_stage(params.k.packed.format, params.v.packed.format)};
+                       copy};
   p.decode.sparse.lists.block_q = shape.block_q;
   const int64_t row_tiles = decode_row_tiles(shape), most = decode_launch_tiles(shape);
   const bool fragments =
@@ -42,7 +48,8 @@ void launch_packed(const PackedAttentionParams& params, Stream stream) {
     if (fragments) {
       launch_code_decode(p, shape, count, stream);
     } else {
-      launch(packed_decode_kernel<Config>, plan_packed_decode(shape, count, p.stage), stream, p);
+      const LaunchPlan plan = plan_packed_decode(shape, count, copy, p.decode.tiles);
+      launch(packed_decode_kernel<Config>, plan, stream, p);
     }
     launch(combine_splits_kernel<T>, plan_combine(shape, count), stream, p.decode);
   }

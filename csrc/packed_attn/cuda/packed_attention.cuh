@@ -7,27 +7,35 @@
 
 namespace tokred::cuda::attention {
 
-// Copies of packed rows follow in memory, as PackedStage has them.
+// What each of the warps has follows in memory, with the copies of its stages; then what the warps
+// have summed.
 template <class C>
 struct PackedShared {
-  union WarpTile {
-    StreamedTile<typename C::Key, C::kKeys, C::kDim> key;
-    StreamedTile<typename C::T, C::kKeys, C::kValueDim> value;  // or codes
+  struct Warp {
+    union {
+      StreamedTile<typename C::Key, C::kKeys, C::kDim> key;
+      StreamedTile<typename C::T, C::kKeys, C::kValueDim> value;  // or codes
+    };
+    GroupScales<C::kDim> scales;
   };
+  using Sums = float[C::kWarps][C::kRows][C::kValueDim];
+
   Tile<typename C::Key, C::kRows, C::kDim> query;
-  union {
-    WarpTile tile[C::kWarps];
-    float out[C::kWarps][C::kRows][C::kValueDim];  // of the warps, when all tiles are done
-  };
-  TilePlaces places[C::kWarps][C::kStages];
-  GroupScales<C::kDim> scales[C::kWarps];
   float query_sum[C::kRows][C::kDim / 16];             // of the groups of keys
   uint2 k_codes[C::kRowLanes], v_codes[C::kRowLanes];  // CodeReader::positions() of a row's lanes
   RowVisibility visibility[C::kRows];
   float top[C::kWarps][C::kRows], sum[C::kWarps][C::kRows];
 
-  __device__ uint8_t* stage(const PackedStage& plan, int warp, int number) {
-    return reinterpret_cast<uint8_t*>(this + 1) + (warp * C::kStages + number) * plan.bytes();
+  __device__ Sums& out() { return *reinterpret_cast<Sums*>(this + 1); }
+  __device__ Warp& warp() { return reinterpret_cast<Warp*>(this + 1)[warp_id()]; }
+  // The copies of a stage of this warp; then come the tokens that they are of.
+  __device__ uint8_t* stage(const DecodeTiles& tiles, const PackedCopy& copy, int number) {
+    auto* first = reinterpret_cast<uint8_t*>(reinterpret_cast<Warp*>(this + 1) + tiles.warps);
+    return first + (warp_id() * tiles.stages + number) *
+                       (static_cast<int>(sizeof(TilePlaces)) + copy.bytes());
+  }
+  __device__ static TilePlaces& places(uint8_t* stage, const PackedCopy& copy) {
+    return *reinterpret_cast<TilePlaces*>(stage + copy.bytes());
   }
 };
 
@@ -52,7 +60,8 @@ __device__ __forceinline__ void load_packed_queries(Shared& shared, const Packed
   const HeadView& view = row_tile.list.view;
   const int thread = static_cast<int>(threadIdx.x), channel = thread % C::kRowLanes * 8;
   const bool aligned = is_aligned<T>(a.q);
-  for (int r = thread / C::kRowLanes; r < C::kRows; r += C::kThreads / C::kRowLanes) {
+  const int at_once = static_cast<int>(blockDim.x) / C::kRowLanes;
+  for (int r = thread / C::kRowLanes; r < C::kRows; r += at_once) {
     const uint32_t row = row_tile.first_row + static_cast<uint32_t>(r);
     const T* source[1] = {nullptr};
     if (row < view.rows) {
@@ -87,21 +96,20 @@ __device__ __forceinline__ void multiply_keys(float (&out)[1][C::kKeys / 8][4],
                                               SideTiles<C, C::kDim> side, PackedShared<C>& shared,
                                               const PackedDecodeParams& p, const uint8_t* stage,
                                               const int* places) {
-  auto& tile = shared.tile[warp_id()];
+  auto& warp = shared.warp();
   if constexpr (Operand<typename C::T>::kPlanes == 1) {
     if (p.key_codes<typename C::T>()) {
       const PackFormat& f = p.k.packed.format;
-      auto& scales = shared.scales[warp_id()];
-      side.unpack_codes(tile.value, scales, stage, places);
+      side.unpack_codes(warp.value, warp.scales, stage, places);
       __syncwarp();
-      return multiply_codes(out, tile.value, scales, shared.query, shared.query_sum,
+      return multiply_codes(out, warp.value, warp.scales, shared.query, shared.query_sum,
                             f.rotated ? 2 : 1, static_cast<int>(f.group_size),
                             static_cast<int>(f.head_dim));
     }
   }
-  side.unpack(tile.key, stage, places);
+  side.unpack(warp.key, stage, places);
   __syncwarp();
-  multiply_by_rows<C::kDim>(out, tile.key, [&](int column, int) {
+  multiply_by_rows<C::kDim>(out, warp.key, [&](int column, int) {
     Left<typename C::Key> left;
     load_left(left, shared.query, 0, 16 * column);
     return left;
@@ -116,44 +124,38 @@ __device__ __forceinline__ void accumulate_values(ForwardState<C>& state,
                                                   PackedShared<C>& shared,
                                                   const PackedDecodeParams& p, const uint8_t* stage,
                                                   const int* places) {
-  auto& tile = shared.tile[warp_id()];
+  auto& warp = shared.warp();
   if constexpr (std::is_same_v<typename C::T, bf16>) {
     if (p.value_codes<bf16>()) {
       const PackFormat& f = p.v.packed.format;
-      auto& scales = shared.scales[warp_id()];
-      side.unpack_codes(tile.value, scales, stage, places);
+      side.unpack_codes(warp.value, warp.scales, stage, places);
       __syncwarp();
-      return accumulate_codes(state.out, weights, tile.value, scales, has_offset(f.scheme),
+      return accumulate_codes(state.out, weights, warp.value, warp.scales, has_offset(f.scheme),
                               static_cast<int>(f.group_size), static_cast<int>(f.head_dim));
     }
   }
-  side.unpack(tile.value, stage, places);
+  side.unpack(warp.value, stage, places);
   __syncwarp();
-  accumulate(state.out, weights, tile.value);
+  accumulate(state.out, weights, warp.value);
 }
 
-// The sums `of_warps` become the result of the block; rows of rotated values are rotated back,
+// The sums of the warps become the result of the block; rows of rotated values are rotated back,
 // unless rotates_later(). `ordered`: their columns are those of order_codes().
 template <class C, class Shared>
-__device__ __forceinline__ void finish_rows(
-    const float (&of_warps)[C::kWarps][C::kRows][C::kValueDim], const Shared& shared,
-    const PackedDecodeParams& p, const RowTile& row_tile, bool ordered) {
+__device__ __forceinline__ void finish_rows(Shared& shared, const PackedDecodeParams& p,
+                                            const RowTile& row_tile, bool ordered) {
   constexpr int kRowLanes = C::kValueDim / 8;
   const int thread = static_cast<int>(threadIdx.x), column = thread % kRowLanes * 8;
   const int first = static_cast<int>(blockIdx.z) * C::kValueDim + column;
   const AttentionParams& a = p.decode.sparse.attention;
   const bool rotated =
       p.v.packed.format.rotated && hadamard_size(a.value_dim) <= int64_t{C::kValueDim};
-  for (int row = thread / kRowLanes; row < C::kRows; row += C::kThreads / kRowLanes) {
+  const int at_once = static_cast<int>(blockDim.x) / kRowLanes;
+  for (int row = thread / kRowLanes; row < C::kRows; row += at_once) {
     const WarpWeights<C> weights(shared, row);
-    float out[8] = {};
+    float out[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-#pragma unroll
-      for (int w = 0; w < C::kWarps; ++w) {
-        out[i] = fmaf(weights.of[w], of_warps[w][row][column + i], out[i]);
-      }
-    }
+    for (int i = 0; i < 8; ++i) out[i] = weights.add(shared.out(), row, column + i);
     if (ordered) order_codes(out);
     if (rotated) packing::rotate_row(out, a.value_dim);
     if (row >= row_tile.rows || first >= a.value_dim) continue;
@@ -165,71 +167,83 @@ __device__ __forceinline__ void finish_rows(
   }
 }
 
+// The rows of a block, and which tokens of its split this warp has: tiles of kKeys.
+template <int kKeys>
+struct PackedSplit {
+  const RowTile row_tile;
+  const int64_t tokens, end, step, first;
+  const int tiles;
+
+  __device__ PackedSplit(const PackedDecodeParams& p, int warps)
+      : row_tile(p.decode, p.decode.first_tile_of_launch + blockIdx.x),
+        tokens(item_tokens(p.lengths, p.lengths_stride, list().view.batch,
+                           p.decode.sparse.attention.keys)),
+        end(min((blockIdx.y + 1) * p.decode.split_length, list().indices ? list().length : tokens)),
+        step(warps * kKeys), first(blockIdx.y * p.decode.split_length + warp_id() * kKeys),
+        tiles(static_cast<int>(max((end - first + step - 1) / step, int64_t{0}))) {}
+
+  __device__ __forceinline__ const ListView& list() const { return row_tile.list; }
+  // Of lane i token i of the tiles.
+  __device__ __forceinline__ TokenStream stream(const PackedDecodeParams& p) const {
+    return {p, list(), tokens, lane_id() < kKeys ? first + lane_id() : end, step, end};
+  }
+};
+
+// A lane's token of a tile.
+template <class Places>
+__device__ __forceinline__ void keep_token(Places& places, const TokenInfo& info) {
+  places.key[lane_id()] = info.key;
+  places.bias[lane_id()] = info.bias;
+  places.k[lane_id()] = info.k;
+  places.v[lane_id()] = info.v;
+}
+
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1)
     packed_decode_kernel(const __grid_constant__ PackedDecodeParams p) {
-  auto& shared = shared_memory<PackedShared<C>>();
-  const DecodeParams& decode = p.decode;
-  const AttentionParams& a = decode.sparse.attention;
-  const RowTile row_tile(decode, decode.first_tile_of_launch + blockIdx.x);
-  if (row_tile.rows == 0) return;
-  const ListView& list = row_tile.list;
-  const int64_t tokens = item_tokens(p.lengths, p.lengths_stride, list.view.batch, a.keys);
-
-  const int64_t first = blockIdx.y * decode.split_length;
-  const int64_t end = min(first + decode.split_length, list.indices ? list.length : tokens);
-  const int64_t step = C::kWarps * C::kKeys, mine = first + warp_id() * C::kKeys;
-  const int tiles = static_cast<int>(max((end - mine + step - 1) / step, int64_t{0}));
-  TokenStream stream(p, list, tokens, lane_id() < C::kKeys ? mine + lane_id() : end, step, end);
+  using Shared = PackedShared<C>;
+  auto& shared = shared_memory<Shared>();
+  const AttentionParams& a = p.decode.sparse.attention;
+  const PackedSplit<C::kKeys> split(p, p.decode.tiles.warps);
+  if (split.row_tile.rows == 0) return;
+  const ListView& list = split.list();
+  TokenStream stream = split.stream(p);
   const int first_column = static_cast<int>(blockIdx.z) * C::kValueDim;
   // Made anew for every tile, so that they take no registers meanwhile.
   const auto k_side = [&] {
     return SideTiles<C, C::kDim>(p.k, a.k, p.slots, optimization_barrier(list.view.batch),
                                  optimization_barrier(list.key_head), 0, shared.k_codes,
-                                 p.stage.k_codes, p.stage.k_params);
+                                 p.copy.k_codes, p.copy.k_params);
   };
   const auto v_side = [&] {
     return SideTiles<C, C::kValueDim>(p.v, a.v, p.slots, optimization_barrier(list.view.batch),
                                       optimization_barrier(list.key_head), first_column,
-                                      shared.v_codes, p.stage.v_codes, p.stage.v_params);
+                                      shared.v_codes, p.copy.v_codes, p.copy.v_params);
   };
-  const int v_first = C::kKeys * (p.stage.k_codes + p.stage.k_params);
-  const auto load = [&](int tile) {
-    if (tile < tiles) {
-      TilePlaces& places = shared.places[warp_id()][tile % C::kStages];
-      uint8_t* stage = shared.stage(p.stage, warp_id(), tile % C::kStages);
-      const TokenInfo info = stream.next();
-      if (lane_id() < C::kKeys) {
-        places.key[lane_id()] = info.key;
-        places.bias[lane_id()] = info.bias;
-        places.k[lane_id()] = info.k;
-        places.v[lane_id()] = info.v;
-      }
-      __syncwarp();
-      k_side().copy(stage, places.k);
-      v_side().copy(stage + v_first, places.v);
-    }
-    cp_async_commit();
-  };
+  const int v_first = C::kKeys * (p.copy.k_codes + p.copy.k_params);
 
   place_codes(shared, p);
-  load_packed_queries<C>(shared, p, row_tile, tokens);
+  load_packed_queries<C>(shared, p, split.row_tile, split.tokens);
   __syncthreads();
   if (p.key_codes<typename C::T>()) sum_queries<C>(shared, p.k.packed.format);
   __syncthreads();
-#pragma unroll 1
-  for (int tile = 0; tile < C::kStages - 1; ++tile) load(tile);
 
   ForwardState<C> state;
   start(state);
   const float scale = logit_scale(a);
   const bool per_row_mask = rows_differ(a);
-  for (int tile = 0; tile < tiles; ++tile) {
-    cp_async_wait<C::kStages - 2>();
-    __syncwarp();  // all lanes have their copies, and are done with the tile before
-    load(tile + C::kStages - 1);
-    const auto& places = shared.places[warp_id()][tile % C::kStages];
-    const uint8_t* stage = shared.stage(p.stage, warp_id(), tile % C::kStages);
+  const auto load = [&](int, int number) {
+    uint8_t* stage = shared.stage(p.decode.tiles, p.copy, number);
+    TilePlaces& places = Shared::places(stage, p.copy);
+    const TokenInfo info = stream.next();
+    if (lane_id() < C::kKeys) keep_token(places, info);
+    __syncwarp();
+    k_side().copy(stage, places.k);
+    v_side().copy(stage + v_first, places.v);
+  };
+  const auto add = [&](int, int number) {
+    uint8_t* stage = shared.stage(p.decode.tiles, p.copy, number);
+    const TilePlaces& places = Shared::places(stage, p.copy);
     float weights[1][C::kKeys / 8][4];
     multiply_keys(weights, k_side(), shared, p, stage, places.k);
     __syncwarp();
@@ -237,13 +251,13 @@ __global__ void __launch_bounds__(C::kThreads, 1)
                                per_row_mask, [](int, int h) { return h * 8 + lane_id() / 4; });
     to_weights(weights, state);
     accumulate_values(state, weights, v_side(), shared, p, stage + v_first, places.v);
-  }
+  };
+  for_each_tile_of_warp<C::kStages>(split.tiles, p.decode.tiles.stages, load, add);
   __syncthreads();
   keep_warp_state(state, shared);
   __syncthreads();
-  finish_rows<C>(shared.out, shared, p,
-                 RowTile(decode, optimization_barrier(decode.first_tile_of_launch + blockIdx.x)),
-                 p.value_codes<typename C::T>());
+  const int64_t row_tile = optimization_barrier(p.decode.first_tile_of_launch + blockIdx.x);
+  finish_rows<C>(shared, p, RowTile(p.decode, row_tile), p.value_codes<typename C::T>());
 }
 
 }  // namespace tokred::cuda::attention

@@ -50,11 +50,11 @@ inline SideCopy side_copy(const PackedRows& rows) {
 }
 
 // The copies of a tile's packed rows that a warp makes.
-struct CodeStage {
+struct CodeCopy {
   SideCopy k, v;
   int v_first, bytes;
 };
-constexpr CodeStage code_stage(const SideCopy& k, const SideCopy& v) {
+constexpr CodeCopy code_copy(const SideCopy& k, const SideCopy& v) {
   return {k, v, k.bytes(), k.bytes() + v.bytes()};
 }
 
@@ -77,8 +77,8 @@ constexpr int64_t code_fixed_bytes() {
          (24 + 8 * kCodeWarps) * kCodeRows + 4 * kCodeWarps * kCodeRows * kCodeDim / 16 + 16;
 }
 // What the warps have summed takes the place of the copies.
-constexpr int64_t code_shared_bytes(const CodeStage& stage) {
-  const int64_t stages = int64_t{kCodeWarps} * kCodeStages * stage.bytes;
+constexpr int64_t code_shared_bytes(const CodeCopy& copy) {
+  const int64_t stages = int64_t{kCodeWarps} * kCodeStages * copy.bytes;
   const int64_t sums = int64_t{4} * kCodeWarps * kCodeRows * kCodeDim;
   return code_fixed_bytes() + (stages > sums ? stages : sums);
 }
@@ -86,9 +86,11 @@ constexpr int64_t code_shared_bytes(const CodeStage& stage) {
 // Example: B = 1, Hq = 32, Hkv = 8, L = 1, T = 131072, D = 128 in 4 bits in groups of 32 channels:
 // 8 row tiles and 128 splits, 1024 blocks of 128 threads and 66 KB, of which three fit a
 // multiprocessor.
-constexpr LaunchPlan plan_code_decode(const ListShape& s, int64_t row_tiles,
-                                      const CodeStage& stage) {
-  return {{row_tiles, decode_splits(s.length), 1}, 32 * kCodeWarps, code_shared_bytes(stage)};
+constexpr LaunchPlan plan_code_decode(const ListShape& s, int64_t row_tiles, const CodeCopy& copy) {
+  return {{row_tiles, decode_splits(s.length), 1},
+          32 * kCodeWarps,
+          code_shared_bytes(copy),
+          "attention on codes"};
 }
 
 // packed_qk_score: a block for a chunk of the keys of one key head. Example: B = 1, Hkv = 8,

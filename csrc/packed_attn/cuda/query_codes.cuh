@@ -22,7 +22,8 @@ __device__ __forceinline__ void order_codes(float (&x)[8]) {
 template <class C, class Shared>
 __device__ __forceinline__ void sum_queries(Shared& shared, const PackFormat& f) {
   const int size = static_cast<int>(f.group_size), groups = static_cast<int>(groups_per_row(f));
-  for (int i = static_cast<int>(threadIdx.x); i < C::kRows * groups; i += C::kThreads) {
+  const int threads = static_cast<int>(blockDim.x);
+  for (int i = static_cast<int>(threadIdx.x); i < C::kRows * groups; i += threads) {
     const int row = i % C::kRows, group = i / C::kRows;
     float sum = 0.0f;
     for (int c = group * size; c < (group + 1) * size; ++c) {

@@ -14,7 +14,7 @@ struct PackedDecodeParams {
   SlotTable slots;
   const int32_t* lengths;
   int64_t lengths_stride;
-  PackedStage stage;
+  PackedCopy copy;
 
   // Whether products are of codes. Small scales would take weights to where f16 is coarse.
   template <class T>
@@ -45,8 +45,10 @@ struct PackedConfig {
   using Key = KeyOperand<T>;
   static constexpr int kDim = kHeadDim;
   static constexpr int kValueDim = forward_value_dim(kDim, Operand<T>::kPlanes == 3);
-  static constexpr int kWarps = packed_warps(kDim, Operand<T>::kPlanes == 3);
-  static constexpr int kThreads = kWarps * kWarp, kStages = kPackedStages;
+  // At most; the device decides.
+  static constexpr DecodeTiles kTiles = max_packed_tiles(kDim, Operand<T>::kPlanes == 3);
+  static constexpr int kWarps = kTiles.warps, kStages = kTiles.stages;
+  static constexpr int kThreads = kTiles.threads();
   static constexpr int kRowTiles = 1, kRows = kDecodeRows, kKeys = kDecodeKeys;
   static constexpr int kRowLanes = kDim / 8;  // that share a row
 };

@@ -39,9 +39,10 @@ constexpr LaunchPlan plan_block_score(int64_t heads, int64_t rows, int64_t block
 }
 
 // attention_rows and attention_columns: one side owned, the other streamed.
+// They fit 99 KB.
 constexpr AttentionTiles score_tiles(int dim, bool is_float) {
-  if (is_float) return {4, 1, dim <= 128 ? 32 : 16, 1, 3};
-  return {4, dim <= 64 ? 2 : 1, 64, 2, 1};
+  if (is_float) return {dim <= 128 ? 4 : 2, 1, dim <= 128 ? 32 : 16, 1, 3};
+  return {4, dim <= 64 ? 2 : 1, dim <= 128 ? 64 : 32, 2, 1};
 }
 
 // The tiles, and what is known of each of their rows: 16 and 4 bytes, or 4 and 24.
@@ -73,7 +74,8 @@ constexpr LaunchPlan plan_attention_rows(const ScoreShape& s) {
   const int64_t tiles = divide_up(s.rows(), t.rows()) * divide_up(s.keys, kRowTileKeys);
   return {{s.batch * s.heads_kv * tiles, 1, 1},
           t.threads(),
-          attention_rows_shared_bytes(dim, s.is_float)};
+          attention_rows_shared_bytes(dim, s.is_float),
+          "attention_rows"};
 }
 
 // A block for tiles.rows() keys of a query head. Example: B = 8, H = 6, N = 1370, D = 64 in bf16:
@@ -83,14 +85,16 @@ constexpr LaunchPlan plan_attention_columns(const ScoreShape& s) {
   const AttentionTiles t = score_tiles(dim, s.is_float);
   return {{s.batch * s.heads_q * divide_up(s.keys, t.rows()), 1, 1},
           t.threads(),
-          attention_columns_shared_bytes(dim, s.is_float)};
+          attention_columns_shared_bytes(dim, s.is_float),
+          "attention_columns"};
 }
 
 // A block for 64 rows of a. Example: B = 8, Na = 1370: 8 * 22 = 176 blocks of 128 threads.
 constexpr LaunchPlan plan_similarity_stats(int64_t batch, int64_t rows, bool is_float, bool async) {
   return {{batch * divide_up(rows, kNarrowTiles.rows()), 1, 1},
           kNarrowTiles.threads(),
-          similarity_shared_bytes(kNarrowTiles, is_float, async)};
+          similarity_shared_bytes(kNarrowTiles, is_float, async),
+          "similarity_stats"};
 }
 
 }  // namespace tokred::cuda

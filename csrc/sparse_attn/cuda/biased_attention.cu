@@ -11,23 +11,31 @@ namespace {
 
 using namespace attention;
 
-template <class T, int kDim>
-void launch_forward(const AttentionParams& p, Stream stream) {
-  constexpr bool kFloat = Operand<T>::kPlanes == 3;
-  static_assert(sizeof(ForwardShared<ForwardConfig<T, kDim>>) ==
-                forward_shared_bytes(kDim, kFloat));
-  const LaunchPlan plan = plan_forward(attention_shape(p));
+template <class T, int kDim, bool kSmall>
+void launch_forward(const AttentionParams& p, const LaunchPlan& plan, Stream stream) {
+  static_assert(sizeof(ForwardShared<ForwardConfig<T, kDim, false, kSmall>>) ==
+                forward_shared_bytes(kDim, Operand<T>::kPlanes == 3, kSmall));
   if (is_general(p)) {
-    launch(biased_attention_kernel<ForwardConfig<T, kDim, true>>, plan, stream, p);
+    launch(biased_attention_kernel<ForwardConfig<T, kDim, true, kSmall>>, plan, stream, p);
   } else {
-    launch(biased_attention_kernel<ForwardConfig<T, kDim>>, plan, stream, p);
+    launch(biased_attention_kernel<ForwardConfig<T, kDim, false, kSmall>>, plan, stream, p);
   }
 }
 
 template <class T>
 void forward(const AttentionParams& p, Stream stream) {
-  visit_forward_head_dim<Operand<T>::kPlanes == 3>(
-      attention_shape(p).dim(), [&]<int kDim>() { launch_forward<T, kDim>(p, stream); });
+  constexpr bool kFloat = Operand<T>::kPlanes == 3;
+  const AttentionShape shape = attention_shape(p);
+  const int64_t shared_limit = current_device().shared_limit;
+  const LaunchPlan plan = plan_forward(shape, shared_limit);
+  visit_forward_head_dim<kFloat>(shape.dim(), [&]<int kDim>() {
+    if constexpr (has_small_tiles(kDim, kFloat)) {
+      if (takes_small_tiles(shape, shared_limit)) {
+        return launch_forward<T, kDim, true>(p, plan, stream);
+      }
+    }
+    launch_forward<T, kDim, false>(p, plan, stream);
+  });
 }
 
 }  // namespace

@@ -8,15 +8,16 @@
 namespace tokred::cuda::attention {
 
 // kSparse: with positions, a block mask or a softcap, which dense attention should not have to make
-// room for.
-template <class StorageType, int kHeadDim, bool kHidesPairs = false>
+// room for. kSmallTiles: see forward_tiles.
+template <class StorageType, int kHeadDim, bool kHidesPairs = false, bool kSmallTiles = false>
 struct ForwardConfig {
   using T = StorageType;
   using Key = T;  // the type in which queries and keys are multiplied
   static constexpr int kDim = kHeadDim;
   static constexpr bool kSparse = kHidesPairs;
   static constexpr int kValueDim = forward_value_dim(kDim, Operand<T>::kPlanes == 3);
-  static constexpr AttentionTiles kTiles = forward_tiles(kDim, Operand<T>::kPlanes == 3);
+  static constexpr bool kSmall = kSmallTiles;
+  static constexpr AttentionTiles kTiles = forward_tiles(kDim, Operand<T>::kPlanes == 3, kSmall);
   static constexpr int kThreads = kTiles.threads(), kRows = kTiles.rows();
   static constexpr int kRowTiles = kTiles.row_tiles, kKeys = kTiles.columns;
   static constexpr int kStages = kTiles.stages;

@@ -15,20 +15,6 @@ namespace {
 
 using namespace attention;
 
-// 10 * major + minor of the current device; the emulated one is a 9.0. 0 where there is none.
-int compute_capability() {
-#ifdef TOKRED_SIMT
-  return 90;
-#else
-  int device = 0, major = 0, minor = 0;
-  const bool known =
-      cudaGetDevice(&device) == cudaSuccess &&
-      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess;
-  return known ? 10 * major + minor : 0;
-#endif
-}
-
 template <class T, int kDim>
 void launch_wgmma(const AttentionParams& p, Stream stream) {
   static_assert(sizeof(WgmmaShared<WgmmaConfig<T, kDim, false>>) == wgmma_shared_bytes(kDim));
@@ -47,7 +33,7 @@ bool is_wgmma_attention(const AttentionParams& p) {
   if (!wanted || std::strcmp(wanted, "1") != 0 || p.softcap > 0 || p.pair_bias.data) return false;
   const bool aligned = is_aligned<bf16>(p.q) && is_aligned<bf16>(p.k) && is_aligned<bf16>(p.v) &&
                        is_aligned<bf16>(p.out_view());
-  return takes_wgmma(attention_shape(p), aligned, compute_capability());
+  return takes_wgmma(attention_shape(p), aligned, current_device().capability);
 }
 
 void wgmma_attention(const AttentionParams& p, Stream stream) {

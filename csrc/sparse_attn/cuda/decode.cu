@@ -16,22 +16,27 @@ template <class Config>
 void launch_decode(const SparseAttentionParams& sparse, Stream stream) {
   using T = typename Config::T;
   constexpr bool kFloat = Operand<typename Config::Key>::kPlanes > 1;
-  static_assert(fits<typename Config::Key>(sizeof(DecodeShared<Config>),
-                                           decode_shared_bytes(Config::kDim, kFloat)));
+  using Shared = DecodeShared<Config>;
+  static_assert(
+      fits<typename Config::Key>(sizeof(Shared), decode_fixed_bytes(Config::kDim, kFloat)));
+  static_assert(fits<typename Config::Key>(sizeof(typename Shared::Stage),
+                                           decode_stage_bytes(Config::kDim, kFloat)));
   constexpr int kCombineDim = Config::kDim > 256 ? 512 : 256;
   static_assert(sizeof(CombineShared<kCombineDim>) == combine_shared_bytes(kCombineDim));
   const ListShape shape = list_shape(sparse);
+  const int64_t shared_limit = current_device().shared_limit;
   DecodeParams p{sparse,
                  0,
                  divide_up(shape.rows(), kDecodeRows),
                  decode_tile_rows(shape),
                  decode_split_length(shape.length),
-                 decode_splits(shape.length)};
+                 decode_splits(shape.length),
+                 decode_tiles(Config::kDim, kFloat, shared_limit)};
   p.sparse.lists.block_q = shape.block_q;
   const int64_t row_tiles = decode_row_tiles(shape), most = decode_launch_tiles(shape);
   for (; p.first_tile_of_launch < row_tiles; p.first_tile_of_launch += most) {
     const int64_t count = min(most, row_tiles - p.first_tile_of_launch);
-    launch(decode_kernel<Config>, plan_decode(shape, count), stream, p);
+    launch(decode_kernel<Config>, plan_decode(shape, count, p.tiles), stream, p);
     launch(combine_splits_kernel<T, kCombineDim>, plan_combine(shape, count), stream, p);
   }
   if (rows_differ(p.sparse.attention)) recompute_rows(p.sparse, false, stream);

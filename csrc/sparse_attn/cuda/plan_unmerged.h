@@ -28,7 +28,8 @@ constexpr int64_t unmerged_shared_bytes(int dim) {
 constexpr LaunchPlan plan_unmerged_attention(int64_t heads, int64_t queries, int dim) {
   return {{heads * divide_up(queries, kUnmergedRows), 1, 1},
           kUnmergedThreads,
-          unmerged_shared_bytes(dim)};
+          unmerged_shared_bytes(dim),
+          "unmerged_attention"};
 }
 
 // A block lists the queries of every token of an item, a warp takes the mean of one.

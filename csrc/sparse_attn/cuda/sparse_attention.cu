@@ -13,12 +13,13 @@ using namespace attention;
 template <class Config>
 void launch_lists(SparseAttentionParams p, Stream stream) {
   constexpr bool kFloat = Operand<typename Config::Key>::kPlanes > 1;
-  static_assert(fits<typename Config::Key>(sizeof(ListForwardShared<Config>),
-                                           list_forward_shared_bytes(Config::kDim, kFloat)));
+  static_assert(
+      fits<typename Config::Key>(sizeof(ListForwardShared<Config>),
+                                 list_forward_shared_bytes(Config::kDim, kFloat, Config::kSmall)));
   const ListShape shape = list_shape(p);
   p.lists.block_q = shape.block_q;
-  launch(list_attention_kernel<Config>, plan_list_forward(shape), stream, p,
-         divide_up(shape.rows(), Config::kRows));
+  launch(list_attention_kernel<Config>, plan_list_forward(shape, current_device().shared_limit),
+         stream, p, divide_up(shape.rows(), Config::kRows));
   if (rows_differ(p.attention)) recompute_rows(p, in_one_part(shape.attention), stream);
 }
 
@@ -29,9 +30,16 @@ bool is_decode_list(const SparseAttentionParams& p) {
 
 template <class T>
 void attend_lists(const SparseAttentionParams& p, Stream stream) {
-  visit_forward_head_dim<Operand<T>::kPlanes == 3>(
-      attention_shape(p.attention).dim(),
-      [&]<int kDim>() { launch_lists<ForwardConfig<T, kDim>>(p, stream); });
+  constexpr bool kFloat = Operand<T>::kPlanes == 3;
+  const AttentionShape shape = attention_shape(p.attention);
+  visit_forward_head_dim<kFloat>(shape.dim(), [&]<int kDim>() {
+    if constexpr (has_small_tiles(kDim, kFloat)) {
+      if (takes_small_tiles(shape, current_device().shared_limit)) {
+        return launch_lists<ForwardConfig<T, kDim, false, true>>(p, stream);
+      }
+    }
+    launch_lists<ForwardConfig<T, kDim>>(p, stream);
+  });
 }
 
 template <class T>

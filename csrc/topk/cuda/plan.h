@@ -23,7 +23,7 @@ struct TopkTiles {
   friend constexpr bool operator==(const TopkTiles&, const TopkTiles&) = default;
 };
 inline constexpr TopkTiles kSmallTopk{256, 2048, 512};  // 28 KB
-inline constexpr TopkTiles kWideTopk{512, 8192, 4096};  // 104 KB: two an SM
+inline constexpr TopkTiles kWideTopk{512, 7168, 4096};  // 96 KB: two an SM of 227
 inline constexpr int64_t kSmallTopkColumns = 1 << 16;
 
 // Segments split among blocks, where they are too few to fill a device: at least so many columns a
@@ -73,7 +73,7 @@ constexpr LaunchPlan plan_topk_warps(int64_t segments) {
 }
 // Example: [256, 131072], k = 2048: 256 blocks of 512 threads, two an SM, all at once.
 constexpr LaunchPlan plan_topk_blocks(int64_t segments, const TopkTiles& tiles) {
-  return {{capped(segments), 1, 1}, tiles.threads, tiles.shared_bytes()};
+  return {{capped(segments), 1, 1}, tiles.threads, tiles.shared_bytes(), "topk"};
 }
 
 // Example: [8, 131072]: 16 parts of 8192 columns, 128 blocks. [1, 1048576]: 128 blocks as well.
@@ -85,7 +85,7 @@ constexpr int64_t topk_part_columns(const TopkShape& s) {
   return divide_up(s.columns, topk_parts(s));
 }
 constexpr LaunchPlan plan_topk_parts(const TopkShape& s) {
-  return {{s.segments * topk_parts(s), 1, 1}, kWideTopk.threads, kWideTopk.shared_bytes()};
+  return {{s.segments * topk_parts(s), 1, 1}, kWideTopk.threads, kWideTopk.shared_bytes(), "topk"};
 }
 
 // Example: [4, 131072], k = 16384: 4 * 32 blocks sort 4096 keys each; then five times 4 * 64 or
@@ -93,7 +93,8 @@ constexpr LaunchPlan plan_topk_parts(const TopkShape& s) {
 constexpr LaunchPlan plan_sort_chunks(int64_t segments, int64_t columns) {
   return {{capped(segments * divide_up(columns, kSortChunkKeys)), 1, 1},
           kSortThreads,
-          16 * kSortChunkKeys};
+          16 * kSortChunkKeys,
+          "the sort of chunks"};
 }
 // Blocks for a pair of runs of `run` keys, of which the first `wanted` are kept.
 constexpr int64_t merge_sort_tiles(int64_t run, int64_t wanted) {
