@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from tokred._paths import check_file
+
 from . import ceilings
 from .harness import Row, run_case, store
 from .machine import Run, start_run
@@ -75,6 +77,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     unknown = set(options.only) - set(BENCHES)
     if unknown:
         parser.error(f"--only must be of {', '.join(BENCHES)}, got {', '.join(sorted(unknown))}")
+    try:
+        if options.out is not None:
+            check_file("--out", options.out)
+    except ValueError as error:
+        parser.error(str(error))
     return options
 
 

@@ -33,6 +33,17 @@ def test_decoders_are_timed() -> None:
     assert "StaticCache" in result.table() and "batch 2" in result.title
 
 
+def test_a_model_without_sdpa_is_timed_beside_eager() -> None:
+    config = transformers.Gemma2Config(
+        vocab_size=128, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, sliding_window=16,
+    )  # fmt: skip
+    model = transformers.Gemma2ForCausalLM(config).eval()
+    result = tokred.benchmark(model, tokens(), ["snap_kv"], [0.25], repeats=1)
+    assert not result.rows[0].reason and result.rows[0].figures["ms a token"] > 0
+    assert "eager attention, StaticCache" in result.table()
+
+
 def test_encoders_are_timed() -> None:
     result = tokred.benchmark(encoder(), images(), ["tome"], [0.5], repeats=2)
     (row,) = result.rows

@@ -104,7 +104,7 @@ def test_what_does_not_fit_is_a_row_with_its_reason() -> None:
     result = tokred.evaluate(encoder(), {"pixel_values": images()}, methods, [0.5])
     reasons = {row.method: row.reason for row in result.rows}
     assert [row.method for row in result.rows if row.figures] == ["tome"]
-    assert reasons["snap_kv"] == "works on a causal language model, and this is a vision encoder"
+    assert reasons["snap_kv"] == "works on a causal language model, and this is an encoder"
     assert "a vision-language model" in reasons["fastv"]
     assert "tokred.methods.quest" in reasons["quest"]
     assert "'evit' has no option rr" in reasons["evit"] and "ratio" in reasons["pitome"]
@@ -179,7 +179,7 @@ def test_results_are_written(tmp_path) -> None:
     assert result.plot(tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     page = result.to_html(tmp_path / "a.html").read_text()
     assert "data:image/png;base64" in page and "http" not in page.replace("http-equiv", "")
-    assert "tokred.patch(model, &quot;tome&quot;" in page and "this is a vision encoder" in page
+    assert "tokred.patch(model, &quot;tome&quot;" in page and "this is an encoder" in page
     assert result.to_dict()["interrupted"] is False
 
 

@@ -113,6 +113,7 @@ def test_a_saved_model_is_tried(saved: Path, tmp_path: Path, capsys: pytest.Capt
         (["smollm2", "--budgets", "2"], 2, "budgets must be shares in (0, 1]"),
         (["smollm2", "--text", "nowhere.txt"], 2, "there is no file nowhere.txt"),
         (["smollm2", "--bits", "5"], 2, "bits must be some of 1, 2, 3, 4, 8, got 5"),
+        (["smollm2", "--out", f"{__file__}/report"], 2, "--out must be a folder, and /"),
         (["smollm2", "--tokens", "0"], 2, "--tokens must be at least 1, got 0"),
     ],
 )
@@ -121,6 +122,25 @@ def test_what_cannot_be_tried(
 ) -> None:
     assert cli.main(["evaluate", *arguments]) == code
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["demo", "--output", __file__],
+        ["gallery", "--output", __file__],
+        ["gallery", "--html", f"{__file__}/page.html"],
+        ["compare", "--text", __file__, "--output", __file__],
+    ],
+    ids=" ".join,
+)
+def test_a_file_is_no_folder(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
+    """Said before a model is loaded."""
+    try:
+        code = cli.main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2 and "must be a folder, and /" in capsys.readouterr().err
 
 
 def test_ctrl_c_is_no_traceback(

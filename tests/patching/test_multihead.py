@@ -13,7 +13,13 @@ from transformers import DynamicCache, LlamaConfig
 import tokred
 from cases.compare import assert_bitwise_equal
 from cases.inputs import generator
-from tokred.nn import BlockSparseAttention, MergedAttention, PackedKVAttention, TopKAttention
+from tokred.nn import (
+    BlockSparseAttention,
+    MergedAttention,
+    PackedKVAttention,
+    PackedKVCore,
+    TopKAttention,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -218,6 +224,58 @@ def test_it_compiles_without_breaks(kind: type) -> None:
         close(compiled(x, x, x, mask)[0], module(x, x, x, mask)[0])
 
 
+@torch.no_grad()
+def test_chosen_dimensions_are_no_weights() -> None:
+    dims = torch.arange(8, dtype=torch.int32).expand(HEADS, 8)
+    module = TopKAttention(EMBED, HEADS, k=99, scoring=dims)
+    dense, x = mha(), tokens(20, 2, EMBED)
+    module.load_state_dict(dense.state_dict())
+    close(module(x, x, x)[0], dense(x, x, x)[0])
+    torch.testing.assert_close(copy.deepcopy(module).core.dims, dims)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("queries", [24, 5, 1])
+@torch.no_grad()
+def test_the_residual_is_of_tokens_not_of_padding(queries: int, causal: bool) -> None:
+    """Every row gives what it gives alone, without its padding on either side."""
+    core = PackedKVCore(bits=2, group_size=16, residual=6, causal=causal)
+    q, k, v = (tokens(3, h, 24, 16, seed=h) for h in (4, 2, 2))
+    mask = torch.ones(3, 24, dtype=torch.bool)
+    mask[0, :4], mask[2, 20:] = False, False
+    out = core(q[:, :, 24 - queries :], k, v, mask)
+    for row, real in enumerate(mask):
+        first, last = real.nonzero()[[0, -1], 0].tolist()
+        begin = max(first, 24 - queries)
+        if begin > last:
+            continue
+        part = slice(first, last + 1)
+        alone = (x[row : row + 1, :, part] for x in (k, v))
+        expected = core(q[row : row + 1, :, begin : last + 1], *alone)
+        close(out[row, :, begin - 24 + queries : last + 1 - 24 + queries], expected[0])
+
+
+@pytest.mark.parametrize("kind", [TopKAttention, PackedKVAttention])
+@torch.no_grad()
+def test_a_refused_mask_leaves_the_cache_as_it_was(kind: type) -> None:
+    module = kind(EMBED, HEADS, **SOME[kind], layer_idx=0, batch_first=True)
+    config = LlamaConfig(
+        hidden_size=EMBED, num_attention_heads=HEADS, num_hidden_layers=1, head_dim=16
+    )
+    packs = kind is PackedKVAttention
+    cache = tokred.PackedCache(config, group_size=16) if packs else DynamicCache(config=config)
+    x = tokens(2, 8, EMBED)
+    module(x, cache=cache)
+    for mask in (torch.ones(2, 8), torch.ones(2, 1, 3, 9), torch.ones(2, 9)[None, None, None]):
+        with pytest.raises(ValueError, match="attention_mask"):
+            module(x[:, :1], cache=cache, attention_mask=mask)
+        assert cache.get_seq_length(0) == 8
+    older = copy.deepcopy(cache)
+    step = module(x[:, :1], cache=cache, attention_mask=torch.ones(2, 9))[0]
+    named = module(x[:, :1], past_key_values=older, attention_mask=torch.ones(2, 9))[0]
+    assert_bitwise_equal(step, named)
+
+
 X = torch.zeros(2, 8, EMBED)
 BATCH_FIRST = {"k": 4, "batch_first": True}
 
@@ -257,6 +315,11 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("unknown", lambda: top_k()(X, sinks=1), "does not know sinks"),
     ("heads' mask", lambda: top_k()(X, attention_mask=torch.ones(2, 4, 8, 8)), "all heads"),
     ("rotation", lambda: top_k()(X, position_embeddings=(X, X)), "position_embeddings"),
+    (
+        "two caches",
+        lambda: top_k()(X, cache=DynamicCache(), past_key_values=DynamicCache()),
+        "give one",
+    ),
     ("layer", lambda: top_k()(X, past_key_values=DynamicCache()), "layer_idx"),
     (
         "unpacked",
@@ -266,7 +329,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     (
         "merged cache",
         lambda: MergedAttention(EMBED, HEADS, r=1)(X, past_key_values=DynamicCache()),
-        "no use for past_key_values",
+        "no use for a cache",
     ),
     ("merged causal", lambda: MergedAttention(EMBED, HEADS, r=1)(X, is_causal=True), "causality"),
     (

@@ -130,6 +130,7 @@ def _prepared(options: argparse.Namespace) -> tuple[Any, list[torch.Tensor], dic
     Raises:
         ValueError: arguments do not fit; most are checked before a model is loaded.
     """
+    from tokred._paths import check_folder
     from tokred.evaluation.candidates import check_bits, check_budgets, check_methods
 
     from .load import load, pixels, text_ids
@@ -144,6 +145,8 @@ def _prepared(options: argparse.Namespace) -> tuple[Any, list[torch.Tensor], dic
     for path in filter(None, [options.text, *options.image]):
         if not Path(path).is_file():
             raise ValueError(f"there is no file {path}")
+    if options.out is not None:
+        check_folder("--out", options.out)
     loaded = load(options.model, options.device, options.dtype)
     reads_images = loaded.tokenizer is None and loaded.size is not None
     if options.image or (reads_images and options.text is None):

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tokred._paths import check_folder
+
 from . import cache, images, text
 from .offline import MissingModelError, require_packages
 
@@ -20,6 +22,10 @@ def main(arguments: Sequence[str] = ()) -> int:
     parser.add_argument("--quick", action="store_true", help="one photograph, a little text")
     parser.add_argument("--only", choices=("images", "text", "cache"), help="one part of the demo")
     options = parser.parse_args(arguments)
+    try:
+        check_folder("--output", options.output)
+    except ValueError as error:
+        parser.error(str(error))
     try:
         require_packages()
         if options.only in (None, "images"):

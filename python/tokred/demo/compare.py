@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from tokred._paths import check_folder
 from tokred.evaluation.budgets import named, selectors
 from tokred.evaluation.figure import new_figure
 from tokred.evaluation.origin import origin
@@ -229,6 +230,7 @@ def main(arguments: Sequence[str] = ()) -> int:
         require_packages()
         if options.repeats < 1:
             raise ValueError(f"--repeats must be at least 1, got {options.repeats}")
+        check_folder("--output", options.output)
         budgets = shares(options.keep)
         with torch.inference_mode():
             if options.image is not None:

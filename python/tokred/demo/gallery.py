@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from tokred._paths import check_file, check_folder
 from tokred.evaluation.budgets import fitted, options_at, reducers
 from tokred.evaluation.origin import origin
 from tokred.methods import Method
@@ -195,6 +196,10 @@ def main(arguments: Sequence[str] = ()) -> int:
             raise ValueError(f"--size must be a multiple of {PATCH_SIZE}, got {options.size}")
         if options.repeats < 1:
             raise ValueError(f"--repeats must be at least 1, got {options.repeats}")
+        if options.html is not None:
+            check_file("--html", options.html)
+        else:
+            check_folder("--output", options.output)
         if options.frames < 1:
             raise ValueError(f"--frames must be at least 1, got {options.frames}")
         if options.video is not None:

@@ -186,7 +186,7 @@ def _why_not(method: Method, kind: str, own: Mapping[str, Any]) -> str:
         return f"has functions only, in tokred.methods.{method.name}; no patch puts it into a model"
     adapters = getattr(method.options, "adapters", ())
     if not any(adapter in adapters for adapter in _ADAPTERS[kind]):
-        return f"works on {method.needs[0].value}, and this is a {_WORDS[kind]}"
+        return f"works on {method.needs[0].value}, and this is {_WORDS[kind]}"
     missing = [n for n, value in method.defaults().items() if value is MISSING and n not in own]
     if missing:
         return (
@@ -196,7 +196,7 @@ def _why_not(method: Method, kind: str, own: Mapping[str, Any]) -> str:
     return ""
 
 
-_WORDS = {"decoder": "causal language model", "encoder": "vision encoder"}
+_WORDS = {"decoder": "a causal language model", "encoder": "an encoder"}
 
 
 def refused(candidate: Candidate, error: Exception) -> Candidate:

@@ -49,6 +49,12 @@ def dense_attention(model: nn.Module, name: str = "tokred") -> Iterator[None]:
             config._attn_implementation_internal = implementation
 
 
+def best_dense(model: nn.Module) -> str:
+    """The implementation of attention that is best practice for a model of transformers: "sdpa", or
+    "eager" where it has no SDPA (Gemma 2, whose logits are capped)."""
+    return "sdpa" if getattr(model, "_supports_sdpa", True) else "eager"
+
+
 def _configs(model: nn.Module) -> Iterator[Any]:
     """The configs of a model of transformers and of its parts."""
     for module in model.modules():

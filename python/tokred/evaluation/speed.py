@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from .candidates import Candidate, Methods, refused
-from .decoding import DecoderTask, cache_of, dense_attention, forward
+from .decoding import DecoderTask, best_dense, cache_of, dense_attention, forward
 from .encoding import EncoderTask, features
 from .inputs import Batch
 from .measure import peak_bytes, timed, where
@@ -55,10 +55,11 @@ def benchmark(
     """What methods save in a model, in time and memory, each beside the best dense practice.
 
     Of a decoder of transformers: milliseconds of a token decoded after the prompt, and of reading
-    the prompt, beside SDPA, which reads prompts without a mask and decodes into a StaticCache (no
-    token copies the cache). Of an encoder: milliseconds of a forward pass, beside the unpatched
-    model on SDPA. Memory is in MB, 10^6 bytes. Every method takes turns with the dense model, in
-    one process; times are medians, and a speed-up is the ratio of two medians of the same turns.
+    the prompt, beside SDPA (eager attention where the model has none), which reads prompts without
+    a mask and decodes into a StaticCache (no token copies the cache). Of an encoder: milliseconds
+    of a forward pass, beside the unpatched model on SDPA. Memory is in MB, 10^6 bytes. Every method
+    takes turns with the dense model, in one process; times are medians, and a speed-up is the ratio
+    of two medians of the same turns.
 
     Args:
         inputs: as for tokred.evaluate; the first batch is what is measured.
@@ -160,10 +161,12 @@ class DecoderRace:
     """Decoding after a prompt, i64 [B, N], timed beside the dense model."""
 
     measures = _DECODING
-    practice = "SDPA, StaticCache"
 
     def __init__(self, model: nn.Module, prompt: Tensor, repeats: int) -> None:
         self.model, self.prompt, self.repeats = model, prompt, repeats
+        self.dense_name = best_dense(model)
+        attention = "SDPA" if self.dense_name == "sdpa" else "eager attention"
+        self.practice = f"{attention}, StaticCache"
         self.turns, self.prompts = Turns(), Turns()
         self.title = (
             f"{type(model).__name__}: decoding after {prompt.shape[1]} tokens, batch "
@@ -177,7 +180,7 @@ class DecoderRace:
 
     def dense(self) -> dict[str, float]:
         """Reads the prompt; the memory that it and a step take, by measure."""
-        with dense_attention(self.model, "sdpa"):
+        with dense_attention(self.model, self.dense_name):
             self.past = self.read(None)
             peak = peak_bytes(lambda: self.read(None))
             cache = self.static(1)
@@ -235,11 +238,11 @@ class DecoderRace:
 
     def dense_step(self, cache: Any) -> Step:
         """Decodes one more token with the dense model."""
-        patch = partial(dense_attention, self.model, "sdpa")
+        patch = partial(dense_attention, self.model, self.dense_name)
         return Step(patch, partial(self._decode, cache))
 
     def _dense_prompt(self) -> Step:
-        return Step(partial(dense_attention, self.model, "sdpa"), partial(self.read, None))
+        return Step(partial(dense_attention, self.model, self.dense_name), partial(self.read, None))
 
     def _decode(self, cache: Any) -> None:
         forward(self.model, self.prompt[:, -1:], cache)

@@ -155,7 +155,8 @@ class _MultiheadAttention(nn.Module):
                 [B | 1, 1, L | 1, N]; padding, causality or both.
             position_embeddings: (cos, sin), each [B | 1, L, R], that rotate the first R channels of
                 queries and keys, the second half of them being the partner of the first.
-            past_key_values: a cache of transformers or tokred, with the module's layer_idx.
+            cache: of transformers or tokred, with the module's layer_idx; also by the name that it
+                has before transformers 5.24, past_key_values.
             is_causal: causal attention, also where the core's option is False.
 
         Returns:
@@ -247,6 +248,7 @@ class _MultiheadAttention(nn.Module):
         is_causal: bool,
         attention_mask: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
+        cache: Any = None,
         past_key_values: Any = None,
         **options: Any,
     ) -> Tensor:
@@ -256,20 +258,24 @@ class _MultiheadAttention(nn.Module):
             raise ValueError(f"{type(self).__name__} does not know {', '.join(sorted(unknown))}")
         if x.dim() != 3:
             raise ValueError(f"hidden_states must be [B, L, E], got {list(x.shape)}")
-        if past_key_values is not None:
-            self._check_cache(past_key_values)
+        if cache is not None and past_key_values is not None:
+            raise ValueError("cache and past_key_values are two names of one argument: give one")
+        cache = past_key_values if cache is None else cache
+        if cache is not None:
+            self._check_cache(cache)
         q, k, v = self._projected(x, x, x)
         if position_embeddings is not None:
             q, k = (_rotated(states, *position_embeddings) for states in (q, k))
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
         # The tokens of a pass come after those in the cache, and see each other causally.
-        causal = is_causal or past_key_values is not None or getattr(self.core, "causal", False)
-        causal, mask = causal and q.shape[2] > 1, None
-        if attention_mask is not None:
-            keys = k.shape[2] if isinstance(k, Tensor) else k.length
+        causal = is_causal or cache is not None or getattr(self.core, "causal", False)
+        causal, mask, keys = causal and q.shape[2] > 1, None, k.shape[2]
+        if cache is not None:
+            keys = cache.get_mask_sizes(keys, self.layer_idx)[0]
+        if attention_mask is not None:  # looked at before the cache takes the tokens
             shape = (q.shape[0], q.shape[2], keys)
             mask, causal = masks.of_transformers(attention_mask, shape, causal)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
         return self._out(self._attend(q, k, v, mask, causal))
 
     def _check_cache(self, cache: Any) -> None:
@@ -277,11 +283,11 @@ class _MultiheadAttention(nn.Module):
         from ..cache import PackedCache
 
         if self.layer_idx is None:
-            raise ValueError("past_key_values needs the layer_idx that the module is made with")
+            raise ValueError("a cache needs the layer_idx that the module is made with")
         if isinstance(cache, PackedCache) != self.reads_packed:
             kind = "no tokred.PackedCache" if self.reads_packed else "a tokred.PackedCache"
             raise ValueError(
-                f"past_key_values is {kind}: PackedKVAttention works on one, other modules on "
+                f"cache is {kind}: PackedKVAttention works on one, other modules on "
                 "caches in full precision, such as tokred.DenseCache"
             )
 
@@ -355,15 +361,13 @@ class MergedAttention(_MultiheadAttention):
             )
 
     def _check_cache(self, cache: Any) -> None:
-        raise ValueError(
-            "MergedAttention merges the tokens of a pass, and has no use for past_key_values"
-        )
+        raise ValueError("MergedAttention merges the tokens of a pass, and has no use for a cache")
 
 
 class PackedKVAttention(_MultiheadAttention):
     """Multi-head attention to keys and values in few bits; the options are those of `PackedKVCore`.
 
-    For inference. With a tokred.PackedCache as past_key_values the options of the cache hold
+    For inference. With a tokred.PackedCache as cache the options of the cache hold
     instead of bits, group_size, scheme, rotate and residual, and each token is packed once.
 
     Args:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..ops import (
     biased_attention,
     bipartite_soft_matching,
+    gather_tokens,
     kv_pack,
     merge,
     num_out,
@@ -116,7 +117,7 @@ class PackedKVCore(nn.Module):
 
     Args:
         bits, group_size, scheme, rotate: see `kv_pack`; in groups along the channels.
-        residual: the last tokens, which stay in full precision.
+        residual: the last tokens, padding left aside, which stay in full precision.
         causal: query i sees the keys j <= i + N - L.
         scale: of the logits; 1 / sqrt(D) where None.
     """
@@ -161,6 +162,8 @@ class PackedKVCore(nn.Module):
             return biased_attention(q, k, v, causal=causal, scale=self.scale, mask=mask)[0]
         if self.rotate and self.residual:
             raise ValueError("rotate needs residual = 0: the residual would not be rotated")
+        if self.residual and mask is not None:
+            k, v, mask, causal = _padding_first(k, v, mask, q.shape[2] if causal else 1)
         key, value = (
             kv_pack(x[:, :, :packed], self.bits, self.group_size, scheme=self.scheme,
                     rotate=self.rotate)
@@ -178,6 +181,21 @@ class PackedKVCore(nn.Module):
             f"bits={self.bits}, group_size={self.group_size}, scheme={self.scheme}, "
             f"residual={self.residual}, causal={self.causal}"
         )
+
+
+def _padding_first(
+    k: Tensor, v: Tensor, mask: Tensor, queries: int
+) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """k, v and mask bool [B | 1, N] with each row's tokens behind its padding, in their order, for
+    so many causal queries: these see by a mask [B, 1, L, N], as their keys moved."""
+    mask = mask.expand(k.shape[0], k.shape[2])
+    order = mask.byte().argsort(dim=1, stable=True)
+    k, v = gather_tokens([k, v], order.to(torch.int32), [2, 2])
+    mask = mask.gather(1, order)
+    if queries > 1:
+        last = torch.arange(order.shape[1] - queries, order.shape[1], device=k.device)
+        mask = mask[:, None, None] & (order[:, None] <= last[:, None])[:, None]
+    return k, v, mask, False
 
 
 def _size_dtype(x: Tensor) -> torch.dtype:

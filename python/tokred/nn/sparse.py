@@ -83,7 +83,8 @@ class TopKCore(nn.Module):
         self.block_size, self.block_q = block_size, block_q
         self.causal, self.scale = causal, scale
         self.dims: Tensor | None
-        self.register_buffer("dims", dims)
+        # An option, not a weight: a state_dict without it loads strictly.
+        self.register_buffer("dims", dims, persistent=False)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False
