@@ -3,7 +3,7 @@
 topk: sorted by score, as torch gives them. select: in any order (ours: by position). compact: the
 positions where a mask is true, beside a stable sort, which needs no host copy either. gather: the
 hidden states, keys and values of chosen tokens in one call. sample: inverse transform sampling of
-token scores (ATS).
+token scores (ATS). evict: which key goes in a step of H2O, and the next token in its place.
 """
 
 from __future__ import annotations
@@ -153,6 +153,48 @@ def sample_case(rows: int, columns: int, samples: int, device: str) -> Case:
     )
 
 
+def evict_case(batch: int, heads: int, keys: int, device: str) -> Case:
+    """Three query heads a key head, of 64 channels in float32; half of the keys are recent."""
+
+    def build() -> dict[str, Callable]:
+        generator = torch.Generator().manual_seed(0)
+        k, v = torch.randn(2, batch, heads, keys, 64, generator=generator).to(device)
+        scores = torch.rand(batch, heads, keys, generator=generator).to(device)
+        logits = torch.randn(batch, 3 * heads, keys, generator=generator).to(device)
+        lse = logits.logsumexp(-1)
+        position = torch.arange(keys, dtype=torch.int32, device=device)
+        position = position.expand(batch, heads, keys).contiguous()
+        new = torch.randn(batch, heads, 1, 64, generator=generator).to(device)
+        recent = keys // 2
+
+        def ours() -> Tensor:
+            slot, _ = tokred.eviction_slot(position, keys, scores, logits, lse, recent=recent)
+            tokred.replace_token(slot, k, new, v, new, position, keys)
+            return slot
+
+        def small_ops() -> Tensor:
+            received = (logits - lse[..., None]).exp().unflatten(1, (heads, 3)).mean(2)
+            total = (scores + received).masked_fill(position >= keys - recent, torch.inf)
+            slot = total.argmin(2, keepdim=True)
+            for old in (k, v):
+                old.scatter_(2, slot[..., None].expand_as(new), new)
+            position.scatter_(2, slot, keys)
+            return slot
+
+        return {"tokred.eviction_slot, replace_token": ours, "torch argmin, scatter": small_ops}
+
+    return Case(
+        "topk",
+        "evict",
+        (batch, heads, keys),
+        "float32",
+        build,
+        "randn",
+        4 * batch * heads * keys * 5,
+        ceiling="read",
+    )
+
+
 def cases(run: Run) -> Iterator[Case]:
     for shape, k in SORTED:
         yield topk_case(shape, k, "float32", run.device, True)
@@ -162,6 +204,8 @@ def cases(run: Run) -> Iterator[Case]:
     yield compact_case((8, 131072), run.device)
     yield gather_case(64, 577, 288, run.device)
     yield sample_case(64, 577, 196, run.device)
+    yield evict_case(1, 3, 1025, run.device)
+    yield evict_case(8, 8, 1025, run.device)
     if run.quick:
         return
     for distribution in DISTRIBUTIONS:

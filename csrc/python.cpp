@@ -183,7 +183,9 @@ py::dict plans_of_topk(int64_t lists, int64_t columns, int64_t k, bool has_top_p
 py::dict plans_of_rows(int64_t rows, int64_t columns) {
   return py::dict("compact"_a = describe(plan_compact(rows, columns)),
                   "sample"_a = describe(plan_sample(rows)),
-                  "gather"_a = describe(plan_gather(gather_blocks(rows, columns), 1)));
+                  "gather"_a = describe(plan_gather(gather_blocks(rows, columns), 1)),
+                  "eviction_slot"_a = describe(plan_eviction_slot(rows)),
+                  "replace_token"_a = describe(plan_replace_token(rows)));
 }
 
 // The launches of kv_pack and kv_unpack, and of a kv_append of as many tokens to a cache with that

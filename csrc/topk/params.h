@@ -85,6 +85,61 @@ struct GatherParams {
   int64_t items, batch, count;
 };
 
+// A tensor whose token in one slot a head is replaced, seen as [B, H, N, row].
+struct ReplacedRows {
+  void* tokens;  // [B, H, N, row_bytes], rows contiguous, strides in bytes
+  int64_t stride_batch, stride_head, stride_token;
+  const void* token;  // [B, H, 1, row_bytes]
+  int64_t token_stride_batch, token_stride_head;
+  int64_t row_bytes;
+};
+
+// keys[b][h][slot[b][h]] = new_keys[b][h][0], the same of values, and place in position. A slot
+// outside [0, N) is skipped.
+struct ReplaceTokenParams {
+  ReplacedRows keys, values;
+  int32_t* position;  // i32 [B, H, N] or null
+  int64_t position_stride_batch, position_stride_head, position_stride_token;
+  const int32_t* slot;  // i32 [B, H, 1]
+  int64_t slot_stride_batch, slot_stride_head;
+  int64_t batch, heads, slots;  // N
+  int32_t place;
+};
+
+// Which of a head's N keys makes room for the next token. With logits the attention that key n
+// received from a query is
+//   received[b][h][n] = mean of w[b][g][n] over the query heads g of h (of all heads where shared)
+//   w[b][g][n] = exp(min(cap(logits[b][g][n]) - lse[b][g] + bias[b][h(g)][n], 88))
+// cap(x) = softcap tanh(x / softcap); w is 0 where bias is not above -inf, where lse is -inf, and
+// where the query's own token, in slot newest[b][h(g)] or else the last, has a bias that is not
+// above -inf. A key's number is total = scores + received; without logits scores; without both its
+// position. It ranks by that, or by its negative where the greatest goes, NaN as -inf; as inf where
+// it must stay, start <= position < start + first or position > recent_after; and as -inf where its
+// bias is not above -inf. slot[b][h]: the first key of the least rank; -1 where N = 0.
+struct EvictionSlotParams {
+  const int32_t* position;  // i32 [B, H, N]
+  int64_t position_stride_batch, position_stride_head;
+  const float* scores;  // f32 [B, H, N] or null
+  int64_t scores_stride_batch, scores_stride_head;
+  const float* logits;  // f32 [B, Hq, N] or null
+  int64_t logits_stride_batch, logits_stride_head;
+  const float* lse;  // f32 [B, Hq]; null without logits
+  int64_t lse_stride_batch, lse_stride_head;
+  const float* bias;  // f32 [B | 1, H | 1, N] or null
+  int64_t bias_stride_batch, bias_stride_head;
+  const int32_t* start;  // i32 [B] or null: 0
+  int64_t start_stride;
+  const int32_t* newest;  // i32 [B, H, 1] or null: the last
+  int64_t newest_stride_batch, newest_stride_head;
+  int64_t batch, heads, heads_q, slots;
+  int64_t first;  // at most 2^32
+  int32_t recent_after;  // length - 1 - recent, clamped
+  float softcap;  // 0: none
+  bool shared, greatest;
+  int32_t* slot;  // i32 [B, H, 1]
+  float* total;  // f32 [B, H, N]; null without logits
+};
+
 // Adaptive token sampling (arXiv 2111.15667). The unmasked entries of a row of non-negative scores
 // (NaN and negative count as 0), sorted ascending (ties by index), have cumulative sums c, min-max
 // normalised to c' (all 0 where they are equal). Sample i of n lies at y0 + i (1 - y0) / (n - 1),

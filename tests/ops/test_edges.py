@@ -100,7 +100,7 @@ def test_integers_of_any_size(library: Any, op: str) -> None:
         great = [outcome(library, op, (*args[:place], x, *args[place + 1 :])) for x in GREAT]
         small = [outcome(library, op, (*args[:place], x, *args[place + 1 :])) for x in SMALL]
         refusals = [x for x in (*great, *small) if isinstance(x, str)]
-        said = {"first": "denominator", "last": "denominator"}.get(name, name)
+        said = "denominator" if op == "attention_rows" and name in ("first", "last") else name
         assert all(said in text for text in refusals), (name, refusals)
         assert len({isinstance(x, str) for x in great}) == 1, name
         assert all(isinstance(x, str) for x in small[1:]), name

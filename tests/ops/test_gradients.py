@@ -90,7 +90,9 @@ def refused_calls() -> dict[str, tuple]:
         "kv_append": (window, *packed[:2], floats(2, 2, 4, 16), 2, *packed[2:]),
         "packed_attention": (query, *packed, *packed, window, window, None, None, None, bias),
         "packed_qk_score": (query, *packed, window),
-        "adjacent_runs": CALLS["adjacent_runs"](Sizes()),
+        **{name: CALLS[name](Sizes()) for name in (
+            "adjacent_runs", "eviction_slot", "replace_token",
+        )},
     }  # fmt: skip
 
 

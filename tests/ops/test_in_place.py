@@ -29,7 +29,11 @@ def in_place_calls() -> dict[str, tuple[Callable, list[Tensor]]]:
         FORMAT.empty(2, 2, 8, 16),
         wide[:, :, :4] + 0,
     )
+    keys, values, slot = wide + 0, wide + 1, torch.zeros(2, 2, 1, dtype=torch.int32)
+    replaced = slot, keys, wide[:, :, :1] + 2, values, wide[:, :, :1] + 2
     return {
+        "replace_token": (lambda: tokred.replace_token(*replaced), [keys, values]),
+        "replace_token op": (lambda: OPS.replace_token(*replaced), [keys, values]),
         "merge": (lambda: tokred.merge(x, MAP, 3, out=out, out_size=out_size), [out, out_size]),
         "merge op": (
             lambda: OPS.merge_out(x, MAP, None, None, "sum", out, out_size),

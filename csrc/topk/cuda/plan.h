@@ -150,6 +150,17 @@ constexpr LaunchPlan plan_gather(int64_t blocks, int64_t items) {
   return {{blocks, items, 1}, kGatherThreads, 0};
 }
 
+// eviction_slot and replace_token: a block a head. Example: [8, 8] heads: 64 blocks.
+inline constexpr int kEvictionThreads = 512;
+inline constexpr int kReplaceThreads = 64;
+
+constexpr LaunchPlan plan_eviction_slot(int64_t rows) {
+  return {{capped(rows), 1, 1}, kEvictionThreads, 8 * 32};
+}
+constexpr LaunchPlan plan_replace_token(int64_t rows) {
+  return {{capped(rows), 1, 1}, kReplaceThreads, 0};
+}
+
 // inverse_transform_sample: after the sort, a block a row.
 inline constexpr int kSampleThreads = 256;
 

@@ -30,6 +30,9 @@ RULES = {
     # topk
     "topk": "scores *n, lengths *, row_k *, must_keep *n -> *k, *k, *",
     "compact": "selected *n, lengths * -> *k, *",
+    # over the batch alone: a key may receive from all heads
+    "eviction_slot": "position bgn, scores bgn, logits bqn, lse bq, bias bgn, start b, newest bgi "
+    "-> bgi, bgn",
     "inverse_transform_sample": "scores *n, mask *n -> *k, *",
     # score
     "qk_score": "q bhld, k bhnd, dims hf, lengths b, mask bn, slots bn -> bhn",
@@ -100,6 +103,7 @@ REFUSED = {
     "kv_append": _WRITES,
     "kv_unpack_into": _WRITES,
     "merge_out": _WRITES,
+    "replace_token": _WRITES,
 }
 
 

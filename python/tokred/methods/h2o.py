@@ -43,12 +43,15 @@ class H2oOptions(Options):
 
     def evict(self, call: EvictionCall) -> Eviction:
         """The last tokens and the heavy hitters."""
+        recent = self.budget - self.budget // 2 if self.recent is None else self.recent
+        before = call.state.get("received")
+        if call.is_one_over(self.budget):
+            return call.drop(before, "received", received=True, recent=recent)
         received = call.received()
-        if "received" in call.state:
-            received = received + call.state["received"]
+        if before is not None:
+            received = received + before
         if call.stored <= self.budget:
             return call.all(received=received)
-        recent = self.budget - self.budget // 2 if self.recent is None else self.recent
         scores = received.masked_fill(call.recent(recent), float("inf"))
         return call.best(scores, self.budget, received=received)
 

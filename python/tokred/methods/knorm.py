@@ -10,6 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+from torch.linalg import vector_norm
+
 from ._eviction import check_budget
 from ._method import Family, Method, Needs, Options
 
@@ -39,7 +42,9 @@ class KnormOptions(Options):
         """The keys of smallest norm."""
         if call.layer < self.skipped:
             return None
-        norm = call.known("norm", call.new_k.float().norm(dim=3))
+        norm = call.known("norm", vector_norm(call.new_k, dim=3, dtype=torch.float32))
+        if call.is_one_over(self.budget):
+            return call.drop(norm, "norm", greatest=True)
         return call.best(-norm, self.budget, norm=norm)
 
 

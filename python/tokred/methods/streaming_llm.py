@@ -41,6 +41,8 @@ class StreamingLlmOptions(Options):
         """The first and the last tokens."""
         if call.stored <= self.budget:
             return None
+        if call.is_one_over(self.budget):
+            return call.drop(first=self.sinks)
         scores = call.position.float().masked_fill(call.first(self.sinks), float("inf"))
         return call.best(scores, self.budget)
 

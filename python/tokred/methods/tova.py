@@ -37,6 +37,8 @@ class TovaOptions(Options):
         """The tokens that the last query attends to."""
         if call.stored <= self.budget:
             return None
+        if call.is_one_over(self.budget):
+            return call.drop(received=True, shared=True)
         scores = call.received(last=1).mean(1, keepdim=True)
         return call.best(scores.expand(-1, call.heads, -1), self.budget)
 

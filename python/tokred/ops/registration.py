@@ -156,7 +156,9 @@ def writes(name: str) -> None:
     def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> None:
         with _below_in_place():
             op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
-        torch._C._increment_version([args[i] for i in written if args[i] is not None])
+        # Arguments at the end that have their default are not passed on.
+        given = [args[i] for i in written if i < len(args)]
+        torch._C._increment_version([x for x in given if x is not None])
 
     _library.impl(name, kernel, "ADInplaceOrView", with_keyset=True)
 

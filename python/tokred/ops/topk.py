@@ -8,10 +8,25 @@ import torch
 from torch import Tensor
 
 from .._library import check_tensor
-from .registration import call, choose, not_differentiable, without_gradient
+from .registration import (
+    call,
+    call_in_place,
+    choose,
+    not_differentiable,
+    without_gradient,
+    writes,
+)
 from .symbolic import larger
 
-__all__ = ["compact", "gather_tokens", "inverse_transform_sample", "topk", "topk_with_counts"]
+__all__ = [
+    "compact",
+    "eviction_slot",
+    "gather_tokens",
+    "inverse_transform_sample",
+    "replace_token",
+    "topk",
+    "topk_with_counts",
+]
 
 _ops = torch.ops.tokred
 
@@ -164,6 +179,95 @@ def gather_tokens(
     return call(_ops.gather_tokens.default, tensors, indices, list(token_dims))
 
 
+def eviction_slot(
+    position: Tensor,
+    length: int,
+    scores: Tensor | None = None,
+    logits: Tensor | None = None,
+    lse: Tensor | None = None,
+    bias: Tensor | None = None,
+    start: Tensor | None = None,
+    newest: Tensor | None = None,
+    first: int = 0,
+    recent: int = 0,
+    shared: bool = False,
+    greatest: bool = False,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The key of every head that makes room for the next token, in a cache of a fixed size.
+
+    Keys are ranked by their scores, to which the attention that they receive from a query is added
+    where its logits are given: the mean over the query heads of a key's head of
+    exp(logits - lse + bias), the logits capped first. Without either the oldest key goes. The key
+    of the least number goes; of equal ones the first, and NaN before all. Hidden keys, those whose
+    bias is not above -inf, go first and receive nothing; a hidden query gives nothing.
+
+    Args:
+        position: int32 [B, H, N], the place of every key in the sequence, in any order.
+        length: tokens of the sequence so far.
+        scores: float32 [B, H, N].
+        logits: float32 [B, Hq, N], scaled, of one query; Hq a multiple of H.
+        lse: float32 [B, Hq] or [B, Hq, 1], of that query's attention; with logits, and only then.
+        bias: float32 [B | 1, H | 1, N], added to the logits: -inf hides a key.
+        start: int32 [B], the first token that is no padding; 0 where None.
+        newest: int32 [B, H, 1], where the query's own token is; the last key where None.
+        first, recent: the first tokens from start on, and the last of the sequence, stay.
+        shared: the attention that keys receive is the mean over all heads (TOVA).
+        greatest: the key of the greatest number goes.
+        softcap: of the logits, softcap * tanh(logits / softcap).
+
+    Returns:
+        slot int32 [B, H, 1], the key that goes (-1 where N = 0), and total float32 [B, H, N],
+        scores and received attention together, and 0 in slot; [B, H, 0] without logits.
+
+    Raises:
+        ValueError: naming the argument whose shape, dtype, device or value does not fit.
+        ValueError: an input requires grad.
+
+    Complexity: O(Hq N), one read.
+    Source: H2O (arXiv:2306.14048), TOVA (arXiv:2401.06104), StreamingLLM (arXiv:2309.17453).
+    """
+    return call(
+        _ops.eviction_slot.default, position, length, scores, logits, lse, bias, start, newest,
+        first, recent, shared, greatest, softcap,
+    )  # fmt: skip
+
+
+def replace_token(
+    slot: Tensor,
+    keys: Tensor,
+    new_keys: Tensor,
+    values: Tensor,
+    new_values: Tensor,
+    position: Tensor | None = None,
+    place: int = 0,
+) -> None:
+    """Writes a token's keys and values over those in one slot of every head, in place.
+
+    keys[b, h, slot[b, h]] = new_keys[b, h, 0], the same of values, and
+    position[b, h, slot[b, h]] = place. A slot outside [0, N) is skipped.
+
+    Args:
+        slot: int32 [B, H, 1].
+        keys, values: [B, H, N, ...] of any dtype (codes and their parameters too), written; what
+            follows the tokens contiguous.
+        new_keys, new_values: [B, H, 1, ...] in the dtypes of keys and values.
+        position: int32 [B, H, N], written. place: -1 to 2^31 - 1.
+
+    Raises:
+        ValueError: naming the argument whose shape, dtype, device or value does not fit, or that
+            shares memory with what is written; nothing was written.
+        ValueError: an input requires grad.
+
+    Complexity: a token of every head is read and written.
+    """
+    written = [keys, values] if position is None else [keys, values, position]
+    call_in_place(
+        _ops.replace_token.default, written, slot, keys, new_keys, values, new_values, position,
+        place,
+    )  # fmt: skip
+
+
 def inverse_transform_sample(
     scores: Tensor, num_samples: int, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -254,6 +358,43 @@ def _gather_tokens_fake(
     ]
 
 
+@torch.library.register_fake("tokred::eviction_slot")
+def _eviction_slot_fake(
+    position: Tensor,
+    length: int,
+    scores: Tensor | None = None,
+    logits: Tensor | None = None,
+    lse: Tensor | None = None,
+    bias: Tensor | None = None,
+    start: Tensor | None = None,
+    newest: Tensor | None = None,
+    first: int = 0,
+    recent: int = 0,
+    shared: bool = False,
+    greatest: bool = False,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    torch._check(position.dim() == 3, lambda: f"position must be [B, H, N], got {position.dim()}-D")
+    torch._check((logits is None) == (lse is None), lambda: "logits and lse go together")
+    batch, heads, keys = position.shape
+    slot = position.new_empty((batch, heads, 1))
+    total = (batch, heads, 0 if logits is None else keys)
+    return slot, position.new_empty(total, dtype=torch.float32)
+
+
+@torch.library.register_fake("tokred::replace_token")
+def _replace_token_fake(
+    slot: Tensor,
+    keys: Tensor,
+    new_keys: Tensor,
+    values: Tensor,
+    new_values: Tensor,
+    position: Tensor | None = None,
+    place: int = 0,
+) -> None:
+    torch._check(slot.dim() == 3, lambda: f"slot must be [B, H, 1], got {slot.dim()}-D")
+
+
 @torch.library.register_fake("tokred::inverse_transform_sample")
 def _inverse_transform_sample_fake(
     scores: Tensor, num_samples: int, mask: Tensor | None = None
@@ -266,4 +407,6 @@ def _inverse_transform_sample_fake(
 
 
 not_differentiable("topk", "compact", "inverse_transform_sample")
-without_gradient("gather_tokens")
+for _name in ("eviction_slot", "gather_tokens", "replace_token"):
+    without_gradient(_name)
+writes("replace_token")

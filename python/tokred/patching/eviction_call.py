@@ -19,16 +19,18 @@ class Eviction:
 
     slots: i32 [B, Hkv, K], the keys that stay; heads with fewer than K end with -1. None: all stay,
         or all but `dropped`.
-    dropped: int64 [B, Hkv, 1], the one key of each head that goes; or None.
+    dropped: int32 [B, Hkv, 1], the one key of each head that goes; or None.
     padded: whether slots may hold -1.
     state: f32 [B, Hkv, M] by name, a number for every stored key. The next call has it as its
         `state`, for the keys that stayed, with 0 for new ones.
+    cleared: whether the state of dropped keys is 0 already, or will be given by known().
     """
 
     slots: Tensor | None = None
     dropped: Tensor | None = None
     padded: bool = False
     state: dict[str, Tensor] = field(default_factory=dict)
+    cleared: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class EvictionCall:
     state: f32 [B, Hkv, M] by name, from the Eviction of the call before; 0 for new tokens.
     rotary: the model's rotary embedding, or None.
     new_k: [B, Hkv, L, D], the keys of the pass.
-    new_slot: int64 [B, Hkv, 1], where the new token is stored; None: the new tokens are the last.
+    new_slot: int32 [B, Hkv, 1], where the new token is stored; None: the new tokens are the last.
     softcap: of the logits, before the bias; or None.
     mask: bool [B | 1, 1, L, N], what each query sees, where that does not follow from causality and
         bias; or None.
@@ -198,17 +200,18 @@ class EvictionCall:
         if bias is None:
             return logits.exp().mean(2)
         logits = logits + bias[:, :, None]
-        own = bias[..., -1:] if self.new_slot is None else bias.gather(2, self.new_slot)
+        own = bias[..., -1:] if self.new_slot is None else bias.gather(2, self.new_slot.long())
         return logits.exp().nan_to_num(0).mean(2) * (own > -torch.inf)
 
     def known(self, name: str, new: Tensor) -> Tensor:
-        """f32 [B, Hkv, M]: the state of that name, and `new`, [B, Hkv, L], for new tokens."""
+        """f32 [B, Hkv, M]: the state of that name, and `new`, f32 [B, Hkv, L], for new tokens; of a
+        token in a slot it is written into the state."""
         before = self.state.get(name)
         if before is None:
             return new
         if self.new_slot is None:
             return torch.cat([before[..., : -new.shape[2]], new], 2)
-        return before.scatter(2, self.new_slot, new)
+        return before.scatter_(2, self.new_slot.long(), new)
 
     def visible(self) -> Tensor | None:
         """bool [B, Hkv, M]: the keys that are not hidden; None: all."""
@@ -228,6 +231,46 @@ class EvictionCall:
             )
         place = self.position - self.start[:, None, None]
         return (place >= 0) & (place < count)
+
+    def is_one_over(self, budget: int) -> bool:
+        """Whether one token came, and made the keys one more than the budget."""
+        return self.stored == budget + 1 and not self.is_prompt
+
+    def drop(
+        self,
+        scores: Tensor | None = None,
+        name: str | None = None,
+        received: bool = False,
+        shared: bool = False,
+        first: int = 0,
+        recent: int = 0,
+        greatest: bool = False,
+    ) -> Eviction:
+        """One key of every head goes, in a single op; see tokred.eviction_slot.
+
+        Args:
+            scores: f32 [B, Hkv, M], what keys are ranked by; their places where there is neither
+                this nor received.
+            name: of the state that the scores stay in, with what was added to them.
+            received: whether the attention from the one query of the pass is added.
+            shared, first, recent, greatest: as there.
+        """
+        logits = lse = None
+        if received:
+            k, scale = self.stored_k, self.scale
+            if isinstance(k, Tensor):
+                logits = tokred.attention_rows(self.q, k, False, scale=scale).squeeze(2)
+            else:
+                logits = tokred.packed_qk_score(self.q, k.packed, scale=scale)
+            lse = self.lse
+        slot, total = tokred.eviction_slot(
+            self.position, self.length, scores, logits, lse, self.bias, self.start, self.new_slot,
+            first, recent, shared, greatest, self.softcap,
+        )  # fmt: skip
+        kept = total if received else scores
+        if name is None or kept is None:
+            return Eviction(dropped=slot)
+        return Eviction(dropped=slot, state={name: kept}, cleared=True)
 
     def replaced(
         self, k: Tensor, v: Tensor, position: Tensor, bias: Tensor | None = None
@@ -253,11 +296,10 @@ class EvictionCall:
         excess = self.stored - budget
         if excess <= 0 and row_budget is None:
             return self.all(**state)
+        if excess == 1 and row_budget is None and not self.is_prompt:
+            return Eviction(dropped=self.drop(scores.contiguous()).dropped, state=state)
         if self.bias is not None:
             scores = scores.masked_fill(self.bias == -torch.inf, -torch.inf)
-        if excess == 1 and row_budget is None and not self.is_prompt:
-            # argmin finds NaN too. Only this key's slot changes.
-            return Eviction(dropped=scores.argmin(2, keepdim=True), state=state)
         _, slots = tokred.topk(
             scores.contiguous(), min(budget, self.stored), order="position", row_k=row_budget
         )

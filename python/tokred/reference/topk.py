@@ -9,9 +9,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["compact", "gather_tokens", "inverse_transform_sample", "topk", "topk_with_counts"]
+__all__ = [
+    "compact",
+    "eviction_slot",
+    "gather_tokens",
+    "inverse_transform_sample",
+    "replace_token",
+    "topk",
+    "topk_with_counts",
+]
 
 _PROBABILITY_BITS = 40
+_GREATEST_INT = 2**31 - 1
 _LIMB_BITS = 30
 
 
@@ -173,6 +182,115 @@ def gather_tokens(
         index = torch.where(inside, index, tensor.shape[dim])
         results.append(padded.gather(dim, index.reshape(shape).expand(full)))
     return results
+
+
+def eviction_slot(
+    position: Tensor,
+    length: int,
+    scores: Tensor | None = None,
+    logits: Tensor | None = None,
+    lse: Tensor | None = None,
+    bias: Tensor | None = None,
+    start: Tensor | None = None,
+    newest: Tensor | None = None,
+    first: int = 0,
+    recent: int = 0,
+    shared: bool = False,
+    greatest: bool = False,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See tokred.eviction_slot; in the precision of logits, or of scores."""
+    batch, heads, keys = position.shape
+    number = eviction_number(position, scores, logits, lse, bias, newest, shared, softcap)
+    rank = (-number if greatest else number) + 0.0
+    rank = rank.masked_fill(rank.isnan(), -torch.inf)
+    begin = position.new_zeros(batch, 1, 1) if start is None else start[:, None, None]
+    end = begin.long() + min(first, 2**32)
+    recent_after = min(max(length - 1 - recent, -_GREATEST_INT - 1), _GREATEST_INT)
+    stays = ((position >= begin) & (position < end)) | (position > recent_after)
+    rank = rank.masked_fill(stays, torch.inf)
+    if bias is not None:
+        rank = rank.masked_fill(~(bias > -torch.inf), -torch.inf)
+    slot = position.new_full((batch, heads, 1), -1)
+    if keys > 0:
+        slots = torch.arange(keys, device=position.device)
+        least = rank == rank.amin(2, keepdim=True)
+        slot = slots.where(least, keys).amin(2, keepdim=True).int()
+    if logits is None:
+        return slot, position.new_empty((batch, heads, 0), dtype=torch.float32)
+    return slot, number.scatter(2, slot[..., : keys > 0].long(), 0)
+
+
+def eviction_number(
+    position: Tensor,
+    scores: Tensor | None,
+    logits: Tensor | None,
+    lse: Tensor | None,
+    bias: Tensor | None,
+    newest: Tensor | None,
+    shared: bool,
+    softcap: float | None,
+) -> Tensor:
+    """[B, H, N]: what keys are ranked by in eviction_slot."""
+    if logits is None or lse is None:
+        ends = -_GREATEST_INT, _GREATEST_INT - 1
+        return position.clamp(*ends).double() if scores is None else scores
+    hidden = torch.zeros(position.shape, dtype=torch.bool, device=position.device)
+    if bias is not None:
+        bias = bias.expand(position.shape)
+        hidden = ~(bias > -torch.inf)
+    own = _from_own(logits, lse, bias, hidden, newest, position.shape[1], softcap)
+    received = own.mean(2)
+    if shared:
+        received = own.flatten(1, 2).mean(1, keepdim=True).expand(position.shape)
+    return received.contiguous() if scores is None else scores + received
+
+
+def _from_own(
+    logits: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    hidden: Tensor,
+    newest: Tensor | None,
+    heads: int,
+    softcap: float | None,
+) -> Tensor:
+    """The weights [B, H, G, N] that the heads of a query give to the keys of each head."""
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    batch, heads_q, keys = logits.shape
+    lse = lse.reshape(batch, heads_q)
+    x = (logits - lse[..., None]).reshape(batch, heads, heads_q // max(heads, 1), keys)
+    if bias is not None:
+        x = x + bias[:, :, None]
+    weight = x.clamp(max=88.0).exp()
+    nothing = (lse == -torch.inf).reshape(x.shape[:3])[..., None] | hidden[:, :, None]
+    if keys:
+        own = hidden.new_full((batch, heads, 1), keys - 1, dtype=torch.long)
+        if newest is not None:
+            own = newest.long()
+        inside = (own >= 0) & (own < keys)
+        nothing = nothing | (hidden.gather(2, own.where(inside, 0)) & inside)[..., None]
+    return weight.masked_fill(nothing, 0)
+
+
+def replace_token(
+    slot: Tensor,
+    keys: Tensor,
+    new_keys: Tensor,
+    values: Tensor,
+    new_values: Tensor,
+    position: Tensor | None = None,
+    place: int = 0,
+) -> None:
+    """See tokred.replace_token."""
+    here = slot[..., 0].long()
+    batch, head = ((here >= 0) & (here < keys.shape[2])).nonzero(as_tuple=True)
+    index = batch, head, here[batch, head]
+    keys[index] = new_keys[batch, head, 0]
+    values[index] = new_values[batch, head, 0]
+    if position is not None:
+        position[index] = place
 
 
 def inverse_transform_sample(

@@ -25,8 +25,8 @@ class Kept:
     position: i32 [B, Hkv, M], places in the sequence, -1 for none; None while all tokens are there.
     bias: f32 [B, Hkv, M], see EvictionCall; None for 0. start: i32 [B], see EvictionCall.
     state: see Eviction.
-    free: int64 [B, Hkv, 1], the slot of a key that was evicted, into which the next token is
-        written, so that no key moves; None where all M are there.
+    free: int32 [B, Hkv, 1], the slot of a key that was evicted, where the state is 0; the next
+        token is written into it, so that no key moves. None where all M are there.
     """
 
     keys: TokenBuffer | PackedBuffer
@@ -95,16 +95,12 @@ class Kept:
             return None
         if not self.keys.can_hold(keys) or not self.values.can_hold(values) or self._is_locked():
             return None
-        index = slot.unsqueeze(3)
-        if isinstance(self.keys, TokenBuffer) and keys.shape == values.shape:
-            index = index.expand_as(keys)
-        self.keys.write(index, keys)
-        self.values.write(index, values)
-        self.position.memory.scatter_(2, slot, place)
+        old = zip(self.keys.parts(), self.keys.stored_as(keys),
+                  self.values.parts(), self.values.stored_as(values), strict=True)  # fmt: skip
+        for part in old:  # of packed tokens the codes, and then the params
+            tokred.replace_token(slot, *part, self.position.tokens, place)
         if self.bias is not None:
-            self.bias.memory.scatter_(2, slot, 0.0)
-        for each in self.state.values():
-            each.memory.scatter_(2, slot, 0.0)
+            self.bias.memory.scatter_(2, slot.long(), 0.0)
         return Kept(self.keys, self.values, self.position, self.bias, self.start, self.state)
 
     def _is_locked(self) -> bool:
@@ -157,7 +153,7 @@ class Kept:
         if slot is None:
             bias.memory.narrow(2, stored - count, count).copy_(new[:, None])
         else:
-            bias.memory.scatter_(2, slot, new[:, None].expand(batch, heads, 1))
+            bias.memory.scatter_(2, slot.long(), new[:, None].expand(batch, heads, 1))
         return replace(self, bias=bias)
 
     def after(self, eviction: Eviction, call: EvictionCall) -> Kept:
@@ -173,6 +169,9 @@ class Kept:
                 own = None if bias is None else TokenBuffer.of(bias.contiguous())
                 kept = replace(kept, position=TokenBuffer.of(position), bias=own)
             kept.free = eviction.dropped
+            if not eviction.cleared:
+                for each in state.values():
+                    each.memory.scatter_(2, kept.free.long(), 0.0)
             return kept
         slots = eviction.slots
         tensors = {f"keys {i}": x for i, x in enumerate(self.keys.parts())}
@@ -197,7 +196,8 @@ class Kept:
 
 
 def moved_last(buffer: TokenBuffer, slot: Tensor) -> TokenBuffer:
-    """Without the tokens in slot, int64 [B, H, 1]: the last token of each head moves into it."""
+    """Without the tokens in slot, int32 [B, H, 1]: the last token of each head moves into it."""
+    slot = slot.long()
     buffer = buffer.with_room(buffer.room) if buffer.is_locked else buffer
     x, last = buffer.memory, buffer.length - 1
     index = slot if x.dim() == 3 else slot[..., None].expand(-1, -1, -1, x.shape[3])

@@ -253,7 +253,7 @@ class KeptStates:
 
     kept: the stored keys, new ones included. length: all tokens so far.
     new_key: [B, Hkv, L, D] and new_value: [B, Hkv, L, Dv], of this pass, in full precision.
-    slot: int64 [B, Hkv, 1], where the new token is stored; None: new tokens are the last.
+    slot: int32 [B, Hkv, 1], where the new token is stored; None: new tokens are the last.
     """
 
     layer: KeptKeysLayer

@@ -83,11 +83,10 @@ class PackedBuffer:
         """True: tokens of any dtype can be packed."""
         return True
 
-    def write(self, slot: Tensor, x: Tensor) -> None:
+    def stored_as(self, x: Tensor) -> list[Tensor]:
         """See TokenBuffer."""
         new = self._pack(x)
-        self.codes.write(slot, new.codes)
-        self.params.write(slot, new.params)
+        return [new.codes, new.params]
 
     def appended(self, x: Tensor) -> PackedBuffer:
         """With the tokens x [B, H, L, D] at the end."""

@@ -68,9 +68,9 @@ class TokenBuffer:
         """Whether tokens of the dtype of x can be written into it."""
         return x.dtype == self.memory.dtype
 
-    def write(self, slot: Tensor, x: Tensor) -> None:
-        """Writes a token x [B, H, 1, D] into slot, int64 [B, H, 1, 1 | D]."""
-        self.memory.scatter_(2, slot if slot.shape == x.shape else slot.expand_as(x), x)
+    def stored_as(self, x: Tensor) -> list[Tensor]:
+        """What of the tokens x [B, H, L, D] goes into each of parts()."""
+        return [x]
 
     @property
     def room(self) -> int:
