@@ -59,7 +59,8 @@ struct Item {
   float* few;      // f32 [C][16]: tokens that meet all others
   bool* met;       // bool [tiles][16]: whether a token has
   int64_t ahead, num_columns, next_column;
-  float* columns;  // f32 [num_columns][tiles][16]: of maxsum, the distances to some tokens
+  float* columns;  // f32 [num_columns][tiles][16]: of maxsum the distances to some tokens, of
+                   // facility the similarities
   int32_t* column_of;  // i32 [tiles][16]: a token's column, -1 where it has none
   int32_t* owner;  // i32 [num_columns]
   float *chosen, *chosen_offset;  // the picked tokens as rows, or candidates of each thread
@@ -99,10 +100,10 @@ Item carve(const GreedySelectParams& p, int64_t threads, Workspace& workspace) {
       s.met = workspace.allocate<bool>(lanes);
     }
   }
-  if (is_sum) {
+  if (is_sum || is_facility) {
     const bool is_large = lanes * p.channels > kCacheNumbers;
     s.ahead = is_large ? kAhead : 1;
-    s.num_columns = is_large ? kColumns : 1;
+    s.num_columns = is_facility ? kColumns + kCandidates * threads : is_large ? kColumns : 1;
     s.columns = workspace.allocate<float>(s.num_columns * lanes);
     s.column_of = workspace.allocate<int32_t>(lanes);
     s.owner = workspace.allocate<int32_t>(s.num_columns);
@@ -443,17 +444,21 @@ TOKRED_INLINE void pass(const GreedySelectParams& p, const Item& s, const float*
   }
 }
 
+// The token has that column from now on, and not whichever had it.
+int64_t give_column(const Item& s, int64_t token, int64_t column) {
+  if (s.owner[column] >= 0) s.column_of[s.owner[column]] = -1;
+  s.owner[column] = static_cast<int32_t>(token);
+  s.column_of[token] = static_cast<int32_t>(column);
+  return column;
+}
+
 // Columns of distances to the token and to the best ones of the tiles that are ahead, which no
 // bound speaks of after the first pick.
 void measure(const GreedySelectParams& p, Item& s, int64_t picked, const Parallel& parallel) {
   const int64_t lanes = s.tiles * kLanes;
   int64_t columns[kAhead], count = 0;
   for (int64_t token = picked; token >= 0;) {
-    columns[count] = s.next_column++ % s.num_columns;
-    int32_t& owner = s.owner[columns[count]];
-    if (owner >= 0) s.column_of[owner] = -1;
-    owner = static_cast<int32_t>(token);
-    s.column_of[token] = static_cast<int32_t>(columns[count]);
+    columns[count] = give_column(s, token, s.next_column++ % s.num_columns);
     const float* lane = panel_of(p, s, token / kLanes) + token % kLanes;
     for (int64_t c = 0; c < p.channels; ++c) s.chosen[c * kAhead + count] = lane[c * kLanes];
     s.chosen_offset[count++] = s.offset[token];
@@ -494,29 +499,77 @@ void add_distances(const GreedySelectParams& p, Item& s, int64_t token, const Pa
   }
 }
 
-// The gains of up to kCandidates tokens: what they would cover beyond what is covered.
-void sum_gains(const GreedySelectParams& p, const Item& s, const int32_t* tokens, int64_t count,
-               float* rows) {
+// emit(row, tile, dot) of up to kCandidates tokens with all tokens.
+template <class Emit>
+TOKRED_INLINE void multiply_all(const GreedySelectParams& p, const Item& s, const int32_t* tokens,
+                                int64_t count, float* rows, const Emit& emit) {
   // Channel by channel: rows a power of two apart would meet in one set of the cache.
   for (int64_t i = 0; i < count; ++i) {
     const float* lane = panel_of(p, s, tokens[i] / kLanes) + tokens[i] % kLanes;
     for (int64_t c = 0; c < p.channels; ++c) rows[c * kCandidates + i] = lane[c * kLanes];
   }
-  f32x16 gain[kCandidates];
-  for (f32x16& sum : gain) sum = splat(0.0f);
   for (int64_t tile = 0, panels; tile < s.tiles; tile += panels) {
     panels = min(kTilePanels<float>, s.tiles - tile);
-    multiply<Layout::step_row>(rows, kCandidates, count, panel_of(p, s, tile), p.channels * kLanes,
-                               panels, p.channels, [&](int64_t row, int panel, f32x16 dot) {
-                                 const f32x16 covered = load(s.value + (tile + panel) * kLanes);
-                                 gain[row] = gain[row] + max(dot - covered, splat(0.0f));
-                               });
+    multiply<Layout::step_row>(
+        rows, kCandidates, count, panel_of(p, s, tile), p.channels * kLanes, panels, p.channels,
+        [&](int64_t row, int panel, f32x16 dot) { emit(row, tile + panel, dot); });
   }
+}
+
+// What a token covers beyond what is covered.
+void note_gain(const Item& s, int64_t token, f32x16 gain) {
+  const float score = s.gain[token] * sum(gain) + s.add[token];
+  s.bound[token] = score > kNone ? score : kNone;
+  s.seen[token] = static_cast<int32_t>(s.count);
+}
+TOKRED_INLINE f32x16 uncovered(const Item& s, int64_t tile, f32x16 dot) {
+  return max(dot - load(s.value + tile * kLanes), splat(0.0f));
+}
+
+// The gains of up to kCandidates tokens.
+void sum_gains(const GreedySelectParams& p, const Item& s, const int32_t* tokens, int64_t count,
+               float* rows) {
+  f32x16 gain[kCandidates];
+  for (f32x16& sum : gain) sum = splat(0.0f);
+  multiply_all(p, s, tokens, count, rows, [&](int64_t row, int64_t tile, f32x16 dot) {
+    gain[row] = gain[row] + uncovered(s, tile, dot);
+  });
+  for (int64_t i = 0; i < count; ++i) note_gain(s, tokens[i], gain[i]);
+}
+
+// The same, of up to kCandidates tokens a thread, from their columns, which last for some time: the
+// same candidates come again and again.
+void sum_gains_again(const GreedySelectParams& p, Item& s, int32_t* tokens, int64_t count,
+                     const Parallel& parallel) {
+  const int64_t lanes = s.tiles * kLanes;
+  int32_t* fresh = tokens + count;
+  int64_t number = 0;
+  const auto is_needed = [&](int32_t token) {
+    bool found = false;
+    for (int64_t i = 0; i < count; ++i) found |= tokens[i] == token;
+    return found;
+  };
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t token = tokens[i];
-    const float score = s.gain[token] * sum(gain[i]) + s.add[token];
-    s.bound[token] = score > kNone ? score : kNone;
-    s.seen[token] = static_cast<int32_t>(s.count);
+    if (s.column_of[tokens[i]] >= 0) continue;
+    while (is_needed(s.owner[s.next_column % s.num_columns])) ++s.next_column;
+    give_column(s, tokens[i], s.next_column++ % s.num_columns);
+    fresh[number++] = tokens[i];
+  }
+  parallel_tasks(parallel, divide_up(number, kCandidates), [&](int64_t task, int64_t worker) {
+    const int32_t* some = fresh + task * kCandidates;
+    multiply_all(p, s, some, min(kCandidates, number - task * kCandidates),
+                 s.chosen + worker * kCandidates * p.channels,
+                 [&](int64_t row, int64_t tile, f32x16 dot) {
+                   store(s.columns + s.column_of[some[row]] * lanes + tile * kLanes, dot);
+                 });
+  });
+  for (int64_t i = 0; i < count; ++i) {
+    const float* column = s.columns + s.column_of[tokens[i]] * lanes;
+    f32x16 gain = splat(0.0f);
+    for (int64_t tile = 0; tile < s.tiles; ++tile) {
+      gain = gain + uncovered(s, tile, load(column + tile * kLanes));
+    }
+    note_gain(s, tokens[i], gain);
   }
 }
 
@@ -532,6 +585,13 @@ void sum_all_gains(const GreedySelectParams& p, const Item& s, const Parallel& p
 
 // Everything is covered at least as well as by the token.
 void cover(const GreedySelectParams& p, const Item& s, int64_t token, const Parallel& parallel) {
+  if (s.column_of[token] >= 0) {
+    const float* column = s.columns + s.column_of[token] * s.tiles * kLanes;
+    for (int64_t lane = 0; lane < s.tiles * kLanes; lane += kLanes) {
+      store(s.value + lane, max(load(column + lane), load(s.value + lane)));
+    }
+    return;
+  }
   unpack_token(s.panels, p.channels, token, s.chosen);
   parallel_tasks(parallel, divide_up(s.tiles, kBlock), [&](int64_t task, int64_t) {
     const int64_t last = min((task + 1) * kBlock, s.tiles);
@@ -581,11 +641,7 @@ int64_t next_pick(const GreedySelectParams& p, Item& s, const Parallel& parallel
       if (count < a_wave) first = first_greatest(s.bound, bounds);
     }
     if (is_facility) {
-      parallel_tasks(parallel, divide_up(count, kCandidates), [&](int64_t task, int64_t worker) {
-        const int64_t begin = task * kCandidates;
-        sum_gains(p, s, s.wave + begin, min(kCandidates, count - begin),
-                  s.chosen + worker * kCandidates * p.channels);
-      });
+      sum_gains_again(p, s, s.wave, count, parallel);
     } else {
       parallel_tasks(parallel, count, [&](int64_t task, int64_t) { meet(p, s, s.wave[task]); });
     }
