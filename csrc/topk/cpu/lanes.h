@@ -74,6 +74,19 @@ template <class T>
 TOKRED_INLINE i32x16 count_greater(i32x16 total, Vec<T> a, Vec<T> b) {
   return map<i32x16>([&](int i) { return total.r[i] - (a.r[i] > b.r[i]); });
 }
+#ifdef __AVX512F__
+// The compiler makes a vector of the mask first.
+TOKRED_INLINE i32x16 add_one(i32x16 total, __mmask16 mask) {
+  const __m512i sum = (__m512i)total.r[0];
+  return {(i32x16::N)_mm512_mask_sub_epi32(sum, mask, sum, _mm512_set1_epi32(-1))};
+}
+TOKRED_INLINE i32x16 count_greater(i32x16 total, f32x16 a, f32x16 b) {
+  return add_one(total, _mm512_cmp_ps_mask((__m512)a.r[0], (__m512)b.r[0], _CMP_GT_OQ));
+}
+TOKRED_INLINE i32x16 count_greater(i32x16 total, i32x16 a, i32x16 b) {
+  return add_one(total, _mm512_cmpgt_epi32_mask((__m512i)a.r[0], (__m512i)b.r[0]));
+}
+#endif
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
 // The numbers of the bits set in a byte, ascending.

@@ -1,71 +1,86 @@
-// topk of rows whose scores are spread as those of the row before: predicts an interval that holds
-// the threshold. One pass packs the entries above its lower end, few more than are wanted; those
-// inside the interval, a few dozen, are ranked to find the threshold.
+// topk of rows whose scores are spread as those of the row before: predicts a bound that few more
+// entries exceed than are wanted, and one pass packs those. How many are too many says where among
+// them the threshold lies: the few near there, often one vector, are ranked to find it.
 #pragma once
 
 #include "topk/cpu/threshold_search.h"
 
 namespace tokred::TOKRED_ISA {
 
-// Predicts the threshold of a row within center +- radius. Without a prediction, before the first
-// threshold is known or after a miss, the radius is NaN.
+// Predicts the threshold of a row, and how far apart the scores around it are. Without a
+// prediction, before the first threshold is known or after a miss, that distance is NaN.
 struct ThresholdPredictor {
-  float center = 0, radius = kNaN;
+  float center = 0, spacing = kNaN;
   int misses = 0;
 
-  bool ready() const { return radius > 0; }
+  bool ready() const { return spacing > 0; }
   void miss() {
-    radius = kNaN;
+    spacing = kNaN;
     ++misses;
   }
-  // From a search that left `excess` entries between `below` and the threshold: the interval is to
-  // hold 12 entries on either side. No more predictions after four misses that no hits made good.
+  // From a row where `excess` entries lay between `below` and its threshold: a part of the way to
+  // it, or all where nothing is known. No more predictions after four misses that no hits made
+  // good.
   void learn(float threshold, float below, int64_t excess) {
     constexpr int kMaxMisses = 4;
-    constexpr float kEntries = 12.0f;
     if (misses >= kMaxMisses) return;
-    center = threshold;
-    radius = (threshold - below) * (kEntries / static_cast<float>(excess));
-  }
-  // After a hit with `inside` entries in the interval: it moves a quarter of the way, and widens or
-  // narrows towards 24 entries, by at most a factor of two. Of 40 entries inside it keeps 0.6 of
-  // its radius.
-  void adapt(float threshold, int64_t inside) {
-    constexpr float kEntries = 24.0f;
-    const float ratio = kEntries / static_cast<float>(inside);
-    if (misses > 0) --misses;
-    center += (threshold - center) * 0.25f;
-    radius *= ratio < 0.5f ? 0.5f : ratio > 2.0f ? 2.0f : ratio;
+    const float weight = ready() ? 0.25f : 1.0f;
+    const float found = (threshold - below) / static_cast<float>(excess);
+    center += (threshold - center) * weight;
+    spacing = ready() ? spacing + (found - spacing) * weight : found;
   }
 };
 
+// So many entries should be packed beside those that are wanted: with k = 64 of 289 the number
+// above a bound varies by 8 from row to row, and search_limit() leaves room for twice as many.
+TOKRED_INLINE int64_t packed_excess(int64_t wanted) { return wanted / 8 + kLanes / 2; }
+
 inline constexpr int64_t kMaxInside = 4 * kLanes;
 
-// Finds the best `wanted` candidates, exactly where the threshold lies in the predicted interval
-// and with some more where it lies above it; returns false where it lies below.
+// Packs the candidates above a predicted bound, which moves where they were too few or too many.
+template <class T>
+bool find_above_predicted(const Candidates<T>& c, int64_t capacity, ThresholdPredictor& predictor,
+                          Entries& found) {
+  constexpr int kTries = 3;
+  const float step = predictor.spacing * static_cast<float>(packed_excess(c.wanted));
+  float low = predictor.center - step;
+  for (int i = 0; i < kTries; ++i) {
+    if (find_above(c, low > c.floor ? low : c.floor, capacity, found)) return true;
+    low += found.count > 0 ? -step : step;  // none are counted where they were too many
+  }
+  predictor.miss();
+  return false;
+}
+
+// Finds the best `wanted` candidates; with some more where the threshold is not where it was
+// expected. Returns false where the prediction is of no use.
 template <class T>
 bool find_predicted(const Candidates<T>& c, int64_t capacity, ThresholdPredictor& predictor,
                     Entries& found) {
-  const float low = predictor.center - predictor.radius;
-  if (!find_above(c, low > c.floor ? low : c.floor, capacity, found)) {
-    predictor.miss();
-    return false;
-  }
-  if (found.count <= c.wanted) return true;
+  if (!find_above_predicted(c, capacity, predictor, found)) return false;
+  const int64_t excess = found.count - c.wanted;
+  if (excess <= 0) return true;
+  // Scores that lie `spacing` apart on average: of sixteen, the last is 4 of them off, typically.
+  const auto expected = static_cast<float>(excess);
+  const float reach = predictor.spacing * (1.5f * __builtin_sqrtf(expected) + 1.5f);
+  const float middle = found.below + predictor.spacing * expected;
   alignas(64) float inside[kMaxInside + 2 * kLanes];
   const int64_t n = fill_up(found);
-  const f32x16 below = splat(found.below), high = splat(predictor.center + predictor.radius);
-  int64_t count = 0;
+  const f32x16 low = splat(middle - reach > found.below ? middle - reach : found.below);
+  const f32x16 high = splat(middle + reach);
+  int64_t count = 0, above = 0;
   for (int64_t i = 0; i < n && count <= kMaxInside; i += kLanes) {
-    pack_between(load(found.value + i), below, high, inside, count);
+    above += bit_count(greater_mask(load(found.value + i), high));
+    pack_between(load(found.value + i), low, high, inside, count);
   }
-  const int64_t rest = c.wanted - (found.count - count);
-  if (count > kMaxInside || rest <= 0) return true;
+  const int64_t rest = c.wanted - above;
+  if (count > kMaxInside || rest <= 0 || rest > count) return true;
   store(inside + count, splat(kNaN));
   const Threshold threshold = threshold_among(inside, count, rest);
   keep_chosen(found, n, threshold);
+  predictor.learn(threshold.value, found.below, excess);
+  if (predictor.misses > 0) --predictor.misses;
   found.below = threshold.value;
-  predictor.adapt(threshold.value, count);
   return true;
 }
 
