@@ -19,6 +19,21 @@ enum class CodePath { unpacked, bits1, bits2, bits4, bits8, fp8 };
 inline constexpr int64_t kUnit = 32;  // channels that are unpacked together: two Vecs
 inline constexpr int64_t kMaxUnits = kMaxHeadDim / kUnit;
 
+#ifdef __AVX512F__
+// Sixteen bytes each of four rows. Masked broadcasts need no shuffle, of which most processors
+// execute one a cycle; insertions do.
+TOKRED_INLINE __m512i load_quarters(const uint8_t* a, const uint8_t* b, const uint8_t* c,
+                                    const uint8_t* d) {
+  const auto sixteen = [](const uint8_t* p) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  };
+  __m512i x = _mm512_zextsi128_si512(sixteen(a));
+  x = _mm512_mask_broadcast_i32x4(x, 0x00f0, sixteen(b));
+  x = _mm512_mask_broadcast_i32x4(x, 0x0f00, sixteen(c));
+  return _mm512_mask_broadcast_i32x4(x, 0xf000, sixteen(d));
+}
+#endif
+
 constexpr int bits_of(CodePath path) {
   return path == CodePath::bits1   ? 1
          : path == CodePath::bits2 ? 2

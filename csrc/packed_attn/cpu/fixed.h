@@ -28,15 +28,26 @@ TOKRED_INLINE float power_of_two(int32_t biased_exponent) {
 }
 
 // The larger magnitudes of both, as bits: these are in the order of the numbers.
+TOKRED_INLINE i32x16 larger(i32x16 a, i32x16 b) {
+  return map<i32x16>([&](int i) {
+#if defined(__AVX512F__)
+    return (i32x16::N)_mm512_max_epi32((__m512i)a.r[i], (__m512i)b.r[i]);
+#elif defined(__AVX2__)
+    return (i32x16::N)_mm256_max_epi32((__m256i)a.r[i], (__m256i)b.r[i]);
+#else
+    return a.r[i] > b.r[i] ? a.r[i] : b.r[i];
+#endif
+  });
+}
 TOKRED_INLINE i32x16 larger_magnitude(f32x16 x, i32x16 most) {
-  const auto larger = [](auto a, auto b) { return a > b ? a : b; };
-  return map<i32x16>([&](int i) { return larger((i32x16::N)x.r[i] & INT32_MAX, most.r[i]); });
+  return larger(map<i32x16>([&](int i) { return (i32x16::N)x.r[i] & INT32_MAX; }), most);
 }
 
 // The step of numbers with these magnitudes: the largest takes fifteen bits. NaN unless all are
 // finite, and with it whatever they are multiplied by.
 TOKRED_INLINE FixedStep fixed_step(i32x16 magnitudes) {
-  int32_t exponent = max_lane(magnitudes) >> 23;
+  constexpr auto larger_of = [](i32x16 a, i32x16 b) { return larger(a, b); };
+  int32_t exponent = fold_lanes(magnitudes, larger_of) >> 23;
   if (exponent == 255) return {NAN, 0.0f};
   if (exponent < 15) exponent = 15;  // a lower one has no inverse
   return {power_of_two(exponent - 14), power_of_two(254 + 14 - exponent)};
@@ -132,9 +143,9 @@ struct ByteProducts {
       std::memcpy(&x, numbers + i, sizeof x);
       total = add_byte_products(total, x, low);
     }
-    int32_t sum = 0;
-    for (int i = 0; i < i32x16::kWidth; ++i) sum += total[i];
-    return 128 * sum;
+    i32x16 all = {};
+    all.r[0] = total;
+    return 128 * sum_lanes(all);
   }
   static Sum start(int32_t first) { return {Register<int32_t>{}, first - Register<int32_t>{}}; }
   template <int kBits, int kHalf>

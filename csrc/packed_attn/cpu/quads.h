@@ -72,14 +72,8 @@ TOKRED_INLINE void interleave_quads(const Tokens& tokens, int64_t quads, int64_t
     const __m512i bytes =
         _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
     for (; run < runs; ++run) {
-      const auto part = [&](int i) {
-        return _mm_loadu_si128(
-            reinterpret_cast<const __m128i*>(tokens.row(4 * quad + i) + 16 * run));
-      };
-      __m512i x = _mm512_castsi128_si512(part(0));
-      x = _mm512_inserti32x4(x, part(1), 1);
-      x = _mm512_inserti32x4(x, part(2), 2);
-      x = _mm512_inserti32x4(x, part(3), 3);
+      const auto row = [&](int i) { return tokens.row(4 * quad + i) + 16 * run; };
+      __m512i x = load_quarters(row(0), row(1), row(2), row(3));
       x = _mm512_shuffle_epi8(_mm512_permutexvar_epi32(quarters, x), bytes);
       std::memcpy(to + run * kStride, &x, sizeof x);
     }

@@ -27,23 +27,45 @@ inline constexpr int64_t kMaxWords = kMaxHeadDim / 4;  // of a token
 // Four words of every fourth token from `token` on, as many as a register holds.
 template <class Tokens>
 TOKRED_INLINE Register<int32_t> load_words(const Tokens& tokens, int64_t token, int64_t byte) {
-#ifdef __AVX2__
+  [[maybe_unused]] const auto row = [&](int i) { return tokens.row(token + 4 * i) + byte; };
+#if defined(__AVX512F__)
+  return (Register<int32_t>)load_quarters(row(0), row(1), row(2), row(3));
+#elif defined(__AVX2__)
   const auto words = [&](int i) {
-    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(tokens.row(token + 4 * i) + byte));
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(row(i)));
   };
-  const __m256i two = _mm256_inserti128_si256(_mm256_castsi128_si256(words(0)), words(1), 1);
-#ifdef __AVX512F__
-  const __m256i others = _mm256_inserti128_si256(_mm256_castsi128_si256(words(2)), words(3), 1);
-  return (Register<int32_t>)_mm512_inserti64x4(_mm512_castsi256_si512(two), others, 1);
-#else
-  return (Register<int32_t>)two;
-#endif
+  return (Register<int32_t>)_mm256_inserti128_si256(_mm256_castsi128_si256(words(0)), words(1), 1);
 #else
   Register<int32_t> words;
   std::memcpy(&words, tokens.row(token) + byte, sizeof words);
   return words;
 #endif
 }
+
+// The same from four tokens on, one after the other.
+template <class Tokens>
+TOKRED_INLINE void load_four(const Tokens& tokens, int64_t token, int64_t byte,
+                             Register<int32_t> (&x)[4]) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) x[i] = load_words(tokens, token + i, byte);
+}
+#ifdef __AVX512F__
+// In a run every fourth address will do, and the stride: GCC would keep all sixteen.
+TOKRED_INLINE void load_four(const TokenRun& run, int64_t token, int64_t byte,
+                             Register<int32_t> (&x)[4]) {
+  const uint8_t* row[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    row[i] = run.row(token + 4 * i) + byte;
+    asm("" : "+r"(row[i]));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const int64_t at = i * run.stride;
+    x[i] = (Register<int32_t>)load_quarters(row[0] + at, row[1] + at, row[2] + at, row[3] + at);
+  }
+}
+#endif
 
 // words[word][16 tokens], of the tokens from `first` on. Each quarter of a register's lanes is four
 // tokens, transposed by itself.
@@ -61,10 +83,7 @@ TOKRED_INLINE void transpose_words(const Tokens& tokens, int64_t first, int64_t 
   for (int64_t token = 0; token < kLanes; token += kWidth) {
     for (int64_t byte = 0; byte < bytes; byte += 16) {
       Words x[4];
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        x[i] = load_words(tokens, first + token + i, byte);
-      }
+      load_four(tokens, first + token, byte, x);
       const Words even_low = __builtin_shuffle(x[0], x[2], low);
       const Words even_high = __builtin_shuffle(x[0], x[2], high);
       const Words odd_low = __builtin_shuffle(x[1], x[3], low);
