@@ -127,6 +127,78 @@ KERNELS = (
         budget=12.5,
         goal_us=190,
     ),
+    Kernel(
+        name="sparse decode, bf16",
+        shape="B 16, 2048 listed keys of each of Hkv 8, Hq 32, D 128, without the combination",
+        headers=("attention/cuda/decode.cuh",),
+        instance="void attention::decode_kernel<attention::DecodeConfig<bf16, 128>>("
+        "const __grid_constant__ attention::DecodeParams)",
+        ways=(("HMMA", _COPIES),),
+        unit="copy of 16 bytes",
+        units=2 * 16 * 16,
+        work=16 * 8 * 2048 * 2 * 16,
+        bytes=16 * 8 * 2048 * (2 * 256 + 4),
+        threads=128,
+        shared_kb=109,
+        budget=36.1,
+        goal_us=38,
+    ),
+    Kernel(
+        name="qk_score, bf16",
+        shape="128k keys of Hkv 8, D 128, a score for each of Hq 32",
+        headers=("score/cuda/qk_score.cuh",),
+        instance="void scoring::qk_score_kernel<bf16, 16, 4, false>("
+        "const __grid_constant__ scoring::QkScoreArgs)",
+        ways=(("STG", "LDG.E.128"),),
+        unit="number of the keys",
+        units=8 * 128,
+        work=_CODES / 2,
+        bytes=_CODES + 32 * 131072 * 4,
+        threads=256,
+        shared_kb=0,
+        budget=17.3,
+        goal_us=78,
+    ),
+    Kernel(
+        name="match, bf16",
+        shape="B 64, 2048 of 4096 tokens against the others, C 64",
+        headers=("match/cuda/match.cuh",),
+        instance="void matching::match_kernel<"
+        "matching::MatchConfig<bf16, true, false, kWideTiles>>("
+        "const __grid_constant__ MatchParams)",
+        # A third of the copies are of every tile, the others of rows that a block reads once.
+        ways=(
+            ("BAR", "HMMA", "FMUL", "FSETP"),
+            ("BAR", "HMMA", "FMUL", "FSETP"),
+            ("BAR", "HMMA", "FMUL", "FSETP", _COPIES),
+        ),
+        unit="pair of tokens",
+        units=32 * 64,
+        work=64 * 2048 * 2048,
+        bytes=64 * 4096 * 64 * 2,
+        threads=128,
+        shared_kb=57,
+        budget=20.2,
+        goal_us=65,
+        trips=(0, 4, 4),
+    ),
+    Kernel(
+        name="prefill, bf16, mma.sync",
+        shape="16384 tokens, H 32, D 128, every key visible",
+        headers=("sparse_attn/cuda/biased_attention.cuh",),
+        instance="void attention::biased_attention_kernel<attention::ForwardConfig<bf16, 128>>("
+        "const __grid_constant__ AttentionParams)",
+        ways=(("HMMA", _COPIES),),
+        unit="pair of query and key",
+        units=16 * 64,
+        work=32 * 16384**2,
+        bytes=4 * 32 * 16384 * 256,
+        threads=128,
+        shared_kb=86,
+        budget=45.7,
+        goal_us=7330,
+        trips=(4, 3),
+    ),
 )
 
 
