@@ -35,6 +35,7 @@ BENCHES = (
     "merging",
     "vision_language",
     "cache",
+    "real_model",
 )
 
 

@@ -135,6 +135,29 @@ def cache_table(rows: Sequence[Row]) -> str:
     return table(header, lines)
 
 
+def real_model_table(rows: Sequence[Row]) -> str:
+    """Milliseconds of a step, and what of them the profiler finds in weights, attention and
+    choosing; the rest is overhead."""
+    lines = []
+    for group in groups(rows):
+        for row in group:
+            parts = [row.metrics[f"{part}_ms"] for part in ("weights", "attention", "choosing")]
+            rest = row.median_us / 1e3 - sum(parts)
+            ratio = f"{row.ratio_to_best_peer:.2f}×"
+            lines.append(
+                [
+                    f"{row.candidate}, {short(row.dtype)}",
+                    f"{row.shape[1] // 1024}k × {row.shape[0]}",
+                    duration(row.median_us),
+                    f"**{ratio}**" if row.role == "ours" else ratio,
+                    *(f"{part:.1f}" for part in (*parts, rest)),
+                ]
+            )
+    header = [rows[0].case, "context", "a step", "to SDPA", "weights, ms", "attention, ms",
+              "choosing, ms", "rest, ms"]  # fmt: skip
+    return table(header, lines)
+
+
 def ceilings_table(rows: Sequence[Row]) -> str:
     def cells(row: Row) -> list[str]:
         unit = "GB/s"
@@ -163,6 +186,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "merging": models_table,
     "vision_language": op_table,
     "cache": cache_table,
+    "real_model": real_model_table,
     "overhead": overhead_table,
     "ceilings": ceilings_table,
 }

@@ -132,14 +132,14 @@ class Profiler:
 
     def _shares(self, step: Step) -> Shares:
         """The medians of a few passes under torch's profiler."""
-        found = [_profiled(step) for _ in range(_PASSES)]
+        found = [profiled(step) for _ in range(_PASSES)]
         return Shares(*(statistics.median(each) for each in zip(*found, strict=True)))
 
 
 _PASSES = 3
 
 
-def _profiled(step: Step) -> tuple[float, float, float]:
+def profiled(step: Step) -> tuple[float, float, float]:
     """Seconds in ops that are weights, attention and choosing."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as recording
