@@ -349,6 +349,24 @@ def test_alone_and_in_a_batch(kernels: Backend, axis: str, rotate: bool) -> None
         assert_bitwise_equal(kernels.run("kv_unpack", alone, torch.bfloat16), numbers[part])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES[:3])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_halfway_between_codes(
+    kernels: Backend, bits: int, scheme: str, dtype: torch.dtype
+) -> None:
+    """Of quotients that end in .5 all round to even, also where they are not divided."""
+    largest = 2 ** (bits - 1) - 1 if scheme == "symmetric" else 2**bits - 1
+    rng = generator(8)
+    x = torch.randint(0, 2 * largest + 1, (1, 2, 9, 128), generator=rng) / 2
+    x[..., ::16], x[..., 1::16] = 0, largest  # scales are 1
+    if scheme == "symmetric":
+        x *= torch.randint(0, 2, x.shape, generator=rng) * 2 - 1
+    how = (bits, 64 if bits == 2 else 32, "channel", scheme)
+    packed = kernels.run("kv_pack", x.to(dtype), *how)
+    assert_bitwise_equal(tensors(packed), tensors(reference.kv_pack(x.to(dtype), *how)))
+
+
 @pytest.mark.parametrize("axis", AXES)
 def test_every_cpu_agrees(on_every_cpu, axis: str) -> None:
     x = make_tokens((2, 3, 520, 80), "special").to(torch.float16)
