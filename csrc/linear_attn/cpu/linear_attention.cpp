@@ -296,32 +296,55 @@ struct Head {
   }
 
   // One visible row: state_out = w(1) state + k v^T and its products with up to four queries in one
-  // pass; the next four read what was written.
+  // pass; the next four read what was written. With one query four panels of a row at a time, whole
+  // cache lines side by side.
   void step() {
+    for (int64_t panel = 0, count; panel < panels; panel += count) {
+      const bool wide = p.query_group == 1 && width() - panel * kLanes >= 4 * kLanes;
+      count = wide && panel + 4 <= panels ? 4 : 1;
+      for (int64_t first = 0; first < p.query_group; first += 4) {
+        const int64_t shares = min(int64_t{4}, p.query_group - first);
+        count == 4 ? step_panels<4, 1>(panel, first, 1) : step_panels<1, 4>(panel, first, shares);
+      }
+    }
+  }
+
+  template <int kPanels, int kShares>
+  void step_panels(int64_t panel, int64_t first, int64_t shares) {
     const Acc decay = weight[1];
     const T* key = key_row<T>(p.k, batch, head, 0);
     const T* value = key_row<T>(p.v, batch, head, 0) + first_panel * kLanes;
     const auto scale_k = static_cast<Acc>(p.scale_k), scale_q = static_cast<Acc>(p.scale_q);
-    for (int64_t panel = 0; panel < panels; ++panel) {
-      const int64_t at = panel * kLanes, left = width() - at;
-      const Vec<Acc> v = load_row(value + at, left);
-      for (int64_t first = 0; first < p.query_group; first += 4) {
-        const int64_t shares = min(int64_t{4}, p.query_group - first);
-        Vec<Acc> sum[4] = {splat(Acc{0}), splat(Acc{0}), splat(Acc{0}), splat(Acc{0})};
-        for (int64_t d = 0; d < p.head_dim; ++d) {
-          Vec<Acc> x;
-          if (first == 0) {
-            x = v * splat(to_float(key[d]) * scale_k);
-            if (p.state) x = fma(load_row(state_row(d) + at, left), splat(decay), x);
-            store_row(state_out_row(d) + at, x, left);
-          } else {
-            x = load_row(state_out_row(d) + at, left);
-          }
-          for (int64_t i = 0; i < shares; ++i) {
-            sum[i] = fma(splat(to_float(q_row(first + i, 0)[d]) * scale_q), x, sum[i]);
-          }
+    const int64_t at = panel * kLanes, left = width() - at;
+    Vec<Acc> v[kPanels], sum[kShares][kPanels];
+    for (int i = 0; i < kPanels; ++i) {
+      v[i] = load_row(value + at + i * kLanes, left - i * kLanes);
+      for (int share = 0; share < kShares; ++share) sum[share][i] = splat(Acc{0});
+    }
+    for (int64_t d = 0; d < p.head_dim; ++d) {
+      const Vec<Acc> k = splat(to_float(key[d]) * scale_k);
+#pragma GCC unroll 4
+      for (int i = 0; i < kPanels; ++i) {
+        const int64_t column = at + i * kLanes, columns = left - i * kLanes;
+        Vec<Acc> x;
+        if (first == 0) {
+          x = v[i] * k;
+          if (p.state) x = fma(load_row(state_row(d) + column, columns), splat(decay), x);
+          store_row(state_out_row(d) + column, x, columns);
+        } else {
+          x = load_row(state_out_row(d) + column, columns);
         }
-        for (int64_t i = 0; i < shares; ++i) store_row(out_row(first + i, 0) + at, sum[i], left);
+#pragma GCC unroll 4
+        for (int share = 0; share < kShares; ++share) {
+          if (share >= shares) break;
+          const Acc q = to_float(q_row(first + share, 0)[d]) * scale_q;
+          sum[share][i] = fma(splat(q), x, sum[share][i]);
+        }
+      }
+    }
+    for (int64_t share = 0; share < shares; ++share) {
+      for (int i = 0; i < kPanels; ++i) {
+        store_row(out_row(first + share, 0) + at + i * kLanes, sum[share][i], left - i * kLanes);
       }
     }
   }
