@@ -18,6 +18,8 @@ ISAS = ("generic", "avx2", "avx512")
 TESTS = [
     "match",
     "merge",
+    "cluster",
+    "linear_attn",
     "topk",
     "score",
     "kv_pack",
