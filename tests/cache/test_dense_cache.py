@@ -236,7 +236,9 @@ def test_refusals(llama: nn.Module) -> None:
     with pytest.raises(ValueError, match="score_bits needs a head_dim"):
         narrow.update(*(x[..., :8] for x in states(4)), 0)
     assert narrow.get_seq_length() == 0
-    with pytest.raises(ValueError, match="capacity must be at least 1, got 0"):
+    with pytest.raises(
+        ValueError, match="capacity must be at least 1 and at most 2147483647, got 0"
+    ):
         tokred.DenseCache(llama.config, capacity=0)
     with pytest.raises(ValueError, match=r"has none: use a transformers\.DynamicCache"):
         tokred.DenseCache(transformers.MistralConfig(num_hidden_layers=1, sliding_window=4))

@@ -196,6 +196,8 @@ def test_assisted_generation_rolls_back(llama: nn.Module) -> None:
         ({"bits": 8, "scheme": "codebook"}, "at most 16 levels, 4 bits, got 8"),
         ({"scheme": "codebook", "key_axis": "token"}, "needs key_axis='channel'"),
         ({"window": -1}, "window must be at least 0"),
+        ({"window": 2**31}, "at most 2147483647, got 2147483648"),
+        ({"capacity": 2**31}, "at most 2147483647, got 2147483648"),
         ({"bits": 2, "window": 0}, "multiple of the 32 tokens of a group"),
         ({"key_axis": "token", "group_size": 24, "window": 32}, "multiple of the 24 tokens"),
         ({"group_size": 0}, "group_size must be at least 1"),

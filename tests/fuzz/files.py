@@ -26,6 +26,7 @@ import tokred
 from tokred.cache import PackedCacheLayer, files
 
 HEAD_DIM, HEADS, BATCH = 16, 2, 2
+LARGEST_ROOM = 1 << 20  # tokens
 MOST_GROWTH = 64 << 20  # bytes that a small file may make the process take
 _FORMS: tuple[dict[str, Any], ...] = (
     {"bits": 4, "window": 5},
@@ -261,6 +262,8 @@ def _use(loaded: Any) -> None:
         dtype = layer.dtype if packed else torch.float32
         if layer.capacity is not None and layer.length + 2 > layer.capacity:
             continue
+        if max(layer.capacity or 0, layer.options.window) > LARGEST_ROOM:
+            continue  # it may be asked for, and there may be no memory for it
         sides = [torch.ones(batch, heads, 2, dim, dtype=dtype) for dim in dims]
         layer.update(*sides)
         windows = layer.windows.get("key"), layer.windows.get("value")

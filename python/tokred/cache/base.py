@@ -15,6 +15,8 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from tokred import compat
 from tokred._library import tensors_in
 
+from .storage import MAX_TOKENS
+
 
 @dataclass(frozen=True)
 class CacheBytes:
@@ -138,8 +140,8 @@ def _nbytes(layer: Any) -> CacheBytes:
 
 def check_capacity(capacity: int | None) -> None:
     """Refuses what is no number of tokens to make room for, or None."""
-    if capacity is not None and (type(capacity) is not int or capacity < 1):
-        raise ValueError(f"capacity must be at least 1, got {capacity!r}")
+    if capacity is not None and (type(capacity) is not int or not 1 <= capacity <= MAX_TOKENS):
+        raise ValueError(f"capacity must be at least 1 and at most {MAX_TOKENS}, got {capacity!r}")
 
 
 def replaced_layers(config: Any, make: Any, refusal: str) -> list[Any]:

@@ -9,6 +9,7 @@ import torch
 
 from tokred.ops.kv_pack import PackedKV, PackFormat, packed_tokens
 
+MAX_TOKENS = 2**31 - 1  # that int32 indices can name
 _MULTIPLE = 16  # of the head dimension, and of groups along channels
 _MAX_HEAD_DIM = 256
 _TOKEN_GROUP = 32
@@ -62,8 +63,10 @@ class CacheOptions:
             raise ValueError("scheme 'codebook' needs key_axis='channel', got 'token'")
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"group_size must be at least 1, got {self.group_size}")
-        if self.window < 0:
-            raise ValueError(f"window must be at least 0, got {self.window}")
+        if not 0 <= self.window <= MAX_TOKENS:
+            raise ValueError(
+                f"window must be at least 0 and at most {MAX_TOKENS}, got {self.window}"
+            )
         group = self.group_size or _TOKEN_GROUP
         if self.key_axis == "token" and (self.window == 0 or self.window % group != 0):
             raise ValueError(
