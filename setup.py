@@ -32,7 +32,8 @@ class CMakeBuild(build_ext):
         ]  # fmt: skip
         subprocess.check_call(configure)
         subprocess.check_call(["cmake", "--build", str(build), "--parallel"])
-        subprocess.check_call(["cmake", "--install", str(build), "--prefix", str(prefix)])
+        install = ["cmake", "--install", str(build), "--strip", "--prefix", str(prefix)]
+        subprocess.check_call(install)
 
     def get_outputs(self) -> list[str]:
         return []
