@@ -55,8 +55,8 @@ MUTANTS = (
     Mutant(
         "wrong tie rule",
         "match/cpu/match.cpp",
-        "index[n] = select_greater(score, best[n], row, index[n]);",
-        "index[n] = select_greater(best[n], score, index[n], row);",
+        "index[n] = select_greater(score, best[n], splat(columns.row[j]), index[n]);",
+        "index[n] = select_greater(best[n], score, index[n], splat(columns.row[j]));",
         ("match",),
     ),
     Mutant(

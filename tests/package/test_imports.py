@@ -19,6 +19,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_library": set(),
     "_version": set(),
     "compat": set(),
+    "_paths": set(),
     "ops": set(),
     "reference": {"ops"},
     "distributed": {"ops"},
@@ -31,10 +32,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "integrations": {"ops", "grid", "patching", "selection"},
     "models": set(),
     "cache": {"ops", "integrations"},
-    "evaluation": {"ops", "methods", "patching", "integrations", "cache"},
-    "demo": {"ops", "methods", "patching", "integrations", "cache", "evaluation"},
+    "evaluation": {"ops", "methods", "patching", "integrations", "cache", "_paths"},
+    "demo": {"ops", "methods", "patching", "integrations", "cache", "evaluation", "_paths"},
     "__init__": {"ops"},
-    "commands": {"ops", "methods", "evaluation", "demo"},
+    "commands": {"ops", "methods", "evaluation", "demo", "_paths"},
     "__main__": {"ops"},
 }
 # What a room imports only inside functions, when it is called.
