@@ -88,9 +88,9 @@ def op_lines(rows: Sequence[Row]) -> Iterator[list[str]]:
 
 
 def newest(results: Path) -> list[Row]:
-    """The rows of the machine that was measured last, on its CPU."""
+    """The rows of the machine that was measured last, on its CPU; of a day's, the last by name."""
     files = [[row for row in load_rows(path) if row.device == "cpu"]
-             for path in sorted(results.glob("*-quick.jsonl"))]  # fmt: skip
+             for path in sorted(results.glob("*-quick.jsonl"), reverse=True)]  # fmt: skip
     return max(files, key=lambda rows: max((row.date for row in rows), default=""), default=[])
 
 
