@@ -9,13 +9,13 @@ every step. Methods that evict keep a quarter of the keys of the same context.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import tokred
 from tokred.compat import cache_keyword
@@ -23,7 +23,7 @@ from tokred.demo.offline import MissingModelError
 from tokred.demo.smollm2 import load_smollm2
 from tokred.evaluation.decoding import dense_attention
 
-from .bench_models import allow_torchvision
+from .bench_models import allow_torchvision, inside
 from .harness import MOST_SAMPLES, Case
 from .machine import Run
 
@@ -40,19 +40,19 @@ def filled(cache: Any, config: Any, tokens: int) -> Any:
 
 
 def decode_case(model: torch.nn.Module, context: int) -> Case:
-    config = model.config
+    config, held = model.config, ExitStack()
 
-    def step(attention: Callable[[], AbstractContextManager], cache: Any) -> Tensor:
+    def step(patched: nn.Module, cache: Any) -> Tensor:
         token = torch.zeros(1, 1, dtype=torch.long)
-        with torch.inference_mode(), attention():
-            return model(token, **{cache_keyword(): cache}).logits
+        with torch.inference_mode():
+            return patched(token, **{cache_keyword(): cache}).logits
 
     def build() -> dict[str, Callable]:
         from transformers.cache_utils import DynamicCache, QuantizedCache, StaticCache
 
-        sdpa = partial(dense_attention, model, "sdpa")
-        ours = partial(dense_attention, model)
-        tidal = partial(tokred.patch, model, "tidal_decode", k=256)
+        sdpa = inside(partial(dense_attention, name="sdpa"), model, held)
+        ours = inside(dense_attention, model, held)
+        tidal = inside(partial(tokred.patch, method="tidal_decode", k=256), model, held)
         # As long as the samples need: a longer one would be slower.
         static = partial(StaticCache, config=config, max_cache_len=context + MOST_SAMPLES + 8)
         dynamic = partial(DynamicCache, config=config)
@@ -68,15 +68,16 @@ def decode_case(model: torch.nn.Module, context: int) -> Case:
             "SDPA, DynamicCache": (sdpa, dynamic()),
         }
         calls = {
-            name: partial(step, attention, filled(cache, config, context))
-            for name, (attention, cache) in caches.items()
+            name: partial(step, patched, filled(cache, config, context))
+            for name, (patched, cache) in caches.items()
         }
         for method in EVICTORS:
             # A prompt as long as the budget: a step costs what it costs after a longer one.
-            patched = partial(tokred.patch, model, method, budget=context // 4)
-            with patched(), torch.inference_mode():
+            evicting = partial(tokred.patch, method=method, budget=context // 4)
+            patched = inside(evicting, model, held)
+            with torch.inference_mode():
                 prompt = torch.randint(config.vocab_size, (1, context // 4))
-                cache = model(prompt, use_cache=True, logits_to_keep=1)[cache_keyword()]
+                cache = patched(prompt, use_cache=True, logits_to_keep=1)[cache_keyword()]
             calls[f"tokred {method}, a quarter of the keys"] = partial(step, patched, cache)
         for bits in (4, 2) if find_spec("optimum") else ():
             name = f"SDPA, QuantizedCache, {bits} bits"
@@ -89,7 +90,9 @@ def decode_case(model: torch.nn.Module, context: int) -> Case:
                 print(f"without {name}: {error}")
         return calls
 
-    return Case("cache", "decode, SmolLM2-135M", (1, context), "float32", build)
+    return Case(
+        "cache", "decode, SmolLM2-135M", (1, context), "float32", build, context=lambda: held
+    )
 
 
 def cases(run: Run) -> Iterator[Case]:

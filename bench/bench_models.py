@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -88,6 +89,15 @@ def sharing_copy(model: nn.Module) -> nn.Module:
     """Modules of its own, parameters and buffers shared."""
     shared = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+
+
+def inside(
+    patch: Callable[[nn.Module], AbstractContextManager], model: nn.Module, held: ExitStack
+) -> nn.Module:
+    """A sharing copy inside `patch(copy)` while `held` is open: no step enters or leaves it."""
+    copied = sharing_copy(model)
+    held.enter_context(patch(copied))
+    return copied
 
 
 def features(output: Any) -> Tensor:

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import ExitStack, nullcontext
 from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import tokred
 from tokred.compat import cache_keyword
@@ -27,7 +27,7 @@ from tokred.evaluation.decoding import dense_attention
 from tokred.evaluation.profiler import profiled
 from tokred.evaluation.speed import Step
 
-from .bench_models import allow_torchvision
+from .bench_models import allow_torchvision, inside
 from .harness import MOST_SAMPLES, Case
 from .machine import DTYPES, Run
 
@@ -38,14 +38,14 @@ _CHUNK = 1024
 
 
 @cache
-def model_and_ids() -> tuple[torch.nn.Module, Tensor]:
+def model_and_ids() -> tuple[nn.Module, Tensor]:
     """The model in float32, and i64 [1, READ]."""
     model, tokenizer = load_smollm2()
     return model, text_ids(tokenizer, READ)
 
 
 @cache
-def model_in(dtype: str) -> torch.nn.Module:
+def model_in(dtype: str) -> nn.Module:
     model = model_and_ids()[0]
     return model if dtype == "float32" else copy.deepcopy(model).to(DTYPES[dtype])
 
@@ -78,6 +78,7 @@ def filled(empty: Any, context: int, batch: int, dtype: str) -> Any:
 def decode_case(context: int, batch: int, dtype: str, quick: bool) -> Case:
     chosen = 2048 if context > READ else 512
     metrics: dict[str, dict[str, float]] = {}
+    held = ExitStack()
 
     def build() -> dict[str, Callable]:
         from transformers import StaticCache
@@ -89,11 +90,13 @@ def decode_case(context: int, batch: int, dtype: str, quick: bool) -> Case:
         static = full(StaticCache(config=config, max_cache_len=context + room))
         scored = full(tokred.DenseCache(config, score_bits=4))
         four, two = (full(tokred.PackedCache(config, bits=bits)) for bits in (4, 2))
-        dense, sdpa = partial(dense_attention, model), partial(dense_attention, model, "sdpa")
-        select = partial(tokred.patch, model, "token_select", k=chosen)
-        top_k = partial(tokred.patch, model, "top_k_attention", k=chosen)
-        tidal = partial(tokred.patch, model, "tidal_decode", k=chosen)
-        candidates: dict[str, tuple[Callable[[], AbstractContextManager], Any]] = {
+        sdpa = inside(partial(dense_attention, name="sdpa"), model, held)
+        dense = inside(dense_attention, model, held)
+        select, top_k, tidal = (
+            inside(partial(tokred.patch, method=method, k=chosen), model, held)
+            for method in ("token_select", "top_k_attention", "tidal_decode")
+        )
+        candidates = {
             "SDPA, StaticCache": (sdpa, static),
             "tokred, StaticCache": (dense, static),
             "tokred, 4 bits": (dense, four),
@@ -105,28 +108,23 @@ def decode_case(context: int, batch: int, dtype: str, quick: bool) -> Case:
             f"tokred tidal_decode, {chosen} keys": (tidal, static),
         }
 
-        def step(patch: Callable[[], AbstractContextManager], held: Any) -> Tensor:
-            with torch.inference_mode(), patch():
-                return model(token, **{cache_keyword(): held}).logits
+        def step(patched: nn.Module, stored: Any) -> Tensor:
+            with torch.inference_mode():
+                return patched(token, **{cache_keyword(): stored}).logits
 
         calls = {}
-        for name, (patch, held) in candidates.items():
-            calls[name] = partial(step, patch, held)
+        for name, (patched, stored) in candidates.items():
+            calls[name] = partial(step, patched, stored)
             calls[name]()
-            parts = profiled(Step(patch, partial(_decode, model, token, held)))
+            parts = profiled(Step(nullcontext, calls[name]))
             names = ("weights_ms", "attention_ms", "choosing_ms")
             metrics[name] = {part: 1e3 * x for part, x in zip(names, parts, strict=True)}
         return calls
 
     return Case(
         "real_model", "decode, SmolLM2-135M", (batch, context), dtype, build, "real text",
-        examine=lambda outputs: metrics,
+        examine=lambda outputs: metrics, context=lambda: held,
     )  # fmt: skip
-
-
-def _decode(model: torch.nn.Module, token: Tensor, held: Any) -> None:
-    with torch.inference_mode():
-        model(token, **{cache_keyword(): held})
 
 
 def cases(run: Run) -> Iterator[Case]:
