@@ -35,8 +35,10 @@ def best(rows: list, role: str) -> dict[str, float]:
 def is_plausible(rows: list) -> bool:
     """Ours are no slower than torch's ways, and no gather of lines is faster than streams."""
     ours, torchs = best(rows, "ours"), best(rows, "peer")
+    # These arrays fit a large cache, which copies past the caches do not use.
     return (
-        all(ours[name] > 0.8 * torchs[name] for name in ("read", "copy"))
+        ours["read"] > 0.8 * torchs["read"]
+        and max(ours["copy"], ours["copy_ordinary"]) > 0.8 * torchs["copy"]
         and ours["fma_float32"] > torchs["gemm_float32"]
         and ours["gather_64_shuffled"] < 1.1 * ours["read"]
     )
