@@ -7,7 +7,7 @@
 // GFLOP/s; where a loop reads all tokens at every step, a twentieth of them is read. Sums of
 // distances rise, and so may scores with negative weights: those meet every picked token at once.
 // Where the tokens are more than a cache holds, a pass over them measures the distances to a dozen
-// tokens, the one picked and those that look like being next, in the time of one: of 64 picks of
+// tokens in the time of one: the token just picked and the most likely next picks. Of 64 picks of
 // [1, 2880, 4096] twenty read all tokens.
 //
 // The most isolated token of [1, 2880, 4096]: 34 GFLOP for every pair once, 340 ms at 100 GFLOP/s.
