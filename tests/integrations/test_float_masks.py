@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import tokred
 from cases.tiny_models import generated, left_padded, tiny_lm, transformers
-from tokred.compat import cache_keyword
+from tokred.compat import cache_keyword, release
 from tokred.integrations.transformers import attention
 
 CACHE = cache_keyword()
@@ -21,6 +21,8 @@ def registered(one_thread: None) -> None:
 
 @pytest.fixture(scope="module", params=["T5", "UMT5"])
 def t5(request: pytest.FixtureRequest) -> nn.Module:
+    if release("transformers") < (5, 24):
+        pytest.skip(f"this transformers has {request.param}'s attention outside of its interface")
     torch.manual_seed(0)
     config = getattr(transformers, f"{request.param}Config")(
         vocab_size=97, d_model=64, d_kv=16, d_ff=64, num_layers=2, num_heads=4,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from tokred import compat
 from tokred._library import refuse_grad
 from tokred.integrations.transformers.packed_buffer import SCORE_KEYS, PackedBuffer
 from tokred.integrations.transformers.token_buffer import TokenBuffer
@@ -217,6 +218,11 @@ class DenseCacheLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         """Tokens in the cache."""
         return self._buffers["keys"].length if self.is_initialized else 0
+
+    def reset(self) -> None:
+        """Forgets all tokens, and what shape they had."""
+        compat.drop_tokens(self)
+        super().reset()
 
     def get_max_length(self) -> int:
         """The capacity, or -1 where there is none."""
