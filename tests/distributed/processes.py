@@ -32,7 +32,8 @@ from cases.compare import assert_bitwise_equal
 from cases.inputs import generator
 from cases.op_calls import CALLS
 from cases.sizes import Sizes
-from tokred.distributed.sharding import REFUSED, RULES, Rule
+from tokred.distributed.sharding import Rule
+from tokred.ops.placements import REFUSED, RULES
 
 SIZES = Sizes(b=4, hq=8, hk=4)
 

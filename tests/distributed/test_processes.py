@@ -14,7 +14,8 @@ import torch
 import tokred.distributed
 from cases.op_calls import op_names
 from tokred.distributed import combine_over_ranks
-from tokred.distributed.sharding import REFUSED, RULES, Rule
+from tokred.distributed.sharding import Rule
+from tokred.ops.placements import REFUSED, RULES
 from tokred.patching import AttentionCall
 
 FOLDER = Path(__file__).parent

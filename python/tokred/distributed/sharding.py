@@ -1,7 +1,5 @@
-"""How every op works on DTensors: which dimensions of its arguments are the batch and the heads.
+"""Registers with torch how every op works on DTensors, by the rules of `tokred.ops.placements`.
 
-A rule gives each argument a letter for every dimension. `b` is the batch, `h` the heads of queries,
-keys or lists of keys; a leading `*` stands for any number of dimensions that are rows of their own.
 An op runs without communication where all arguments are sharded along the batch, or all along the
 heads; what is 1 long there serves every shard, and is replicated. Other placements are brought into
 one of these first, or replicated, by torch.
@@ -19,92 +17,7 @@ from torch.distributed.tensor._op_schema import OpSchema, OpSpec, OpStrategy, Ru
 from torch.distributed.tensor._ops.utils import expand_to_full_mesh_op_strategy
 from torch.distributed.tensor.placement_types import Placement
 
-_QKV = "q bhld, k bhnd, v bhne"
-_ATTENTION = f"{_QKV}, key_bias bhn, mask bhln"
-_GRADS = f"grad_out bhle, grad_lse bhl, {_QKV}, key_bias bhn, mask bhln, out bhle, lse bhl"
-_SINKHORN = (
-    "x bmc, anchors bnc, position_x bmp, position_anchors bnp, time_x bm, time_anchors bn, "
-    "mask_x bm, mask_anchors bn, offset b"
-)
-RULES = {
-    # topk
-    "topk": "scores *n, lengths *, row_k *, must_keep *n -> *k, *k, *",
-    "compact": "selected *n, lengths * -> *k, *",
-    # over the batch alone: a key may receive from all heads
-    "eviction_slot": "position bgn, scores bgn, logits bqn, lse bq, bias bgn, start b, newest bgi "
-    "-> bgi, bgn",
-    "inverse_transform_sample": "scores *n, mask *n -> *k, *",
-    # score
-    "qk_score": "q bhld, k bhnd, dims hf, lengths b, mask bn, slots bn -> bhn",
-    "block_pool": "x bhnd, boundaries bm, lengths b, mask bn -> bhmsd, bm",
-    "block_score": "q bhl, pooled bhmsd, counts bm -> bhlm",
-    "attention_rows": "q bhld, k bhnd, mask bhln -> bhln",
-    "attention_columns": "q bhld, k bhnd, lse bhl, weight bhl, mask bhln -> bhn",
-    "pagerank": "q bhnd, k bhnd, lse bhn, start bhn, mask bhnn -> bhn",
-    "similarity_stats": "a bnc, b bmc, mask_a bn, mask_b bm -> bn, bn, bn, bn, bn, bn",
-    "transition_stats": "before bnc, after bnc -> bn, bn",
-    # match
-    "match": "a bnc, b bmc, mask_a bn, mask_b bm, weight_a bn, weight_b bm -> bn, bn",
-    "bipartite_soft_matching": "metric bnc, mask bn, sources bs, destinations bd -> bn",
-    "threshold_matching": "metric bnc, mask bn, sources bs, destinations bd -> bn, b",
-    "linear_assignment": "cost bnm -> bn, bn, bm",
-    "sinkhorn": f"{_SINKHORN} -> bnc, bn, bm, bm, bn, b",
-    "sinkhorn_backward": f"grad_aggregation bnc, grad_load bn, {_SINKHORN}, steps b -> bmc, bnc",
-    # cluster
-    "connected_components": "x byxc, mask bn -> bn, b",
-    "kmeans": "x bnc, start bk, mask bn -> bkc, bn, bk",
-    "dpc_knn": "x bnc, mask bn -> bm, bn",
-    "greedy_select": "x bnc, weight bn, start b, mask bn -> bk",
-    "kmedoids": "x bnc, start bk, mask bn -> bk, bn",
-    "local_soft_kmeans": "x bnc -> bmc, bn",
-    "knn_reconstruct": "deep bmd, x bnc, centroids bmc -> bnd",
-    "knn_reconstruct_backward": "grad_y bnd, x bnc, centroids bmc -> bmd",
-    # merge
-    "merge": "x bnc, token_map bn, size bn, weight bn -> bmc, bm",
-    "merge_backward": "grad_y bmc, grad_size bm, x bnc, token_map bn, size bn, weight bn "
-    "-> bnc, bn, bn",
-    "unmerge": "y bmc, token_map bn -> bnc",
-    "compose": "second bm, first bn -> bn",
-    "segment_weights": "ids bn, weight bn, x bnc -> bn",
-    "segment_weights_backward": "grad bn, weights bn, ids bn, weight bn, x bnc -> bn",
-    "adjacent_runs": "x bnc, y bnc, mask bn -> bn, bn, bn, b, bn",
-    "forest_roots": "parent bn -> bn, bn",
-    "ema_scan": "c bmc, p bm, state bc, lengths b -> bmc, bc",
-    "ema_scan_backward": "grad_z bmc, grad_state bc, c bmc, p bm, state bc, lengths b, z bmc "
-    "-> bmc, bm, bc",
-    # sparse_attn
-    "biased_attention": f"{_ATTENTION}, query_position blp, key_position bnp -> bhle, bhl",
-    "biased_attention_backward": f"{_GRADS}, query_position blp, key_position bnp "
-    "-> bhld, bhnd, bhne, bhn",
-    "sparse_attention": f"{_ATTENTION}, indices bhlk, rope_cos kr, rope_sin kr -> bhle, bhl",
-    "sparse_attention_backward": f"{_GRADS}, indices bhlk -> bhld, bhnd, bhne, bhn",
-    "block_sparse_attention": f"{_ATTENTION}, block_mask bhln -> bhle, bhl",
-    "block_sparse_attention_backward": f"{_GRADS}, block_mask bhln -> bhld, bhnd, bhne, bhn",
-    "combine_states": "out_a bhle, lse_a bhl, out_b bhle, lse_b bhl -> bhle, bhl",
-    "unmerged_attention": f"{_QKV}, token_map bt, rope_cos btr, rope_sin btr, query_map bl -> bhle",
-    # kv_pack
-    "kv_pack": "x bhnd, levels hi -> bhnd, bhnp",
-    "kv_unpack": "codes bhnd, params bhnp, levels hi -> bhnd",
-    # packed_attn
-    "packed_attention": "q bhld, k_codes bhnd, k_params bhnp, v_codes bhne, v_params bhnp, "
-    "residual_k bhwd, residual_v bhwe, indices bhlk, mask bhlt, key_bias bht, lengths b, "
-    "slots bs, k_levels hi, v_levels hi -> bhle, bhl",
-    "packed_qk_score": "q bhld, codes bhnd, params bhnp, residual bhwd, lengths b, mask bt, "
-    "slots bs, levels hi -> bht",
-    # linear_attn
-    "linear_attention": f"{_QKV}, decay h, state bhde, mask bn -> bhle, bhde",
-    "linear_attention_backward": f"grad_out bhle, grad_state bhde, {_QKV}, decay h, state bhde, "
-    "mask bn -> bhld, bhnd, bhne, bhde",
-}
-_WRITES = "it writes to its arguments, and torch may hand it copies: call it on local tensors"
-REFUSED = {
-    "gather_tokens": "it takes and returns lists, for which torch has no placements: call "
-    "gather_tokens on local tensors, inside torch.distributed.tensor.experimental.local_map",
-    "kv_append": _WRITES,
-    "kv_unpack_into": _WRITES,
-    "merge_out": _WRITES,
-    "replace_token": _WRITES,
-}
+from ..ops.placements import REFUSED, RULES
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._library import check_tensor
+from .placements import WRITES, not_sharded, sharded
 from .registration import call, call_in_place, follow_under_autocast, without_gradient, writes
 from .symbolic import check_dim, check_writable
 
@@ -420,3 +421,7 @@ without_gradient("kv_append")
 writes("kv_unpack_into")
 writes("kv_append")
 follow_under_autocast("kv_append", "x", "window")
+sharded("kv_pack", "x bhnd, levels hi -> bhnd, bhnp")
+sharded("kv_unpack", "codes bhnd, params bhnp, levels hi -> bhnd")
+not_sharded("kv_unpack_into", WRITES)
+not_sharded("kv_append", WRITES)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .attention import fake_attention, state_dtype
+from .placements import QKV, sharded
 from .registration import call, cast_under_autocast, differentiable, once_differentiable
 from .sparse_attn import combine_states
 
@@ -178,6 +179,12 @@ def _backward(ctx: Any, grad_out: Tensor, grad_state: Tensor) -> tuple[Tensor | 
 differentiable("linear_attention", ("q", "k", "v", "state"), _backward, _setup_context)
 once_differentiable("linear_attention_backward", "linear_attention")
 cast_under_autocast("linear_attention", "q", "k", "v")
+sharded("linear_attention", f"{QKV}, decay h, state bhde, mask bn -> bhle, bhde")
+sharded(
+    "linear_attention_backward",
+    f"grad_out bhle, grad_state bhde, {QKV}, decay h, state bhde, "
+    "mask bn -> bhld, bhnd, bhne, bhde",
+)
 
 
 def _flops(q: Any, v: Any) -> int:

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 from .._library import check_tensor
 from .attention import broadcast_bias, broadcast_mask, forward_flops
 from .kv_pack import PackedKV, check_bits, check_packed
+from .placements import sharded
 from .registration import call, cast_under_autocast, without_gradient
 from .symbolic import check_dim
 
@@ -220,6 +221,17 @@ without_gradient("packed_attention")
 without_gradient("packed_qk_score")
 cast_under_autocast("packed_attention", "q", "residual_k", "residual_v")
 cast_under_autocast("packed_qk_score", "q", "residual")
+sharded(
+    "packed_attention",
+    "q bhld, k_codes bhnd, k_params bhnp, v_codes bhne, v_params bhnp, "
+    "residual_k bhwd, residual_v bhwe, indices bhlk, mask bhlt, key_bias bht, lengths b, "
+    "slots bs, k_levels hi, v_levels hi -> bhle, bhl",
+)
+sharded(
+    "packed_qk_score",
+    "q bhld, codes bhnd, params bhnp, residual bhwd, lengths b, mask bt, "
+    "slots bs, levels hi -> bht",
+)
 
 
 @register_flop_formula(_ops.packed_attention)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._library import check_tensor
+from .placements import WRITES, not_sharded, sharded
 from .registration import (
     call,
     call_in_place,
@@ -410,3 +411,17 @@ not_differentiable("topk", "compact", "inverse_transform_sample")
 for _name in ("eviction_slot", "gather_tokens", "replace_token"):
     without_gradient(_name)
 writes("replace_token")
+sharded("topk", "scores *n, lengths *, row_k *, must_keep *n -> *k, *k, *")
+sharded("compact", "selected *n, lengths * -> *k, *")
+not_sharded(
+    "gather_tokens",
+    "it takes and returns lists, for which torch has no placements: call "
+    "gather_tokens on local tensors, inside torch.distributed.tensor.experimental.local_map",
+)
+# Over the batch alone, as a key may receive attention from all heads.
+sharded(
+    "eviction_slot",
+    "position bgn, scores bgn, logits bqn, lse bq, bias bgn, start b, newest bgi -> bgi, bgn",
+)
+not_sharded("replace_token", WRITES)
+sharded("inverse_transform_sample", "scores *n, mask *n -> *k, *")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..placements import sharded
 from ..registration import choose, not_differentiable
 
 _ops = torch.ops.tokred
@@ -49,3 +50,4 @@ def _connected_components_fake(
 
 
 not_differentiable("connected_components")
+sharded("connected_components", "x byxc, mask bn -> bn, b")

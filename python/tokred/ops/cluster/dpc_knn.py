@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ..placements import sharded
 from ..registration import choose, not_differentiable
 
 _ops = torch.ops.tokred
@@ -58,6 +59,7 @@ def _dpc_knn_fake(
 
 
 not_differentiable("dpc_knn")
+sharded("dpc_knn", "x bnc, mask bn -> bm, bn")
 
 
 @register_flop_formula(_ops.dpc_knn)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..placements import sharded
 from ..registration import choose, not_differentiable
 
 _ops = torch.ops.tokred
@@ -86,3 +87,4 @@ def _greedy_select_fake(
 
 
 not_differentiable("greedy_select")
+sharded("greedy_select", "x bnc, weight bn, start b, mask bn -> bk")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ..placements import sharded
 from ..registration import choose, not_differentiable
 
 _ops = torch.ops.tokred
@@ -86,6 +87,7 @@ def _kmeans_fake(
 
 
 not_differentiable("kmeans")
+sharded("kmeans", "x bnc, start bk, mask bn -> bkc, bn, bk")
 
 
 @register_flop_formula(_ops.kmeans)

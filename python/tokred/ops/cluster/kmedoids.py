@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ..placements import sharded
 from ..registration import choose, not_differentiable
 
 _ops = torch.ops.tokred
@@ -71,6 +72,7 @@ def _kmedoids_fake(
 
 
 not_differentiable("kmedoids")
+sharded("kmedoids", "x bnc, start bk, mask bn -> bk, bn")
 
 
 @register_flop_formula(_ops.kmedoids)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ..placements import sharded
 from ..registration import call, differentiable, once_differentiable
 
 _ops = torch.ops.tokred
@@ -90,6 +91,8 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
 
 differentiable("knn_reconstruct", ("deep",), _backward, _setup)
 once_differentiable("knn_reconstruct_backward", "knn_reconstruct")
+sharded("knn_reconstruct", "deep bmd, x bnc, centroids bmc -> bnd")
+sharded("knn_reconstruct_backward", "grad_y bnd, x bnc, centroids bmc -> bmd")
 
 
 @register_flop_formula(_ops.knn_reconstruct)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ..placements import sharded
 from ..registration import choose, not_differentiable
 
 _ops = torch.ops.tokred
@@ -70,6 +71,7 @@ def _local_soft_kmeans_fake(
 
 
 not_differentiable("local_soft_kmeans")
+sharded("local_soft_kmeans", "x bnc -> bmc, bn")
 
 
 @register_flop_formula(_ops.local_soft_kmeans)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..placements import sharded
 from ..registration import choose, not_differentiable
 
 __all__ = ["LinearAssignment", "linear_assignment"]
@@ -72,3 +73,4 @@ def _linear_assignment_fake(
 
 
 not_differentiable("linear_assignment")
+sharded("linear_assignment", "cost bnm -> bn, bn, bm")

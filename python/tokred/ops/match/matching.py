@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..._library import check_tensor
+from ..placements import sharded
 from ..registration import choose, not_differentiable, promote_under_autocast
 from ..symbolic import larger, smaller
 
@@ -272,6 +273,9 @@ def _threshold_matching_fake(
 
 not_differentiable("match", "bipartite_soft_matching", "threshold_matching")
 promote_under_autocast("match", "a", "b")
+sharded("match", "a bnc, b bmc, mask_a bn, mask_b bm, weight_a bn, weight_b bm -> bn, bn")
+sharded("bipartite_soft_matching", "metric bnc, mask bn, sources bs, destinations bd -> bn")
+sharded("threshold_matching", "metric bnc, mask bn, sources bs, destinations bd -> bn, b")
 
 
 @register_flop_formula(_ops.match)

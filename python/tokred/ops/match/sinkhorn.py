@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ..placements import sharded
 from ..registration import call, differentiable, once_differentiable, promote_under_autocast
 
 __all__ = ["Sinkhorn", "sinkhorn"]
@@ -168,6 +169,12 @@ def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
 differentiable("sinkhorn", ("x", "anchors"), _backward, _setup)
 once_differentiable("sinkhorn_backward", "sinkhorn")
 promote_under_autocast("sinkhorn", "x", "anchors")
+_SETS = (
+    "x bmc, anchors bnc, position_x bmp, position_anchors bnp, time_x bm, time_anchors bn, "
+    "mask_x bm, mask_anchors bn, offset b"
+)
+sharded("sinkhorn", f"{_SETS} -> bnc, bn, bm, bm, bn, b")
+sharded("sinkhorn_backward", f"grad_aggregation bnc, grad_load bn, {_SETS}, steps b -> bmc, bnc")
 
 
 @register_flop_formula(_ops.sinkhorn)

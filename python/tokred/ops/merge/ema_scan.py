@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..placements import sharded
 from ..registration import call, differentiable, once_differentiable
 
 _ops = torch.ops.tokred
@@ -88,3 +89,8 @@ def _backward(ctx: Any, grad_z: Tensor, grad_state: Tensor) -> tuple[Tensor | No
 
 differentiable("ema_scan", ("c", "p", "state"), _backward, _setup)
 once_differentiable("ema_scan_backward", "ema_scan")
+sharded("ema_scan", "c bmc, p bm, state bc, lengths b -> bmc, bc")
+sharded(
+    "ema_scan_backward",
+    "grad_z bmc, grad_state bc, c bmc, p bm, state bc, lengths b, z bmc -> bmc, bm, bc",
+)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..._library import check_tensor
+from ..placements import sharded
 from ..registration import choose, not_differentiable
 from .maps import merge
 
@@ -85,3 +86,4 @@ def _forest_roots_fake(parent: Tensor) -> tuple[Tensor, Tensor]:
 
 
 not_differentiable("forest_roots")
+sharded("forest_roots", "parent bn -> bn, bn")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..._library import check_tensor
+from ..placements import WRITES, not_sharded, sharded
 from ..registration import (
     call,
     call_in_place,
@@ -281,3 +282,11 @@ differentiable("unmerge", ("y",), _unmerge_backward, _unmerge_setup)
 not_differentiable("compose")
 without_gradient("merge_out", "merge with out")
 writes("merge_out")
+sharded("merge", "x bnc, token_map bn, size bn, weight bn -> bmc, bm")
+not_sharded("merge_out", WRITES)
+sharded(
+    "merge_backward",
+    "grad_y bmc, grad_size bm, x bnc, token_map bn, size bn, weight bn -> bnc, bn, bn",
+)
+sharded("unmerge", "y bmc, token_map bn -> bnc")
+sharded("compose", "second bm, first bn -> bn")

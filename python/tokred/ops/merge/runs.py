@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..._library import check_tensor
+from ..placements import sharded
 from ..registration import call, promote_under_autocast, without_gradient
 from .folded import fold_table, fold_tokens
 
@@ -103,3 +104,4 @@ def _adjacent_runs_fake(
 
 without_gradient("adjacent_runs")
 promote_under_autocast("adjacent_runs", "x", "y")
+sharded("adjacent_runs", "x bnc, y bnc, mask bn -> bn, bn, bn, b, bn")

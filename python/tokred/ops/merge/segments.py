@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..._library import check_tensor
+from ..placements import sharded
 from ..registration import call, differentiable, once_differentiable
 from .folded import fold_table, fold_tokens
 
@@ -253,3 +254,5 @@ def _weights_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 differentiable("segment_weights", ("weight", "x"), _weights_backward, _weights_setup)
 once_differentiable("segment_weights_backward", "segment_weights")
+sharded("segment_weights", "ids bn, weight bn, x bnc -> bn")
+sharded("segment_weights_backward", "grad bn, weights bn, ids bn, weight bn, x bnc -> bn")

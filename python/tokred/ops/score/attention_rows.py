@@ -10,6 +10,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..._library import check_tensor
 from ..attention import broadcast_mask
+from ..placements import sharded
 from ..registration import call, cast_under_autocast, without_gradient
 from ..sparse_attn import biased_attention
 
@@ -217,6 +218,10 @@ def _pagerank_fake(
 for _name in ("attention_rows", "attention_columns", "pagerank"):
     without_gradient(_name)
     cast_under_autocast(_name, "q", "k")
+
+sharded("attention_rows", "q bhld, k bhnd, mask bhln -> bhln")
+sharded("attention_columns", "q bhld, k bhnd, lse bhl, weight bhl, mask bhln -> bhn")
+sharded("pagerank", "q bhnd, k bhnd, lse bhn, start bhn, mask bhnn -> bhn")
 
 
 @register_flop_formula([_ops.attention_rows, _ops.attention_columns])

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..._library import check_tensor
+from ..placements import sharded
 from ..registration import call, cast_under_autocast, without_gradient
 from ..symbolic import check_dim
 
@@ -223,6 +224,9 @@ without_gradient("qk_score")
 without_gradient("block_pool")
 without_gradient("block_score")
 cast_under_autocast("qk_score", "q", "k")
+sharded("qk_score", "q bhld, k bhnd, dims hf, lengths b, mask bn, slots bn -> bhn")
+sharded("block_pool", "x bhnd, boundaries bm, lengths b, mask bn -> bhmsd, bm")
+sharded("block_score", "q bhl, pooled bhmsd, counts bm -> bhlm")
 
 
 @register_flop_formula(_ops.qk_score)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ..placements import sharded
 from ..registration import call, promote_under_autocast, without_gradient
 
 _ops = torch.ops.tokred
@@ -139,6 +140,8 @@ without_gradient("similarity_stats")
 without_gradient("transition_stats")
 promote_under_autocast("similarity_stats", "a", "b")
 promote_under_autocast("transition_stats", "before", "after")
+sharded("similarity_stats", "a bnc, b bmc, mask_a bn, mask_b bm -> bn, bn, bn, bn, bn, bn")
+sharded("transition_stats", "before bnc, after bnc -> bn, bn")
 
 
 @register_flop_formula(_ops.similarity_stats)

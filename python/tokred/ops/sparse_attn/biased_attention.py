@@ -19,6 +19,7 @@ from ..attention import (
     incoming,
     wanted,
 )
+from ..placements import ATTENTION, ATTENTION_GRADS, sharded
 from ..registration import (
     call,
     cast_under_autocast,
@@ -217,6 +218,12 @@ once_differentiable("biased_attention_backward", "biased_attention")
 cast_under_autocast("biased_attention", "q", "k", "v")
 without_gradient("combine_states")
 promote_under_autocast("combine_states", "out_a", "out_b")
+sharded("biased_attention", f"{ATTENTION}, query_position blp, key_position bnp -> bhle, bhl")
+sharded(
+    "biased_attention_backward",
+    f"{ATTENTION_GRADS}, query_position blp, key_position bnp -> bhld, bhnd, bhne, bhn",
+)
+sharded("combine_states", "out_a bhle, lse_a bhl, out_b bhle, lse_b bhl -> bhle, bhl")
 
 
 @register_flop_formula(_ops.biased_attention)

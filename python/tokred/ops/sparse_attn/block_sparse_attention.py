@@ -19,6 +19,7 @@ from ..attention import (
     incoming,
     wanted,
 )
+from ..placements import ATTENTION, ATTENTION_GRADS, sharded
 from ..registration import (
     call,
     cast_under_autocast,
@@ -251,6 +252,11 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | No
 differentiable("block_sparse_attention", ("q", "k", "v", "key_bias"), _backward, _setup_context)
 once_differentiable("block_sparse_attention_backward", "block_sparse_attention")
 cast_under_autocast("block_sparse_attention", "q", "k", "v")
+sharded("block_sparse_attention", f"{ATTENTION}, block_mask bhln -> bhle, bhl")
+sharded(
+    "block_sparse_attention_backward",
+    f"{ATTENTION_GRADS}, block_mask bhln -> bhld, bhnd, bhne, bhn",
+)
 
 
 @register_flop_formula(_ops.block_sparse_attention)

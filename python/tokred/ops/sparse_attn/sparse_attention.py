@@ -19,6 +19,7 @@ from ..attention import (
     incoming,
     wanted,
 )
+from ..placements import ATTENTION, ATTENTION_GRADS, sharded
 from ..registration import (
     call,
     cast_under_autocast,
@@ -186,6 +187,8 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | No
 differentiable("sparse_attention", ("q", "k", "v", "key_bias"), _backward, _setup_context)
 once_differentiable("sparse_attention_backward", "sparse_attention")
 cast_under_autocast("sparse_attention", "q", "k", "v")
+sharded("sparse_attention", f"{ATTENTION}, indices bhlk, rope_cos kr, rope_sin kr -> bhle, bhl")
+sharded("sparse_attention_backward", f"{ATTENTION_GRADS}, indices bhlk -> bhld, bhnd, bhne, bhn")
 
 
 @register_flop_formula(_ops.sparse_attention)

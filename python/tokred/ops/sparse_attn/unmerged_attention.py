@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..attention import fake_attention
+from ..placements import QKV, sharded
 from ..registration import call, cast_under_autocast, without_gradient
 
 _ops = torch.ops.tokred
@@ -96,6 +97,9 @@ def _unmerged_attention_fake(
 
 without_gradient("unmerged_attention")
 cast_under_autocast("unmerged_attention", "q", "k", "v")
+sharded(
+    "unmerged_attention", f"{QKV}, token_map bt, rope_cos btr, rope_sin btr, query_map bl -> bhle"
+)
 
 
 @register_flop_formula(_ops.unmerged_attention)
