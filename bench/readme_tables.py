@@ -1,9 +1,9 @@
 """Writes the tables of README.md and docs/ from bench/results: `python -m bench.readme_tables`.
 
 A table stands between <!-- table:NAME --> and <!-- /table -->; NAME is a bench (one of
-tables.TABLES) of the quick run, NAME:full of the full one, headline, methods and methods:full, the
-methods by name and in full, those of choosing.py as choosing:NAME, or demo, demo_text and
-demo_cache: the demo's reports, which are first copied from demo_output where they are complete.
+tables.TABLES) of the quick run, NAME:full of the full one, headline, one of LISTS, those of
+choosing.py as choosing:NAME, or demo, demo_text and demo_cache: the demo's reports, which are first
+copied from demo_output where they are complete.
 Results of an unknown revision or of changed files are refused, and then nothing is written.
 Running it twice changes nothing; --check only says whether the pages are up to date.
 """
@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from . import choosing, demo_tables, methods_page
+from . import choosing, demo_tables, methods_page, ops_page
 from .demo_tables import Report
 from .headline import headline
 from .machine import RESULTS
@@ -24,6 +24,13 @@ from .tables import TABLES, caption
 
 ROOT = RESULTS.parent.parent
 MARKED = re.compile(r"(<!-- table:([\w:]+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
+# Made from the package itself.
+LISTS = {
+    "methods": methods_page.overview,
+    "methods:full": methods_page.page,
+    "ops": ops_page.overview,
+    "ops:full": ops_page.page,
+}
 # The report in bench/results, its tables, and the picture under them.
 DEMOS: dict[str, tuple[str, Callable[[Report], list[str]], str]] = {
     "demo": ("demo", demo_tables.images, ""),
@@ -53,7 +60,7 @@ def bench_page(name: str, results: Path) -> str:
     """All machines' tables of one bench, one under the other."""
     bench, _, mode = name.partition(":")
     if bench not in TABLES:
-        known = ", ".join(("headline", "methods", "methods:full", *DEMOS, *TABLES))
+        known = ", ".join(("headline", *LISTS, *DEMOS, *TABLES))
         raise ValueError(f"table:{name}: the name must be one of {known}")
     parts = []
     for path in sorted(results.glob(f"*-{mode or 'quick'}.jsonl")):
@@ -67,10 +74,8 @@ def bench_page(name: str, results: Path) -> str:
 def render(name: str, results: Path = RESULTS) -> str:
     if name == "headline":
         return headline(results)
-    if name == "methods":
-        return methods_page.overview()
-    if name == "methods:full":
-        return methods_page.page()
+    if name in LISTS:
+        return LISTS[name]()
     group, _, part = name.partition(":")
     if group == "choosing" and part in (*choosing.CASES, *choosing.REPORTS):
         return choosing.render(part, results)
