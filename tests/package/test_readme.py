@@ -73,7 +73,7 @@ def test_path_exists(page: Path, folder: str) -> None:
 
 
 def test_the_readme_is_short() -> None:
-    """It has one table of measurements; docs/benchmarks.md has all others. Methods and ops are by name."""
+    """It has one table of measurements (docs/benchmarks.md all), and methods and ops by name."""
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 170
     assert re.findall(r"<!-- table:(\w+) -->", text) == ["methods", "headline", "ops"]
