@@ -3,6 +3,7 @@
 
 #include <initializer_list>
 #include <numeric>
+#include <optional>
 
 #include "tensor.h"
 
@@ -74,25 +75,29 @@ class Memory {
   int64_t extent_[kMaxDims + 1];  // bytes from the first to the last of the first i dimensions
 };
 
-// A tensor by the name of its argument; null where an optional one is absent.
+// A tensor and its bytes by the name of its argument; null where an optional one is absent.
 struct Named {
-  Named(const char* argument, const Tensor& t) : name(argument), tensor(&t) {}
-  Named(const char* argument, const OptionalTensor& t)
-      : name(argument), tensor(t ? &*t : nullptr) {}
+  Named(const char* argument, const Tensor& t) : name(argument), tensor(&t), memory(t) {}
+  Named(const char* argument, const OptionalTensor& t) : name(argument) {
+    if (!t) return;
+    tensor = &*t;
+    memory.emplace(*t);
+  }
   const char* name;
-  const Tensor* tensor;
+  const Tensor* tensor = nullptr;
+  std::optional<Memory> memory;
 };
 
 // Refuses outputs that share memory with themselves or with another argument.
 inline void check_overlaps(std::initializer_list<Named> written,
                            std::initializer_list<Named> read) {
   for (const Named* out = written.begin(); out != written.end(); ++out) {
-    if (!out->tensor) continue;
-    const Memory memory(*out->tensor);
-    TOKRED_CHECK(!memory.overlaps_itself(), out->name, " must not overlap itself, got strides ",
-                 strides_string(*out->tensor), " for shape ", shape_string(*out->tensor));
+    if (!out->memory) continue;
+    TOKRED_CHECK(!out->memory->overlaps_itself(), out->name,
+                 " must not overlap itself, got strides ", strides_string(*out->tensor),
+                 " for shape ", shape_string(*out->tensor));
     const auto check = [&](const Named& other) {
-      TOKRED_CHECK(!other.tensor || !memory.overlaps(Memory(*other.tensor)), out->name,
+      TOKRED_CHECK(!other.memory || !out->memory->overlaps(*other.memory), out->name,
                    " must not share memory with ", other.name, ", and does");
     };
     for (const Named* other = written.begin(); other != out; ++other) check(*other);

@@ -200,7 +200,7 @@ class EvictionCall:
         if bias is None:
             return logits.exp().mean(2)
         logits = logits + bias[:, :, None]
-        own = bias[..., -1:] if self.new_slot is None else bias.gather(2, self.new_slot.long())
+        own = bias[..., -1:] if self.new_slot is None else bias.gather(2, self.new_slot)
         return logits.exp().nan_to_num(0).mean(2) * (own > -torch.inf)
 
     def known(self, name: str, new: Tensor) -> Tensor:
@@ -211,7 +211,7 @@ class EvictionCall:
             return new
         if self.new_slot is None:
             return torch.cat([before[..., : -new.shape[2]], new], 2)
-        return before.scatter_(2, self.new_slot.long(), new)
+        return before.scatter_(2, self.new_slot, new)
 
     def visible(self) -> Tensor | None:
         """bool [B, Hkv, M]: the keys that are not hidden; None: all."""

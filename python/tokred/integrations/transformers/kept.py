@@ -100,7 +100,7 @@ class Kept:
         for part in old:  # of packed tokens the codes, and then the params
             tokred.replace_token(slot, *part, self.position.tokens, place)
         if self.bias is not None:
-            self.bias.memory.scatter_(2, slot.long(), 0.0)
+            self.bias.memory.scatter_(2, slot, 0.0)
         return Kept(self.keys, self.values, self.position, self.bias, self.start, self.state)
 
     def _is_locked(self) -> bool:
@@ -153,7 +153,7 @@ class Kept:
         if slot is None:
             bias.memory.narrow(2, stored - count, count).copy_(new[:, None])
         else:
-            bias.memory.scatter_(2, slot.long(), new[:, None].expand(batch, heads, 1))
+            bias.memory.scatter_(2, slot, new[:, None].expand(batch, heads, 1))
         return replace(self, bias=bias)
 
     def after(self, eviction: Eviction, call: EvictionCall) -> Kept:
@@ -171,7 +171,7 @@ class Kept:
             kept.free = eviction.dropped
             if not eviction.cleared:
                 for each in state.values():
-                    each.memory.scatter_(2, kept.free.long(), 0.0)
+                    each.memory.scatter_(2, kept.free, 0.0)
             return kept
         slots = eviction.slots
         tensors = {f"keys {i}": x for i, x in enumerate(self.keys.parts())}
@@ -197,7 +197,6 @@ class Kept:
 
 def moved_last(buffer: TokenBuffer, slot: Tensor) -> TokenBuffer:
     """Without the tokens in slot, int32 [B, H, 1]: the last token of each head moves into it."""
-    slot = slot.long()
     buffer = buffer.with_room(buffer.room) if buffer.is_locked else buffer
     x, last = buffer.memory, buffer.length - 1
     index = slot if x.dim() == 3 else slot[..., None].expand(-1, -1, -1, x.shape[3])
