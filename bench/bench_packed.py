@@ -160,6 +160,46 @@ def decode_case(keys: int, bits: int, axis: str, run: Run) -> Case:
     )
 
 
+def latent_case(tokens: int, bits: int, device: str) -> Case:
+    """DeepSeek-V2-Lite's decode: 16 heads, latents of 512 and 64 rotary channels, absorbed weights;
+    beside the same in torch, and SDPA on the heads of 192 and 128 that latents expand to."""
+    heads, rank, rotary, scale = 16, 512, 64, 192**-0.5
+
+    def build() -> dict[str, Callable]:
+        rng = torch.Generator().manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=rng).to(device, torch.bfloat16)
+
+        q, rows = draw(1, heads, 1, rank + rotary), draw(1, 1, tokens, rank + rotary)
+        packed = tokred.kv_pack(rows, bits, 64)
+
+        def absorbed() -> Tensor:
+            weights = (q[0, :, 0] * scale @ rows[0, 0].mT).softmax(-1)
+            return weights @ rows[0, 0, :, :rank]
+
+        candidates: dict[str, Callable] = {
+            f"tokred.packed_attention, {bits} bits": partial(
+                tokred.packed_attention, q, packed, packed, scale=scale
+            ),
+            "torch on bf16 latents": absorbed,
+        }
+        expanded = draw(1, heads, 1, 192), draw(1, heads, tokens, 192), draw(1, heads, tokens, 128)
+        candidates["SDPA on bf16 heads"] = partial(F.scaled_dot_product_attention, *expanded)
+        return candidates
+
+    return Case(
+        "packed",
+        f"decode of latents, {bits} bits",
+        (1, heads, 1, tokens, rank + rotary),
+        "bfloat16",
+        build,
+        bytes_moved=int(tokens * tokred.PackFormat(bits, 64).token_bytes(rank + rotary)),
+        flops=2 * heads * tokens * (2 * rank + rotary),
+        ceiling="read",
+    )
+
+
 def beside_dense_case(keys: int, device: str) -> Case:
     """All widths beside our own attention on the keys and values that were packed."""
 
@@ -311,6 +351,8 @@ def cases(run: Run) -> Iterator[Case]:
     for bits in (8, 4, 2):
         yield decode_case(longest, bits, "channel", run)
     yield decode_case(longest, 4, "token", run)
+    for bits in (8, 4):
+        yield latent_case(32768, bits, run.device)
     yield codebook_case(longest, 3, run.device)
     yield beside_dense_case(longest, run.device)
     yield unpack_first_case(8192, run.device)

@@ -205,6 +205,10 @@ py::dict plans_of_packed_attention(const AttentionShape& s, const PackFormat& f,
                                    int64_t shared_limit) {
   const ListShape shape = dense_list(s);
   const int64_t items = decode_launch_tiles(shape), heads = s.batch * s.heads_kv;
+  if (s.is_wide()) {
+    return py::dict("plans"_a = py::dict("decode"_a = describe(plan_wide_decode(shape, items)),
+                                         "combine"_a = describe(plan_combine(shape, items))));
+  }
   const int lanes = score_lanes(s.head_dim);
   const PackedCopy copy = packed_copy(f, f);
   const DecodeTiles tiles = packed_tiles(padded_head_dim(s.dim()), s.is_float, copy, shared_limit);

@@ -7,7 +7,9 @@
 namespace tokred {
 
 inline constexpr int64_t kMaxHeadDim = 256;
-inline constexpr int64_t kMaxWideDim = 512;  // of biased, sparse and block-sparse attention
+// Of biased, sparse, block-sparse and packed attention: a latent of 512 beside 64 rotary
+// dimensions.
+inline constexpr int64_t kMaxWideDim = 576;
 
 // Up to two integers a query and a key: query i sees key j only where
 // key[b][j][c] <= query[b][i][c] for every column c. One column is a position, two are (position,

@@ -40,9 +40,9 @@ inline PackFormat pack_format(const FormatArguments& a, int64_t head_dim) {
                "scheme 'codebook' needs groups along channels, whose norm is the scale, got axis '",
                a.axis, "'");
   TOKRED_CHECK(
-      head_dim >= kPackMultiple && head_dim <= kMaxHeadDim && head_dim % kPackMultiple == 0,
+      head_dim >= kPackMultiple && head_dim <= kMaxWideDim && head_dim % kPackMultiple == 0,
       "the head dimension of a packed tensor must be a multiple of ", kPackMultiple, " up to ",
-      kMaxHeadDim, ", got ", head_dim);
+      kMaxWideDim, ", got ", head_dim);
   TOKRED_CHECK(a.group_size >= 1, of, "group_size must be at least 1, got ", a.group_size);
   TOKRED_CHECK(f.axis == GroupAxis::token ||
                    (a.group_size % kPackMultiple == 0 && head_dim % a.group_size == 0),

@@ -22,6 +22,9 @@ Tensor packed_qk_score(const Tensor& q, const Tensor& codes, const Tensor& param
   TOKRED_CHECK(k.tokens <= std::numeric_limits<int32_t>::max(),
                "there may be at most 2^31 - 1 tokens, got ", k.tokens);
   const AttentionParams a = packed_query(q, codes.size(1), k.side.packed.format.head_dim, scale);
+  TOKRED_CHECK(Backend::kHost || a.head_dim <= kMaxHeadDim,
+               "the head dimension of packed keys that are scored must be at most ", kMaxHeadDim,
+               " on CUDA, got ", a.head_dim);
   TOKRED_CHECK(a.queries >= 1, "q must have at least one query, got shape ", shape_string(q));
   QkScoreParams& s = p.score;
   s.q = a.q;

@@ -78,6 +78,19 @@ def _appended(device: str) -> list[Tensor]:
     return [cache.codes.float(), cache.params, window]
 
 
+def _latents(device: str) -> Any:
+    rows = tokred.kv_pack(draw((2, 1, 200, 576), device), 4, 64)
+    q = draw((2, 16, 1, 576), device, torch.bfloat16)
+    return tokred.packed_attention(q, rows, rows)
+
+
+def _appended_latents(device: str) -> list[Tensor]:
+    packed = tokred.PackFormat(4, 16, "token").empty(2, 1, 32, 576, device)
+    window = torch.zeros(2, 1, 16, 576, device=device)
+    tokred.kv_append(draw((2, 1, 40, 576), device), packed, 0, window)
+    return [packed.codes, packed.params, window, tokred.kv_unpack(packed)]
+
+
 def _attention(name: str, queries: int, kernels: tuple[str, ...], **how: Any) -> Call:
     return Call(name, kernels, lambda d: tokred.biased_attention(*_qkv(d, queries, **how)))
 
@@ -194,6 +207,9 @@ CALLS = (
                                            *_packed(d, "channel", True))),
     Call("packed_attention, rotated", ("packed_decode_kernel", "rotate_out_kernel"),
          lambda d: tokred.packed_attention(draw((2, 4, 1, 64), d), *_packed(d, "channel", True))),
+    Call("packed_attention of latents", ("pack_wide_kernel", "wide_decode_kernel"), _latents),
+    Call("kv_append and kv_unpack of latents",
+         ("pack_wide_kernel", "write_wide_window_kernel", "unpack_wide_kernel"), _appended_latents),
     Call("packed_qk_score on codes", ("code_score_kernel",),
          lambda d: tokred.packed_qk_score(draw((2, 4, 1, 64), d, torch.bfloat16),
                                           _packed(d, "channel")[0])),

@@ -167,7 +167,7 @@ def qkv(draw: Draw, double: bool = True, wide: bool = False) -> dict[str, Tensor
     queries, keys, dim = draw.queries(), draw.size(), draw.channels()
     if not draw.small and draw.chance(0.06):
         keys = draw.one_of(500, 1000, 1025)
-    dim = draw.choice([257, 300, 512]) if wide else dim
+    dim = draw.choice([257, 300, 512, 576]) if wide else dim
     value_dim = dim if draw.chance() else draw.channels()
     dtype, plain = draw.dtype(double), draw.chance()
     shapes = {

@@ -36,7 +36,9 @@ def _format(draw: Draw, dim: int) -> PackFormat:
     return PackFormat(number, group, axis, scheme, draw.chance())
 
 
-def _dim(draw: Draw) -> int:
+def _dim(draw: Draw, wide: bool = True) -> int:
+    if wide and draw.chance(0.05):
+        return 16 * draw.choice([17, 20, 32, 36])
     return 16 * draw.choice([1, 2, 3, 4] if draw.small else [1, 2, 3, 4, 5, 6, 7, 8, 8, 10, 13, 16])
 
 
@@ -263,7 +265,7 @@ def tokens_of(
 def _cache(draw: Draw, both: bool) -> tuple[dict[str, Any], int, PackedKV, PackedKV]:
     """A query and what it meets: packed tokens, windows or residuals, pages."""
     batch, (heads, key_heads) = draw.batch(), draw.heads()
-    dims = [_dim(draw) for _ in range(2)]
+    dims = [_dim(draw, wide=both) for _ in range(2)]
     forms = [_format(draw, dim) for dim in dims]
     if not both:
         dims, forms = dims[:1] * 2, forms[:1] * 2

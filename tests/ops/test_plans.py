@@ -173,7 +173,7 @@ def test_attention(is_float: bool) -> None:
 @pytest.mark.parametrize("is_float", [False, True])
 def test_attention_over_lists(is_float: bool) -> None:
     heads = ((1, 1), (9, 3), (32, 1), (8, 8))
-    dims = ((1, 1), (64, 64), (96, 32), (128, 128), (256, 256), (512, 512))
+    dims = ((1, 1), (64, 64), (96, 32), (128, 128), (256, 256), (576, 512))
     for batch, queries, (heads_q, heads_kv), (dim, value_dim) in shapes(heads, dims):
         if batch * queries * heads_q > MAX_TOKENS:
             continue
@@ -354,7 +354,7 @@ def test_packed_attention(bits: int, is_float: bool) -> None:
 def test_tiles_fit_the_device(is_float: bool, shared_limit: int) -> None:
     """What is too large is in docs/limits.md, and refused by the name of the kernel."""
     small, limit = shared_limit < SHARED_LIMITS[1], {"shared_limit": shared_limit}
-    for dim in (32, 64, 96, 128, 256, 512):
+    for dim in (32, 64, 96, 128, 256, 576):
         shape = (1, 8, 2, 100, 1000, dim, dim, is_float)
         gradients = ("grad_query", "grad_key") if is_float and dim > 128 and small else ()
         if dim <= 256:
@@ -370,6 +370,10 @@ def test_tiles_fit_the_device(is_float: bool, shared_limit: int) -> None:
             "plans"
         ]
         check(plans, {"decode": 1}, shared_limit)
+    for dim, bits in itertools.product((272, 576), (1, 8)):
+        plans = _C.plan_packed_attention(1, 128, 1, 1, 32768, dim, bits, is_float=is_float, **limit)
+        check(plans["plans"], {"decode": 8}, shared_limit)
+        check(_C.plan_packing(1, 1000, dim, 16), {"pack": 125, "unpack": 125}, shared_limit)
     for rows, aligned in itertools.product((8, 500), (False, True)):
         check(_C.plan_match(9, rows, 1000, is_float, aligned, **limit), {}, shared_limit)
 

@@ -19,8 +19,8 @@ from cases.biased_attention import Case
 from cases.inputs import FLOATS, generator, widened
 from cases.oracle import reference
 
-MANY = Case(1, 2, 1, 37, 150, 512, 512, causal=True)
-FEW = Case(2, 4, 2, 1, 300, 512, 320, bias="holes", mask="full")
+MANY = Case(1, 2, 1, 37, 150, 576, 512, causal=True)
+FEW = Case(2, 4, 2, 1, 300, 576, 320, bias="holes", mask="full")
 NARROW = Case(1, 2, 2, 3, 20, 16, 257)
 
 
@@ -72,7 +72,7 @@ def test_hidden_keys_add_nothing(kernels: Backend) -> None:
     q, k, v, _, causal, scale, mask = replace(FEW, bias="none").inputs()
     mask[..., 7] = False
     want = reference.biased_attention(q, k, v, None, causal, scale, mask)
-    k[:, :, 7, 500], v[:, :, 7, 310] = torch.nan, torch.inf
+    k[:, :, 7, 570], v[:, :, 7, 310] = torch.nan, torch.inf
     results = kernels.run("biased_attention", q, k, v, None, causal, scale, mask)
     assert_close_to_exact(results, want, want)
 

@@ -229,7 +229,7 @@ void pack_query(const QkScoreParams& p, const QueryRows& query_rows, int64_t ite
   for (int64_t d = 0; d < query_rows.stride; ++d) row[d] = 0;
   for (int64_t head = first; head < first + query_rows.heads; ++head) {
     const T* q = static_cast<const T*>(p.q.data) + item * p.q.stride_batch + head * p.q.stride_head;
-    alignas(64) float total[kMaxHeadDim];
+    alignas(64) float total[kMaxWideDim];
     for (int64_t d = 0; d < p.head_dim; d += kLanes) {
       f32x16 part = splat(0.0f);
       for (int64_t i = 0; i < p.queries; ++i) {

@@ -14,8 +14,8 @@ namespace tokred::TOKRED_ISA {
 
 inline constexpr int64_t kMaxPanels = 8;
 // The numbers of all panels of a task: 128 rows of up to 128 dimensions, 64 rows of up to 256, or
-// 32 rows of up to 512.
-inline constexpr int64_t kPanelNumbers = kMaxPanels * kLanes * 128;
+// 32 rows of up to 576.
+inline constexpr int64_t kPanelNumbers = kMaxPanels / 4 * kLanes * kMaxWideDim;
 
 // Panels that a task owns, fewer where the threads would otherwise go idle. Results do not depend
 // on it: panels share nothing but the blocks they read.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/cuda/plan.h"
+#include "attention/params.h"
 
 namespace tokred::cuda {
 
@@ -55,7 +56,9 @@ constexpr DecodeTiles max_decode_tiles(int dim, bool is_float) {
   return {dim <= 256 ? 4 : 2, dim <= 64 ? 4 : dim <= 128 ? 3 : 2};
 }
 // The compiled head size.
-constexpr int decode_head_dim(int64_t dim) { return dim <= 256 ? padded_head_dim(dim) : 512; }
+constexpr int decode_head_dim(int64_t dim) {
+  return dim <= 256 ? padded_head_dim(dim) : static_cast<int>(kMaxWideDim);
+}
 
 // Queries, their visibility, and what the warps have summed; then the copies of tiles.
 constexpr int64_t decode_fixed_bytes(int dim, bool is_float) {
@@ -133,13 +136,13 @@ constexpr LaunchPlan plan_decode(const ListShape& s, int64_t row_tiles, const De
 }
 
 // A block for each row. The example above: 32 blocks of 8 warps that share out the splits.
-constexpr int64_t combine_shared_bytes(int dim = 256) {
+constexpr int64_t combine_shared_bytes(int64_t dim = 256) {
   return 4 * (kCombineThreads / 32) * (dim + 1);
 }
 constexpr LaunchPlan plan_combine(const ListShape& s, int64_t row_tiles) {
   return {{decode_splits(s.length) == 1 ? 0 : row_tiles * decode_tile_rows(s), 1, 1},
           kCombineThreads,
-          combine_shared_bytes(s.attention.is_wide() ? 512 : 256)};
+          combine_shared_bytes(s.attention.is_wide() ? kMaxWideDim : 256)};
 }
 
 // Over lists, more rows than decode takes: a block for tiles.rows() rows of one list and a part of

@@ -98,7 +98,7 @@ TOKRED_INLINE void bit_unpack(const uint8_t* row, int64_t head_dim, int32_t bits
     case 1: return unpack_plain<1>(row, head_dim, code);
     case 2: return unpack_plain<2>(row, head_dim, code);
     case 3: {
-      alignas(16) uint8_t high[kMaxHeadDim];
+      alignas(16) uint8_t high[kMaxWideDim];
       unpack_plain<2>(row, head_dim, code);
       unpack_plain<1>(row + high_bit_row(head_dim), head_dim, high);
       for (int64_t d = 0; d < head_dim; d += 16) {

@@ -7,7 +7,7 @@
 
 namespace tokred::TOKRED_ISA {
 
-inline constexpr int64_t kMaxGroups = 256;  // that are coded together
+inline constexpr int64_t kMaxGroups = kMaxWideDim;  // that are coded together
 
 // Groups side by side: first the range of their numbers, then their scales and offsets.
 struct GroupTable {

@@ -53,7 +53,7 @@ struct Append {
     const int64_t head_dim = p.packed.format.head_dim;
     const int64_t end = item.before + p.tokens;
     for (int64_t t = item.last > item.before ? item.last : item.before; t < end; ++t) {
-      alignas(64) float row[kMaxHeadDim];
+      alignas(64) float row[kMaxWideDim];
       if (p.packed.format.rotated) {
         pack_row(new_row(t), head_dim, row);
         rotate_row(row, head_dim);

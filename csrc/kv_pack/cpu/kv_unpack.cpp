@@ -51,8 +51,8 @@ template <PackScheme kScheme, class T>
 TOKRED_INLINE void unpack_rows(const uint8_t* codes, int64_t stride, int64_t rows,
                                const f16* params, const PackFormat& f, const Levels& levels,
                                T* out) {
-  alignas(64) float number[kMaxHeadDim];
-  alignas(64) uint8_t code[kMaxHeadDim];
+  alignas(64) float number[kMaxWideDim];
+  alignas(64) uint8_t code[kMaxWideDim];
   for (int64_t i = 0; i < rows; ++i, codes += stride, out += f.head_dim) {
     bit_unpack(codes, f.head_dim, f.bits, code);
     if constexpr (kScheme == PackScheme::codebook) levels.look_up(code, f.head_dim);

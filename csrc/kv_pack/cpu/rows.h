@@ -94,7 +94,7 @@ void pack_channels(const RowBlock<T>& block, int64_t rows, const PackedRows& p,
     }
   }
   make_scales<kScheme>(table, groups, f.bits);
-  alignas(64) uint8_t code[kMaxHeadDim];
+  alignas(64) uint8_t code[kMaxWideDim];
   for (int64_t i = 0, g = 0; i < rows; ++i) {
     const int64_t slot = block.slot[i];
     prefetch_next(block, i);
@@ -135,7 +135,7 @@ void code_rows(const RowBlock<T>& block, int64_t first, const GroupTable& table,
                const PackedRows& p, const PackedHead& to) {
   const PackFormat& f = p.format;
   const f32x16 top = splat(static_cast<float>((1 << f.bits) - 1));
-  alignas(64) uint8_t code[kRows][kMaxHeadDim];
+  alignas(64) uint8_t code[kRows][kMaxWideDim];
   for (int64_t d = 0; d < f.head_dim; d += kLanes) {
     const Scales scales{load(table.divisor + d), load(table.offset + d)};
 #pragma GCC unroll 4
@@ -210,7 +210,7 @@ void pack_tokens(const LoadRow& load_row, const Slot& slot, const Next& next, in
     }
   };
   if (f.axis == GroupAxis::channel) {
-    constexpr int64_t kStep = kMaxGroups / (kMaxHeadDim / kPackMultiple);
+    constexpr int64_t kStep = kMaxGroups / (kMaxWideDim / kPackMultiple);
     for (int64_t t = first; t < last; t += kStep) {
       const int64_t rows = min(kStep, last - t);
       load_rows(t, rows, kStep);

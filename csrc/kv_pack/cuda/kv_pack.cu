@@ -14,6 +14,7 @@ using namespace packing;
 void launch_pack(const KvAppendParams& p, Stream stream) {
   const PackFormat& f = p.packed.format;
   const int64_t tokens = max_packed(f.axis, p.window_rows, p.tokens, p.lengths ? -1 : p.length);
+  if (f.head_dim > kMaxHeadDim) return launch_pack_wide(p, tokens, stream);
   if (launch_pack_runs(p, tokens, stream)) return;
   visit_dtype(p.dtype, [&]<class T>() {
     visit_lanes(f.head_dim, [&]<int kLanes>() {
@@ -42,6 +43,7 @@ void kv_append(const KvAppendParams& p, Stream stream) {
   launch_pack(p, stream);
   const int64_t newest = p.tokens < p.window_rows ? p.tokens : p.window_rows;
   const int64_t head_dim = p.packed.format.head_dim;
+  if (head_dim > kMaxHeadDim) return launch_wide_window(p, newest, stream);
   visit_dtype(p.dtype, [&]<class T>() {
     visit_lanes(head_dim, [&]<int kLanes>() {
       launch(write_window_kernel<T, kLanes>, plan_packed_rows(head_dim, p.batch * p.heads * newest),

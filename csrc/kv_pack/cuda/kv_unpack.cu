@@ -9,6 +9,7 @@ using namespace packing;
 
 void kv_unpack(const KvUnpackParams& p, Stream stream) {
   const int64_t head_dim = p.packed.format.head_dim;
+  if (head_dim > kMaxHeadDim) return launch_unpack_wide(p, stream);
   visit_dtype(p.dtype, [&]<class T>() {
     visit_lanes(head_dim, [&]<int kLanes>() {
       launch(unpack_kernel<T, kLanes>,

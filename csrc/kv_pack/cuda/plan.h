@@ -8,7 +8,8 @@ namespace tokred::cuda {
 
 inline constexpr int kPackThreads = 256;
 
-// The lanes that share a row of up to 256 channels, eight neighbours each.
+// The lanes that share a row of up to 256 channels, eight neighbours each; those of a wider row
+// take it in parts.
 constexpr int pack_lanes(int64_t head_dim) {
   return head_dim <= 64 ? 8 : head_dim <= 128 ? 16 : 32;
 }
@@ -26,6 +27,9 @@ constexpr int64_t max_packed(GroupAxis axis, int64_t window, int64_t tokens, int
 // Codes of a block's rows, a byte each, and along tokens the extremes of 8 warps by channel.
 constexpr int64_t pack_shared_bytes(int lanes) { return 8 * kPackThreads + 2 * 8 * 4 * 8 * lanes; }
 
+// Of wide rows, a warp each: the numbers and the codes.
+inline constexpr int64_t kWidePackBytes = kPackThreads / 32 * 5 * kMaxWideDim;
+
 // Along channels a block for pack_rows() rows of a head, along tokens one for a group. Example:
 // B = 8, H = 8, N = 131072, D = 128: 64 * 8192 blocks of 16 rows along channels; 64 * 4096 blocks
 // along tokens in groups of 32. One token more along channels: 64 blocks.
@@ -34,8 +38,9 @@ constexpr int64_t pack_units(const PackFormat& f, int64_t tokens) {
                    f.axis == GroupAxis::token ? f.group_size : pack_rows(pack_lanes(f.head_dim)));
 }
 constexpr LaunchPlan plan_kv_pack(const PackFormat& f, int64_t heads, int64_t tokens) {
-  const int lanes = pack_lanes(f.head_dim);
-  return {{heads * pack_units(f, tokens), 1, 1}, kPackThreads, pack_shared_bytes(lanes)};
+  const int64_t bytes =
+      f.head_dim > kMaxHeadDim ? kWidePackBytes : pack_shared_bytes(pack_lanes(f.head_dim));
+  return {{heads * pack_units(f, tokens), 1, 1}, kPackThreads, bytes};
 }
 
 // pack_runs_kernel: a lane owns eight bytes of a row of codes, of kRunSteps rows one after another.
@@ -80,7 +85,9 @@ constexpr LaunchPlan plan_pack_runs(int64_t heads, const RunLayout& layout) {
 // Rows of kv_unpack, and those that go to the window: pack_rows() to a block. The example above:
 // 64 * 8192 blocks.
 constexpr LaunchPlan plan_packed_rows(int64_t head_dim, int64_t rows) {
-  return {{divide_up(rows, pack_rows(pack_lanes(head_dim))), 1, 1}, kPackThreads, 0};
+  return {{divide_up(rows, pack_rows(pack_lanes(head_dim))), 1, 1},
+          kPackThreads,
+          head_dim > kMaxHeadDim ? kWidePackBytes : 0};
 }
 
 }  // namespace tokred::cuda

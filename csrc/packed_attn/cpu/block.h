@@ -71,8 +71,12 @@ struct BlockParams {
         transpose_numbers(x);
         for (int j = 0; j < kNumbers; ++j) store(number[j], x[j]);
       } else {
-        for (int64_t j = 0; j < kLanes * numbers; ++j) {
-          number[j % numbers][j / numbers] = param(from, j);
+        alignas(64) float converted[2 * kMaxUnits * kLanes];
+        for (int64_t j = 0; j < kLanes * numbers; j += kLanes) {
+          store(converted + j, load_params(from + j));
+        }
+        for (int64_t x = 0; x < numbers; ++x) {
+          for (int64_t j = 0; j < kLanes; ++j) number[x][j] = converted[j * numbers + x];
         }
       }
       for (int64_t g = 0; g < groups; ++g) {
@@ -88,7 +92,7 @@ struct BlockParams {
 
 // The scales and offsets of a group of tokens.
 struct GroupParams {
-  alignas(64) float scale[kMaxHeadDim], offset[kMaxHeadDim];
+  alignas(64) float scale[kMaxWideDim], offset[kMaxWideDim];
 
   void read(const PackFormat& f, const uint16_t* params) {
     for (int64_t d = 0; d < f.head_dim; d += kLanes) {
@@ -119,12 +123,12 @@ class ReadableBlock {
 
  private:
   BlockAddresses block_;
-  alignas(64) uint8_t rows_[kGather * kMaxHeadDim];
+  alignas(64) uint8_t rows_[kGather * kMaxWideDim];
 };
 
 // Up to sixteen tokens of a block as rows of f32.
 struct UnpackedRows {
-  alignas(64) float numbers[kLanes * kMaxHeadDim];
+  alignas(64) float numbers[kLanes * kMaxWideDim];
   const float* row[kLanes];
 
   // Those from `first` on.
@@ -145,6 +149,12 @@ TOKRED_INLINE CodePath read_path(const PackFormat& f, bool in_order) {
 // Whether rows of this type meet such codes in fixed point; see packed_attn/cpu/fixed.h.
 TOKRED_INLINE bool in_fixed_point(CodePath path, DType dtype) {
   return dtype != DType::f32 && path != CodePath::unpacked && path != CodePath::fp8;
+}
+
+// Whether the sum of a group of keys is below 2^31 in fixed point: 256 codes of eight bits are.
+TOKRED_INLINE bool sums_in_32_bits(const PackFormat& f) {
+  const int64_t span = f.axis == GroupAxis::channel ? f.group_size : f.head_dim;
+  return span * ((1 << f.bits) - 1) * INT16_MAX <= INT32_MAX;
 }
 
 }  // namespace tokred::TOKRED_ISA

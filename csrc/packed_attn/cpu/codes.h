@@ -17,7 +17,7 @@ namespace tokred::TOKRED_ISA {
 enum class CodePath { unpacked, bits1, bits2, bits4, bits8, fp8 };
 
 inline constexpr int64_t kUnit = 32;  // channels that are unpacked together: two Vecs
-inline constexpr int64_t kMaxUnits = kMaxHeadDim / kUnit;
+inline constexpr int64_t kMaxUnits = kMaxWideDim / kUnit;
 
 #ifdef __AVX512F__
 // Sixteen bytes each of four rows. Masked broadcasts need no shuffle, of which most processors

@@ -19,17 +19,18 @@ class PackedQuery {
   const bool fixed;  // the queries meet codes in fixed point
   const bool bytes;  // and there as ByteProducts
   const int64_t rows, dim;
-  alignas(64) float natural[kMax * kMaxHeadDim];  // [rows][dim], to be filled before start()
+  alignas(64) float natural[kMax * kMaxWideDim];  // [rows][dim], to be filled before start()
 
   PackedQuery(const SideView& keys, bool in_order, int64_t count)
-      : side(keys), path(read_path(keys.format, in_order)), fixed(in_fixed_point(path, keys.dtype)),
+      : side(keys), path(read_path(keys.format, in_order)),
+        fixed(in_fixed_point(path, keys.dtype) && sums_in_32_bits(keys.format)),
         bytes(multiplies_bytes()), rows(count), dim(keys.format.head_dim) {}
 
   // Logits are `scale` times the dot products.
   void start(float scale) {
     const PackFormat& f = side.format;
     const bool by_channel = f.axis == GroupAxis::channel;
-    alignas(64) float factor[kMaxHeadDim];
+    alignas(64) float factor[kMaxWideDim];
     if (path != CodePath::unpacked && !fixed) word_factors(path, f, factor);
     for (int64_t row = 0; row < rows; ++row) {
       float* from = natural + row * dim;
@@ -68,8 +69,8 @@ class PackedQuery {
   }
 
  private:
-  alignas(64) float placed_[kMax * kMaxHeadDim];  // natural, times word_factors(); or else
-  alignas(64) int16_t units_[kMax * kMaxHeadDim];  // in fixed point; see FixedQueries
+  alignas(64) float placed_[kMax * kMaxWideDim];  // natural, times word_factors(); or else
+  alignas(64) int16_t units_[kMax * kMaxWideDim];  // in fixed point; see FixedQueries
   float steps_[kMax][kMaxUnits], rests_[kMax][kMaxUnits];
   int32_t first_totals_[kMax][kMaxUnits];
   float sums_[kMax][kMaxUnits];
@@ -164,8 +165,8 @@ class PackedQuery {
                         TokenPrefetcher& prefetcher) const {
     const PackFormat& f = side.format;
     GroupParams params;
-    alignas(64) float scaled[kFewRows<float> * kMaxHeadDim];
-    alignas(64) int16_t units[kFewRows<float> * kMaxHeadDim];
+    alignas(64) float scaled[kFewRows<float> * kMaxWideDim];
+    alignas(64) int16_t units[kFewRows<float> * kMaxWideDim];
     alignas(64) float dots[kFewRows<float> * kGather];
     float steps[kFewRows<float>][kMaxUnits], rests[kFewRows<float>][kMaxUnits];
     int32_t first_totals[kFewRows<float>][kMaxUnits];

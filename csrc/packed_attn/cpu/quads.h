@@ -8,7 +8,7 @@
 
 namespace tokred::TOKRED_ISA {
 
-inline constexpr int64_t kMaxRuns = kMaxHeadDim / 16;  // of sixteen bytes of a row
+inline constexpr int64_t kMaxRuns = kMaxWideDim / 16;  // of sixteen bytes of a row
 inline constexpr int64_t kMaxQuads = kGather / 4;
 
 struct OneRun {

@@ -160,7 +160,7 @@ inline void unpack_token(const SideView& side, const TokenAddress& address, floa
     });
     return;
   }
-  alignas(64) uint8_t codes[kMaxHeadDim];
+  alignas(64) uint8_t codes[kMaxWideDim];
   side.read_codes(address.row, codes);
   const bool fp8 = f.scheme == PackScheme::fp8, by_channel = f.axis == GroupAxis::channel;
   const uint16_t* offsets = address.params + (has_offset(f.scheme) ? groups_per_row(f) : 0);

@@ -51,7 +51,7 @@ class PackedSums {
   void finish() {
     if (!by_channel()) return;
     const PackFormat& f = side.format;
-    alignas(64) float factor[kMaxHeadDim];
+    alignas(64) float factor[kMaxWideDim];
     in_place_factors(path, f, factor);
     for (int64_t row = 0; row < rows; ++row) {
       for (int64_t d = 0; d < dim; d += kLanes) {
@@ -72,7 +72,7 @@ class PackedSums {
   float* const out_;
   const bool skip_zeros_;
   // Along channels: sums of codes, in f32 of codes in place; and of offsets by token % 16.
-  alignas(64) float sums_[kMax * kMaxHeadDim];
+  alignas(64) float sums_[kMax * kMaxWideDim];
   alignas(64) float offsets_[kMax][kMaxUnits][kLanes];
 
   bool by_channel() const {
@@ -202,7 +202,7 @@ class PackedSums {
     const PackFormat& f = side.format;
     GroupParams params;
     FixedWeights quads;
-    alignas(64) float factor[kMaxHeadDim], part[kFewRows<float> * kMaxHeadDim];
+    alignas(64) float factor[kMaxWideDim], part[kFewRows<float> * kMaxWideDim];
     in_place_factors(path, f, factor);
     for (int64_t first = 0, end; first < block.count; first = end) {
       end = block.group_end(first);

@@ -22,7 +22,7 @@ inline void word_factors(CodePath path, const PackFormat& f, float* factor) {
   for (int64_t d = 0; d < f.head_dim; d += kLanes) store(factor + d, load(lane));
 }
 
-inline constexpr int64_t kMaxWords = kMaxHeadDim / 4;  // of a token
+inline constexpr int64_t kMaxWords = kMaxWideDim / 4;  // of a token
 
 // Four words of every fourth token from `token` on, as many as a register holds.
 template <class Tokens>

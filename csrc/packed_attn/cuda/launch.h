@@ -10,6 +10,9 @@ namespace tokred::cuda {
 // See attention/cuda/recompute.cuh.
 void recompute_packed_rows(const PackedAttentionParams&, Stream);
 
+// packed_attention of heads above 256 dimensions; see wide_decode.cuh.
+void wide_packed_attention(const PackedAttentionParams&, Stream);
+
 namespace attention {
 struct PackedDecodeParams;
 }

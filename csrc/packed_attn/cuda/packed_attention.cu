@@ -69,6 +69,7 @@ int64_t packed_attention_workspace(const PackedAttentionParams& p) {
 }
 
 void packed_attention(const PackedAttentionParams& p, Stream stream) {
+  if (attention_shape(p.attention).is_wide()) return wide_packed_attention(p, stream);
   visit_dtype(p.attention.dtype, [&]<class T>() {
     visit_head_dim(attention_shape(p.attention).dim(),
                    [&]<int kDim>() { launch_packed<T, kDim>(p, stream); });

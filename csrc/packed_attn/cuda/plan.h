@@ -73,6 +73,19 @@ constexpr LaunchPlan plan_packed_decode(const ListShape& s, int64_t row_tiles,
           "attention on packed tokens"};
 }
 
+// Heads above 256 dimensions: a block for kDecodeRows rows and one split of their keys. Example:
+// B = 1, Hq = 128, Hkv = 1, L = 1, T = 32768: 8 row tiles and 64 splits, 512 blocks of 256 threads
+// and 37 KB.
+inline constexpr int kWideThreads = 256;
+inline constexpr int64_t kWideSharedBytes =
+    kDecodeKeys * 4 * kMaxWideDim + 2 * kMaxWideDim + kPlacesBytes;
+constexpr LaunchPlan plan_wide_decode(const ListShape& s, int64_t row_tiles) {
+  return {{row_tiles, decode_splits(s.length), 1},
+          kWideThreads,
+          kWideSharedBytes,
+          "attention on packed tokens of wide heads"};
+}
+
 // Whether rotated values span more columns than a block has: they are rotated back afterwards, a
 // warp a row.
 constexpr bool rotates_later(const AttentionShape& s) {

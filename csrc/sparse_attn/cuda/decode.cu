@@ -21,7 +21,7 @@ void launch_decode(const SparseAttentionParams& sparse, Stream stream) {
       fits<typename Config::Key>(sizeof(Shared), decode_fixed_bytes(Config::kDim, kFloat)));
   static_assert(fits<typename Config::Key>(sizeof(typename Shared::Stage),
                                            decode_stage_bytes(Config::kDim, kFloat)));
-  constexpr int kCombineDim = Config::kDim > 256 ? 512 : 256;
+  constexpr int kCombineDim = Config::kDim > 256 ? kMaxWideDim : 256;
   static_assert(sizeof(CombineShared<kCombineDim>) == combine_shared_bytes(kCombineDim));
   const ListShape shape = list_shape(sparse);
   const int64_t shared_limit = current_device().shared_limit;
@@ -59,7 +59,7 @@ bool is_decode_attention(const AttentionParams& p) {
 void decode_attention(const SparseAttentionParams& p, Stream stream) {
   const AttentionShape shape = attention_shape(p.attention);
   visit_dtype(p.attention.dtype, [&]<class T>() {
-    if (shape.is_wide()) return decode<T, 512>(p, stream);
+    if (shape.is_wide()) return decode<T, kMaxWideDim>(p, stream);
     visit_head_dim(shape.dim(), [&]<int kDim>() { decode<T, kDim>(p, stream); });
   });
 }

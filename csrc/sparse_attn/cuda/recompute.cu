@@ -14,7 +14,7 @@ void recompute_rows(const SparseAttentionParams& p, bool marked, Stream stream) 
   const LaunchPlan plan = plan_delta(attention_shape(a));
   visit_dtype(a.dtype, [&]<class T>() {
     if (attention_shape(a).is_wide()) {
-      launch(recompute_rows_kernel<T, PlainKeys<T, 2>, SparseAttentionParams>, plan, stream, p, a,
+      launch(recompute_rows_kernel<T, PlainKeys<T, 3>, SparseAttentionParams>, plan, stream, p, a,
              marked);
     } else {
       launch(recompute_rows_kernel<T, PlainKeys<T>, SparseAttentionParams>, plan, stream, p, a,

@@ -219,7 +219,7 @@ def kv_pack(
 
     Args:
         x: [B, H, N, D] float32, float16 or bfloat16; any outer strides, the last dimension
-            contiguous; D a multiple of 16 up to 256.
+            contiguous; D a multiple of 16 up to 576.
         bits: 1, 2, 3, 4 or 8; at least 2 for symmetric, 8 for fp8, at most 4 for codebook.
         group_size: along channels a multiple of 16 that divides D, along tokens a divisor of N.
         axis: "channel" or "token"; "channel" for codebook.

@@ -50,7 +50,9 @@ def packed_attention(
         q: [B, Hq, L, D] float32, float16 or bfloat16; any outer strides, the last dimension
             contiguous.
         packed_k: [B, Hkv, N, D], Hq a multiple of Hkv. packed_v: [B, Hkv, N, Dv]; its bits,
-            groups and scheme may be others.
+            groups and scheme may be others, and both may share memory. Of latents (DeepSeek-V2,
+            arXiv:2405.04434: a latent of 512, then 64 rotary channels) pass packed_k for both; the
+            first channels of out are the sums of the latents.
         residual_k, residual_v: [B, Hkv, W, D | Dv] in the dtype of q; rotated where the packed
             tensor is (`kv_append` sees to it).
         scale: 1 / sqrt(D) where None.
@@ -120,8 +122,8 @@ def packed_qk_score(
     """`qk_score` on packed keys: what `topk` chooses from, before `packed_attention(indices=..)`.
 
     Args:
-        q: [B, Hq, D] or [B, Hq, L, D]; packed_k, residual_k, length, lengths and slots as in
-            `packed_attention`.
+        q: [B, Hq, D] or [B, Hq, L, D], on CUDA D at most 256; packed_k, residual_k, length, lengths
+            and slots as in `packed_attention`.
         reduce: "none", "group_mean", "group_max", "head_mean" or "softmax_vote"; see `qk_score`.
         scale: 1 / sqrt(D) where None.
         mask: bool [B | 1, T]; True is visible.

@@ -61,7 +61,7 @@ def biased_attention(
 
     Args:
         q: [B, Hq, L, D] float32, float16 or bfloat16, or float64 on the CPU; any outer strides, the
-            last dimension contiguous, D and Dv at most 512; on CUDA 256 for gradients.
+            last dimension contiguous, D and Dv at most 576; on CUDA 256 for gradients.
         k: [B, Hkv, N, D], Hq a multiple of Hkv. v: [B, Hkv, N, Dv].
         key_bias: float32 (float64 beside float64 q) [B | 1, Hkv | 1, N], or [B, N]; -inf hides a
             key.

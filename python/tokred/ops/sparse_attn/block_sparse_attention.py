@@ -57,7 +57,7 @@ def block_sparse_attention(
 
     Args:
         q: [B, Hq, L, D] float32, float16 or bfloat16, or float64 on the CPU; any outer strides, the
-            last dimension contiguous, D and Dv at most 512; on CUDA 256.
+            last dimension contiguous, D and Dv at most 576; on CUDA 256.
         k: [B, Hkv, N, D], Hq a multiple of Hkv. v: [B, Hkv, N, Dv].
         block_mask: bool [B | 1, Hq | 1, ceil(L / block_q), ceil(N / block_k)]; or the pair
             (kv_num_blocks [B | 1, Hq | 1, nQ], kv_indices [B | 1, Hq | 1, nQ, any]) that

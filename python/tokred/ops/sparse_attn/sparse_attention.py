@@ -60,7 +60,7 @@ def sparse_attention(
 
     Args:
         q: [B, Hq, L, D] float32, float16 or bfloat16, or float64 on the CPU; any outer strides, the
-            last dimension contiguous, D and Dv at most 512; on CUDA 256 for gradients
+            last dimension contiguous, D and Dv at most 576; on CUDA 256 for gradients
             and rope_cos.
         k: [B, Hkv, N, D], Hq a multiple of Hkv. v: [B, Hkv, N, Dv].
         indices: int32 [B, Hq | Hkv | 1, ceil(L / block_q), K], the last dimension contiguous.
