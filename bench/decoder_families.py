@@ -125,7 +125,6 @@ def _reason(message: str) -> str:
 
 
 _SHORTER = (
-    (r"^.*multi-head latent attention.*$", "multi-head latent attention"),
     (r"^PackedCache packs layers of full attention, and \w+ has none$", "no full attention"),
     (r"^PackedCache serves .* has none \((.*)\)$", r"\1"),
     (r"^PackedCache packs tokens of text, and \w+ ", ""),

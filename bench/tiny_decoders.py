@@ -149,7 +149,7 @@ def _small(made: type) -> Any:
     fields -= set(getattr(made, "attribute_map", ()))
     chosen = {name: size for name, size in SIZES.items() if name in fields}
     if "kv_lora_rank" in fields:  # latents: every head has keys of its own
-        chosen |= {"num_key_value_heads": 4, "qk_rope_head_dim": 8}
+        chosen |= {"num_key_value_heads": 4, "kv_lora_rank": 24, "qk_rope_head_dim": 8}
         chosen.pop("head_dim", None)
     if parts:
         chosen.pop("vocab_size", None)

@@ -26,9 +26,12 @@ def threads(one_thread: None) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("DeepseekV2", MLA, "multi-head latent attention.*kv_lora_rank = 32.*DynamicCache"),
-        ("DeepseekV3", MLA, "multi-head latent attention.*kv_lora_rank = 32.*DynamicCache"),
-        ("MiniCPM3", MLA, "multi-head latent attention.*kv_lora_rank = 32.*DynamicCache"),
+        ("DeepseekV3", {**MLA, "kv_lora_rank": 40}, "layer 0 .*multiple of 16 up to 576.*56.*Dyn"),
+        (
+            "DeepseekV2",
+            {**MLA, "kv_lora_rank": 576},
+            "multiple of 16 up to 576.*rotary part is 592",
+        ),
         ("Llama", {"head_dim": 512}, "layer 0 of LlamaConfig.*up to 256.*512.*DynamicCache"),
         ("MllamaText", {"head_dim": 16}, "states of images in the same cache, in layers"),
         ("Llama", {"head_dim": 8}, "layer 0 of LlamaConfig.*multiple of 16.*8"),

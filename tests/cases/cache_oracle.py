@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cases.oracle import reference
@@ -39,6 +40,20 @@ class Transcribed(transformers.cache_utils.DynamicLayer):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
         self.mean = None if self.mean is None else self.mean[beam_idx]
+
+
+class TranscribedLatents(transformers.cache_utils.DynamicLayer):
+    """The same of latents, whose rows have the rotary part of their keys behind them."""
+
+    def __init__(self, options: CacheOptions) -> None:
+        super().__init__()
+        self.options = options
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple:
+        dims = [key_states.shape[3], value_states.shape[3]]
+        layout = self.options.layout(sum(dims), 0)
+        rows = torch.cat(super().update(key_states, value_states), -1)
+        return seen(rows, layout.key, layout.window, key_states.shape[2]).split(dims, -1)
 
 
 def seen(

@@ -14,9 +14,10 @@ from tokred.integrations.transformers import attention
 
 from .base import InPlaceCache, check_capacity, replaced_layers
 from .files import load_layers, save_layers
+from .latents import LatentCacheLayer
 from .layers import PackedCacheLayer
 from .storage import CacheOptions
-from .support import check_layers, check_model, config_of, softcap_of
+from .support import check_layers, check_model, config_of, latent_dims, softcap_of
 
 
 class PackedCache(InPlaceCache):
@@ -35,6 +36,10 @@ class PackedCache(InPlaceCache):
     several parts, assisted generation and autocast work as with a DynamicCache; see
     PackedCacheLayer.crop for what rolling back costs. A call that raises leaves the cache as it
     was.
+
+    Of multi-head latent attention (DeepSeek-V2 and its kin) it packs the latents with the rotary
+    parts of the keys, one row a token for all heads, which is keys and values at once: bits and
+    groups are those of keys. Later tokens attend with the weights absorbed that would expand it.
 
     An encoder-decoder's decoder has it in `EncoderDecoderCache(PackedCache(config),
     DynamicCache(config=config))` of transformers.
@@ -63,9 +68,9 @@ class PackedCache(InPlaceCache):
 
     Raises:
         ValueError: options that do not fit each other; a model without full-attention layers, or
-            whose attention cannot read packed keys (multi-head latent attention, a head dimension
-            that is no multiple of 16 up to 256). What the config does not tell is checked with the
-            first tokens.
+            whose attention cannot read packed keys (a head dimension that is no multiple of 16 up
+            to 256, of latents with their rotary part up to 576). What the config does not tell is
+            checked with the first tokens.
     """
 
     def __init__(
@@ -86,7 +91,7 @@ class PackedCache(InPlaceCache):
         model, config = config, config_of(config)
         if isinstance(model, nn.Module):
             check_layers(model)
-        if center is None and softcap_of(config) is not None:
+        if center is None and (softcap_of(config) is not None or latent_dims(config) is not None):
             center = False
         options = _options(
             bits, key_bits, value_bits, key_axis, group_size, window, scheme, rotate, center
@@ -168,7 +173,9 @@ def _layers(config: Any, options: CacheOptions, capacity: int | None) -> list[An
         f"PackedCache packs layers of full attention, and {type(config).__name__} has none: "
         "use a transformers.DynamicCache"
     )
-    packed = replaced_layers(config, partial(PackedCacheLayer, options, capacity), refusal)
+    latent = latent_dims(config)
+    make = PackedCacheLayer if latent is None else partial(LatentCacheLayer, *latent)
+    packed = replaced_layers(config, partial(make, options, capacity), refusal)
     numbers = [n for n, layer in enumerate(packed) if isinstance(layer, PackedCacheLayer)]
     check_model(config, options, numbers)
     return packed

@@ -53,6 +53,7 @@ class Contents:
         """Contents without tokens, with room for `room` packed ones."""
         packed = layout.empty(batch, heads, room, device)
         dims = {"key": layout.head_dim, "value": layout.value_dim} if layout.window > 0 else {}
+        dims = {name: dim for name, dim in dims.items() if dim > 0}
         windows = {
             name: torch.zeros(batch, heads, layout.window, dim, dtype=dtype, device=device)
             for name, dim in dims.items()
@@ -77,7 +78,7 @@ class Contents:
     def tensors(self) -> dict[str, Tensor]:
         """All tensors, by the names they have in files."""
         named = {f"{name}_window": tensor for name, tensor in self.windows.items()}
-        for name, side in zip(("key", "value"), self.packed, strict=True):
+        for name, side in zip(("key", "value")[: self.layout.sides], self.packed, strict=False):
             named |= {f"{name}_codes": side.codes, f"{name}_params": side.params}
         return named if self.key_mean is None else {**named, "key_mean": self.key_mean}
 
@@ -140,11 +141,15 @@ class Contents:
             self.layout, self.packed, windows, contents.key_mean, self.dtype, self.device
         )
         tokred.kv_append(keys, self.packed[0], length, windows.get("key"))
-        tokred.kv_append(values, self.packed[1], length, windows.get("value"))
+        if self.layout.sides > 1:
+            tokred.kv_append(values, self.packed[1], length, windows.get("value"))
         return contents
 
     def _append_one(self, length: int, keys: Tensor, values: Tensor) -> None:
         key, value = self.windows.get("key"), self.windows.get("value")
+        if self.layout.sides == 1:
+            tokred.kv_append(keys, self.packed[0], length, key)
+            return
         if key is None or torch.compiler.is_compiling():
             tokred.kv_append(keys, self.packed[0], length, key)
             tokred.kv_append(values, self.packed[1], length, value)

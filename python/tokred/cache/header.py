@@ -110,8 +110,9 @@ def _layer(value: Any, where: str) -> LayerHeader:
     for name in dtypes:
         if not isinstance(name, str) or name not in known:
             raise ValueError(f"{where}.dtypes has {name!r}, not one of {sorted(known)}")
-    for size in shape:
-        _integer(size, f"{where}.shape", 1)
+    for number, size in enumerate(shape):
+        # Latents have no values beside them.
+        _integer(size, f"{where}.shape", 0 if kind == "packed" and number == 3 else 1)
     if value["centered"] and length == 0:
         raise ValueError(f"{where}.centered is true, of no tokens")
     return LayerHeader(kind, length, dtypes, shape, value["sliding_window"], value["centered"])
@@ -137,7 +138,8 @@ def layer_tensors(options: CacheOptions, layer: LayerHeader) -> dict[str, Tensor
     (dtype,) = layer.torch_dtypes
     layout = options.layout(*dims)
     tensors: dict[str, TensorHeader] = {}
-    for name, form, dim in (("key", layout.key, dims[0]), ("value", layout.value, dims[1])):
+    sides = (("key", layout.key, dims[0]), ("value", layout.value, dims[1]))
+    for name, form, dim in sides[: layout.sides]:
         held = packed_tokens(form.axis, layout.window, layer.length)
         tensors[f"{name}_codes"] = torch.uint8, (batch, heads, held, form.code_bytes(dim))
         tensors[f"{name}_params"] = torch.float16, (batch, heads, *form.params_shape(held, dim))

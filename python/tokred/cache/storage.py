@@ -12,6 +12,7 @@ from tokred.ops.kv_pack import PackedKV, PackFormat, packed_tokens
 MAX_TOKENS = 2**31 - 1  # that int32 indices can name
 _MULTIPLE = 16  # of the head dimension, and of groups along channels
 _MAX_HEAD_DIM = 256
+_MAX_LATENT_DIM = 576  # of latents, with the rotary part of their keys
 _TOKEN_GROUP = 32
 _CHANNEL_GROUP = {1: 32, 2: 32, 3: 32, 4: 64, 8: 64}  # by bits
 SCHEMES = ("asymmetric", "zero_point", "symmetric", "fp8", "codebook")
@@ -75,20 +76,25 @@ class CacheOptions:
             )
 
     def layout(self, head_dim: int, value_dim: int) -> Layout:
-        """The layout of keys and values of these dimensions.
+        """The layout of keys and values of these dimensions; of latents there are no values, 0.
 
         Raises:
             ValueError: a dimension that cannot be packed, or that the groups do not divide.
         """
-        key = self._format(self.key_bits, self.key_axis, head_dim, "head_dim of the keys")
-        value = self._format(self.value_bits, "channel", value_dim, "head_dim of the values")
+        most = _MAX_HEAD_DIM if value_dim > 0 else _MAX_LATENT_DIM
+        name = "head_dim of the keys" if value_dim > 0 else "latent with its rotary part"
+        key = self._format(self.key_bits, self.key_axis, head_dim, name, most)
+        if value_dim == 0:
+            return Layout(key, replace(key, axis="channel"), self.window, False, head_dim, 0)
+        name = "head_dim of the values"
+        value = self._format(self.value_bits, "channel", value_dim, name, most)
         return Layout(key, value, self.window, self.center, head_dim, value_dim)
 
-    def _format(self, bits: int, axis: str, dim: int, name: str) -> PackFormat:
-        if dim % _MULTIPLE != 0 or not 0 < dim <= _MAX_HEAD_DIM:
+    def _format(self, bits: int, axis: str, dim: int, name: str, most: int) -> PackFormat:
+        if dim % _MULTIPLE != 0 or not 0 < dim <= most:
             raise ValueError(
                 f"PackedCache needs a head_dim that is a multiple of {_MULTIPLE} up to "
-                f"{_MAX_HEAD_DIM}, but the {name} is {dim}: use a transformers.DynamicCache"
+                f"{most}, but the {name} is {dim}: use a transformers.DynamicCache"
             )
         default = _TOKEN_GROUP if axis == "token" else math.gcd(dim, _CHANNEL_GROUP[bits])
         if self.scheme == "codebook":
@@ -122,6 +128,11 @@ class Layout:
     center: bool
     head_dim: int
     value_dim: int
+
+    @property
+    def sides(self) -> int:
+        """2, keys and values, or 1: latents are both."""
+        return 1 if self.value_dim == 0 else 2
 
     @property
     def unit(self) -> int:

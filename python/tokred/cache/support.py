@@ -25,11 +25,16 @@ def check_model(config: Any, options: CacheOptions, packed: list[int]) -> None:
     """
     text = text_config(config)
     name = type(config).__name__
-    if getattr(text, "kv_lora_rank", None):
+    latent = latent_dims(config)
+    if latent is not None and options.center:
         raise ValueError(
-            f"PackedCache packs keys and values that attention reads as they are, and {name} has "
-            f"multi-head latent attention: what it caches are latents, of kv_lora_rank = "
-            f"{text.kv_lora_rank}, which every step expands to keys and values: {_INSTEAD}"
+            f"center packs keys without their mean, and the latents of {name} are its values as "
+            "well: pass center=False"
+        )
+    if latent is not None and options.value_bits != options.key_bits:
+        raise ValueError(
+            f"the latents of {name} are keys and values at once, so value_bits must be key_bits, "
+            f"got {options.value_bits} and {options.key_bits}"
         )
     if options.center and softcap_of(config) is not None:
         raise ValueError(
@@ -45,9 +50,20 @@ def check_model(config: Any, options: CacheOptions, packed: list[int]) -> None:
         head_dim = head_dim_of(config, number)
         if head_dim is not None:
             try:
-                options.layout(head_dim, head_dim)
+                options.layout(head_dim, head_dim if latent is None else 0)
             except ValueError as error:
                 raise ValueError(f"layer {number} of {name}: {error}") from error
+
+
+def latent_dims(config: Any) -> tuple[int, int] | None:
+    """Channels of the latents and of the rotary parts of keys that a model caches; None of others.
+
+    Which it caches of multi-head latent attention, whose config has their names.
+    """
+    text = text_config(config)
+    dims = (getattr(text, name, None) for name in ("kv_lora_rank", "qk_rope_head_dim"))
+    rank, rotary = (dim if isinstance(dim, int) else 0 for dim in dims)
+    return (rank, rotary) if rank > 0 and rotary > 0 else None
 
 
 def softcap_of(config: Any) -> float | None:
@@ -101,7 +117,13 @@ def layer_config(config: Any, number: int) -> Any:
 
 
 def head_dim_of(config: Any, number: int) -> int | None:
-    """The head dimension of a layer of full attention, or None where the config does not say."""
+    """The head dimension of a layer of full attention, or None where the config does not say.
+
+    Of multi-head latent attention that of its one key head.
+    """
+    latent = latent_dims(config)
+    if latent is not None:
+        return sum(latent)
     layer = layer_config(config, number)
     for name in ("global_head_dim", "head_dim"):
         if isinstance(getattr(layer, name, None), int):
@@ -112,6 +134,8 @@ def head_dim_of(config: Any, number: int) -> int | None:
 
 def kv_heads_of(config: Any, number: int) -> int | None:
     """The key heads of a layer of full attention, or None where the config does not say."""
+    if latent_dims(config) is not None:
+        return 1
     layer = layer_config(config, number)
     if getattr(layer, "num_global_key_value_heads", None) is not None:
         return None

@@ -30,6 +30,7 @@ from tokred.patching import AttentionCall
 
 from .full_attention import looks_both_ways
 from .kept_keys import KeptStates
+from .latent_states import plain, states_of
 from .packed_buffer import SCORE_KEYS
 from .packed_states import ADVICE, PackedStates
 
@@ -173,6 +174,14 @@ def attention_forward(
     _refuse(dropout, options)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
+    latents = states_of(key)
+    if latents is not None:
+        if tokred_method is not None:
+            raise ValueError(
+                "methods that choose keys do not read packed latents (multi-head latent "
+                "attention): use a transformers.DynamicCache, or no method"
+            )
+        key, value = latents.expanded_by(module, plain(key), plain(value)), None
     if isinstance(key, PackedStates):
         key.refuse_cross_attention(module, bool(is_causal))
         if tokred_method is not None:

@@ -1,0 +1,60 @@
+"""A layer of a packed cache whose tokens are latents, of multi-head latent attention."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokred.integrations.transformers.latent_states import LatentStates
+
+from .layers import PackedCacheLayer
+from .storage import CacheOptions
+
+
+class LatentCacheLayer(PackedCacheLayer):
+    """Latents and rotary parts of keys of one layer, packed side by side in one row a token.
+
+    Rows are keys; there are no values beside them, since these are the latents. Everything else is
+    as in a PackedCacheLayer.
+
+    Args:
+        rank: channels of a latent. rotary: channels of the rotary part.
+    """
+
+    def __init__(
+        self, rank: int, rotary: int, options: CacheOptions, capacity: int | None = None
+    ) -> None:
+        self.rank, self.rotary = rank, rotary
+        super().__init__(options, capacity)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """Appends latents [B, 1, L, rank] and rotary parts [B, 1, L, R]; returns those of these
+        tokens, to be expanded, which tokred's attention knows the cache by.
+
+        Raises:
+            ValueError: other tensors; tokens unlike those in the cache, or more than its capacity.
+            RuntimeError: under torch.compile.
+        """
+        if torch.compiler.is_compiling():
+            raise RuntimeError("a PackedCache of latents cannot be compiled: call the model itself")
+        for name, x, dim in (
+            ("latents", key_states, self.rank),
+            ("rotary parts", value_states, self.rotary),
+        ):
+            if not isinstance(x, Tensor) or x.dim() != 4 or (x.shape[1], x.shape[3]) != (1, dim):
+                got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+                raise ValueError(
+                    f"PackedCache packs {name} [B, 1, L, {dim}] of this model, got {got}: an older "
+                    "transformers caches keys and values that are expanded; install a newer one, "
+                    "or use a transformers.DynamicCache"
+                )
+        rows = torch.cat((key_states, value_states), -1)
+        packed, _ = super().update(rows, rows[..., :0])
+        own = {each.name: getattr(packed, each.name) for each in fields(packed)}
+        states = LatentStates(**own, rank=self.rank)
+        return states.handed_out(key_states, value_states)

@@ -1,0 +1,170 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434) on latents that are packed.
+
+A token is one row: its latent, from which the model expands keys and values of all heads, and the
+rotary part of its key. Tokens of the first forward pass attend to one another expanded, as the
+model has it. From then on the weights that expand are absorbed into the queries and the outputs:
+rows are the keys of all heads, their latents are the values, and nothing is expanded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import tokred
+
+from .packed_states import ADVICE, PackedStates, _as
+
+
+@dataclass(frozen=True, eq=False)
+class LatentStates(PackedStates):
+    """PackedStates of rows [B, 1, N, rank + R], of which the first `rank` channels are latents.
+
+    value and value_window are those of the keys; new_key is [B, 1, L, rank + R]. With
+    `expanded_by` they become those of an attention module: new_key and new_value are then its
+    expanded keys and values, and queries are its own.
+    """
+
+    rank: int = 0
+    weight: Tensor | None = None  # [Hq, Dn + Dv, rank]: of a head the rows for keys, then values
+
+    def handed_out(self, latents: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
+        """What the module expands: these tokens alone, which carry the states with them."""
+        return _carrying(latents, self), _carrying(rotary, self)
+
+    def expanded_by(self, module: nn.Module, key: Tensor, value: Tensor) -> LatentStates:
+        """The states for the queries of this module, which has expanded the new tokens.
+
+        Raises:
+            ValueError: it expands latents in another way than by one linear layer.
+        """
+        linear = getattr(module, "kv_b_proj", None)
+        if type(linear) is not nn.Linear or linear.bias is not None:
+            raise ValueError(
+                f"{type(module).__name__} expands latents by {type(linear).__name__}, and weights "
+                "can be absorbed only of a torch.nn.Linear without bias: merge adapters and keep "
+                "kv_b_proj unquantized, or use a transformers.DynamicCache"
+            )
+        weight = linear.weight.unflatten(0, (key.shape[1], -1))
+        if self.is_first:
+            self._check_expansion(module, weight, key, value)
+        own = {each.name: getattr(self, each.name) for each in fields(self)}
+        return LatentStates(**{**own, "new_key": key, "new_value": value, "weight": weight})
+
+    def _check_expansion(
+        self, module: nn.Module, weight: Tensor, key: Tensor, value: Tensor
+    ) -> None:
+        """Whether a token's keys and values are what absorbed weights take them for."""
+        row = self.new_key[:, :, :1].float()
+        latent, rotary = row[..., : self.rank], row[..., self.rank :]
+        expanded = torch.einsum("bgtr,hdr->bhtd", latent, weight.float())
+        dim = key.shape[3] - rotary.shape[3]
+        shared = rotary.expand(-1, key.shape[1], -1, -1)
+        for got, nope, rest in (
+            (key, expanded[..., :dim], shared),
+            (value, expanded[..., dim:], None),
+        ):
+            want = nope if rest is None else torch.cat((nope, rest), -1)
+            got = got[:, :, :1].float()
+            slack = 0.05 * (1 + want.abs().amax(dim=(1, 2, 3), keepdim=True)) if want.numel() else 0
+            if got.shape != want.shape or bool(((got - want).abs() > slack).any()):
+                raise ValueError(
+                    f"{type(module).__name__} expands latents to other keys and values than its "
+                    "kv_b_proj gives, so that its weights cannot be absorbed: use a "
+                    "transformers.DynamicCache"
+                )
+
+    @property
+    def key_dim(self) -> int:
+        """Channels of an expanded key without its rotary part."""
+        return self.new_key.shape[3] - (
+            self.key.codes.shape[3] * 8 // self.key.format.bits - self.rank
+        )
+
+    def _from_cache(
+        self, q: Tensor, scale: float | None, softcap: float | None, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        assert self.weight is not None
+        weight, dim = self.weight.to(q.dtype), self.key_dim
+        if scale is None:
+            scale = q.shape[3] ** -0.5
+        latent = torch.einsum("bhtd,hdr->bhtr", q[..., :dim], weight[:, :dim])
+        rows = torch.cat((latent, q[..., dim:]), -1)
+        window = _as(self.key_window, q)
+        options |= {"length": self.length, "softcap": softcap}
+        # The values are all channels of the keys, so that both are the same memory.
+        out, lse = tokred.packed_attention(
+            rows, self.key, self.key, window, window, scale, **options
+        )
+        out = torch.einsum("bhtr,hdr->bhtd", out[..., : self.rank], weight[:, dim:])
+        return out, lse
+
+
+class _Carrying(Tensor):
+    """Latents, or what a module expands from them, on their way to the attention.
+
+    They are those of the new tokens alone, so nothing but the expansion, and tokred's attention,
+    may have them: other functions raise an error that says what to do.
+    """
+
+    states: LatentStates
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        name = getattr(function, "__name__", str(function))
+        if name not in _EXPANDING:
+            raise TypeError(f"{name}: {ADVICE}")
+        carrying = next(_found(args))
+        states = carrying.states
+        with torch._C.DisableTorchFunctionSubclass():
+            if name == "linear" and states.new_key.shape[2] == 1 and not states.is_first:
+                # A single query reads the cache alone: what it would expand is never used.
+                x, weight = args[0], args[1]
+                result = x.new_zeros(()).expand(*x.shape[:-1], weight.shape[0])
+            else:
+                result = function(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            return _carrying(result, states)
+        if isinstance(result, tuple | list):
+            return tuple(_carrying(x, states) if isinstance(x, Tensor) else x for x in result)
+        return result
+
+
+# What modules do with latents before the attention: functions of torch and methods of tensors.
+_EXPANDING = {
+    *("linear", "split", "split_with_sizes", "chunk", "cat", "concat", "new_empty", "copy_"),
+    *("view", "reshape", "unflatten", "flatten", "transpose", "permute", "unsqueeze", "squeeze"),
+    *("expand", "contiguous", "__getitem__", "__get__", "size", "stride", "dim", "numel", "type"),
+    *("is_contiguous", "is_floating_point", "to", "pad", "_pad"),
+}
+
+
+def _found(args: Any) -> Any:
+    for each in args:
+        if isinstance(each, _Carrying):
+            yield each
+        elif isinstance(each, tuple | list):
+            yield from _found(each)
+
+
+def _carrying(x: Tensor, states: LatentStates) -> Tensor:
+    with torch._C.DisableTorchFunctionSubclass():
+        carrying = x.as_subclass(_Carrying)
+    carrying.states = states
+    return carrying
+
+
+def plain(x: Tensor) -> Tensor:
+    """The tensor without states."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return x.as_subclass(Tensor)
+
+
+def states_of(key: Any) -> LatentStates | None:
+    """Of a key that a module has expanded from packed latents; None of others."""
+    return key.states if isinstance(key, _Carrying) else None
