@@ -120,8 +120,9 @@ def machine_code(headers: Iterable[str], instance: str, architecture: str) -> Co
         source.write_text(
             f"{includes}namespace tokred::cuda {{\ntemplate __global__ {instance};\n}}\n"
         )
-        flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", f"--generate-code={architecture}"]
-        run_tool("nvcc", *flags, f"-I{CSRC}", "-cubin", "-o", str(cubin), str(source))
+        flags = ["-std=c++20", "-O3", "-fmad=false", "--expt-relaxed-constexpr"]
+        flags += [f"--generate-code={architecture}", f"-I{CSRC}"]
+        run_tool("nvcc", *flags, "-cubin", "-o", str(cubin), str(source))
         usage = run_tool("cuobjdump", "-res-usage", str(cubin))
         listing = run_tool("nvdisasm", "-c", str(cubin))
     function = re.compile(rf"Function (\S*\d{name[1]}I\S*):\s+REG:(\d+) STACK:(\d+)")

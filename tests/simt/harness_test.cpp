@@ -188,6 +188,26 @@ bool multiplies() {
   return true;
 }
 
+// 1 and sixteen products of 1.5 * 2^-24, three quarters of its last bit, in that last bit.
+void add_small_products(float* out) {
+  const uint32_t left = pack_pair<bf16>(0x1.8p-12f, 0x1.8p-12f);
+  const uint32_t right = pack_pair<bf16>(0x1p-12f, 0x1p-12f);
+  float d[4] = {1, 1, 1, 1};
+  mma(bf16{}, d, {left, left, left, left}, {right, right});
+  for (int i = 0; i < 4; ++i) out[lane_id() * 4 + i] = (d[i] - 1) * 0x1p23f;
+}
+
+bool adds_small_products(bool truncate, float expected) {
+  std::vector<float> out(128);
+  simt::tensor_cores_truncate = truncate;
+  simt::launch(add_small_products, 1, 32, 16, out.data());
+  simt::tensor_cores_truncate = true;
+  for (const float x : out) {
+    if (x != expected) return false;
+  }
+  return true;
+}
+
 // Swizzled by hand: 16 bytes number i of a row of 128 bytes are at i ^ row % 8.
 struct SwizzledOperands {
   uint16_t a[64][64], b[128][64], b_by_rows[2][16][64];
@@ -333,6 +353,8 @@ int main() {
   report("after_errors", [&] { return run(reverse_block<true>, 256, reversed); });
   report("mma_bf16", [] { return multiplies<bf16>(); });
   report("mma_f16", [] { return multiplies<f16>(); });
+  report("mma_truncates", [] { return adds_small_products(true, 8); });
+  report("mma_rounds", [] { return adds_small_products(false, 16); });
   report("wgmma_bf16", [] { return multiplies_by_warpgroup<bf16>(); });
   report("wgmma_f16", [] { return multiplies_by_warpgroup<f16>(); });
   report("no_wgmma_wait", [] { return multiplies_by_warpgroup<bf16, false>(); });

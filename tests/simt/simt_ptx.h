@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/cuda/numbers.cuh"
+#include "tensor_core.h"
 
 namespace tokred::cuda {
 
@@ -29,13 +30,7 @@ void mma(T, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
         sum[g + 8][t + i] = from.d[2 + i];
       }
     }
-    for (int row = 0; row < 16; ++row) {
-      for (int k = 0; k < 16; ++k) {
-        for (int column = 0; column < 8; ++column) {
-          sum[row][column] += left[row][k] * right[k][column];
-        }
-      }
-    }
+    for (int row = 0; row < 16; ++row) simt::add_products(sum[row], left[row], right);
     for (int lane = 0; lane < 32; ++lane) {
       for (int i = 0; i < 4; ++i) {
         lanes[lane]->d[i] = sum[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];

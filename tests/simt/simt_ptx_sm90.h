@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "common/cuda/numbers.cuh"
+#include "tensor_core.h"
 
 namespace tokred::cuda {
 
@@ -149,7 +150,7 @@ extern "C" __attribute__((visibility("default"), used)) inline int64_t tokred_si
 }
 
 inline void multiply(const Product& product, unsigned warp) {
-  float left[16][16], right[16][256];
+  float left[16][16], right[32][16][8];
   const auto number = [&](uint32_t bits) { return product.to_float(static_cast<uint16_t>(bits)); };
   const MatrixLayout b(product.b);
   const bool from_registers = product.lanes[0].a != nullptr;
@@ -165,15 +166,19 @@ inline void multiply(const Product& product, unsigned warp) {
   }
   for (int k = 0; k < 16; ++k) {
     for (int column = 0; column < product.columns; ++column) {
-      right[k][column] = number(from_registers ? b.by_column(k, column) : b.by_k(column, k));
+      right[column / 8][k][column % 8] =
+          number(from_registers ? b.by_column(k, column) : b.by_k(column, k));
     }
   }
   for (int row = 0; row < 16; ++row) {
-    for (int column = 0; column < product.columns; ++column) {
-      float* d = product.lanes[row % 8 * 4 + column % 8 / 2].d[column / 8];
-      float& sum = d[row / 8 * 2 + column % 2];
-      if (!product.add) sum = 0.0f;
-      for (int k = 0; k < 16; ++k) sum += left[row][k] * right[k][column];
+    for (int tile = 0; tile < product.columns / 8; ++tile) {
+      float sum[8] = {};
+      const auto at = [&](int column) -> float& {
+        return product.lanes[row % 8 * 4 + column / 2].d[tile][row / 8 * 2 + column % 2];
+      };
+      for (int column = 0; column < 8 && product.add; ++column) sum[column] = at(column);
+      simt::add_products(sum, left[row], right[tile]);
+      for (int column = 0; column < 8; ++column) at(column) = sum[column];
     }
   }
   ++wgmma_quarters;

@@ -28,6 +28,17 @@ def choose_device() -> Iterator[Callable[[int], None]]:
     choose(H200)
 
 
+@pytest.fixture(params=[True, False], ids=["truncating", "rounding"])
+def tensor_cores(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Sets what the emulated tensor cores do with bits that do not fit; hardware truncates."""
+    ready("simt")
+    truncate = ctypes.CDLL(str(SIMT_LIBRARY)).tokred_simt_set_truncation
+    truncate.argtypes = (ctypes.c_bool,)
+    truncate(request.param)
+    yield
+    truncate(True)
+
+
 def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
 
@@ -96,3 +107,19 @@ def test_too_large_is_refused_in_words(choose_device: Callable[[int], None], ker
     )
     with pytest.raises(RuntimeError, match=words):
         Backend("simt").run(op, *inputs)
+
+
+def test_f32_on_tensor_cores_is_as_accurate_as_f32(tensor_cores: None) -> None:
+    """Sums of one sign, where cut-off bits add up."""
+    a, b = draw(1, 64, 1024, dtype=F32).abs(), draw(1, 1, 1024, dtype=F32).abs()
+    scores, _ = Backend("simt").run("match", a, b, None, None, None, None, "dot")
+    exact = (a.double() @ b.double().mT)[..., 0]
+    plain = (a @ b.mT)[..., 0]
+    assert (scores - exact).abs().mean() <= 2.5 * (plain - exact).abs().mean()
+    q, k = draw(1, 1, 64, 128, dtype=F32).abs(), draw(1, 1, 640, 128, dtype=F32).abs()
+    bias = torch.zeros(1, 1, 640)
+    out, lse = Backend("simt").run("biased_attention", q, k, k, bias)
+    logits = (q.double() @ k.double().mT) * 128**-0.5
+    expected = logits.softmax(-1) @ k.double()
+    torch.testing.assert_close(lse.double(), logits.logsumexp(-1), rtol=3e-7, atol=0)
+    torch.testing.assert_close(out.double(), expected, rtol=6e-7, atol=0)

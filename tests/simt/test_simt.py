@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 RIGHT = {
     "block_barrier", "second_barrier", "warp_barrier", "copy_wait", "cleared", "after_errors",
     "mma_bf16", "mma_f16", "partial_copy", "scans", "grid", "announced", "wgmma_bf16", "wgmma_f16",
-    "much_shared", "all_shared",
+    "much_shared", "all_shared", "mma_truncates", "mma_rounds",
 }  # fmt: skip
 WRONG = {
     "no_block_barrier", "no_second_barrier", "no_warp_barrier", "no_copy_wait", "not_cleared",

@@ -207,6 +207,36 @@ __device__ __forceinline__ void load_right(uint32_t (&b)[2][2], const Tile<T, kR
   b[1][1] = r[3];
 }
 
+// Tiles 2 j, 2 j + 1 of each out[i] += a[i] . the right operands at row, column of the tile. Tensor
+// cores align what they add to the greatest of it and cut off the rest: the products of several
+// planes are summed from zero, the small ones first, and fp32 arithmetic adds the rounded sums.
+template <bool kTransposed, class T, int kRowTiles, int kTiles, int kRows, int kDim>
+__device__ __forceinline__ void add_products(float (&out)[kRowTiles][kTiles][4], int j,
+                                             const Left<T> (&a)[kRowTiles],
+                                             const Tile<T, kRows, kDim>& tile, int row,
+                                             int column) {
+  constexpr int kPlanes = Operand<T>::kPlanes;
+  [[maybe_unused]] float sum[kRowTiles][2][4] = {};
+#pragma unroll
+  for (int plane = kPlanes - 1; plane >= 0; --plane) {
+    uint32_t b[2][2];
+    load_right<kTransposed>(b, tile, plane, row, column);
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        multiply(kPlanes == 1 ? out[i][2 * j + n] : sum[i][n], a[i], b[n], plane);
+      }
+    }
+  }
+  if constexpr (kPlanes > 1) {
+#pragma unroll
+    for (int i = 0; i < 8 * kRowTiles; ++i) {
+      out[i / 8][2 * j + i / 4 % 2][i % 4] += sum[i / 8][i / 4 % 2][i % 4];
+    }
+  }
+}
+
 // out[i] = rows of the left operand . rows of the tile, 16 rows on the left for each i; left(k, i)
 // gives columns 16 k .. 16 k + 15 of them.
 template <int kDim, class T, int kRowTiles, int kColumns, class LeftAt>
@@ -229,16 +259,7 @@ __device__ __forceinline__ void multiply_by_rows(float (&out)[kRowTiles][kColumn
     for (int i = 0; i < kRowTiles; ++i) a[i] = left(k, i);
 #pragma unroll
     for (int j = 0; j < kColumns / 16; ++j) {
-#pragma unroll
-      for (int plane = Operand<T>::kPlanes - 1; plane >= 0; --plane) {
-        uint32_t b[2][2];
-        load_right<false>(b, tile, plane, 16 * j, 16 * k);
-#pragma unroll
-        for (int i = 0; i < kRowTiles; ++i) {
-          multiply(out[i][2 * j], a[i], b[0], plane);
-          multiply(out[i][2 * j + 1], a[i], b[1], plane);
-        }
-      }
+      add_products<false>(out, j, a, tile, 16 * j, 16 * k);
     }
   }
 }
@@ -266,18 +287,7 @@ __device__ __forceinline__ void accumulate(float (&out)[kRowTiles][kDim / 8][4],
       }
     }
 #pragma unroll
-    for (int j = 0; j < kDim / 16; ++j) {
-#pragma unroll
-      for (int plane = Operand<T>::kPlanes - 1; plane >= 0; --plane) {
-        uint32_t b[2][2];
-        load_right<true>(b, tile, plane, 16 * k, 16 * j);
-#pragma unroll
-        for (int i = 0; i < kRowTiles; ++i) {
-          multiply(out[i][2 * j], a[i], b[0], plane);
-          multiply(out[i][2 * j + 1], a[i], b[1], plane);
-        }
-      }
-    }
+    for (int j = 0; j < kDim / 16; ++j) add_products<true>(out, j, a, tile, 16 * k, 16 * j);
   }
 }
 

@@ -42,14 +42,14 @@ inline float to_float(f16 x) {
 template <>
 inline bf16 from_float<bf16>(float x) {
   const uint32_t bits = __float_as_uint(x);
-  if (x != x) return {uint16_t(bits >> 16 | 0x40)};
+  if (x != x) return {0x7fff};  // as the instruction does
   return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
 template <>
 inline f16 from_float<f16>(float x) {
   const uint16_t sign = uint16_t(__float_as_uint(x) >> 16 & 0x8000);
   const float magnitude = std::fabs(x);
-  if (!(magnitude < 65520.0f)) return {uint16_t(sign | (x != x ? 0x7e00 : 0x7c00))};
+  if (!(magnitude < 65520.0f)) return {uint16_t(x != x ? 0x7fff : sign | 0x7c00)};
   // Adding a power of two leaves the rounded significand in the low bits of the sum.
   const int exponent = magnitude < 0x1p-14f ? -14 : std::ilogb(magnitude);
   const float rounded = std::nearbyint(std::ldexp(magnitude, 10 - exponent));

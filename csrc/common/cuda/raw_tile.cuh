@@ -55,11 +55,14 @@ __device__ __forceinline__ void multiply_split(float (&d)[4], const Left<float>&
   uint32_t pairs[2][3];
   split_pair<float>(low.x, low.y, pairs[0]);
   split_pair<float>(high.x, high.y, pairs[1]);
+  float sum[4] = {};  // of its own, see add_products
 #pragma unroll
   for (int plane = 2; plane >= 0; --plane) {
     const uint32_t b[2] = {pairs[0][plane], pairs[1][plane]};
-    multiply(d, a, b, plane);
+    multiply(sum, a, b, plane);
   }
+#pragma unroll
+  for (int e = 0; e < 4; ++e) d[e] += sum[e];
 }
 
 // As multiply_by_rows and accumulate of a Tile.

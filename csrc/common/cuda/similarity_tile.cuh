@@ -169,28 +169,14 @@ template <class T, int kRows, int kRowTiles>
 __device__ __forceinline__ void multiply(float (&dot)[kRowTiles][kSimilarityColumns / 8][4],
                                          const SimilarityTile<T, kRows>& a,
                                          const SimilarityTile<T, kSimilarityColumns>& b, int row0) {
-  constexpr int kPlanes = Operand<T>::kPlanes;
-  using Element = typename Operand<T>::Element;
 #pragma unroll 1
   for (int k = 0; k < kSimilarityChannels; k += 16) {
     Left<T> left[kRowTiles];
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) load_left(left[i], a, row0 + 16 * i, k);
 #pragma unroll
-    for (int j = 0; j < kSimilarityColumns / 8; j += 2) {
-#pragma unroll
-      for (int plane = kPlanes - 1; plane >= 0; --plane) {
-        uint32_t right[2][2];
-        load_right<false>(right, b, plane, 8 * j, k);
-#pragma unroll
-        for (int i = 0; i < kRowTiles; ++i) {
-#pragma unroll
-          for (int other = kPlanes - 1 - plane; other >= 0; --other) {
-            mma(Element{}, dot[i][j], left[i].plane[other], right[0]);
-            mma(Element{}, dot[i][j + 1], left[i].plane[other], right[1]);
-          }
-        }
-      }
+    for (int j = 0; j < kSimilarityColumns / 16; ++j) {
+      add_products<false>(dot, j, left, b, 16 * j, k);
     }
   }
 }
