@@ -49,6 +49,10 @@ py::dict describe(const LaunchPlan& plan) {
 // The launches of match, and of bipartite_soft_matching over `tokens` tokens, in order.
 py::dict plans_of_match(const MatchShape& shape, int64_t tokens, int64_t shared_limit) {
   py::dict plans("match"_a = describe(plan_match(shape)));
+  if (shape.async() && !shape.general) {
+    plans["column_terms"] = describe(plan_column_terms(shape.batch, tokens));
+    plans["match_short"] = describe(plan_match_short(shape));
+  }
   if (is_small_item(shape, tokens, shared_limit)) {
     plans["bipartite"] = describe(plan_small_items(shape, shared_limit));
   } else {

@@ -54,7 +54,13 @@ def test_match(is_float: bool, aligned: bool, general: bool) -> None:
             plans = _C.plan_match(batch, rows, tokens, is_float, aligned, general)
             # No block of 64 or 128 rows may be missing, unless blocks loop.
             blocks = min(batch * -(-rows // 128), 2**30)
-            check(plans, {"match": blocks, "bipartite": batch}, SHARED_LIMITS[-1])
+            covered = {"match": blocks, "bipartite": batch}
+            if aligned and not (is_float or general):
+                covered |= {
+                    "match_short": blocks,
+                    "column_terms": min(batch * -(-tokens // 64), 2**30),
+                }
+            check(plans, covered, SHARED_LIMITS[-1])
 
 
 def test_wide_tiles_only_where_blocks_abound() -> None:

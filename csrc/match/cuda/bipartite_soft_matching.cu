@@ -1,10 +1,13 @@
 // bipartite_soft_matching and threshold_matching: one launch for items of up to 1024 tokens, else
 // one for the matches and one for the maps.
+#include <algorithm>
+
 #include "match/cuda/bipartite_soft_matching.cuh"
 #include "match/cuda/launch.h"
 
 namespace tokred::cuda {
 
+int64_t match_workspace(const MatchParams&);
 void match(const MatchParams&, Stream);
 
 namespace {
@@ -43,7 +46,9 @@ bool in_one_block(const BipartiteParams& p) {
 
 int64_t bipartite_soft_matching_workspace(const BipartiteParams& p) {
   if (in_one_block(p)) return 0;
-  return p.match.batch * map_scratch_bytes(p.tokens, p.match.a.count);
+  // The matches are done with theirs before the maps begin.
+  return std::max(p.match.batch * map_scratch_bytes(p.tokens, p.match.a.count),
+                  match_workspace(p.match));
 }
 
 void bipartite_soft_matching(const BipartiteParams& p, Stream stream) {

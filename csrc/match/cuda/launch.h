@@ -17,4 +17,10 @@ inline MatchShape shape_of(const MatchParams& p) {
           p.band >= 0 || p.k > 1 || p.a.weight || p.b.weight};
 }
 
+// Whether match_short_kernel takes them.
+inline bool is_short(const MatchParams& p) {
+  const MatchShape shape = shape_of(p);
+  return shape.async() && !shape.general && p.channels <= kSimilarityChannels;
+}
+
 }  // namespace tokred::cuda::matching

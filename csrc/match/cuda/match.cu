@@ -5,6 +5,9 @@
 #include "match/cuda/match.cuh"
 
 namespace tokred::cuda {
+
+void match_short(const MatchParams&, Stream);
+
 namespace {
 
 using namespace matching;
@@ -38,9 +41,13 @@ void match_rows(const MatchParams& p, Stream stream) {
 
 }  // namespace
 
-int64_t match_workspace(const MatchParams&) { return 0; }
+int64_t match_workspace(const MatchParams& p) {
+  if (!is_short(p)) return 0;
+  return p.batch * column_tiles(p.b.count) * static_cast<int64_t>(sizeof(ColumnTerms));
+}
 
 void match(const MatchParams& p, Stream stream) {
+  if (is_short(p)) return match_short(p, stream);
   constexpr int64_t kMaxRow = std::numeric_limits<int32_t>::max();
   MatchParams bounded = p;
   if (bounded.band > kMaxRow) bounded.band = kMaxRow;  // no limit either way, but sums fit

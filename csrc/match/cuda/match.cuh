@@ -33,6 +33,36 @@ struct BestMatch {
   }
 };
 
+// Writes the best of what the four lanes of each row have found; `warp_row` is the first row of
+// this warp, counted from row0.
+template <int kRowTiles>
+__device__ __forceinline__ void write_matches(const BestMatch<kRowTiles>& best,
+                                              const MatchParams& p, const TokenRows& a,
+                                              int64_t row0, int warp_row) {
+#pragma unroll
+  for (int i = 0; i < 2 * kRowTiles; ++i) {
+    float score = best.score[i / 2][i % 2];
+    int index = best.index[i / 2][i % 2];
+#pragma unroll
+    for (int step = 1; step < 4; step *= 2) {
+      const float other = __shfl_xor_sync(kAllLanes, score, step);
+      const int other_index = __shfl_xor_sync(kAllLanes, index, step);
+      // As an unsigned number, -1 is the largest index.
+      if (other > score ||
+          (other == score && static_cast<unsigned>(other_index) < static_cast<unsigned>(index))) {
+        score = other;
+        index = other_index;
+      }
+    }
+    const int64_t row = row0 + warp_row + 16 * (i / 2) + 8 * (i % 2) + lane_id() / 4;
+    if (lane_id() % 4 != 0 || row >= p.a.count) continue;
+    const int64_t position = a.position(row), at = a.item * p.a.count + row;
+    const bool found = index >= 0 && position >= 0 && !a.masked(position);
+    p.score[at] = found ? score + 0.0f : -kInfinity;  // + 0 makes -0 into +0
+    p.index[at] = found ? index : -1;
+  }
+}
+
 // Rows [row0, row0 + kRows) of a batch item against all of b.
 template <class Config>
 struct RowMatcher : SimilarityRows<Config> {
@@ -95,31 +125,6 @@ struct RowMatcher : SimilarityRows<Config> {
     });
   }
 
-  __device__ __forceinline__ void write(BestMatch<kRowTiles>& best) const {
-#pragma unroll
-    for (int i = 0; i < 2 * kRowTiles; ++i) {
-      float score = best.score[i / 2][i % 2];
-      int index = best.index[i / 2][i % 2];
-#pragma unroll
-      for (int step = 1; step < 4; step *= 2) {
-        const float other = __shfl_xor_sync(kAllLanes, score, step);
-        const int other_index = __shfl_xor_sync(kAllLanes, index, step);
-        // As an unsigned number, -1 is the largest index.
-        if (other > score ||
-            (other == score && static_cast<unsigned>(other_index) < static_cast<unsigned>(index))) {
-          score = other;
-          index = other_index;
-        }
-      }
-      const int64_t row = row0 + row_of(i / 2, i % 2);
-      if (lane_id() % 4 != 0 || row >= p.a.count) continue;
-      const int64_t position = a.position(row), at = a.item * p.a.count + row;
-      const bool found = index >= 0 && position >= 0 && !a.masked(position);
-      p.score[at] = found ? score + 0.0f : -kInfinity;  // + 0 makes -0 into +0
-      p.index[at] = found ? index : -1;
-    }
-  }
-
   // f(dots, column0) for the tiles of b that the rows may match.
   template <class F>
   __device__ __forceinline__ void sweep_band(F f) {
@@ -135,7 +140,7 @@ struct RowMatcher : SimilarityRows<Config> {
     BestMatch<kRowTiles> best;
     best.clear();
     sweep_band([&](const Dots& dots, int64_t column0) { update(best, dots, column0); });
-    write(best);
+    write_matches(best, p, a, row0, this->warp_row);
   }
 };
 

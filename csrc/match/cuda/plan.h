@@ -45,6 +45,29 @@ constexpr LaunchPlan plan_match(const MatchShape& s) {
           "match"};
 }
 
+// Rows of up to 64 channels: terms of the tiles of columns, in the workspace, then the matches.
+struct ColumnTerms {
+  float scale[kSimilarityColumns], add[kSimilarityColumns];
+};
+inline constexpr int kShortStages = 3;  // tiles of b in shared memory
+inline constexpr int kTermThreads = 128;
+constexpr int64_t column_tiles(int64_t columns) { return divide_up(columns, kSimilarityColumns); }
+
+constexpr LaunchPlan plan_column_terms(int64_t batch, int64_t columns) {
+  return {{capped(batch * column_tiles(columns)), 1, 1},
+          kTermThreads,
+          tile_bytes(kSimilarityChannels, kSimilarityColumns, 1) + 16 * kSimilarityColumns};
+}
+constexpr LaunchPlan plan_match_short(const MatchShape& s) {
+  const SimilarityTiles tiles = match_tiles(s);
+  const int rows = tiles.rows() + kShortStages * kSimilarityColumns;
+  return {{capped(s.batch * divide_up(s.rows, tiles.rows())), 1, 1},
+          tiles.threads(),
+          tile_bytes(kSimilarityChannels, rows, 1) + 16 * tiles.rows() +
+              kShortStages * static_cast<int64_t>(sizeof(ColumnTerms)),
+          "match"};
+}
+
 constexpr int64_t small_item_bytes(const MatchShape& s, SimilarityTiles tiles) {
   return similarity_shared_bytes(tiles, s.is_float, s.async()) + kSmallMapBytes;
 }
