@@ -4,17 +4,18 @@
 
 #include <initializer_list>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include "common/cpu/pages.h"
 #include "common/types.h"
@@ -35,8 +36,86 @@ template <class... Args>
 }
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+
+// A handle to a tensor, with its metadata read once. Move-only: torch::stable::Tensor allocates a
+// count of owners, and asks torch again for every size.
+class Tensor {
+ public:
+  explicit Tensor(AtenTensorHandle handle) : handle_(handle) {
+    int64_t* sizes = nullptr;
+    int64_t* strides = nullptr;
+    int32_t dtype = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &dims_));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &strides));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &dtype));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &device_type_));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &device_index_));
+    sizes_ = sizes;
+    strides_ = strides;
+    element_size_ = aoti_torch_dtype_element_size(dtype);
+    namespace stable = torch::stable::detail;
+    scalar_type_ = stable::to<ScalarType>(stable::from(dtype));
+  }
+
+  AtenTensorHandle get() const { return handle_.get(); }
+  AtenTensorHandle release() { return handle_.release(); }
+
+  int64_t dim() const { return dims_; }
+  int64_t size(int64_t dim) const { return sizes_[checked(dim)]; }
+  int64_t stride(int64_t dim) const { return strides_[checked(dim)]; }
+  int64_t numel() const {
+    int64_t count = 1;
+    for (int64_t i = 0; i < dims_; ++i) count *= sizes_[i];
+    return count;
+  }
+  bool is_contiguous() const {
+    bool contiguous = false;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(get(), &contiguous));
+    return contiguous;
+  }
+  ScalarType scalar_type() const { return scalar_type_; }
+  size_t element_size() const { return element_size_; }
+  int32_t device_type() const { return device_type_; }
+  int32_t get_device_index() const { return device_index_; }
+
+  const void* const_data_ptr() const {
+    const void* data = nullptr;
+    TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(get(), &data));
+    return data;
+  }
+  void* mutable_data_ptr() const {
+    void* data = nullptr;
+    TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(get(), &data));
+    return data;
+  }
+
+ private:
+  struct Delete {
+    void operator()(AtenTensorHandle handle) const { aoti_torch_delete_tensor_object(handle); }
+  };
+
+  int64_t checked(int64_t dim) const {
+    TOKRED_CHECK(dim >= 0 && dim < dims_, "a tensor of ", dims_, " dimensions has no dimension ",
+                 dim);
+    return dim;
+  }
+
+  std::unique_ptr<AtenTensorOpaque, Delete> handle_;
+  const int64_t* sizes_;  // torch's own
+  const int64_t* strides_;
+  int64_t dims_;
+  size_t element_size_;
+  ScalarType scalar_type_;
+  int32_t device_type_, device_index_;
+};
 using OptionalTensor = std::optional<Tensor>;
+
+// What an op returns.
+template <class... T>
+std::tuple<T...> moved(T&... results) {
+  return {std::move(results)...};
+}
 
 // A `str` argument of an op. Of a std::string_view, torch leaks the string that it is made of.
 struct Text {
@@ -90,8 +169,9 @@ inline void check_same_dtype(const Tensor& t, const char* name, const Tensor& li
 
 inline void check_same_device(const Tensor& t, const char* name, const Tensor& like,
                               const char* like_name) {
-  TOKRED_CHECK(t.is_cpu() == like.is_cpu() && t.get_device_index() == like.get_device_index(), name,
-               " must be on the device of ", like_name, ", and is not");
+  TOKRED_CHECK(
+      t.device_type() == like.device_type() && t.get_device_index() == like.get_device_index(),
+      name, " must be on the device of ", like_name, ", and is not");
 }
 
 inline void check_last_contiguous(const Tensor& t, const char* name) {
@@ -169,12 +249,10 @@ inline Tensor allocate(const Tensor& like, const int64_t* shape, int64_t dims, S
     const bool overflows = __builtin_mul_overflow(step, shape[i] > 0 ? shape[i] : 1, &step);
     TOKRED_CHECK(!overflows && step <= kMostElements, "a result of ", text(), " is too large");
   }
-  int32_t device_type = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle = nullptr;
   const AOTITorchError failed = aoti_torch_empty_strided(
       dims, shape, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-      device_type, like.get_device_index(), &handle);
+      like.device_type(), like.get_device_index(), &handle);
   TOKRED_CHECK(!failed, "there is no memory for ", text());
   return Tensor(handle);
 }
@@ -260,14 +338,17 @@ inline TokenSet token_set(const Tensor& x, const char* name, const OptionalTenso
   return set;
 }
 
-// An optional per-token table [B, N] of the accumulator type of `like`.
+// A per-token table [B, N] of the accumulator type of `like`.
+inline TokenTable token_table(const Tensor& t, const char* name, const Tensor& like, int64_t batch,
+                              int64_t tokens) {
+  check_shape(t, name, {batch, tokens}, "[B, N]");
+  check_dtype(t, name, accumulator_type(like));
+  check_same_device(t, name, like, "x");
+  return {t.const_data_ptr(), t.stride(0), t.stride(1)};
+}
 inline TokenTable token_table(const OptionalTensor& t, const char* name, const Tensor& like,
                               int64_t batch, int64_t tokens) {
-  if (!t) return {};
-  check_shape(*t, name, {batch, tokens}, "[B, N]");
-  check_dtype(*t, name, accumulator_type(like));
-  check_same_device(*t, name, like, "x");
-  return {t->const_data_ptr(), t->stride(0), t->stride(1)};
+  return t ? token_table(*t, name, like, batch, tokens) : TokenTable{};
 }
 
 }  // namespace tokred

@@ -205,7 +205,7 @@ inline std::tuple<Tensor, Tensor> allocate_attention_outputs(AttentionParams& p,
   p.out_stride_head = out.stride(1);
   p.out_stride_token = out.stride(2);
   p.lse = lse.mutable_data_ptr();
-  return {out, lse};
+  return moved(out, lse);
 }
 
 // indices [B, Hq | Hkv | 1, ceil(L / block_q), K]; see KeyLists.

@@ -42,7 +42,7 @@ std::tuple<Tensor, Tensor> connected_components(const Tensor& x, double threshol
   p.counts = static_cast<int32_t*>(counts.mutable_data_ptr());
   p.workspace = workspace.data();
   if (p.batch > 0) backend.connected_components(p);
-  return {labels, counts};
+  return moved(labels, counts);
 }
 
 }  // namespace tokred

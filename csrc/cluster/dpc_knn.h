@@ -32,7 +32,7 @@ std::tuple<Tensor, Tensor> dpc_knn(const Tensor& x, int64_t num_clusters, int64_
   p.assignment = static_cast<int32_t*>(assignment.mutable_data_ptr());
   p.workspace = workspace.data();
   if (p.batch > 0) backend.dpc_knn(p);
-  return {centers, assignment};
+  return moved(centers, assignment);
 }
 
 }  // namespace tokred

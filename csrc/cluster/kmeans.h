@@ -81,7 +81,7 @@ std::tuple<Tensor, Tensor, Tensor> kmeans(const Tensor& x, int64_t num_clusters,
   p.counts = static_cast<int32_t*>(counts.mutable_data_ptr());
   p.workspace = workspace.data();
   if (p.batch > 0) backend.kmeans(p);
-  return {centroids, assignment, counts};
+  return moved(centroids, assignment, counts);
 }
 
 }  // namespace tokred

@@ -20,9 +20,11 @@ std::tuple<Tensor, Tensor> kmedoids(const Tensor& x, int64_t num_clusters, int64
     check_same_device(*given_start, "start", x, "x");
   }
   // KKZ: the longest token first, then always the furthest.
-  const Tensor start = given_start ? *given_start
-                                   : greedy_select<Backend>(x, num_clusters, Text{"kcenter"}, {},
-                                                            {}, mask, metric, Text{"norm"}, 0.5);
+  OptionalTensor chosen;
+  if (!given_start)
+    chosen = greedy_select<Backend>(x, num_clusters, Text{"kcenter"}, {}, {}, mask, metric,
+                                    Text{"norm"}, 0.5);
+  const Tensor& start = given_start ? *given_start : *chosen;
   p.iterations = iterations;
   p.start = static_cast<const int32_t*>(start.const_data_ptr());
   p.start_stride_batch = start.stride(0);
@@ -36,7 +38,7 @@ std::tuple<Tensor, Tensor> kmedoids(const Tensor& x, int64_t num_clusters, int64
   p.assignment = static_cast<int32_t*>(assignment.mutable_data_ptr());
   p.workspace = workspace.data();
   if (p.batch > 0) backend.kmedoids(p);
-  return {medoids, assignment};
+  return moved(medoids, assignment);
 }
 
 }  // namespace tokred

@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor> local_soft_kmeans(const Tensor& x, const std::vector<
   p.assignment = static_cast<int32_t*>(assignment.mutable_data_ptr());
   p.workspace = workspace.data();
   if (p.batch > 0) backend.local_soft_kmeans(p);
-  return {centroids, assignment};
+  return moved(centroids, assignment);
 }
 
 }  // namespace tokred

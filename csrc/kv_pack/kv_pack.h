@@ -30,7 +30,7 @@ std::tuple<Tensor, Tensor> kv_pack(const Tensor& x, int64_t bits, int64_t group_
   p.packed = rows_of(codes, params, f, format, x, "x");
   backend.will_write(p.packed.codes, p.batch * codes.stride(0));
   backend.kv_pack(p);
-  return {codes, params};
+  return moved(codes, params);
 }
 
 }  // namespace tokred

@@ -34,7 +34,7 @@ Tensor kv_unpack(const Tensor& codes, const Tensor& params, int64_t bits, int64_
 // The same into a tensor that is there.
 template <class Backend>
 void kv_unpack_into(const Tensor& codes, const Tensor& params, int64_t bits, int64_t group_size,
-                    const Text& axis, const Text& scheme, bool rotated, Tensor out,
+                    const Text& axis, const Text& scheme, bool rotated, const Tensor& out,
                     const OptionalTensor& levels) {
   KvUnpackParams p{};
   p.packed = packed_rows(codes, params, {"", bits, group_size, axis, scheme, rotated, levels},

@@ -87,7 +87,7 @@ std::tuple<Tensor, Tensor> linear_attention(const Tensor& q, const Tensor& k, co
   Tensor out = allocate(q, {p.batch, q.size(1), p.tokens, p.value_dim}, q.scalar_type());
   Tensor state_out = allocate(q, {p.batch, p.heads, p.head_dim, p.value_dim}, accumulator_type(q));
   run_linear_attention(backend, p, q, out, state_out.mutable_data_ptr());
-  return {out, state_out};
+  return moved(out, state_out);
 }
 
 // Gradients of q, k, v and state. With G = grad_state and M(i, j) = w(t_i - t_j), each is a linear
@@ -148,7 +148,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention_backward(
   std::swap(to_k.state_stride_row, to_k.state_stride_column);
   run_linear_attention(backend, to_v, q, grad_v, grad_initial.mutable_data_ptr());
   run_linear_attention(backend, to_k, q, grad_k, nullptr);
-  return {grad_q, grad_k, grad_v, grad_initial};
+  return moved(grad_q, grad_k, grad_v, grad_initial);
 }
 
 }  // namespace tokred

@@ -50,9 +50,10 @@ inline void bipartite_sets(BipartiteParams& p, const Tensor& metric, const Optio
 
 // token_map i32 [B, N]; num_out i32 [B] where by_threshold.
 template <class Backend>
-std::pair<Tensor, Tensor> run_bipartite(BipartiteParams& p, const Tensor& metric, const Text& order,
-                                        const OptionalTensor& mask, const OptionalTensor& sources,
-                                        const OptionalTensor& destinations) {
+std::pair<Tensor, OptionalTensor> run_bipartite(BipartiteParams& p, const Tensor& metric,
+                                                const Text& order, const OptionalTensor& mask,
+                                                const OptionalTensor& sources,
+                                                const OptionalTensor& destinations) {
   MatchParams& m = p.match;
   p.order = parse_order(order);
   m.metric = Metric::cosine;
@@ -70,17 +71,18 @@ std::pair<Tensor, Tensor> run_bipartite(BipartiteParams& p, const Tensor& metric
 
   Backend backend(metric);
   Tensor token_map = allocate(metric, {m.batch, p.tokens}, ScalarType::Int);
-  Tensor num_out = allocate(metric, {p.by_threshold ? m.batch : 0}, ScalarType::Int);
-  Tensor score = allocate(metric, {m.batch, m.a.count}, ScalarType::Float);
-  Tensor index = allocate(metric, {m.batch, m.a.count}, ScalarType::Int);
+  OptionalTensor num_out;
+  if (p.by_threshold) num_out = allocate(metric, {m.batch}, ScalarType::Int);
+  const int64_t links = m.batch * m.a.count;
+  Scratch matches(metric, links * int64_t{sizeof(float) + sizeof(int32_t)}, Backend::kHost);
   Scratch workspace(metric, backend.bipartite_soft_matching_workspace(p), Backend::kHost);
-  m.score = static_cast<float*>(score.mutable_data_ptr());
-  m.index = static_cast<int32_t*>(index.mutable_data_ptr());
+  m.score = static_cast<float*>(matches.data());
+  m.index = reinterpret_cast<int32_t*>(m.score + links);
   m.workspace = workspace.data();
   p.token_map = static_cast<int32_t*>(token_map.mutable_data_ptr());
-  p.num_out = p.by_threshold ? static_cast<int32_t*>(num_out.mutable_data_ptr()) : nullptr;
+  p.num_out = num_out ? static_cast<int32_t*>(num_out->mutable_data_ptr()) : nullptr;
   if (m.batch > 0) backend.bipartite_soft_matching(p);
-  return {token_map, num_out};
+  return {std::move(token_map), std::move(num_out)};
 }
 
 template <class Backend>
@@ -105,7 +107,8 @@ std::tuple<Tensor, Tensor> threshold_matching(const Tensor& metric, double thres
   p.num_prefix = num_prefix;
   p.by_threshold = true;
   p.threshold = static_cast<float>(threshold);
-  return run_bipartite<Backend>(p, metric, order, mask, sources, destinations);
+  auto [token_map, num_out] = run_bipartite<Backend>(p, metric, order, mask, sources, destinations);
+  return moved(token_map, *num_out);
 }
 
 }  // namespace tokred

@@ -54,7 +54,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_assignment(const Tensor& cost, bool ma
                  " finds no partner once the others have theirs; check=False marks such an item "
                  "with -1");
   }
-  return {index, row_dual, column_dual};
+  return moved(index, row_dual, column_dual);
 }
 
 }  // namespace tokred

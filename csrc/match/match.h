@@ -42,7 +42,7 @@ std::tuple<Tensor, Tensor> match(const Tensor& a, const Tensor& b, const Optiona
   p.index = static_cast<int32_t*>(index.mutable_data_ptr());
   p.workspace = workspace.data();
   if (p.batch > 0 && p.a.count > 0) backend.match(p);
-  return {score, index};
+  return moved(score, index);
 }
 
 }  // namespace tokred

@@ -107,7 +107,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sinkhorn(
   Scratch workspace(x, backend.sinkhorn_workspace(p), Backend::kHost);
   p.workspace = workspace.data();
   if (p.batch > 0) backend.sinkhorn(p);
-  return {aggregation, load, peak, log_u, log_v, steps};
+  return moved(aggregation, load, peak, log_u, log_v, steps);
 }
 
 // Gradients of x [B, M, C] and anchors [B, N, C]; see SinkhornBackwardParams.
@@ -163,7 +163,7 @@ std::tuple<Tensor, Tensor> sinkhorn_backward(
   Scratch workspace(x, backend.sinkhorn_backward_workspace(p), Backend::kHost);
   p.workspace = workspace.data();
   if (f.batch > 0) backend.sinkhorn_backward(p);
-  return {grad_x, grad_anchors};
+  return moved(grad_x, grad_anchors);
 }
 
 }  // namespace tokred

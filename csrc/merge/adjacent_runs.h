@@ -58,7 +58,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adjacent_runs(
   p.count = static_cast<int32_t*>(count.mutable_data_ptr());
   p.cosine = static_cast<float*>(cosine.mutable_data_ptr());
   backend.adjacent_runs(p);
-  return {ids, start, length, count, cosine};
+  return moved(ids, start, length, count, cosine);
 }
 
 }  // namespace tokred

@@ -8,14 +8,13 @@
 
 namespace tokred {
 
-// An optional [B, count] of the accumulator type of c.
-inline TokenTable table_beside(const OptionalTensor& t, const char* name, const char* layout,
-                               int64_t batch, int64_t count, const Tensor& c) {
-  if (!t) return {};
-  check_shape(*t, name, {batch, count}, layout);
-  check_dtype(*t, name, accumulator_type(c));
-  check_same_device(*t, name, c, "c");
-  return {t->const_data_ptr(), t->stride(0), t->stride(1)};
+// A [B, count] of the accumulator type of c.
+inline TokenTable table_beside(const Tensor& t, const char* name, const char* layout, int64_t batch,
+                               int64_t count, const Tensor& c) {
+  check_shape(t, name, {batch, count}, layout);
+  check_dtype(t, name, accumulator_type(c));
+  check_same_device(t, name, c, "c");
+  return {t.const_data_ptr(), t.stride(0), t.stride(1)};
 }
 
 // The inputs of ema_scan, checked; the results are still to be set.
@@ -35,7 +34,8 @@ EmaScanParams ema_scan_inputs(const Tensor& c, const Tensor& p, const OptionalTe
   params.c_stride_batch = c.stride(0);
   params.c_stride_token = c.stride(1);
   params.p = table_beside(p, "p", "[B, M]", params.batch, params.tokens, c);
-  params.state = table_beside(state, "state", "[B, C]", params.batch, params.channels, c);
+  if (state)
+    params.state = table_beside(*state, "state", "[B, C]", params.batch, params.channels, c);
   params.lengths = batch_lengths(lengths, params.batch, c, "c", params.lengths_stride);
   return params;
 }
@@ -52,7 +52,7 @@ std::tuple<Tensor, Tensor> ema_scan(const Tensor& c, const Tensor& p, const Opti
   params.state_out = last.mutable_data_ptr();
   backend.will_write(params.z, c.numel() * static_cast<int64_t>(c.element_size()));
   backend.ema_scan(params);
-  return {z, last};
+  return moved(z, last);
 }
 
 // Gradients of c [B, M, C], p f32 [B, M] and state f32 [B, C]; see EmaScanBackwardParams.
@@ -94,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor> ema_scan_backward(const Tensor& grad_z, const
                   Backend::kHost);
   params.partial = partial.data();
   backend.ema_scan_backward(params);
-  return {grad_c, grad_p, grad_state_in};
+  return moved(grad_c, grad_p, grad_state_in);
 }
 
 }  // namespace tokred

@@ -34,7 +34,7 @@ std::tuple<Tensor, Tensor> forest_roots(const Tensor& parent) {
                    i % p.tokens, " leads into a cycle");
     }
   }
-  return {root, children};
+  return moved(root, children);
 }
 
 }  // namespace tokred

@@ -78,7 +78,7 @@ std::tuple<Tensor, Tensor> merge(const Tensor& x, const Tensor& token_map, int64
   set_members(p, members.data());
   backend.will_write(p.y, p.batch * num_out * p.channels * static_cast<int64_t>(x.element_size()));
   backend.merge(p);
-  return {y, size_out};
+  return moved(y, size_out);
 }
 
 template <class Backend>
@@ -134,7 +134,7 @@ std::tuple<Tensor, Tensor, Tensor> merge_backward(const Tensor& grad_y, const Te
   Scratch members(x, members_bytes(p.forward), Backend::kHost);
   set_members(p.forward, members.data());
   backend.merge_backward(p);
-  return {grad_x, grad_size_in, grad_weight};
+  return moved(grad_x, grad_size_in, grad_weight);
 }
 
 }  // namespace tokred

@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor> block_pool(const Tensor& x, int64_t block_size, const
   p.counts = static_cast<int32_t*>(counts.mutable_data_ptr());
   backend.will_write(p.pooled, pooled.numel() * int64_t{sizeof(float)});
   if (p.batch > 0 && p.blocks > 0) backend.block_pool(p);
-  return {pooled, counts};
+  return moved(pooled, counts);
 }
 
 }  // namespace tokred

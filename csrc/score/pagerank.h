@@ -18,9 +18,9 @@ Tensor pagerank(const Tensor& q, const Tensor& k, const Tensor& lse, int64_t ite
   TOKRED_CHECK(damping >= 0 && damping <= 1, "damping must be between 0 and 1, got ", damping);
   if (start) set_query_weight(p, *start, "start", q);
   Backend backend(q);
-  Tensor scores[2];
-  for (Tensor& s : scores) s = allocate(q, {a.batch, a.heads_q, a.keys}, ScalarType::Float);
-  if (a.batch == 0 || a.keys == 0) return scores[0];
+  const auto fresh = [&] { return allocate(q, {a.batch, a.heads_q, a.keys}, ScalarType::Float); };
+  Tensor scores[] = {fresh(), fresh()};
+  if (a.batch == 0 || a.keys == 0) return std::move(scores[0]);
   const double uniform = 1.0 / static_cast<double>(a.keys);
   // Without a start the first weights are all 1, and 1 / N goes into the factor.
   p.factor = static_cast<float>((1 - damping) * (start ? 1.0 : uniform));
@@ -32,7 +32,7 @@ Tensor pagerank(const Tensor& q, const Tensor& k, const Tensor& lse, int64_t ite
     p.factor = static_cast<float>(1 - damping);
     set_query_weight(p, next, "start", q);
   }
-  return scores[(iterations - 1) % 2];
+  return std::move(scores[(iterations - 1) % 2]);
 }
 
 }  // namespace tokred

@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> similarity_stats(
     p.workspace = workspace.data();
     backend.similarity_stats(p);
   }
-  return {mean, variance, greatest, index, count, energies};
+  return moved(mean, variance, greatest, index, count, energies);
 }
 
 }  // namespace tokred

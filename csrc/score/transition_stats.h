@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor> transition_stats(const Tensor& before, const Tensor& 
   p.ratio = static_cast<float*>(ratio.mutable_data_ptr());
   p.cosine = static_cast<float*>(cosine.mutable_data_ptr());
   if (p.batch > 0 && p.tokens > 0) backend.transition_stats(p);
-  return {ratio, cosine};
+  return moved(ratio, cosine);
 }
 
 }  // namespace tokred

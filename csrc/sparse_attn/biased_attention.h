@@ -81,7 +81,7 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> allocate_gradients(AttentionBa
   p.grad_k = grad_k.mutable_data_ptr();
   p.grad_v = grad_v.mutable_data_ptr();
   p.grad_bias = f.key_bias ? grad_bias.mutable_data_ptr() : nullptr;
-  return {grad_q, grad_k, grad_v, grad_bias};
+  return moved(grad_q, grad_k, grad_v, grad_bias);
 }
 
 template <class Backend>

@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor> combine_states(const Tensor& out_a, const Tensor& lse
   p.out = out.mutable_data_ptr();
   p.lse = lse.mutable_data_ptr();
   backend.combine_states(p);
-  return {out, lse};
+  return moved(out, lse);
 }
 
 }  // namespace tokred

@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor> compact(const Tensor& selected, std::optional<double>
   p.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
   p.counts = static_cast<int32_t*>(counts.mutable_data_ptr());
   if (p.rows > 0) backend.compact(p);
-  return {indices, counts};
+  return moved(indices, counts);
 }
 
 }  // namespace tokred

@@ -125,7 +125,7 @@ std::tuple<Tensor, Tensor> eviction_slot(const Tensor& position, int64_t length,
   p.slot = static_cast<int32_t*>(slot.mutable_data_ptr());
   if (logits) p.total = static_cast<float*>(total.mutable_data_ptr());
   if (p.batch > 0 && p.heads > 0) backend.eviction_slot(p);
-  return {slot, total};
+  return moved(slot, total);
 }
 
 }  // namespace tokred

@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor> inverse_transform_sample(const Tensor& scores, int64_
     p.workspace = workspace.data();
     backend.inverse_transform_sample(p);
   }
-  return {indices, counts};
+  return moved(indices, counts);
 }
 
 }  // namespace tokred

@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor> topk(const Tensor& scores, int64_t k,
     p.workspace = workspace.data();
     backend.topk(p);
   }
-  return {values, indices, counts};
+  return moved(values, indices, counts);
 }
 
 }  // namespace tokred

@@ -83,9 +83,9 @@ def topk(
 
     Complexity: O(N), one or two reads of the row as a rule, then O(k log k) to put k in order.
     """
-    values, indices, _ = topk_with_counts(
-        scores, k, lengths, order, row_k, num_sinks, num_locals, must_keep, top_p, min_k,
-        threshold, block_size,
+    values, indices, _ = choose(
+        _ops.topk.default, scores, k, lengths, order, row_k, num_sinks, num_locals, must_keep,
+        top_p, min_k, threshold, block_size,
     )  # fmt: skip
     return values, indices
 
