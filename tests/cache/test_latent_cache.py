@@ -188,7 +188,7 @@ def test_what_is_refused() -> None:
     model.set_attn_implementation(attention.register())
     layer = tokred.PackedCache(model.config).layers[0]
     heads = torch.randn(1, 4, 3, 40, generator=generator())
-    with pytest.raises(ValueError, match=r"\[B, 1, L, 32\].*got \[1, 4, 3, 40\].*older"):
+    with pytest.raises(ValueError, match=r"\[B, 1, L, 32\].*got \[1, 4, 3, 40\]: use"):
         layer.update(heads, heads)
     module = model.model.layers[0].self_attn
     weights = module.kv_b_proj

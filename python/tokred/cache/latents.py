@@ -49,9 +49,8 @@ class LatentCacheLayer(PackedCacheLayer):
             if not isinstance(x, Tensor) or x.dim() != 4 or (x.shape[1], x.shape[3]) != (1, dim):
                 got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
                 raise ValueError(
-                    f"PackedCache packs {name} [B, 1, L, {dim}] of this model, got {got}: an older "
-                    "transformers caches keys and values that are expanded; install a newer one, "
-                    "or use a transformers.DynamicCache"
+                    f"PackedCache packs {name} [B, 1, L, {dim}] of a model with this config, got "
+                    f"{got}: use a transformers.DynamicCache"
                 )
         rows = torch.cat((key_states, value_states), -1)
         packed, _ = super().update(rows, rows[..., :0])
