@@ -49,39 +49,40 @@ struct Visible {
 };
 
 // Softmax over [heads][columns] logits a batch entry, summed over the heads. The logits come chunk
-// by chunk, each with its largest logit and its sum of exponentials.
+// by chunk; what is kept of one are its exponentials beside its largest logit, which become shares
+// of the softmax by one factor a chunk.
 struct Vote {
-  float* logits;  // [items][heads][columns]
-  float* top;  // [items][heads][chunks]
+  float* exponentials;  // [items][heads][columns], exp(logit - top)
+  float* top;  // [items][heads][chunks], then the factors exp(top - lse)
   float* total;  // [items][heads][chunks]
-  float* lse;  // [items][heads]
   int64_t items, heads, columns, chunks;
 
   Vote(Workspace& workspace, int64_t items_, int64_t heads_, int64_t columns_)
       : items(items_), heads(heads_), columns(columns_), chunks(divide_up(columns_, kScoreChunk)) {
-    logits = workspace.allocate<float>(items * heads * columns);
+    exponentials = workspace.allocate<float>(items * heads * columns);
     top = workspace.allocate<float>(items * heads * chunks);
     total = workspace.allocate<float>(items * heads * chunks);
-    lse = workspace.allocate<float>(items * heads);
   }
 
   // row holds a whole chunk, -inf where there is no column.
   void put(int64_t item, int64_t head, int64_t chunk, const float* row, int64_t count) const {
     const int64_t at = item * heads + head;
     f32x16 best = splat(-kInfinity<float>);
-    for (int64_t i = 0; i < kScoreChunk; i += kLanes) best = max(load(row + i), best);
+    for (int64_t i = 0; i < count; i += kLanes) best = max(load(row + i), best);
     const float max_score = max_lane(best);
     const f32x16 base = splat(max_score > -kInfinity<float> ? max_score : 0.0f);
-    f32x16 exponentials = splat(0.0f);
-    for (int64_t i = 0; i < kScoreChunk; i += kLanes) {
-      exponentials = exponentials + exp(load(row + i) - base);
+    float* out = exponentials + at * columns + chunk * kScoreChunk;
+    f32x16 added = splat(0.0f);
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const f32x16 weight = exp(load(row + i) - base);
+      added = added + weight;
+      store_row(out + i, weight, count - i);
     }
     top[at * chunks + chunk] = max_score;
-    total[at * chunks + chunk] = sum(exponentials);
-    copy_bytes(logits + at * columns + chunk * kScoreChunk, row, 4 * count);
+    total[at * chunks + chunk] = sum(added);
   }
 
-  // +inf where a head saw nothing, so that its votes are exp(-inf).
+  // A head that saw nothing has a log-sum-exp of +inf, and so factors of 0.
   void finish_head(int64_t at) const {
     float max_score = -kInfinity<float>;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
@@ -94,20 +95,24 @@ struct Vote {
       if (x == -kInfinity<float> && total[at * chunks + chunk] == 0) continue;
       sum += total[at * chunks + chunk] * std::exp(x - max_score);
     }
-    lse[at] = sum == 0 ? kInfinity<float> : max_score + std::log(sum);
+    const float lse = sum == 0 ? kInfinity<float> : max_score + std::log(sum);
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      top[at * chunks + chunk] = std::exp(top[at * chunks + chunk] - lse);
+    }
   }
 
   // out is [items][columns].
   void count_votes(float* out, const Parallel& parallel) const {
     parallel_tasks(parallel, items * heads, [&](int64_t at, int64_t) { finish_head(at); });
     parallel_tasks(parallel, items * chunks, [&](int64_t task, int64_t) {
-      const int64_t item = task / chunks, first = task % chunks * kScoreChunk;
+      const int64_t item = task / chunks, chunk = task % chunks, first = chunk * kScoreChunk;
       const int64_t end = first + kScoreChunk < columns ? first + kScoreChunk : columns;
       for (int64_t i = first; i < end; i += kLanes) {
         f32x16 votes = splat(0.0f);
         for (int64_t head = 0; head < heads; ++head) {
           const int64_t at = item * heads + head;
-          votes = votes + exp(load_row(logits + at * columns + i, end - i) - splat(lse[at]));
+          const f32x16 weight = load_row(exponentials + at * columns + i, end - i);
+          votes = fma(weight, splat(top[at * chunks + chunk]), votes);
         }
         store_row(out + item * columns + i, votes, end - i);
       }
