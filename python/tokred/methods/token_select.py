@@ -124,17 +124,25 @@ class TokenSelectAttention:
             place = torch.arange(q.shape[2], device=q.device)[None]
             limit = options.n_local + q.shape[2]
             q = call.rotary.rotate(q, place + options.n_local, limit)
-        # Only the tokens between the sinks and the locals are voted on.
         if call.mask is None:
-            middle = torch.zeros(1, keys, dtype=torch.bool, device=q.device)
-            middle[:, options.n_init : keys - options.n_local] = True
+            middle = call.once("token_select", lambda: self._middle(keys, q.device))
             votes = self._vote(call, q, middle)
             return choose(votes, options.k, options.n_init, options.n_local)
-        visible = call.visible()
-        middle = visible & ~ends(visible, options.n_init, options.n_local)
-        votes = self._vote(call, q, middle)
-        votes = votes.masked_fill(~visible[:, None], -torch.inf)
-        return choose(votes, options.k, options.n_init, options.n_local, visible[:, None])
+        middle, forced, hidden = call.once("token_select", lambda: self._roles(call.visible()))
+        votes = self._vote(call, q, middle).masked_fill(hidden, -torch.inf)
+        places = options.n_init + options.k + options.n_local
+        return tokred.topk_with_counts(votes, places, order="position", must_keep=forced)[1:]
+
+    def _middle(self, keys: int, device: torch.device) -> Tensor:
+        """bool [1, keys]: the tokens between the sinks and the locals, which are voted on."""
+        middle = torch.zeros(1, keys, dtype=torch.bool, device=device)
+        middle[:, self.options.n_init : keys - self.options.n_local] = True
+        return middle
+
+    def _roles(self, visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of bool [B | 1, N]: the tokens voted on; and, [B | 1, 1, N], kept and hidden ones."""
+        forced = ends(visible, self.options.n_init, self.options.n_local)
+        return visible & ~forced, forced[:, None], ~visible[:, None]
 
     def _vote(self, call: AttentionCall, q: Tensor, mask: Tensor) -> Tensor:
         """See vote; on packed keys too."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ import tokred
 
 if TYPE_CHECKING:
     from tokred.ops.kv_pack import PackedKV
+
+Made = TypeVar("Made")
 
 
 class PackedKeys(Protocol):
@@ -78,7 +81,7 @@ class AttentionCall:
     layer: int = 0
     rotary: Any = None
     window: int | None = None
-    carried: dict[str, Tensor] = field(default_factory=dict)
+    carried: dict[str, Any] = field(default_factory=dict)
     in_prompt: bool = False
     softcap: float | None = None
     score_keys: PackedKV | None = None
@@ -182,6 +185,13 @@ class AttentionCall:
             key_position=key,
             softcap=self.softcap,
         )
+
+    def once(self, name: str, make: Callable[[], Made]) -> Made:
+        """make(), made once for all layers of the pass that have this mask and as many keys."""
+        known = self.carried.get(name)
+        if known is None or known[0] is not self.mask or known[1] != self.num_keys:
+            known = self.carried[name] = self.mask, self.num_keys, make()
+        return known[2]
 
     def narrow(self, start: int, stop: int) -> AttentionCall:
         """The same for the queries start .. stop - 1, with the keys they can see."""

@@ -63,7 +63,7 @@ class Pass:
     """
 
     bound: Bound
-    carried: dict[str, Tensor]
+    carried: dict[str, Any]
     outer: Pass | None
     is_prompt: bool = False
     grad: bool = False
