@@ -234,7 +234,8 @@ inline Metric parse_metric(std::string_view name) {
                                {"half_cosine", Metric::half_cosine}});
 }
 
-// A fresh contiguous tensor on the device of `like`. The unboxed shim costs a third of new_empty.
+// A fresh contiguous tensor on the device of `like`, on the host in huge pages where it is large.
+// The unboxed shim costs a third of new_empty.
 inline Tensor allocate(const Tensor& like, const int64_t* shape, int64_t dims, ScalarType type) {
   constexpr int64_t kMostElements = std::numeric_limits<int64_t>::max() / 16;
   const auto text = [&] {
@@ -254,7 +255,11 @@ inline Tensor allocate(const Tensor& like, const int64_t* shape, int64_t dims, S
       dims, shape, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
       like.device_type(), like.get_device_index(), &handle);
   TOKRED_CHECK(!failed, "there is no memory for ", text());
-  return Tensor(handle);
+  Tensor fresh(handle);
+  if (fresh.device_type() == aoti_torch_device_type_cpu())
+    advise_huge_pages(fresh.mutable_data_ptr(),
+                      fresh.numel() * static_cast<int64_t>(fresh.element_size()));
+  return fresh;
 }
 inline Tensor allocate(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
   return allocate(like, shape.begin(), static_cast<int64_t>(shape.size()), type);

@@ -4,7 +4,6 @@
 #include "bind/cpu_kernels.h"
 #include "bind/register.h"
 #include "common/cpu/dispatch.h"
-#include "common/cpu/pages.h"
 
 namespace tokred {
 namespace {
@@ -25,9 +24,6 @@ struct Cpu {
   Parallel parallel = torch_pool();
 
   explicit Cpu(const Tensor&) {}
-
-  // Fresh pages cost more than the writes to them; large outputs ask for huge ones.
-  void will_write(void* data, int64_t bytes) const { advise_huge_pages(data, bytes); }
 
 #define TOKRED_OP(op, Params, schema) \
   void op(const Params& p) const { select(generic::op, avx2::op, avx512::op)(p, parallel); }

@@ -10,8 +10,6 @@ struct Kernels {
   static constexpr bool kHost = false;
   Stream stream = nullptr;
 
-  void will_write(void*, int64_t) const {}
-
 #define TOKRED_OP(op, Params, schema) \
   void op(const Params& p) const { cuda::op(p, stream); }
 #define TOKRED_OP_SCRATCH(op, Params, schema) \

@@ -28,7 +28,6 @@ std::tuple<Tensor, Tensor> kv_pack(const Tensor& x, int64_t bits, int64_t group_
       allocate(x, {p.batch, p.heads, tokens, code_bytes(f.head_dim, bits)}, ScalarType::Byte);
   Tensor params = allocate(x, {p.batch, p.heads, rows, params_per_row(f)}, ScalarType::Half);
   p.packed = rows_of(codes, params, f, format, x, "x");
-  backend.will_write(p.packed.codes, p.batch * codes.stride(0));
   backend.kv_pack(p);
   return moved(codes, params);
 }

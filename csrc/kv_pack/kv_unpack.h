@@ -25,8 +25,6 @@ Tensor kv_unpack(const Tensor& codes, const Tensor& params, int64_t bits, int64_
                                                   : ScalarType::BFloat16;
   Tensor out = allocate(codes, {p.batch, p.heads, p.packed.rows, p.packed.format.head_dim}, type);
   p.out = {out.mutable_data_ptr(), out.stride(0), out.stride(1), out.stride(2)};
-  backend.will_write(out.mutable_data_ptr(),
-                     (p.dtype == DType::f32 ? 4 : 2) * p.batch * out.stride(0));
   backend.kv_unpack(p);
   return out;
 }

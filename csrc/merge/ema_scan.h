@@ -50,7 +50,6 @@ std::tuple<Tensor, Tensor> ema_scan(const Tensor& c, const Tensor& p, const Opti
   Tensor last = allocate(c, {params.batch, params.channels}, accumulator_type(c));
   params.z = z.mutable_data_ptr();
   params.state_out = last.mutable_data_ptr();
-  backend.will_write(params.z, c.numel() * static_cast<int64_t>(c.element_size()));
   backend.ema_scan(params);
   return moved(z, last);
 }
@@ -88,7 +87,6 @@ std::tuple<Tensor, Tensor, Tensor> ema_scan_backward(const Tensor& grad_z, const
   params.grad_c = grad_c.mutable_data_ptr();
   params.grad_p = grad_p.mutable_data_ptr();
   params.grad_state = grad_state_in.mutable_data_ptr();
-  backend.will_write(params.grad_c, c.numel() * static_cast<int64_t>(c.element_size()));
   const int64_t slices = (f.channels + kEmaSliceChannels - 1) / kEmaSliceChannels;
   Scratch partial(c, f.batch * slices * f.tokens * static_cast<int64_t>(grad_p.element_size()),
                   Backend::kHost);

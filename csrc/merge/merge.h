@@ -76,7 +76,6 @@ std::tuple<Tensor, Tensor> merge(const Tensor& x, const Tensor& token_map, int64
   set_merge_outputs(p, y, size_out);
   Scratch members(x, members_bytes(p), Backend::kHost);
   set_members(p, members.data());
-  backend.will_write(p.y, p.batch * num_out * p.channels * static_cast<int64_t>(x.element_size()));
   backend.merge(p);
   return moved(y, size_out);
 }

@@ -27,7 +27,6 @@ Tensor unmerge(const Tensor& y, const Tensor& token_map) {
   Backend backend(y);
   Tensor x = allocate(y, {p.batch, p.tokens, p.channels}, y.scalar_type());
   p.x = x.mutable_data_ptr();
-  backend.will_write(p.x, p.batch * p.tokens * p.channels * static_cast<int64_t>(y.element_size()));
   backend.unmerge(p);
   return x;
 }

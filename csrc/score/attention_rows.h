@@ -24,7 +24,6 @@ Tensor attention_rows(const Tensor& q, const Tensor& k, bool softmax, int64_t fi
   const AttentionParams& a = p.attention;
   Tensor rows = allocate(q, {a.batch, a.heads_q, a.queries, a.keys}, ScalarType::Float);
   p.rows = static_cast<float*>(rows.mutable_data_ptr());
-  backend.will_write(p.rows, rows.numel() * int64_t{sizeof(float)});
   if (a.batch > 0 && a.queries > 0 && a.keys > 0) backend.attention_rows(p);
   return rows;
 }

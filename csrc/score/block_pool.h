@@ -65,7 +65,6 @@ std::tuple<Tensor, Tensor> block_pool(const Tensor& x, int64_t block_size, const
   Tensor counts = allocate(x, {p.batch, p.blocks}, ScalarType::Int);
   p.pooled = static_cast<float*>(pooled.mutable_data_ptr());
   p.counts = static_cast<int32_t*>(counts.mutable_data_ptr());
-  backend.will_write(p.pooled, pooled.numel() * int64_t{sizeof(float)});
   if (p.batch > 0 && p.blocks > 0) backend.block_pool(p);
   return moved(pooled, counts);
 }

@@ -70,7 +70,6 @@ Tensor qk_score(const Tensor& q, const Tensor& k, const Text& reduce, const Opti
   Scratch workspace(q, backend.qk_score_workspace(p), Backend::kHost);
   p.out = static_cast<float*>(out.mutable_data_ptr());
   p.workspace = workspace.data();
-  backend.will_write(p.out, p.batch * heads * p.keys * int64_t{sizeof(float)});
   if (p.batch > 0 && p.keys > 0) backend.qk_score(p);
   return out;
 }

@@ -93,8 +93,6 @@ std::vector<Tensor> gather_tokens(const std::vector<Tensor>& tensors, const Tens
     const std::string name = "tensors[" + std::to_string(p.items) + "]";
     results.push_back(gather_item(p.item[p.items], t, name.c_str(),
                                   token_dims[static_cast<size_t>(p.items)], indices, p.count));
-    const GatherItem& item = p.item[p.items];
-    backend.will_write(item.out, p.batch * item.heads * p.count * item.row_bytes);
     ++p.items;
   }
   if (p.batch > 0 && p.count > 0) backend.gather_tokens(p);
