@@ -106,16 +106,16 @@ struct Vote {
     parallel_tasks(parallel, items * heads, [&](int64_t at, int64_t) { finish_head(at); });
     parallel_tasks(parallel, items * chunks, [&](int64_t task, int64_t) {
       const int64_t item = task / chunks, chunk = task % chunks, first = chunk * kScoreChunk;
-      const int64_t end = first + kScoreChunk < columns ? first + kScoreChunk : columns;
-      for (int64_t i = first; i < end; i += kLanes) {
-        f32x16 votes = splat(0.0f);
-        for (int64_t head = 0; head < heads; ++head) {
-          const int64_t at = item * heads + head;
-          const f32x16 weight = load_row(exponentials + at * columns + i, end - i);
-          votes = fma(weight, splat(top[at * chunks + chunk]), votes);
+      const int64_t size = columns - first < kScoreChunk ? columns - first : kScoreChunk;
+      alignas(64) float votes[kScoreChunk] = {};
+      for (int64_t at = item * heads; at < (item + 1) * heads; ++at) {
+        const f32x16 factor = splat(top[at * chunks + chunk]);
+        const float* row = exponentials + at * columns + first;
+        for (int64_t i = 0; i < size; i += kLanes) {
+          store(votes + i, fma(load_row(row + i, size - i), factor, load(votes + i)));
         }
-        store_row(out + item * columns + i, votes, end - i);
       }
+      copy_bytes(out + item * columns + first, votes, 4 * size);
     });
   }
 };
