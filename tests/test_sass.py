@@ -83,7 +83,7 @@ def test_more_than_the_budget_and_spills_are_faults() -> None:
 
 
 @pytest.mark.skipif(bool(missing_tools()), reason=f"without {', '.join(missing_tools())}")
-@pytest.mark.parametrize("name", ["packed decode, 4 bits", "kv_pack, 4 bits"])
+@pytest.mark.parametrize("name", ["packed decode, 4 bits", "kv_pack, 4 bits", "match, bf16"])
 def test_a_kernel_keeps_its_budget(name: str) -> None:
     """The others take longer to compile: `make sass` examines all of them."""
     (kernel,) = (kernel for kernel in KERNELS if kernel.name == name)

@@ -260,6 +260,16 @@ def attention_rows(draw: Draw) -> Case:
                 measure=bounded, refusable=not some["q"].shape[1])  # fmt: skip
 
 
+def _lse_slack(q: Tensor, k: Tensor, causal: bool, scale: float | None, **_: Any) -> float:
+    """1e-5, or four units in the last place of the greatest logit.
+
+    The softmax's sum of a query is one fp32 number, which rounds like the logits it stands for.
+    """
+    logits = weights(q.double(), k.double(), causal, scale, None)[0]
+    greatest = logits[logits.isfinite()].abs().max().item() if logits.isfinite().any() else 0.0
+    return max(1e-5, 4 * torch.finfo(F32).eps * greatest)
+
+
 @op_case
 def attention_columns(draw: Draw) -> Case:
     some, _ = _of_queries(draw)
@@ -278,8 +288,9 @@ def attention_columns(draw: Draw) -> Case:
             return (share - share.mean(2, True)).square().sum(2) / max(queries - 1, 1)
         return share.mean(2) if reduce == "mean" else share.amax(2)
 
-    return Case("attention_columns", some, plain, 1e-5, batched=_BATCHED, loose=("mask", "weight"),
-                refusable=not heads)  # fmt: skip
+    slack = _lse_slack(**some) if heads else 1e-5
+    return Case("attention_columns", some, plain, slack, batched=_BATCHED,
+                loose=("mask", "weight"), refusable=not heads)  # fmt: skip
 
 
 @op_case
@@ -301,7 +312,8 @@ def pagerank(draw: Draw) -> Case:
             rank = (1 - damping) * (rank[:, :, None] @ share)[:, :, 0] + damping * even
         return rank
 
-    return Case("pagerank", some, plain, 1e-5, batched=_BATCHED, loose=("mask", "start"),
+    slack = _lse_slack(**some) if heads else 1e-5
+    return Case("pagerank", some, plain, slack, batched=_BATCHED, loose=("mask", "start"),
                 refusable=not heads)  # fmt: skip
 
 
