@@ -21,7 +21,7 @@ PACK = [
     (pack, (X.int(), 4, 16), {}, "x must be float32, float16 or bfloat16"),
     (pack, (X[..., ::2], 4, 16), {}, "x must be contiguous in its last dimension"),
     (pack, (X[..., :24], 4, 24), {}, "head dimension of a packed tensor must be a multiple of 16"),
-    (pack, (torch.zeros(1, 1, 2, 272), 4, 16), {}, "up to 256, got 272"),
+    (pack, (torch.zeros(1, 1, 2, 592), 4, 16), {}, "up to 576, got 592"),
     (pack, (X, 5, 16), {}, "bits must be 1, 2, 3, 4 or 8, got 5"),
     (pack, (X, 0, 16), {}, "bits must be"),
     (pack, (X, -4, 16), {}, "bits must be"),
