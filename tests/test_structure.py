@@ -109,7 +109,7 @@ def listed_ops() -> set[str]:
 
 def base(op: str) -> str:
     """The public op behind one of its variants: its gradient, or one that writes to arguments."""
-    return re.sub(r"_(backward|out|into)$", "", op)
+    return re.sub(r"(_mask)?_(backward|out|into)$", "", op)
 
 
 def words(*patterns: str) -> set[str]:

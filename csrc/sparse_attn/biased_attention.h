@@ -96,6 +96,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_attention_backward(AttentionBackw
   return gradients;
 }
 
+// The gradient of a float mask, float32 or float64 in its shape; see AttentionMaskBackwardParams.
+template <class Backend>
+Tensor biased_attention_mask_backward(const Tensor& grad_out, const Tensor& grad_lse,
+                                      const Tensor& q, const Tensor& k, const Tensor& v,
+                                      const OptionalTensor& key_bias, const Tensor& out,
+                                      const Tensor& lse, bool causal, std::optional<double> scale,
+                                      const OptionalTensor& mask,
+                                      const OptionalTensor& query_position,
+                                      const OptionalTensor& key_position,
+                                      std::optional<double> softcap) {
+  TOKRED_CHECK(mask && mask->scalar_type() != ScalarType::Bool,
+               "mask must hold numbers to have a gradient, got ", mask ? "bool" : "none");
+  AttentionParams f =
+      attention_inputs<Backend>(q, k, v, key_bias, causal, scale, mask, kMaxWideDim);
+  set_softcap(f, softcap);
+  set_positions(f, query_position, key_position, q);
+  refuse_wide_heads<Backend>(f, "gradients");
+  AttentionMaskBackwardParams p{};
+  p.backward = backward_inputs(f, grad_out, grad_lse, out, lse, q);
+  p.batch = mask->size(0);
+  p.heads = mask->size(1);
+  p.queries = mask->size(2);
+  Backend backend(q);
+  Tensor grad = allocate(q, {p.batch, p.heads, p.queries, f.keys}, accumulator_type(q));
+  p.grad_mask = grad.mutable_data_ptr();
+  OptionalTensor delta;
+  if (!Backend::kHost) delta = allocate(q, {f.batch, f.heads_q, f.queries}, accumulator_type(q));
+  p.backward.delta = delta ? delta->mutable_data_ptr() : nullptr;
+  backend.biased_attention_mask_backward(p);
+  return grad;
+}
+
 // Gradients of q, k, v and key_bias; see AttentionBackwardParams.
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor> biased_attention_backward(

@@ -18,7 +18,15 @@ struct AttentionBackwardParams {
   void* grad_k;  // [B, Hkv, N, D] contiguous
   void* grad_v;  // [B, Hkv, N, Dv] contiguous
   void* grad_bias;  // Acc [B, Hkv, N] contiguous or null
-  void* delta;  // scratch Acc [B, Hq, L]
+  void* delta;  // scratch Acc [B, Hq, L]; null where it need not be stored
+};
+
+// The ds of AttentionBackwardParams for forward.pair_bias: grad_mask[b][h][i][j] = ds(b, h, i, j),
+// summed over the dimensions in which the mask is broadcast. Of backward's gradients none is set.
+struct AttentionMaskBackwardParams {
+  AttentionBackwardParams backward;
+  int64_t batch, heads, queries;  // of the mask: 1, or as many as attend
+  void* grad_mask;  // Acc [batch, heads, queries, N] contiguous
 };
 
 // As AttentionBackwardParams, for the pairs that the lists name. No rotation.

@@ -121,6 +121,10 @@ CALLS: dict[str, Callable[[Sizes], tuple]] = {
         *_attended(s), *_qkv(s), random(s.b, s.hk, s.n), *_attended(s), True, 0.5, None, None,
         None,
     ),
+    "biased_attention_mask_backward": lambda s: (
+        *_attended(s), *_qkv(s), None, *_attended(s), True, 0.5, random(1, s.hq, s.q, s.n), None,
+        None,
+    ),
     "sparse_attention": lambda s: (*_qkv(s), _lists(s), 0.5, None, True, None, 1, None, None),
     "sparse_attention_backward": lambda s: (
         *_attended(s), *_qkv(s), _lists(s), *_attended(s), 0.5, None, True, None, 1,

@@ -34,6 +34,13 @@ def _attention_gradients(device: str, dtype: torch.dtype) -> Any:
     return backward(out, lse, *inputs, None, out, lse, False, None, None, None, None)[:3]
 
 
+def _mask_gradients(device: str, shape: tuple[int, ...]) -> Any:
+    inputs, mask = _qkv(device, 40), draw(shape, device)
+    out, lse = tokred.biased_attention(*inputs, mask=mask)
+    backward = namespace().biased_attention_mask_backward.default
+    return backward(out, lse, *inputs, None, out, lse, False, None, mask, None, None)
+
+
 def _hidden(device: str, queries: int) -> list[Tensor]:
     """Queries, keys and values, the last of which no query but the last one sees."""
     q, k, v = _qkv(device, queries)
@@ -160,6 +167,10 @@ CALLS = (
          lambda d: _attention_gradients(d, torch.bfloat16)),
     Call("attention backward, fp32", ("attention_grad_query_kernel", "attention_grad_key_kernel"),
          lambda d: _attention_gradients(d, torch.float32)),
+    Call("the gradient of a mask", ("attention_delta_kernel", "attention_grad_mask_kernel"),
+         lambda d: _mask_gradients(d, (1, 4, 40, 70))),
+    Call("the gradient of a mask, one row", ("attention_grad_mask_kernel",),
+         lambda d: _mask_gradients(d, (2, 1, 1, 70))),
     Call("a hidden infinity", ("recompute_rows_kernel",),
          lambda d: tokred.biased_attention(*_hidden(d, 90), causal=True)[0][:, :, :-1]),
     Call("a hidden infinity, backward",

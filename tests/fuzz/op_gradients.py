@@ -44,9 +44,16 @@ def _backward(
     make: Callable[[Draw], dict[str, Any]],
     plain: Callable[..., Any],
     order: tuple[str, ...],
+    of_mask: bool = False,
 ) -> Case:
+    def fits() -> bool:
+        """No heads are refused, and a mask of bools has no gradient."""
+        mask = some.get("mask")
+        numbers = mask is not None and mask.is_floating_point()
+        return some["q"].shape[1] > 0 and (numbers or not of_mask)
+
     some = make(draw)
-    while not some["q"].shape[1]:  # no heads are refused
+    while not fits():
         some = make(draw)
     for name in ("rope_cos", "rope_sin"):
         some.pop(name, None)
@@ -62,11 +69,14 @@ def _backward(
     some["grad_out"] = draw.floats(out.shape, out.dtype, plain=True)
     some["grad_lse"] = draw.floats(lse.shape, lse.dtype, plain=True) * draw.one_of(0, 1, 1)
     some = {name: some.get(name) for name in order}
-    leaves = [name for name in ("q", "k", "v", "key_bias") if some[name] is not None]
+    leaves = ["mask"] if of_mask else ["q", "k", "v", "key_bias"]
+    leaves = [name for name in leaves if some[name] is not None]
+    called = f"{op}_mask_backward" if of_mask else f"{op}_backward"
 
     def call(**inputs: Any) -> list[Tensor]:
-        op_backward = getattr(namespace(), f"{op}_backward").default
-        return list(op_backward(*(inputs[name] for name in order))[: len(leaves)])
+        op_backward = getattr(namespace(), called).default
+        result = op_backward(*(inputs[name] for name in order))
+        return [result.to(inputs["mask"].dtype)] if of_mask else list(result[: len(leaves)])
 
     def gradients(grad_out: Tensor, grad_lse: Tensor, **inputs: Any) -> list[Tensor]:
         given = {name: inputs[name] for name in forward}
@@ -81,8 +91,10 @@ def _backward(
 
     # With large logits the rounding of a half-precision out decides.
     tested = out.dtype in (F32, F64) or _greatest_logit(some) < 100
-    return Case(f"{op}_backward", some, gradients if tested else None, _SLACK[out.dtype], call=call,
-                batched=BATCHED, loose=LOOSE, dense=("lse", "grad_lse"), halves=True)  # fmt: skip
+    # The gradient of a shared mask is that of all items.
+    batched = () if of_mask else BATCHED
+    return Case(called, some, gradients if tested else None, _SLACK[out.dtype], call=call,
+                batched=batched, loose=LOOSE, dense=("lse", "grad_lse"), halves=True)  # fmt: skip
 
 
 def _greatest_logit(some: dict[str, Any]) -> float:
@@ -93,6 +105,11 @@ def _greatest_logit(some: dict[str, Any]) -> float:
 @op_case
 def biased_attention_backward(draw: Draw) -> Case:
     return _backward(draw, "biased_attention", biased_arguments, biased, _BIASED)
+
+
+@op_case
+def biased_attention_mask_backward(draw: Draw) -> Case:
+    return _backward(draw, "biased_attention", biased_arguments, biased, _BIASED, of_mask=True)
 
 
 @op_case

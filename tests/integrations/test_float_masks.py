@@ -55,10 +55,21 @@ def test_relative_positions_are_those_of_eager(t5: nn.Module) -> None:
     assert torch.equal(generated(t5, ids, mask, **{CACHE: both}), texts[0])
 
 
-def test_relative_positions_are_not_trained(t5: nn.Module) -> None:
-    t5.set_attn_implementation("tokred")
-    with pytest.raises(ValueError, match="mask requires grad: detach it"):
-        t5(left_padded()[0], decoder_input_ids=left_padded()[0])
+def test_relative_positions_are_trained(t5: nn.Module) -> None:
+    """Those of the encoder, with padding, and of the causal decoder."""
+    ids, mask = left_padded()
+    names = [name for name, _ in t5.named_parameters() if "relative_attention_bias" in name]
+    results = []
+    for implementation in ("eager", "tokred"):
+        t5.set_attn_implementation(implementation)
+        loss = t5(ids, attention_mask=mask, labels=ids[:, 4:].contiguous()).loss
+        weights = [t5.get_parameter(name) for name in (*names, "shared.weight")]
+        results.append(torch.autograd.grad(loss, weights))
+    assert len(names) >= 2
+    for actual, expected in zip(results[1], results[0], strict=True):
+        largest = expected.abs().max().item()
+        assert largest > 1e-4
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-3 * largest)
 
 
 def float_mask(hidden: float, padded: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ def differentiable_calls() -> dict[str, tuple]:
     return {
         "merge": (x, MAP, 3, size, weight, "mean"),
         "unmerge": (x[:, :3].clone(), MAP),
-        "biased_attention": (q, k, v, bias, True),
+        "biased_attention": (q, k, v, bias, True, None, floats(1, 4, 3, 5, dtype=WIDE)),
         "sparse_attention": (q, k, v, lists, None, bias, True, None, 3),
         "block_sparse_attention": (q, k, v, blocks, 2, 2, True, None, bias),
         "linear_attention": (
@@ -127,6 +127,10 @@ def backward_calls() -> dict[str, tuple]:
     state = (out, lse)
     result["biased_attention_backward"] = (
         (*grads, q, k, v, bias, *state, False, None, None, None, None)
+    )  # fmt: skip
+    mask = calls["biased_attention"][6]
+    result["biased_attention_mask_backward"] = (
+        (*grads, q, k, v, bias, *state, False, None, mask, None, None)
     )  # fmt: skip
     lists, blocks = calls["sparse_attention"][3], calls["block_sparse_attention"][3]
     result["sparse_attention_backward"] = (

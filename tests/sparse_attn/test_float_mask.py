@@ -17,11 +17,12 @@ from cases.attention import (
     assert_same_on_every_cpu,
     gradcheck,
     in_half_precision,
+    random_grads,
 )
-from cases.backends import Backend
+from cases.backends import Backend, move
 from cases.bad_input import names_the_argument
 from cases.biased_attention import Case
-from cases.compare import assert_bitwise_equal
+from cases.compare import assert_as_accurate, assert_bitwise_equal, assert_one_result
 from cases.inputs import FLOATS, generator, widened
 from cases.oracle import reference
 
@@ -145,6 +146,96 @@ def test_batch_does_not_matter(kernels: Backend) -> None:
     assert_batch_does_not_matter(kernels, "biased_attention", dense(case, numbers(case)))
 
 
+# ---- The gradient of the mask ------------------------------------------------------------------
+
+SHARED = {  # what the dimensions of a mask [B, Hq, L, N] become
+    "full": (2, 4, None), "heads": (1, 4, None), "batch": (2, 1, None), "pairs": (1, 1, None),
+    "keys": (2, 4, 1), "all": (1, 1, 1),
+}  # fmt: skip
+
+
+def trained(shared: str, case: Case, wide: bool = True, softcap: float | None = None) -> tuple:
+    """A call with a mask that is broadcast as `shared` says, a part of it -inf."""
+    batch, heads, queries = SHARED[shared]
+    shape = (batch, heads, case.queries if queries is None else queries, case.keys)
+    rng = generator(11)
+    mask = torch.randn(shape, generator=rng)
+    mask[torch.rand(shape, generator=rng) < 0.3] = -torch.inf
+    mask = mask.to(torch.promote_types(case.dtype, torch.float32) if wide else case.dtype)
+    return dense(case, mask, softcap)
+
+
+def mask_gradient(kernels: Backend, inputs: tuple) -> Tensor:
+    grads = random_grads(inputs)
+    q, k, v, bias, causal, scale, mask, *rest = inputs
+    if kernels.name == "simt":
+        results = torch.ops.tokred_simt.biased_attention(*inputs)
+        return torch.ops.tokred_simt.biased_attention_mask_backward(
+            *grads, q, k, v, bias, *results, causal, scale, mask, *rest
+        ).to(mask.dtype)
+    *given, grad_out, grad_lse = move([*inputs, *grads], kernels.device)
+    leaf = given[6] = given[6].detach().requires_grad_()
+    out, lse = kernels.function("biased_attention")(*given)
+    grads = [grad_out, grad_lse.masked_fill(lse == -torch.inf, 0)]
+    return torch.autograd.grad([out, lse], leaf, grads)[0].cpu()
+
+
+@pytest.mark.parametrize(
+    ("shared", "dtype", "dim", "wide"),
+    [
+        *((shared, torch.float32, 24, True) for shared in SHARED),
+        *(("heads", dtype, 64, False) for dtype in FLOATS[1:]),
+        ("keys", torch.bfloat16, 128, True),
+        ("heads", torch.float32, 256, True),
+        ("pairs", torch.float16, 256, True),
+    ],
+)
+def test_mask_gradient_against_float64(
+    kernels: Backend, shared: str, dtype: torch.dtype, dim: int, wide: bool
+) -> None:
+    small = dim > 64
+    case = Case(2, 4, 2, 33 if small else 70, 40 if small else 141, dim, 16, dtype,
+                bias="holes", causal=shared != "keys")  # fmt: skip
+    inputs = trained(shared, case, wide, CAP if shared == "batch" else None)
+    actual = mask_gradient(kernels, inputs)
+    oracle = Backend("reference")
+    exact, plain = mask_gradient(oracle, widened(inputs)), mask_gradient(oracle, inputs)
+    assert actual.shape == exact.shape and actual.dtype == inputs[6].dtype
+    assert (actual[inputs[6] == -torch.inf] == 0).all()
+    unit = torch.finfo(dtype).eps * (2 if dtype in FLOATS[1:] else 8)
+    assert_as_accurate(actual, exact, plain, 2 * unit * exact.abs().max().item(), "mask")
+
+
+def with_a_hidden_nan(shared: str) -> tuple:
+    inputs = trained(shared, replace(MANY, causal=True), softcap=CAP)
+    inputs[1][:, :, 5], inputs[2][:, :, 5] = torch.nan, torch.inf
+    inputs[6][..., 5] = -torch.inf
+    return inputs
+
+
+@pytest.mark.parametrize("shared", ["heads", "keys"])
+def test_what_is_hidden_has_a_mask_gradient_of_0(kernels: Backend, shared: str) -> None:
+    inputs = with_a_hidden_nan(shared)
+    first = mask_gradient(kernels, inputs)
+    assert first.isfinite().all() and (first[..., 5] == 0).all()
+    assert_bitwise_equal(mask_gradient(kernels, inputs), first)
+
+
+@pytest.mark.parametrize("shared", ["heads", "keys"])
+def test_isa_and_threads_do_not_matter_to_it(on_every_cpu, shared: str) -> None:
+    inputs = with_a_hidden_nan(shared)
+    assert_one_result(on_every_cpu(lambda: [mask_gradient(Backend("cpu"), inputs)]))
+
+
+def test_mask_gradient_of_nothing(kernels: Backend) -> None:
+    """Without queries, batch entries or keys; and alone, without those of q, k and v."""
+    for case in (replace(MANY, queries=0), replace(MANY, batch=0), replace(MANY, keys=0)):
+        q, k, v, *_ = case.inputs()
+        mask = torch.ones(1, 4, 1, case.keys)
+        grad = mask_gradient(kernels, (q, k, v, None, False, None, mask, None, None, None))
+        assert grad.shape == mask.shape and (grad == 0).all()
+
+
 @pytest.mark.parametrize("queries", [2, 40])
 def test_strides_and_dtypes_do_not_matter(kernels: Backend, queries: int) -> None:
     """The same numbers in another layout, and in a wider dtype."""
@@ -214,8 +305,8 @@ test_bad_mask = names_the_argument(
         (tokred.biased_attention, dense(OK, MASK[..., :4]), {}, "mask must be"),
         (tokred.biased_attention, dense(OK, MASK[0]), {}, "mask must"),
         (
-            tokred.biased_attention,
-            dense(OK, MASK.clone().requires_grad_()),
+            tokred.sparse_attention,
+            listed(OK, MASK.clone().requires_grad_()),
             {},
             "mask requires grad",
         ),

@@ -172,6 +172,25 @@ constexpr LaunchPlan plan_grad_key(const AttentionShape& s) {
           "the gradient of keys"};
 }
 
+// The gradient of a float mask [B', H', L', N]: a block for tiles.rows() queries of a head of the
+// mask, or, where queries share a row of it, for so many tiles of keys. The example above with a
+// mask [1, 9, 1000, 1000]: 9 * 16 = 144 blocks.
+inline constexpr int kMaskKeyTiles = 4;
+constexpr int64_t grad_mask_shared_bytes(int dim, bool is_float) {
+  const AttentionTiles t = backward_tiles(dim, is_float);
+  return divide_up(grad_query_shared_bytes(dim, is_float), 16) * 16 + 4 * t.warps * t.columns;
+}
+constexpr LaunchPlan plan_grad_mask(const AttentionShape& s, int64_t heads, bool shares_row) {
+  const int dim = padded_head_dim(s.dim());
+  const AttentionTiles tiles = backward_tiles(dim, s.is_float);
+  const int64_t parts = shares_row ? divide_up(s.keys, kMaskKeyTiles * tiles.columns)
+                                   : divide_up(s.queries, tiles.rows());
+  return {{heads * parts, 1, 1},
+          tiles.threads(),
+          grad_mask_shared_bytes(dim, s.is_float),
+          "the gradient of a mask"};
+}
+
 // A warp for each row of [B, Hq, L], eight to a block. The example above: 9000 blocks.
 constexpr LaunchPlan plan_delta(const AttentionShape& s) {
   return {{divide_up(s.batch * s.heads_q * s.queries, 8), 1, 1}, 256, 0};

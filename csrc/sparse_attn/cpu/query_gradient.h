@@ -1,11 +1,11 @@
-// The gradient of queries: every row owns its grad_q.
+// The gradients of logits by rows of queries, and of the queries: every row owns its grad_q.
 #pragma once
 
 #include "sparse_attn/cpu/gradient_rows.h"
 
 namespace tokred::TOKRED_ISA {
 
-// grad_q alone. Lanes are (query, head) rows; blocks of keys stream past.
+// Lanes are (query, head) rows; blocks of keys stream past.
 template <class T>
 struct QueryPass {
   using Acc = Accumulator<T>;
@@ -16,6 +16,7 @@ struct QueryPass {
   const GradientRows<T> rows;
   const Rows<T> grad_rows;
   const int64_t batch, kv_head, first_row, end_row, panels;
+  const bool stores_delta;
   alignas(64) Acc query[kPanelNumbers];  // [panel][head_dim][16], scaled
   alignas(64) Acc grad_out[kPanelNumbers];  // [panel][value_dim][16]
   alignas(64) Acc grad_query[kPanelNumbers];
@@ -32,7 +33,7 @@ struct QueryPass {
         grad_rows(query_rows<T>(contiguous(b.grad_q, p.heads_q, p.queries, p.head_dim), batch_index,
                                 head, group)),
         batch(batch_index), kv_head(head * group / (p.heads_q / p.heads_kv)), first_row(row),
-        end_row(end), panels(divide_up(end - row, kLanes)) {
+        end_row(end), panels(divide_up(end - row, kLanes)), stores_delta(b.delta) {
     for (int64_t panel = 0; panel < panels; ++panel) load_panel(panel);
   }
 
@@ -55,7 +56,7 @@ struct QueryPass {
       if (row >= end_row) continue;
       lse[at] = rows.safe_lse(row);
       delta[at] = rows.make_delta(row, p.value_dim);
-      *rows.delta[row] = delta[at];
+      if (stores_delta) *rows.delta[row] = delta[at];
     }
   }
 
@@ -73,16 +74,26 @@ struct QueryPass {
   template <bool kSkipZeros>
   void add_keys() {
     for (int64_t i = 0; i < panels * p.head_dim * kLanes; ++i) grad_query[i] = 0;
-    const int64_t end = min(see.limit(end_row - 1) + 1, p.keys);
+    visit_grads(0, p.keys, [&](int64_t panel, int64_t count) {
+      if (p.softcap > 0) multiply_by_slopes(weights, slopes, kWeights, count, block.count);
+      add_gradient<kSkipZeros>(panel, count);
+    });
+  }
+
+  // visit(panel, count) with ds of the rows of these panels and the keys of `block` in weights, for
+  // all keys of [first, end).
+  template <class Visit>
+  void visit_grads(int64_t first, int64_t end, const Visit& visit) {
+    end = min(see.limit(end_row - 1) + 1, end);
     const KeyPanels cut(see);
-    for (int64_t key = 0; key < end;) {
+    for (int64_t key = first; key < end;) {
       key = block.choose(p, see, batch, kv_head, key, min(cut.end(key, kBlock), end));
-      if (block.count > 0) add_block<kSkipZeros>();
+      if (block.count > 0) visit_block(visit);
     }
   }
 
-  template <bool kSkipZeros>
-  void add_block() {
+  template <class Visit>
+  void visit_block(const Visit& visit) {
     Coverage coverage[kMaxPanels];
     const bool any = cover_panels(panels, coverage, [&](int64_t panel) {
       return see.coverage(panel_row(panel), last_row(panel), block.first, block.last);
@@ -91,7 +102,8 @@ struct QueryPass {
     block.pack(p, batch, kv_head);
     visit_panels<Acc>(panels, coverage, [&](int64_t panel, int64_t count) {
       weigh(panel, count, coverage + panel);
-      add_gradient<kSkipZeros>(panel, count);
+      make_grads(panel, count);
+      visit(panel, count);
     });
   }
 
@@ -122,16 +134,19 @@ struct QueryPass {
     }
   }
 
-  // weights = ds, of the products; grad_query += ds k
-  template <bool kSkipZeros>
-  void add_gradient(int64_t panel, int64_t count) {
+  // weights = ds
+  void make_grads(int64_t panel, int64_t count) {
     multiply<Layout::row_step>(
         block.v, p.value_dim, block.count, grad_out + panel * p.value_dim * kLanes,
         p.value_dim * kLanes, count, p.value_dim, [&](int64_t key, int i, Vec<Acc> sum) {
           Acc* at = weights + i * kWeights + key * kLanes;
           store(at, grad_of_logit(load(at), sum, load(delta + (panel + i) * kLanes)));
         });
-    if (p.softcap > 0) multiply_by_slopes(weights, slopes, kWeights, count, block.count);
+  }
+
+  // grad_query += ds k, with the ds of products
+  template <bool kSkipZeros>
+  void add_gradient(int64_t panel, int64_t count) {
     const KeyPanels cut(see);
     for (int64_t key = 0, next; key < block.count; key = next) {
       next = key + 1;

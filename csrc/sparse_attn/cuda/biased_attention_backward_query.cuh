@@ -1,4 +1,4 @@
-// Gradients of attention, the half that owns rows of queries: grad_q.
+// Gradients of attention, the half that owns rows of queries: grad_q, and the gradients of logits.
 #pragma once
 
 #include "sparse_attn/cuda/biased_attention_backward.cuh"
@@ -51,15 +51,16 @@ __device__ __forceinline__ auto find_hidden_keys(const QueryGradShared<C>& share
   return hidden;
 }
 
-// Adds one tile of keys to grad_q.
-template <class C>
-__device__ __forceinline__ void add_keys(typename C::Sums& grad_q, const QueryGradShared<C>& shared,
-                                         const AttentionParams& p, const HeadView& view,
-                                         int64_t first_row, VisitedTile<C::kSparse> tile, int stage,
-                                         float scale) {
+// The gradients of the logits of a tile of keys, or of their products before a softcap.
+template <class C, bool kOfProducts>
+__device__ __forceinline__ void logit_grads(typename C::Products& product,
+                                            const QueryGradShared<C>& shared,
+                                            const AttentionParams& p, const HeadView& view,
+                                            int64_t first_row, VisitedTile<C::kSparse> tile,
+                                            int stage, float scale) {
   HiddenPairs<1, C::kColumns> hidden;
   if constexpr (C::kSparse) hidden = find_hidden_keys<C>(shared, p, view, first_row, tile);
-  typename C::Products product, grad;
+  typename C::Products grad;
   multiply_owned<C>(product, shared.query, shared.key[stage]);
   multiply_owned<C>(grad, shared.grad_out, shared.value[stage]);
 #pragma unroll
@@ -77,10 +78,20 @@ __device__ __forceinline__ void add_keys(typename C::Sums& grad_q, const QueryGr
         x = probability<C>(x, scale, shared.bias[stage][column], key, info, p,
                            hidden.at(0, half, j, e));
         x = grad_logit(x, grad[0][j][2 * half + e], info.delta);
-        if constexpr (C::kSparse) x = grad_product(x, slope);
+        if constexpr (C::kSparse && kOfProducts) x = grad_product(x, slope);
       }
     }
   }
+}
+
+// Adds one tile of keys to grad_q.
+template <class C>
+__device__ __forceinline__ void add_keys(typename C::Sums& grad_q, const QueryGradShared<C>& shared,
+                                         const AttentionParams& p, const HeadView& view,
+                                         int64_t first_row, VisitedTile<C::kSparse> tile, int stage,
+                                         float scale) {
+  typename C::Products product;
+  logit_grads<C, true>(product, shared, p, view, first_row, tile, stage, scale);
   accumulate(grad_q, product, shared.key[stage]);
 }
 

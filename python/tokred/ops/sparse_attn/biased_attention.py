@@ -17,9 +17,10 @@ from ..attention import (
     fake_gradients,
     forward_flops,
     incoming,
+    state_dtype,
     wanted,
 )
-from ..placements import ATTENTION, ATTENTION_GRADS, sharded
+from ..placements import ATTENTION, ATTENTION_GRADS, not_sharded, sharded
 from ..registration import (
     call,
     cast_under_autocast,
@@ -78,15 +79,15 @@ def biased_attention(
 
     Returns:
         out [B, Hq, L, Dv] in the dtype of q, and lse float32 [B, Hq, L], the log of the sum of the
-        exponentials. A query that sees no key has out 0 and lse -inf. Differentiable in q, k, v and
-        key_bias, once, through out and lse: second derivatives raise a RuntimeError, and a mask
-        that requires grad a ValueError. Under autocast q, k and v are cast, key_bias and mask are
-        not.
+        exponentials. A query that sees no key has out 0 and lse -inf. Differentiable in q, k, v,
+        key_bias and a float mask, once, through out and lse: second derivatives raise a
+        RuntimeError. Under autocast q, k and v are cast, key_bias and mask are not.
 
     Raises:
         ValueError: naming the argument whose shape, dtype, device or value does not fit.
 
-    Complexity: 2 B Hq L N (D + Dv) flops, memory linear in L and N.
+    Complexity: 2 B Hq L N (D + Dv) flops, memory linear in L and N. The gradient of a mask takes as
+        many more, in a pass of its own, and is as large as the mask, in float32.
     """
     if query_position is not None:
         query_position = _columns("query_position", query_position)
@@ -178,6 +179,26 @@ def _biased_attention_backward_fake(
     return fake_gradients(q, k, v, key_bias)
 
 
+@torch.library.register_fake("tokred::biased_attention_mask_backward")
+def _biased_attention_mask_backward_fake(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float | None,
+    mask: Tensor,
+    query_position: Tensor | None,
+    key_position: Tensor | None,
+    softcap: float | None = None,
+) -> Tensor:
+    return mask.new_empty(mask.shape, dtype=state_dtype(q))
+
+
 @torch.library.register_fake("tokred::combine_states")
 def _combine_states_fake(
     out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
@@ -194,8 +215,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> No
 
 def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, key_bias, mask, query_position, key_position, out, lse = ctx.saved_tensors
-    grads = call(
-        _ops.biased_attention_backward.default,
+    arguments = (
         *incoming(grad_out, grad_lse),
         q,
         k,
@@ -210,11 +230,19 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | No
         key_position,
         ctx.softcap,
     )
-    return *wanted(grads, q, k, v, key_bias), None, None, None, None, None, None
+    grads: tuple[Tensor | None, ...] = (None,) * 4
+    if any(t is not None and t.requires_grad for t in (q, k, v, key_bias)):
+        found = call(_ops.biased_attention_backward.default, *arguments)
+        grads = wanted(found, q, k, v, key_bias)
+    grad_mask = None
+    if mask is not None and mask.requires_grad:
+        grad_mask = call(_ops.biased_attention_mask_backward.default, *arguments).to(mask.dtype)
+    return *grads, None, None, grad_mask, None, None, None
 
 
-differentiable("biased_attention", ("q", "k", "v", "key_bias"), _backward, _setup_context)
+differentiable("biased_attention", ("q", "k", "v", "key_bias", "mask"), _backward, _setup_context)
 once_differentiable("biased_attention_backward", "biased_attention")
+once_differentiable("biased_attention_mask_backward", "biased_attention")
 cast_under_autocast("biased_attention", "q", "k", "v")
 without_gradient("combine_states")
 promote_under_autocast("combine_states", "out_a", "out_b")
@@ -223,12 +251,25 @@ sharded(
     "biased_attention_backward",
     f"{ATTENTION_GRADS}, query_position blp, key_position bnp -> bhld, bhnd, bhne, bhn",
 )
+not_sharded(
+    "biased_attention_mask_backward",
+    "the gradient of a mask is summed over the batch entries and heads that share it: train it on "
+    "local tensors",
+)
 sharded("combine_states", "out_a bhle, lse_a bhl, out_b bhle, lse_b bhl -> bhle, bhl")
 
 
 @register_flop_formula(_ops.biased_attention)
 def _attention_flops(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
     """Tensors arrive as their shapes; masked and causal pairs are counted, as torch counts SDPA."""
+    return forward_flops(q, k[2], v)
+
+
+@register_flop_formula(_ops.biased_attention_mask_backward)
+def _mask_backward_flops(
+    grad_out: Any, grad_lse: Any, q: Any, k: Any, v: Any, *args: Any, **kwargs: Any
+) -> int:
+    """The logits again, and the gradients of the weights."""
     return forward_flops(q, k[2], v)
 
 
