@@ -124,6 +124,8 @@ CALLS = (
     Call("match, fp32", ("match_kernel",),
          lambda d: tokred.match(draw((2, 70, 40), d), draw((2, 90, 40), d))),
     Call("match, bf16", ("match_kernel",),
+         lambda d: tokred.match(*(draw((2, n, 128), d, torch.bfloat16) for n in (70, 90)))),
+    Call("match, bf16, few channels", ("column_terms_kernel", "match_short_kernel"),
          lambda d: tokred.match(*(draw((2, n, 64), d, torch.bfloat16) for n in (70, 90)))),
     Call("bipartite_soft_matching", ("small_item_kernel",),
          lambda d: tokred.bipartite_soft_matching(draw((2, 90, 40), d), 20)),

@@ -70,7 +70,7 @@ MERGE = [
 
 Q, K = torch.zeros(2, 4, 5, 8), torch.zeros(2, 2, 7, 8)
 BIAS, MASK = torch.zeros(2, 2, 7), torch.ones(2, 4, 5, 7, dtype=torch.bool)
-WIDE = torch.zeros(1, 1, 2, 513)
+WIDE = torch.zeros(1, 1, 2, 577)
 ATTENTION = [
     (attention, (Q[0], K, K), {}, "q must have 4 dimensions"),
     (attention, (Q, K[0], K), {}, "k must have 4 dimensions"),
