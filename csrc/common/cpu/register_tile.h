@@ -33,8 +33,8 @@ template <class Acc>
 inline constexpr int kTileRows =
     (kRegisterBytes == 64 ? 24 : 12) / Vec<Acc>::kRegisters / kTilePanels<Acc>;
 
-// emit(row, panel, sum over the steps, ascending, of block(row, step) * panels[panel][step]). The
-// sums are stored first, so that the code of emit is there once a panel, not once a sum.
+// emit(row, panel, sum over the steps, ascending, of block(row, step) * panels[panel][step]). Whole
+// tiles call it from registers; the others, at the ends of blocks, in a loop, which is less code.
 template <int kRows, int kPanels, Layout kLayout, class Acc, class Emit>
 TOKRED_INLINE void tile(const Acc* block, int64_t stride, const Acc* panels, int64_t panel_stride,
                         int64_t steps, const Emit& emit) {
@@ -60,16 +60,23 @@ TOKRED_INLINE void tile(const Acc* block, int64_t stride, const Acc* panels, int
       }
     }
   }
-  alignas(kRegisterBytes) Acc stored[kRows][kPanels][kLanes];
+  if constexpr (kRows == kTileRows<Acc> && kPanels == kTilePanels<Acc>) {
 #pragma GCC unroll 16
-  for (int row = 0; row < kRows; ++row) {
+    for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 4
-    for (int panel = 0; panel < kPanels; ++panel) store(stored[row][panel], sum[row][panel]);
-  }
+      for (int panel = 0; panel < kPanels; ++panel) emit(row, panel, sum[row][panel]);
+    }
+  } else {
+    alignas(kRegisterBytes) Acc stored[kRows][kPanels][kLanes];
+#pragma GCC unroll 16
+    for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 4
+      for (int panel = 0; panel < kPanels; ++panel) store(stored[row][panel], sum[row][panel]);
+    }
 #pragma GCC unroll 1
-  for (int row = 0; row < kRows; ++row) {
-#pragma GCC unroll 4
-    for (int panel = 0; panel < kPanels; ++panel) emit(row, panel, load(stored[row][panel]));
+    for (int i = 0; i < kRows * kPanels; ++i) {
+      emit(i / kPanels, i % kPanels, load(stored[i / kPanels][i % kPanels]));
+    }
   }
 }
 
