@@ -1,4 +1,4 @@
-// The stable-ABI vocabulary of the front ends: checks, allocation and views of tensors as PODs.
+// Tensors of torch's stable ABI for front ends: checks, allocation, and views as plain structs.
 // Every check names the argument, what it was and what it must be.
 #pragma once
 
@@ -117,7 +117,7 @@ std::tuple<T...> moved(T&... results) {
   return {std::move(results)...};
 }
 
-// A `str` argument of an op. Of a std::string_view, torch leaks the string that it is made of.
+// A `str` argument of an op: for a std::string_view argument torch leaks the string behind it.
 struct Text {
   std::string value;
   operator std::string_view() const { return value; }
@@ -180,7 +180,7 @@ inline void check_last_contiguous(const Tensor& t, const char* name) {
                "; call .contiguous() where the copy is acceptable");
 }
 
-// A size of -1 in `shape` accepts any size; 0 in `broadcast` positions is not special.
+// A size of -1 in `shape` accepts any size.
 inline void check_shape(const Tensor& t, const char* name, std::initializer_list<int64_t> shape,
                         const char* layout) {
   check_dim(t, name, static_cast<int64_t>(shape.size()), layout);
@@ -237,7 +237,7 @@ inline Metric parse_metric(std::string_view name) {
 // A fresh contiguous tensor on the device of `like`, on the host in huge pages where it is large.
 // The unboxed shim costs a third of new_empty.
 inline Tensor allocate(const Tensor& like, const int64_t* shape, int64_t dims, ScalarType type) {
-  constexpr int64_t kMostElements = std::numeric_limits<int64_t>::max() / 16;
+  constexpr int64_t kMaxElements = std::numeric_limits<int64_t>::max() / 16;
   const auto text = [&] {
     return list_string(
                '[', dims, [&](int64_t i) { return shape[i]; }, ']') +
@@ -248,7 +248,7 @@ inline Tensor allocate(const Tensor& like, const int64_t* shape, int64_t dims, S
   for (int64_t i = dims - 1; i >= 0; --i) {
     strides[i] = step;
     const bool overflows = __builtin_mul_overflow(step, shape[i] > 0 ? shape[i] : 1, &step);
-    TOKRED_CHECK(!overflows && step <= kMostElements, "a result of ", text(), " is too large");
+    TOKRED_CHECK(!overflows && step <= kMaxElements, "a result of ", text(), " is too large");
   }
   AtenTensorHandle handle = nullptr;
   const AOTITorchError failed = aoti_torch_empty_strided(
@@ -279,8 +279,8 @@ class Scratch {
   void* data() { return tensor_ ? tensor_->mutable_data_ptr() : inline_; }
 
  private:
-  // Large blocks of malloc are new at every call: to meet 47 MB in pages of 4 KiB took 34 ms, and
-  // to fill them 7.
+  // malloc maps large blocks anew at every call: faulting in 47 MB by pages of 4 KiB took 34 ms,
+  // filling them 7.
   static constexpr int64_t kInlineBytes = 16 << 10, kLargeBytes = 8 << 20;
   alignas(64) char inline_[kInlineBytes];
   OptionalTensor tensor_;

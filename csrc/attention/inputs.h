@@ -1,5 +1,5 @@
-// Checks and views of the tensors of an attention: queries, keys, who attends to whom, results; and
-// of scores of keys, the reduction of heads.
+// Checks and views of the tensors of attention ops (queries, keys, masks, biases, results), and the
+// head reductions of ops that score keys.
 #pragma once
 
 #include <cmath>
@@ -57,7 +57,7 @@ inline double attention_scale(std::optional<double> scale, int64_t head_dim) {
 inline void set_softcap(AttentionParams& p, std::optional<double> softcap) {
   if (!softcap) return;
   p.scale /= *softcap;
-  // Both are numbers of float32 in the kernels.
+  // The kernels hold both as float32.
   TOKRED_CHECK(static_cast<float>(*softcap) > 0 && std::isfinite(static_cast<float>(*softcap)) &&
                    std::isfinite(static_cast<float>(p.scale)),
                "softcap must be positive and finite, and so must scale / softcap, got ", *softcap);
@@ -79,8 +79,8 @@ inline void set_key_bias(AttentionParams& p, const OptionalTensor& bias, const T
   p.bias_stride_key = bias->stride(2);
 }
 
-// The strides of a tensor of four dimensions, the first `broadcast_dims` of which may be 1 instead
-// of what they are of.
+// The strides of a tensor of four dimensions, of which the first `broadcast_dims` may have size 1
+// and are then broadcast.
 inline void set_mask_strides(int64_t (&stride)[4], const Tensor& mask, const char* name,
                              const char* layout, const int64_t (&want)[4], int64_t broadcast_dims,
                              const Tensor& q) {

@@ -12,10 +12,10 @@ enum class HeadReduction : int32_t { none, group_mean, group_max, head_mean, sof
 
 // s(h, t) = scale * mean_i q[h][i] . k[kv(h)][t] over the L queries and, where dims is given, over
 // those dimensions of q and k only (entries outside [0, D) are skipped, repeated ones count every
-// time). out = reduced s; a mean of heads may be the score of their mean query instead.
+// time). out = reduced s.
 // A key t with t >= lengths[b], mask false, or slots[b][t] outside [0, S) has score -inf (0 as a
 // vote) in every head. Where slots are given key t is k[..][slots[b][t]] and N is their number.
-// Without dims a mean over heads may be computed as the score of their mean query.
+// Without dims a mean over heads may be computed as the score of the mean query.
 struct QkScoreParams {
   HeadTensor q;                // [B, Hq, L, D]
   HeadTensor k;                // [B, Hkv, N, D], or [1, Hkv, S, D] where slots are given

@@ -1,5 +1,5 @@
-// boxed<function>: a front end as torch calls it, on a stack of StableIValues. As TORCH_BOX, which
-// copies every result; here arguments and results are moved.
+// boxed<function>: a front end as torch calls it, on a stack of StableIValues. It does what
+// TORCH_BOX does, but moves arguments and results where that copies every result.
 #pragma once
 
 #include <tuple>
@@ -17,7 +17,7 @@ struct torch::stable::detail::ToImpl<tokred::Tensor> {
 
 template <>
 struct torch::stable::detail::ToImpl<tokred::OptionalTensor> {
-  // Owns the value that is pointed to, and deletes it.
+  // torch passes ownership of what `value` points to.
   static tokred::OptionalTensor call(StableIValue value, uint64_t, bool) {
     const std::unique_ptr<StableIValue> given(to<StableIValue*>(value));
     if (!given) return {};

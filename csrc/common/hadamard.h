@@ -1,7 +1,7 @@
 // The rotation of rows: by H / sqrt(n), H the Hadamard matrix of the largest power of two n that
 // divides D, n channels at a time. For step = 1, 2, 4 .. n / 2 the pairs (a, b) that are `step`
 // apart become (a + b, a - b), in f32, and the result is multiplied by 1 / sqrt(n) in f32. The
-// rotation is its own inverse, so q . k is that of the rotated q and k.
+// rotation is its own inverse, and rotating both q and k leaves q . k as it is.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// The torch-free vocabulary that front ends and kernels share.
+// Types that front ends and kernels share, without torch headers.
 #pragma once
 
 #include <cstdint>

@@ -6,13 +6,13 @@
 
 namespace tokred::TOKRED_ISA {
 
-// Rows of a task, and keys of a block: a part of the result's definition, because the softmax is
-// rescaled once a block.
+// Rows of a task, and keys of a batch. The latter is part of the result's definition, because the
+// softmax is rescaled once a batch.
 inline constexpr int64_t kMaxRows = 32;
 inline constexpr int64_t kGather = 64;
 
-// Some rows of one list, the work of a task. Row i is row first_row + i of the heads list_head *
-// heads .., counted as Visibility counts them.
+// Some rows of one list, the work of a task. Row i is row first_row + i of the `heads` query heads
+// from list_head * heads on, numbered as in Visibility.
 struct ListRows {
   int64_t batch, list_head, heads, kv_head, first_row, rows;
   const int32_t* indices;  // null: entry i is key i
@@ -128,8 +128,8 @@ struct KeyBatch {
   int32_t key[kGather], entry[kGather];
   alignas(64) Acc bias[kGather];
 
-  // Collects entries of [first, end), the first ones that find(key, number in the batch) finds as
-  // well; returns where to go on.
+  // Collects entries of [first, end), those for which find(key, number in the batch) is true, until
+  // the batch is full; returns the entry to continue from.
   template <class Find>
   int64_t choose(const AttentionParams& p, const ListRows& at, const RowVisibility& visibility,
                  int64_t first, int64_t end, const Find& find) {

@@ -49,8 +49,8 @@ struct Visible {
 };
 
 // Softmax over [heads][columns] logits a batch entry, summed over the heads. The logits come chunk
-// by chunk; what is kept of one are its exponentials beside its largest logit, which become shares
-// of the softmax by one factor a chunk.
+// by chunk. A chunk is kept as exponentials relative to its largest logit; once the lse is known,
+// one factor a chunk makes softmax weights of them.
 struct Vote {
   float* exponentials;  // [items][heads][columns], exp(logit - top)
   float* top;  // [items][heads][chunks], then the factors exp(top - lse)
@@ -182,7 +182,7 @@ struct HeadReducer {
     });
     visible.spread(total, scorer.out(kv_head, heads_kv));
   }
-  // Means: the queries hold the divisor.
+  // A sum over heads; of means the queries have been divided by the number of heads already.
   void add(int64_t first_head, int64_t end_head, float* out) {
     start(0.0f);
     for (int64_t head = first_head; head < end_head; ++head) {
@@ -196,7 +196,7 @@ struct HeadReducer {
 
 // ---- Queries ------------------------------------------------------------------------------------
 
-// How the query heads become rows to score: the mean of a group's scores is that of its mean query.
+// The query heads as rows to score; a mean of scores is the score of the mean query.
 struct QueryRows {
   int64_t heads;  // of a row
   int64_t rows;  // a kv head
@@ -212,7 +212,7 @@ struct QueryRows {
   }
 };
 
-// Calls visit(d) for the dimensions that a head looks at.
+// Calls visit(d) for the dimensions that `dims` lists for a head.
 template <class Visit>
 TOKRED_INLINE void each_dim(const QkScoreParams& p, int64_t head, const Visit& visit) {
   for (int64_t i = 0; i < p.num_dims; ++i) {
@@ -221,8 +221,8 @@ TOKRED_INLINE void each_dim(const QkScoreParams& p, int64_t head, const Visit& v
   }
 }
 
-// The mean over the queries, and over the heads of the result, times the scale; 0 in the dimensions
-// that a head does not look at.
+// The mean over the queries, and over the heads of the result, times the scale; a head counts only
+// in the dimensions that `dims` lists for it.
 template <class T>
 void pack_query(const QkScoreParams& p, const QueryRows& query_rows, int64_t item, int64_t kv_head,
                 int64_t r) {

@@ -14,7 +14,7 @@ TOKRED_INLINE Vec<Acc> biased_logit(Vec<Acc> logit, Vec<Acc> bias) {
   return select_equal(bias, -kInfinity<Acc>, bias, logit + bias);
 }
 
-// Whether items are neighbours, as those of a block without holes are.
+// Whether the numbers item[0 .. count - 1], ascending, are consecutive.
 inline bool are_neighbours(const int64_t* item, int64_t count) {
   return item[count - 1] - item[0] == count - 1;
 }

@@ -11,8 +11,8 @@ namespace tokred::TOKRED_ISA {
 // ---- Channels -----------------------------------------------------------------------------------
 
 // Sixteen channels in the order in which they are cheapest to widen. For bf16: the even channels,
-// then the odd ones, because a pair is widened by a shift and a mask. Sums over channels do not
-// mind, and store_channels() undoes it.
+// then the odd ones, because a pair is widened by a shift and a mask. A dot product needs the same
+// order on both sides only, and store_channels() restores the natural one.
 template <class T>
 TOKRED_INLINE Vec<Accumulator<T>> load_channels(const T* p) {
   return load_as(p);
@@ -86,8 +86,8 @@ TOKRED_INLINE void pack_channels(const T* from, int64_t dim, Accumulator<T> scal
   }
 }
 
-// Rows that will be needed soon, prefetched a few at a time: in a burst they would wait for each
-// other, and everything for them.
+// Rows that will be needed soon, prefetched a few at a time: a burst would fill the queue of
+// outstanding loads, and all other loads would wait for it.
 template <class T>
 struct Prefetcher {
   const T* const* rows;

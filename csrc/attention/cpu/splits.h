@@ -92,8 +92,8 @@ inline int64_t split_workspace(const AttentionParams& p, const KeyLists& lists,
          static_cast<int64_t>(sizeof(Acc));
 }
 
-// Calls run(rows, split, partial result) for all splits of all lists, merges what they leave, and
-// calls write(rows, result). p.workspace has split_workspace() bytes.
+// Calls run(rows, split, partial result) for all splits of all lists, merges the partial results,
+// and calls write(rows, result). p.workspace has split_workspace() bytes.
 template <class Acc, class Run, class Write>
 void run_splits(const AttentionParams& p, const KeyLists& lists, const Parallel& parallel,
                 const Run& run, const Write& write) {

@@ -134,7 +134,7 @@ TOKRED_INLINE Vec<Acc> grad_of_logit(Vec<Acc> weight, Vec<Acc> grad, Vec<Acc> de
 
 // ---- Softcap ------------------------------------------------------------------------------------
 
-// What is added to products on their way to memory where a softcap has to come before the biases.
+// Biases of 0, added to products in place of the keys' where a softcap has to come before these.
 template <class Acc>
 alignas(64) inline constexpr Acc kNoBias[kBlock] = {};
 
@@ -227,8 +227,8 @@ TOKRED_INLINE bool cover_panels(int64_t panels, Coverage (&coverage)[kMaxPanels]
   return any;
 }
 
-// visit(panel, count) for the panels that are not hidden, `count` neighbours together where a tile
-// takes them.
+// visit(panel, count) for the panels that are not hidden, `count` neighbours at a time, as many as
+// a register tile has.
 template <class Acc, class Visit>
 TOKRED_INLINE void visit_panels(int64_t panels, const Coverage (&coverage)[kMaxPanels],
                                 const Visit& visit) {

@@ -179,7 +179,8 @@ struct Visibility {
     if (!masks_pairs() && !pair_bias.data && !blocks_pairs() && positions.columns == 0) {
       return result;
     }
-    // Wide only where most of it is not packed.
+    // So long a rectangle has packed keys or rows far apart: counting all between them costs more
+    // than it saves.
     if (last_key - first_key >= 4 * kBlock || last_row - first_row >= 4 * kBlock) {
       return Coverage::some;
     }
@@ -280,8 +281,8 @@ TOKRED_INLINE void hide_by_number(const int32_t (&item)[kBlock], const int32_t (
   }
 }
 
-// The same where the table says false. The table is filled before the selects, which then need no
-// branches: masks are unpredictable.
+// The same where a table of bools says false. It is filled before the selects, which then need no
+// branches: a processor cannot predict masks.
 template <class Acc>
 TOKRED_INLINE void hide_by_table(const int32_t* visible, int64_t count, Acc* logits) {
   constexpr Acc kHidden = -kInfinity<Acc>;

@@ -137,7 +137,7 @@ __device__ __forceinline__ void store_result(const AttentionParams& p, const Hea
   }
 }
 
-// Puts what this warp has summed where the block finds it.
+// Writes this warp's sums to shared memory, for the whole block to add up.
 template <class C, class Shared>
 __device__ __forceinline__ void keep_warp_state(const ForwardState<C>& state, Shared& shared) {
   auto& out_of_warp = shared.out()[warp_id()];
@@ -157,7 +157,7 @@ __device__ __forceinline__ void keep_warp_state(const ForwardState<C>& state, Sh
   }
 }
 
-// The weight of each warp's sums of a row, in the order of the warps that there are.
+// The factor exp2(top of the warp - top of all) of each warp's sums of a row, and the total sum.
 template <class C>
 struct WarpWeights {
   int warps = static_cast<int>(blockDim.x) / kWarp;

@@ -102,8 +102,8 @@ __device__ __forceinline__ T* out_row(const AttentionParams& p, const HeadView& 
          view.query_head(row) * p.out_stride_head + view.query(row) * p.out_stride_token;
 }
 
-// Whether a row's part of out has NaN, as its four lanes have it. Its lse is then NaN as well,
-// which tells recompute_rows so.
+// Whether a row's part of out, which four lanes hold, has a NaN. Its lse is then set to NaN, by
+// which recompute_rows knows the row.
 template <class C>
 __device__ __forceinline__ bool is_nan(const ForwardState<C>& s, int i, int h) {
   bool nan = false;
@@ -163,13 +163,14 @@ struct ForwardRows {
     return min(view.query(first_row + lane_row<C>(i, h)), p.queries - 1);
   }
 
-  // The block mask's bits for rows before * count .. before * count + count - 1 and a tile.
-  __device__ __forceinline__ unsigned look(uint32_t tile, int before, int count) const {
-    const int64_t row = int64_t{first_row} + before * count, key = int64_t{tile} * C::kKeys;
+  // look_at_blocks() of a tile and the rows of this block from part * count on, `count` of them.
+  __device__ __forceinline__ unsigned look(uint32_t tile, int part, int count) const {
+    const int64_t row = int64_t{first_row} + part * count, key = int64_t{tile} * C::kKeys;
     return look_at_blocks(p, view, row, row + count - 1, key, key + C::kKeys - 1);
   }
 
-  // Thread `thread` of at least as many as there are rows keeps what to_logits asks of its row.
+  // Stores the limits of row number `thread` that to_logits reads; threads beyond the rows do
+  // nothing, and there are at least as many threads as rows.
   template <class Shared>
   __device__ __forceinline__ void keep_limits(Shared& shared, int thread) const {
     if (thread >= C::kRows) return;

@@ -38,7 +38,7 @@ __device__ __forceinline__ void load_four(float (&x)[4], const float* row, int64
   for (int i = 0; i < 4; ++i) x[i] = at + i * kThreads < last ? row[at + i * kThreads] : -kInfinity;
 }
 
-// Of row[first .. last), by the whole block, which must have met since the row was written. One
+// Of row[first .. last), by the whole block, after a barrier behind the writes of the row. One
 // pass: every thread has a largest score and a sum of its own (the recurrence of
 // arXiv 1805.02867).
 template <int kThreads>

@@ -81,14 +81,15 @@ constexpr DecodeTiles decode_tiles(int dim, bool is_float, int64_t shared_limit)
                        [&](const DecodeTiles& t) { return decode_shared_bytes(dim, is_float, t); });
 }
 
-// Whether so few rows share their keys that splitting the keys is what fills the device. Where a
-// head has many lists they fill it too, and more than one tile of rows is better kept together.
+// Whether so few rows share their keys that only splits of the keys fill the device. The many lists
+// of a head fill it as well, and then a list of more than one tile of rows is not split.
 constexpr bool is_decode(const ListShape& s) {
   return s.attention.is_wide() || s.rows() <= (s.lists() == 1 ? kMaxDecodeRows : kDecodeRows);
 }
 
 // Splits and their length both grow with the square root of the keys: 16 splits of 128 keys for
-// 2048, 128 of 1024 for 131072. Nothing else decides, so that a row never sees its batch.
+// 2048, 128 of 1024 for 131072. They depend on nothing else, so that the result of a row does not
+// depend on its batch.
 constexpr int64_t decode_split_length(int64_t keys) {
   int64_t length = 128;
   while (length * length / 8 < keys) length *= 2;

@@ -152,7 +152,8 @@ __host__ __device__ __forceinline__ bool hides_pairs(const AttentionParams& p) {
   return p.positions.columns > 0 || p.blocks.mask.data;
 }
 
-// Whether biased_attention needs the kernels of these, which dense attention has no room for.
+// Whether biased_attention needs the general kernels: the dense ones have no registers left for
+// positions, blocks, softcap and pair biases.
 __host__ __device__ __forceinline__ bool is_general(const AttentionParams& p) {
   return hides_pairs(p) || p.softcap > 0 || p.pair_bias.data;
 }
@@ -163,8 +164,9 @@ __host__ __device__ __forceinline__ bool rows_differ(const AttentionParams& p) {
          p.pair_bias.data;
 }
 
-// The number of a pair whose row has mask_offset() `row`, times log2(e). One that is finite stays
-// so: a query that sees only the least float sees all keys alike. T is the type of q.
+// The number of a pair whose row has mask_offset() `row`, times log2(e). A finite number stays
+// finite: where a float mask has the lowest float for every key, all keys weigh the same. T is the
+// type of q.
 template <class T>
 __device__ __forceinline__ float pair_bias_log2(const PairBias& bias, int64_t row, int64_t key) {
   const int64_t at = row + key * bias.stride[3];
@@ -174,9 +176,9 @@ __device__ __forceinline__ float pair_bias_log2(const PairBias& bias, int64_t ro
   } else {
     number = to_float(static_cast<const T*>(bias.data)[at]);
   }
-  constexpr float kLeast = -0x1.fffffep127f;
+  constexpr float kLowest = -0x1.fffffep127f;
   const float scaled = kLog2E * number;
-  return scaled == -kInfinity && number != -kInfinity ? kLeast : scaled;
+  return scaled == -kInfinity && number != -kInfinity ? kLowest : scaled;
 }
 // A logit of a visible pair with its number, where there are numbers.
 template <class T>
@@ -210,7 +212,7 @@ __device__ __forceinline__ uint32_t block_of(int64_t i, int64_t block) {
   return static_cast<uint32_t>(i) /
          optimization_barrier(static_cast<uint32_t>(block < kMaxInt ? block : kMaxInt));
 }
-// Where the block mask speaks of a query of a head, and of a key.
+// The row of the block mask for a query of a head, and the offset in it for a key.
 __device__ __forceinline__ const bool* block_row(const AttentionParams& p, int64_t batch,
                                                  int64_t query_head, int64_t query) {
   const MaskView& mask = p.blocks.mask;
@@ -260,8 +262,8 @@ __device__ __forceinline__ unsigned look_at_blocks(const AttentionParams& p, con
 template <bool kSparse>
 using TileNumber = std::conditional_t<kSparse, uint32_t, int64_t>;
 
-// A tile on a block's way, and what this warp has to do with it: in one register, since kernels
-// hold two of them through all of their work.
+// The number of a tile that a block visits, whether this warp sees any of it, and whether any of it
+// is hidden from the warp. In one register, since kernels keep two of them throughout.
 template <bool kSparse>
 struct VisitedTile {
   uint32_t bits;

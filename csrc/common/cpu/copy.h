@@ -1,4 +1,5 @@
-// Copies of rows, past the caches where a result is too large to stay in one, and zeroed rows.
+// Copies of rows, with non-temporal stores where a result is too large for a cache, and zeroed
+// rows.
 #pragma once
 
 #include <cstring>
@@ -7,8 +8,8 @@
 
 namespace tokred::TOKRED_ISA {
 
-// Results from this size on are written past the caches: 24 MB is more than the last level of most
-// machines keeps of one result beside its sources.
+// Results from this size on are written with non-temporal stores: the last-level cache of most
+// machines does not keep 24 MB of a result beside its sources.
 inline constexpr int64_t kStreamBytes = int64_t{24} << 20;
 
 // memset and memcpy that allow null where there is nothing to do.
@@ -19,8 +20,8 @@ TOKRED_INLINE void copy_bytes(void* to, const void* from, int64_t bytes) {
   if (bytes > 0) std::memcpy(to, from, static_cast<size_t>(bytes));
 }
 
-// Copies a row, past the caches if asked and if the target allows it; stream_fence() after the
-// last.
+// Copies a row, with non-temporal stores if `stream` and where the target is aligned; then
+// stream_fence() has to follow the last row.
 template <class T>
 TOKRED_INLINE void copy_row(T* to, const T* from, int64_t channels, [[maybe_unused]] bool stream) {
   const int64_t bytes = channels * static_cast<int64_t>(sizeof(T));

@@ -85,7 +85,7 @@ bool set_vnni(bool use) {
 
 }  // namespace tokred
 
-// The seam that tokred._C uses.
+// What tokred._C calls.
 extern "C" __attribute__((visibility("default"))) const char* tokred_cpu_isa() {
   return tokred::kIsaNames[static_cast<int>(tokred::current_isa())];
 }

@@ -1,4 +1,5 @@
-// The items of a batch on the threads: an item a thread, or one item after another on all of them.
+// Shares the items of a batch out to threads: one thread for an item, or all threads for one item
+// after another.
 #pragma once
 
 #include "common/cpu/parallel.h"
@@ -7,10 +8,10 @@
 namespace tokred::TOKRED_ISA {
 
 struct ItemThreads {
-  Parallel outside, inside;  // what shares out the items, and what works within one
-  int64_t at_once;           // items
+  Parallel outside, inside;  // threads over the items, and threads within an item
+  int64_t at_once;           // items at the same time
 
-  // `large`: an item is worth all threads, where there are fewer items than threads.
+  // `large`: an item has work for all threads, and gets them where items are fewer than threads.
   ItemThreads(const Parallel& parallel, int64_t batch, bool large) {
     const Parallel single{1, nullptr};
     const bool wide = large && batch < parallel.threads;

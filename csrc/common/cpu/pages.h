@@ -10,13 +10,13 @@
 
 namespace tokred {
 
-// A hint, from `least` bytes on; nothing follows where it fails.
+// Asks for huge pages from `min_bytes` on. A hint: where the system declines, pages stay small.
 inline void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes,
-                              [[maybe_unused]] int64_t least = 16 << 20) {
+                              [[maybe_unused]] int64_t min_bytes = 16 << 20) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
-  if (bytes < least) return;
-  // Only whole pages inside: the rest of the first and last page belongs to others.
+  if (bytes < min_bytes) return;
+  // Only whole pages: the first and the last one may hold memory of others.
   const auto first = reinterpret_cast<uintptr_t>(data);
   const auto begin = (first + kHugePage - 1) & ~(kHugePage - 1);
   const auto end = (first + static_cast<uintptr_t>(bytes)) & ~(kHugePage - 1);

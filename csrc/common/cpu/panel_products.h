@@ -1,4 +1,4 @@
-// Products of two panels [C][16 lanes], of tokens that are lanes of both.
+// Dot products of the tokens of two panels [C][16]: a lane is a token, sums run over the channels.
 #pragma once
 
 #include "common/cpu/register_tile.h"
@@ -6,8 +6,8 @@
 
 namespace tokred::TOKRED_ISA {
 
-inline constexpr int64_t kProductChannels =
-    128;  // of some panels: the first-level cache holds them
+// Channels of a few panels that fit the first-level cache together.
+inline constexpr int64_t kProductChannels = 128;
 inline constexpr int kProductRows =
     kTileRows<float> * kTilePanels<float> < kLanes ? kTileRows<float> * kTilePanels<float> : kLanes;
 
@@ -34,7 +34,7 @@ TOKRED_INLINE void add_products(const float* rows, const float* panel, int64_t c
   }
 }
 
-// products[row][lane], [16][16], of the same order of channels whatever the panels.
+// The same for all sixteen rows: products[row][lane], [16][16].
 TOKRED_INLINE void add_products(const float* rows, const float* panel, int64_t channels,
                                 float* products) {
   add_products<kProductRows>(rows, panel, channels, 0, products);

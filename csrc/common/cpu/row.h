@@ -105,7 +105,7 @@ TOKRED_INLINE void transpose(Wide<T, 4> (&x)[4]) {
   x[2] = __builtin_shuffle(even_high, odd_high, kLow);
   x[3] = __builtin_shuffle(even_high, odd_high, kHigh);
 }
-// Eight rows of eight: numbers, pairs and fours change places.
+// Eight rows of eight: exchanges numbers, then pairs, then fours.
 template <class T>
 TOKRED_INLINE void transpose(Wide<T, 8> (&x)[8]) {
   using Index = decltype(x[0] < x[0]);

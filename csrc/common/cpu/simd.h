@@ -1,7 +1,7 @@
 // Sixteen lanes, always: one zmm, two ymm or four xmm / NEON registers, so that every result is
 // bitwise the same on every instruction set. Fused multiply-adds are explicit (the build turns
-// contraction off); every reduction is a fixed tree. Included by kernel files only, inside nothing:
-// it opens the namespace of the instruction set it is compiled for.
+// contraction off); every reduction is a fixed tree. Kernel files alone include it, outside of any
+// namespace: it opens that of the instruction set it is compiled for.
 #pragma once
 
 #include <cmath>
@@ -235,7 +235,7 @@ TOKRED_INLINE Vec<T> exchange_lanes(Vec<T> v) {
 }
 
 // f(.. f(lane, lane) ..) over the sixteen lanes, for an f of vectors that is associative and
-// commutative. Of equal numbers, 0 and -0 for one, any may be the result.
+// commutative. Of numbers that compare equal, such as 0 and -0, either may be the result.
 template <class T, class F>
 TOKRED_INLINE T fold_lanes(Vec<T> v, const F& f) {
   v = f(v, exchange_lanes<8>(v));

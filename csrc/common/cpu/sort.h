@@ -23,9 +23,9 @@ TOKRED_INLINE uint32_t ascending_key(float x) {
 }
 TOKRED_INLINE uint32_t descending_key(float x) { return ~ascending_key(x); }
 
-// Sorts keys ascending by the `bits` bits from bit `shift` on, stable, a byte a pass: first the
-// lowest. Every pass swaps the two arrays; at the end `keys` is the sorted one. Bytes that all keys
-// share take no pass.
+// Sorts keys ascending by the `bits` bits from bit `shift` on, stable, a byte a pass, the lowest
+// byte first. Every pass swaps the two arrays; at the end `keys` is the sorted one. A byte that is
+// the same in all keys takes no pass.
 inline void radix_sort(uint64_t*& keys, uint64_t*& spare, int64_t count, int shift, int bits) {
   for (const int end = shift + bits; shift < end; shift += 8) {
     int64_t start[257] = {};

@@ -73,7 +73,7 @@ __device__ __forceinline__ void split_pair<Split<f16>>(float x, float y, uint32_
   split_in_two<f16>(x, y, out);
 }
 
-// f16 ends early: finite numbers stay finite.
+// Clamps finite numbers to the range of f16, so that rounding makes none of them infinite.
 template <class T>
 __device__ __forceinline__ void keep_finite(float (&x)[8]) {
   if constexpr (std::is_same_v<T, f16>) {
@@ -86,7 +86,7 @@ __device__ __forceinline__ void keep_finite(float (&x)[8]) {
 
 // Loading ----------------------------------------------------------------------------------------
 
-// The numbers that a tile is loaded from: of its own type, but of T for Split<T>.
+// The type of the numbers in memory that a tile of operands T is loaded from.
 template <class T>
 struct StoredAs {
   using type = T;
@@ -115,8 +115,8 @@ __device__ __forceinline__ void load_eight(float (&x)[8], const T* source, int c
 }
 
 // Fills a tile with rows of `dim` elements; row(r) is where row r lies, or null for a row of zeros.
-// Complete once the copies have been waited for and the block has met. `anywhere` is any address
-// that copies of nothing may name; `thread` counts the kThreads that call.
+// Complete once the copies have been waited for, and after a barrier. `anywhere` is any valid
+// address, the source of copies of 0 bytes; `thread` numbers the kThreads that call.
 template <int kThreads, class T, int kRows, int kDim, class Row>
 __device__ __forceinline__ void load_tile(Tile<T, kRows, kDim>& tile,
                                           const typename StoredAs<T>::type* anywhere, int dim,
@@ -208,8 +208,8 @@ __device__ __forceinline__ void load_right(uint32_t (&b)[2][2], const Tile<T, kR
 }
 
 // Tiles 2 j, 2 j + 1 of each out[i] += a[i] . the right operands at row, column of the tile. Tensor
-// cores align what they add to the greatest of it and cut off the rest: the products of several
-// planes are summed from zero, the small ones first, and fp32 arithmetic adds the rounded sums.
+// cores align addends to the largest of them and cut off low bits: so the products of several
+// planes are summed from zero, the small ones first, and fp32 arithmetic adds these sums to out.
 template <bool kTransposed, class T, int kRowTiles, int kTiles, int kRows, int kDim>
 __device__ __forceinline__ void add_products(float (&out)[kRowTiles][kTiles][4], int j,
                                              const Left<T> (&a)[kRowTiles],

@@ -30,7 +30,8 @@ __device__ __forceinline__ void barrier_arrive_after_copies(Barrier& barrier) {
       "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(&barrier))
       : "memory");
 }
-// Waits for the end of the phase of that parity. Of parity 1, the first wait is for no phase.
+// Waits for the end of the phase of that parity. A new barrier counts as having ended a phase of
+// parity 1, so that the first wait for it returns at once.
 __device__ __forceinline__ void barrier_wait(Barrier& barrier, uint32_t parity) {
   asm volatile(
       "{.reg .pred done; wait: "
@@ -45,7 +46,8 @@ __device__ __forceinline__ void fence_shared_for_wgmma() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// The registers of the threads of a warpgroup from here on: fewer for some, more for others.
+// Sets the number of registers that each thread of the warpgroup has from here on, so that one
+// warpgroup can give registers to others.
 template <int kCount>
 __device__ __forceinline__ void increase_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));

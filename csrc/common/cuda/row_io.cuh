@@ -19,9 +19,9 @@ __device__ __forceinline__ bool is_aligned(const HeadTensor& t, DType dtype) {
 
 // Rows of any length -----------------------------------------------------------------------------
 //
-// Each lane takes 16 bytes at a time where rows are aligned, one element otherwise, or, where it
-// sums over channels, the same elements of Loose rows: so a view that is not aligned has the sums
-// of its copy.
+// A lane reads 16 bytes at a time where rows are aligned, one element at a time otherwise. A lane
+// that sums over channels reads the elements of the same 16 bytes one by one (Loose) where rows are
+// not aligned, so that a view gives the bits of its copy.
 
 // An element of rows that are not aligned to 16 bytes.
 template <class T>
@@ -29,8 +29,8 @@ struct Loose {
   T value;
 };
 
-// Neighbouring channels as stored: as many as 16 bytes hold, or one. Of a row that is not aligned
-// `left` channels are left.
+// Neighbouring channels as stored: as many as 16 bytes hold, or one. In rows that are not aligned
+// load and store touch only the `left` channels that the row still has.
 template <class T, int kWidth>
 struct Piece {
   static_assert(kWidth * sizeof(T) == 16);
@@ -175,8 +175,7 @@ __device__ __forceinline__ float dot_rows(const T* a, const T* b, int64_t channe
   return warp_sum(sum);
 }
 
-// Rows of up to 256 elements, eight neighbours to a lane
-// -------------------------------------------
+// Rows of up to 256 elements, eight neighbours to a lane -----------------------------------------
 
 // Elements first .. first + 7 of rows of `dim`, zeros beyond their ends; a null row is all zeros.
 // All the loads are on their way before the first is waited for.

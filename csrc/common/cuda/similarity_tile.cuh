@@ -335,7 +335,7 @@ struct SimilarityRows {
 
     Dots dots;
     const bool busy = row0 + warp_row < a.set.count;
-    __syncthreads();  // whoever used this memory before is done
+    __syncthreads();  // the tiles before have been read
     if (steps > 0) prefetch(0);
     for (int64_t step = 0; step < steps; ++step) {
       store_staged(step);

@@ -1,4 +1,4 @@
-// The name of a stream, for those who see no CUDA header.
+// The type of a stream, for files that include no CUDA header.
 #pragma once
 
 namespace tokred::cuda {

@@ -1,4 +1,5 @@
-// A warp's tiles in a ring of stages in shared memory: their copies start so many tiles ahead.
+// A warp's tiles in a ring of stages in shared memory: the copy of a tile starts while the warp
+// still works on the ones before it, up to stages - 1 tiles early.
 #pragma once
 
 #include "common/cuda/ptx.cuh"

@@ -24,8 +24,7 @@ struct ShortShared {
   ColumnTerms columns[Config::kStages];
 };
 
-// Terms of a tile of columns
-// -----------------------------------------------------------------------
+// Terms of a tile of columns ---------------------------------------------------------------------
 
 template <class T>
 struct TermsShared {
@@ -63,8 +62,7 @@ __global__ void __launch_bounds__(kTermThreads)
   }
 }
 
-// Copies of the tiles of an item's columns
-// ---------------------------------------------------------
+// Copies of the tiles of an item's columns -------------------------------------------------------
 
 template <class Config>
 struct ColumnLoader {
@@ -122,8 +120,7 @@ struct ColumnLoader {
   }
 };
 
-// Matches
-// ------------------------------------------------------------------------------------------
+// Matches ----------------------------------------------------------------------------------------
 
 template <class Config>
 struct ShortMatcher {

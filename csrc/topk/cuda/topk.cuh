@@ -24,8 +24,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
   }
 }
 
-// Split segments
-// ------------------------------------------------------------------------------------
+// Split segments ---------------------------------------------------------------------------------
 
 // The keys that the parts of a segment hand on; sizes in topk_split_bytes.
 struct Parts {
@@ -91,8 +90,7 @@ __global__ void __launch_bounds__(WideSelect::kThreads, 2)
   finish(p, blockIdx.x, static_cast<int>(n), segment.wanted, s);
 }
 
-// Sorted segments
-// -----------------------------------------------------------------------------------
+// Sorted segments --------------------------------------------------------------------------------
 
 // The keys of a segment for sort_chunks_kernel.
 template <class T>
