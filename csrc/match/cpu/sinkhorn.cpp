@@ -12,10 +12,12 @@ namespace {
 struct Scratch {
   TransportScratch transport;
   float* u;  // [M, padded] exp(log_u) of the step before
+  float* sums;  // [N][C, padded] of the aggregation
 };
 
 Scratch allocate_scratch(Workspace& memory, const SinkhornParams& p) {
-  return {allocate_transport(memory, p), memory.allocate<float>(round_up(p.a.count, kLanes))};
+  return {allocate_transport(memory, p), memory.allocate<float>(round_up(p.a.count, kLanes)),
+          memory.allocate<float>(p.b.count * round_up(p.channels, kLanes))};
 }
 int64_t scratch_bytes(const SinkhornParams& p) {
   return workspace_bytes([&](Workspace& memory) { allocate_scratch(memory, p); });
@@ -29,7 +31,7 @@ class Item : Transport<T> {
 
  public:
   Item(const SinkhornParams& p, int64_t item, const Scratch& s)
-      : Base(p, item, s.transport), u_(s.u) {}
+      : Base(p, item, s.transport), u_(s.u), sums_(s.sums) {}
 
   void run() {
     Base::prepare();
@@ -72,10 +74,9 @@ class Item : Transport<T> {
   }
 
   void aggregate() {
-    float* out = p_.aggregation + item_ * n_ * p_.channels;
-    for (int64_t k = 0; k < n_ * p_.channels; ++k) out[k] = 0.0f;
+    const int64_t panels = divide_up(p_.channels, kLanes), wide = panels * kLanes;
+    for (int64_t k = 0; k < n_ * wide; ++k) sums_[k] = 0.0f;
     for (int64_t j = 0; j < padded_; ++j) s_.sum[j] = 0.0f;
-    const int64_t panels = divide_up(p_.channels, kLanes);
     for (int64_t i0 = 0; i0 < m_; i0 += kTransportRows) {
       const int64_t rows = min(kTransportRows, m_ - i0);
       for (int64_t i = 0; i < rows; ++i) {
@@ -87,18 +88,12 @@ class Item : Transport<T> {
           store(s_.panels + (panel * kTransportRows + i) * kLanes, x);
         }
       }
-      for (int64_t panel = 0; panel < panels; panel += kTilePanels<float>) {
-        const int64_t count = min(kTilePanels<float>, panels - panel);
-        multiply<Layout::step_row>(
-            s_.block, padded_, n_, s_.panels + panel * kTransportRows * kLanes,
-            kTransportRows * kLanes, count, rows, [&](int64_t j, int64_t n, f32x16 sum) {
-              const int64_t c = (panel + n) * kLanes;
-              float* to = out + j * p_.channels + c;
-              store_row(to, load_row(to, p_.channels - c) + sum, p_.channels - c);
-            });
-      }
+      multiply_into<Layout::step_row, true>(s_.block, padded_, n_, s_.panels,
+                                            kTransportRows * kLanes, panels, rows, sums_, wide);
     }
+    float* out = p_.aggregation + item_ * n_ * p_.channels;
     for (int64_t j = 0; j < n_; ++j) {
+      for (int64_t c = 0; c < p_.channels; ++c) out[j * p_.channels + c] = sums_[j * wide + c];
       p_.load[item_ * n_ + j] = s_.sum[j];
       p_.log_v[item_ * n_ + j] = s_.skip[j] < 0 ? -kInfinity<float> : s_.log_v[j];
     }
@@ -120,7 +115,7 @@ class Item : Transport<T> {
     p_.log_u[item_ * m_ + i] = s_.log_u[i];
   }
 
-  float* u_;
+  float *u_, *sums_;
 };
 
 }  // namespace

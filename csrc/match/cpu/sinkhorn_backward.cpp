@@ -126,19 +126,17 @@ class Item : Transport<T> {
       own_.load[j] = out ? 0.0f : b_.grad_load[item_ * b_.load_stride[0] + j * b_.load_stride[1]];
       own_.grad_v[j] = 0.0f;
     }
-    const int64_t panels = padded_ / kLanes;
     for (int64_t i0 = 0; i0 < m_; i0 += kTransportRows) {
       const int64_t rows = min(kTransportRows, m_ - i0);
       for (int64_t i = 0; i < rows; ++i) unpack(i0 + i, 1.0f, s_.block + i * channels_);
-      for (int64_t panel = 0; panel < panels; panel += kTilePanels<float>) {
-        const int64_t count = min(kTilePanels<float>, panels - panel);
-        multiply<Layout::row_step>(
-            s_.block, channels_, rows, s_.panels + panel * channels_ * kLanes, channels_ * kLanes,
-            count, channels_, [&](int64_t i, int64_t n, f32x16 dot) {
-              const int64_t j = (panel + n) * kLanes;
-              store(grads(i0 + i) + j,
-                    skipped(i0 + i) ? splat(0.0f) : plan(i0 + i, j) * (dot + load(own_.load + j)));
-            });
+      multiply_into<Layout::row_step, false>(s_.block, channels_, rows, s_.panels,
+                                             channels_ * kLanes, padded_ / kLanes, channels_,
+                                             grads(i0), padded_);
+      for (int64_t i = i0; i < i0 + rows; ++i) {
+        for (int64_t j = 0; j < padded_; j += kLanes) {
+          const f32x16 dot = load(grads(i) + j) + load(own_.load + j);
+          store(grads(i) + j, skipped(i) ? splat(0.0f) : plan(i, j) * dot);
+        }
       }
       for (int64_t i = i0; i < i0 + rows; ++i) add_row(grads(i), own_.grad_v);
     }
@@ -202,7 +200,6 @@ class Item : Transport<T> {
   void write_anchors() {
     float* sums = own_.panels;
     for (int64_t k = 0; k < n_ * wide_; ++k) sums[k] = 0.0f;
-    const int64_t panels = wide_ / kLanes;
     for (int64_t i0 = 0; i0 < m_; i0 += kTransportRows) {
       const int64_t rows = min(kTransportRows, m_ - i0);
       for (int64_t i = 0; i < rows; ++i) {
@@ -214,15 +211,9 @@ class Item : Transport<T> {
           store(s_.panels + (c / kLanes * kTransportRows + i) * kLanes, x);
         }
       }
-      for (int64_t panel = 0; panel < panels; panel += kTilePanels<float>) {
-        const int64_t count = min(kTilePanels<float>, panels - panel);
-        multiply<Layout::step_row>(
-            grads(i0), padded_, n_, s_.panels + panel * kTransportRows * kLanes,
-            kTransportRows * kLanes, count, rows, [&](int64_t j, int64_t n, f32x16 sum) {
-              float* to = sums + j * wide_ + (panel + n) * kLanes;
-              store(to, load(to) + sum);
-            });
-      }
+      multiply_into<Layout::step_row, true>(grads(i0), padded_, n_, s_.panels,
+                                            kTransportRows * kLanes, wide_ / kLanes, rows, sums,
+                                            wide_);
     }
     for (int64_t j = 0; j < n_; ++j) {
       if (left_out(j)) {
@@ -251,17 +242,10 @@ class Item : Transport<T> {
           store(s_.block + i * padded_ + j, skipped(i0 + i) ? splat(0.0f) : plan(i0 + i, j));
         }
       }
-      const auto add = [&](const float* block, const float* from, float* to) {
-        for (int64_t panel = 0; panel < panels; panel += kTilePanels<float>) {
-          const int64_t count = min(kTilePanels<float>, panels - panel);
-          multiply<Layout::row_step>(block, padded_, rows, from + panel * n_ * kLanes, n_ * kLanes,
-                                     count, n_, [&](int64_t i, int64_t n, f32x16 sum) {
-                                       store(to + i * wide_ + (panel + n) * kLanes, sum);
-                                     });
-        }
-      };
-      add(grads(i0), s_.panels, own_.cosine);
-      add(s_.block, own_.panels, own_.direct);
+      multiply_into<Layout::row_step, false>(grads(i0), padded_, rows, s_.panels, n_ * kLanes,
+                                             panels, n_, own_.cosine, wide_);
+      multiply_into<Layout::row_step, false>(s_.block, padded_, rows, own_.panels, n_ * kLanes,
+                                             panels, n_, own_.direct, wide_);
       for (int64_t i = 0; i < rows; ++i) {
         if (skipped(i0 + i)) {
           fill_zero(grad_x(i0 + i), channels_ * static_cast<int64_t>(sizeof(T)));

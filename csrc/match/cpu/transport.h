@@ -49,6 +49,23 @@ inline TransportScratch allocate_transport(Workspace& memory, const SinkhornPara
   return s;
 }
 
+// to[row][16 panel + lane] = sum over the steps of block(row, step) * panels[panel][step][lane],
+// added to what is there with kAdd. What becomes of the sums is up to loops of their own: inside of
+// the register tiles it would be compiled dozens of times.
+template <Layout kLayout, bool kAdd>
+inline void multiply_into(const float* block, int64_t stride, int64_t rows, const float* panels,
+                          int64_t panel_stride, int64_t count, int64_t steps, float* to,
+                          int64_t to_stride) {
+  for (int64_t panel = 0; panel < count; panel += kTilePanels<float>) {
+    multiply<kLayout>(block, stride, rows, panels + panel * panel_stride, panel_stride,
+                      min(kTilePanels<float>, count - panel), steps,
+                      [&](int64_t row, int64_t n, f32x16 sum) {
+                        float* at = to + row * to_stride + (panel + n) * kLanes;
+                        store(at, kAdd ? load(at) + sum : sum);
+                      });
+  }
+}
+
 template <class T>
 class Transport {
  public:
@@ -142,15 +159,13 @@ class Transport {
         pack_row(x, p_.channels, to);
         for (int64_t c = 0; c < p_.channels; ++c) to[c] *= scale;
       }
-      const int64_t panels = padded_ / kLanes;
-      for (int64_t panel = 0; panel < panels; panel += kTilePanels<float>) {
-        const int64_t count = min(kTilePanels<float>, panels - panel);
-        multiply<Layout::row_step>(s_.block, p_.channels, rows,
-                                   s_.panels + panel * p_.channels * kLanes, p_.channels * kLanes,
-                                   count, p_.channels, [&](int64_t i, int64_t n, f32x16 cosine) {
-                                     const int64_t j = (panel + n) * kLanes;
-                                     store(scores(i0 + i) + j, score(cosine, i0 + i, j));
-                                   });
+      multiply_into<Layout::row_step, false>(s_.block, p_.channels, rows, s_.panels,
+                                             p_.channels * kLanes, padded_ / kLanes, p_.channels,
+                                             scores(i0), padded_);
+      for (int64_t i = i0; i < i0 + rows; ++i) {
+        for (int64_t j = 0; j < padded_; j += kLanes) {
+          store(scores(i) + j, score(load(scores(i) + j), i, j));
+        }
       }
     }
   }
