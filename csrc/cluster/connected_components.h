@@ -25,8 +25,8 @@ std::tuple<Tensor, Tensor> connected_components(const Tensor& x, double threshol
   p.height = x.size(1);
   p.width = x.size(2);
   p.channels = x.size(3);
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  TOKRED_CHECK(p.width == 0 || p.height <= kMost / p.width,
+  constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
+  TOKRED_CHECK(p.width == 0 || p.height <= kMax / p.width,
                "x may have at most 2^31 - 1 tokens in a grid, got shape ", shape_string(x));
   p.stride_batch = x.stride(0);
   p.stride_row = x.stride(1);

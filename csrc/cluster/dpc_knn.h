@@ -15,8 +15,8 @@ std::tuple<Tensor, Tensor> dpc_knn(const Tensor& x, int64_t num_clusters, int64_
   DpcKnnParams p{};
   p.dtype = float_dtype(x, "x", false);
   p.a = p.b = token_set(x, "x", mask, "mask", std::nullopt, "weight");
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  TOKRED_CHECK(num_clusters >= 0 && num_clusters <= kMost,
+  constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
+  TOKRED_CHECK(num_clusters >= 0 && num_clusters <= kMax,
                "num_clusters must be between 0 and 2^31 - 1, got ", num_clusters);
   TOKRED_CHECK(k >= 1, "k must be at least 1, got ", k);
   p.metric = Metric::l2;

@@ -16,9 +16,9 @@ inline void cluster_tokens(ClusterTokens& params, const Tensor& x, int64_t num_c
   params.dtype = float_dtype(x, "x", false);
   check_dim(x, "x", 3, "[B, N, C]");
   check_last_contiguous(x, "x");
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  TOKRED_CHECK(x.size(1) <= kMost, "x may have at most 2^31 - 1 tokens, got ", x.size(1));
-  TOKRED_CHECK(num_clusters >= 0 && num_clusters <= kMost,
+  constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
+  TOKRED_CHECK(x.size(1) <= kMax, "x may have at most 2^31 - 1 tokens, got ", x.size(1));
+  TOKRED_CHECK(num_clusters >= 0 && num_clusters <= kMax,
                "num_clusters must be between 0 and 2^31 - 1, got ", num_clusters);
   params.x = x.const_data_ptr();
   params.stride_batch = x.stride(0);
@@ -33,8 +33,8 @@ inline void cluster_tokens(ClusterTokens& params, const Tensor& x, int64_t num_c
 
 // Every iteration is launches on a device, whether or not anything still moves.
 inline void check_iterations(int64_t iterations) {
-  constexpr int64_t kMost = 100000;
-  TOKRED_CHECK(iterations >= 0 && iterations <= kMost, "iterations must be between 0 and ", kMost,
+  constexpr int64_t kMax = 100000;
+  TOKRED_CHECK(iterations >= 0 && iterations <= kMax, "iterations must be between 0 and ", kMax,
                ", got ", iterations);
 }
 

@@ -27,8 +27,8 @@ inline KnnReconstructParams knn_reconstruct_inputs(const Tensor& features, const
   check_same_device(centroids, "centroids", features, name);
   TOKRED_CHECK(centroids.size(1) <= std::numeric_limits<int32_t>::max(),
                "centroids may have at most 2^31 - 1 rows, got ", centroids.size(1));
-  TOKRED_CHECK(k >= 1 && k <= kMostNeighbours, "k must be between 1 and ", kMostNeighbours,
-               ", got ", k);
+  TOKRED_CHECK(k >= 1 && k <= kMaxNeighbours, "k must be between 1 and ", kMaxNeighbours, ", got ",
+               k);
   TOKRED_CHECK(std::isfinite(temperature) && temperature >= 0,
                "temperature must be finite and at least 0, got ", temperature);
   p.x = x.const_data_ptr();

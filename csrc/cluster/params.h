@@ -23,7 +23,7 @@ struct ConnectedComponentsParams {
   void* workspace;   // connected_components_workspace(params) bytes
 };
 
-// The tokens that k-means, k-medoids and their like group.
+// The tokens that k-means, k-medoids and local soft k-means group.
 struct ClusterTokens {
   const void* x;     // dtype [B, N, C], channels contiguous
   int64_t stride_batch, stride_token;
@@ -35,7 +35,7 @@ struct ClusterTokens {
   Metric metric;     // l2 or cosine
 };
 
-// Lloyd's algorithm, one item like another. A round gives every token to its nearest centroid,
+// Lloyd's algorithm, each item by itself. A round gives every token to its nearest centroid,
 //   argmax_k x . c_k - |c_k|^2 / 2 (l2),  argmax_k x . c_k (cosine, whose c_k have length 1),
 // the lowest k of equals, and makes every centroid the mean of its tokens (cosine: the sum of its
 // tokens, each of length 1, stretched to length 1). A centroid without tokens stays where it was.
@@ -154,7 +154,7 @@ struct KnnReconstructParams {
   int64_t stride_batch, stride_token;
   int64_t centroid_stride_batch, centroid_stride_cluster;
   int64_t batch, tokens, clusters, channels, deep_channels;
-  int64_t k;  // at most M and kMostNeighbours
+  int64_t k;  // at most M and kMaxNeighbours
   DType deep_dtype, dtype;
   float temperature;
   bool l2;
@@ -171,16 +171,16 @@ struct KnnReconstructBackwardParams {
   void* grad_deep;  // deep_dtype [B, M, D]
   void* workspace;  // knn_reconstruct_backward_workspace(params) bytes
 };
-inline constexpr int64_t kMostNeighbours = 64;
+inline constexpr int64_t kMaxNeighbours = 64;
 
-// Clustering by density peaks among the k nearest neighbours, of the tokens that are neither masked
-// nor have a squared norm that is not finite (in f32). With D(i, j) = |x_i - x_j|^2 / C:
+// Clustering by density peaks among the k nearest neighbours (DPC-KNN), of the tokens that are not
+// masked and whose squared norm is finite (in f32). With D(i, j) = |x_i - x_j|^2 / C:
 //   m_i      the mean of the min(k, tokens) smallest D(i, .), that of i itself included
 //   denser   the density of i is exp(-m_i): j is denser where m_j < m_i, or equal and j < i
-//   delta_i  the square root of the least D(i, j) of a denser j; infinite for the densest
-// centers[b] are the M tokens of the greatest log delta_i - m_i, which orders like density * delta,
-// the greatest first (ties: the lower index), and -1 behind the last token. assignment[b][i] is the
-// place in centers of the nearest centre, the first of equals; of a centre its own; -1 for tokens
+//   delta_i  the square root of the minimum D(i, j) of a denser j; infinite for the densest
+// centers[b] are the M tokens of the largest log delta_i - m_i, which orders like density * delta,
+// the largest first (ties: the lower index), and -1 behind the last token. assignment[b][i] is the
+// index in centers of the nearest centre, the first of equals; of a centre its own; -1 for tokens
 // that do not take part.
 struct DpcKnnParams : TokenPairs {  // a and b are both x [B, N, C] and its mask; the metric is l2
   int64_t clusters, k;  // M, and k >= 1

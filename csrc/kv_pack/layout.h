@@ -37,7 +37,7 @@ enum class PackScheme : int32_t { asymmetric, zero_point, symmetric, fp8, codebo
 inline constexpr float kFp8Max = 448.0f;
 inline constexpr float kMaxParam = 65504.0f;
 inline constexpr float kLevelStep = 0x1p-5f;      // of a level, in root mean squares
-inline constexpr float kMostInMean = 0x1p40f;   // that a number counts as in a mean square
+inline constexpr float kMaxInMean = 0x1p40f;   // that a number counts as in a mean square
 inline constexpr int64_t kPackMultiple = 16;  // of head_dim, and of group_size along channels
 
 struct PackFormat {

@@ -14,7 +14,7 @@ namespace tokred {
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor> linear_assignment(const Tensor& cost, bool maximize,
                                                      bool check) {
-  constexpr int64_t kMostLines = 1 << 24;
+  constexpr int64_t kMaxLines = 1 << 24;
   LinearAssignmentParams p{};
   p.dtype = float_dtype(cost, "cost", Backend::kDouble);
   check_dim(cost, "cost", 3, "[B, N, M]");
@@ -25,7 +25,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_assignment(const Tensor& cost, bool ma
   p.batch = cost.size(0);
   p.rows = cost.size(1);
   p.columns = cost.size(2);
-  TOKRED_CHECK(p.rows <= kMostLines && p.columns <= kMostLines,
+  TOKRED_CHECK(p.rows <= kMaxLines && p.columns <= kMaxLines,
                "cost may have at most 2^24 rows and columns, got shape ", shape_string(cost));
   p.maximize = maximize;
 

@@ -69,29 +69,29 @@ struct SegmentWeightsParams {
 // pivot is a choice.
 struct SegmentWeightsBackwardParams {
   SegmentWeightsParams forward;        // out is not used
-  TokenTable weights, grad;            // Acc [B, N]: the result, and the gradient that meets it
-  void* grad_input;                    // Acc [B, N] for softmax, [B, N, C] for gaussian
+  TokenTable weights, grad;  // Acc [B, N]: the result, and the gradient with respect to it
+  void* grad_input;  // Acc [B, N] for softmax, [B, N, C] for gaussian
 };
 
 // x[b][i] = y[b][token_map[b][i]], 0 where the entry is outside [0, M).
 struct UnmergeParams {
-  const void* y;                       // [B, M, C], channels contiguous
+  const void* y;  // [B, M, C], channels contiguous
   int64_t y_stride_batch, y_stride_token;
-  const int32_t* token_map;            // i32 [B, N]
+  const int32_t* token_map;  // i32 [B, N]
   int64_t map_stride_batch, map_stride_token;
-  void* x;                             // [B, N, C] contiguous
+  void* x;  // [B, N, C] contiguous
   int64_t batch, tokens, num_out, channels;
   DType dtype;
 };
 
 // out[b][i] = second[b][first[b][i]], -1 where first[b][i] is outside [0, M).
 struct ComposeParams {
-  const int32_t* second;               // i32 [B, M]
+  const int32_t* second;  // i32 [B, M]
   int64_t second_stride_batch, second_stride_token;
-  const int32_t* first;                // i32 [B, N]
+  const int32_t* first;  // i32 [B, N]
   int64_t first_stride_batch, first_stride_token;
-  int32_t* out;                        // i32 [B, N] contiguous
-  int64_t batch, tokens, num_out;      // num_out = M
+  int32_t* out;  // i32 [B, N] contiguous
+  int64_t batch, tokens, num_out;  // num_out = M
 };
 
 // cosine[b][t] = cos(x[b][t-1], y[b][t]), norms clamped to kNormEps from below; 0 at t = 0 and

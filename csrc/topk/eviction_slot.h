@@ -99,8 +99,8 @@ std::tuple<Tensor, Tensor> eviction_slot(const Tensor& position, int64_t length,
   check_dim(position, "position", 3, "[B, H, N]");
   check_dtype(position, "position", ScalarType::Int);
   check_last_contiguous(position, "position");
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  TOKRED_CHECK(position.size(2) <= kMost, "position may have at most 2^31 - 1 keys, got ",
+  constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
+  TOKRED_CHECK(position.size(2) <= kMax, "position may have at most 2^31 - 1 keys, got ",
                position.size(2));
   TOKRED_CHECK(length >= 0, "length must be at least 0, got ", length);
   TOKRED_CHECK(first >= 0, "first must be at least 0, got ", first);
@@ -116,7 +116,7 @@ std::tuple<Tensor, Tensor> eviction_slot(const Tensor& position, int64_t length,
   set_received(p, logits, lse, softcap, position);
   set_hidden(p, bias, start, newest, position);
   p.first = std::min(first, int64_t{1} << 32);
-  p.recent_after = static_cast<int32_t>(std::clamp(length - 1 - recent, -kMost - 1, kMost));
+  p.recent_after = static_cast<int32_t>(std::clamp(length - 1 - recent, -kMax - 1, kMax));
   p.shared = shared;
   p.greatest = greatest;
   Backend backend(position);

@@ -48,8 +48,8 @@ void replace_token(const Tensor& slot, Tensor keys, const Tensor& new_keys, Tens
   p.batch = slot.size(0);
   p.heads = slot.size(1);
   p.slots = keys.dim() > 2 ? keys.size(2) : 0;
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  TOKRED_CHECK(p.slots <= kMost, "keys may have at most 2^31 - 1 tokens, got ", p.slots);
+  constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
+  TOKRED_CHECK(p.slots <= kMax, "keys may have at most 2^31 - 1 tokens, got ", p.slots);
   p.keys = replaced_rows(keys, "keys", new_keys, "new_keys", slot, p.slots);
   p.values = replaced_rows(values, "values", new_values, "new_values", slot, p.slots);
   if (position) {
@@ -61,7 +61,7 @@ void replace_token(const Tensor& slot, Tensor keys, const Tensor& new_keys, Tens
     p.position_stride_head = position->stride(1);
     p.position_stride_token = position->stride(2);
   }
-  TOKRED_CHECK(place >= -1 && place <= kMost, "place must be -1 to 2^31 - 1, got ", place);
+  TOKRED_CHECK(place >= -1 && place <= kMax, "place must be -1 to 2^31 - 1, got ", place);
   p.place = static_cast<int32_t>(place);
   check_overlaps({{"keys", keys}, {"values", values}, {"position", position}},
                  {{"new_keys", new_keys}, {"new_values", new_values}, {"slot", slot}});

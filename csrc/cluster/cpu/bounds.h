@@ -1,15 +1,15 @@
 // Which groups of centroids cannot hold a token's nearest one: Yinyang k-means (Ding et al., ICML
 // 2015). A bound is below the distance of a token to every centroid of a group; when centroids
-// move, it falls by the furthest move of the group, and where it stays above the distance to the
-// token's own centroid, the group is passed over. Bounds allow for the rounding of the products, so
-// the assignment is, to the bit, that of all products.
+// move, it falls by the longest move of the group, and where it stays above the distance to the
+// token's own centroid, the group is skipped. Bounds allow for the rounding of the products, so the
+// assignment is the one that all products give.
 #pragma once
 
 #include "cluster/cpu/nearest.h"
 
 namespace tokred::TOKRED_ISA {
 
-inline constexpr int64_t kMostGroups = 16;
+inline constexpr int64_t kMaxBoundGroups = 16;
 
 // How tokens and centroids are cut.
 struct BoundShape {
@@ -20,7 +20,7 @@ struct BoundShape {
 
   BoundShape(int64_t clusters, int64_t channels, int64_t block) {
     const int64_t all = divide_up(clusters, kLanes);
-    panels = max(1, divide_up(all, kMostGroups));
+    panels = max(1, divide_up(all, kMaxBoundGroups));
     groups = divide_up(all, panels);
     rows = nearest_rows(channels);
     chunks = divide_up(block, rows);
@@ -31,30 +31,29 @@ struct BoundShape {
 // The bounds of one item.
 struct Bounds {
   float* below;  // [blocks][chunks][groups][rows]
-  float* fall;  // [groups] what the bounds of a group lose by the last move
-  float* largest;  // [1] no centroid is longer
+  float* fall;  // [groups] what the last move takes from the bounds of a group
+  float* largest;  // [1] an upper bound of the lengths of all centroids
 };
 
-// What rounding may add to twice a score x . c - |c|^2 / 2, several times over: products of C
-// numbers err by C halves of the last place, times the lengths. The last part keeps numbers that
-// underflow out.
+// Several times what rounding may add to twice a score x . c - |c|^2 / 2: a product of C numbers is
+// off by at most C half ulps of the product of the lengths. The last term covers underflow.
 TOKRED_INLINE float score_slack(float squared, float largest, int64_t channels) {
   const float unit = static_cast<float>(channels + 16) * 0x1p-24f;
   const float length = __builtin_sqrtf(squared);
   return 8.0f * unit * (length * largest + 0.5f * largest * largest + squared) + 1e-30f;
 }
 
-// A distance that no centroid of a score up to `best` is nearer than.
+// A lower bound of the distance to a centroid of a score up to `best`.
 TOKRED_INLINE float bound_below(float squared, float best, float slack) {
   const float distance = squared - 2.0f * best - slack;
   return distance > 0.0f ? __builtin_sqrtf(distance) * (1.0f - 0x1p-20f) : 0.0f;
 }
-// A distance that the centroid of that score is not further than.
+// An upper bound of the distance to the centroid of that score.
 TOKRED_INLINE float bound_above(float squared, float score, float slack) {
   const float distance = squared - 2.0f * score;
   return __builtin_sqrtf((distance > 0.0f ? distance : 0.0f) + slack) * (1.0f + 0x1p-20f);
 }
-// What the bounds of a group lose where its centroids move by the root of `way` at most.
+// What the bounds of a group lose where the squared moves of its centroids are at most `way`.
 TOKRED_INLINE float bound_fall(float way) { return __builtin_sqrtf(way) * 1.0001f + 1e-18f; }
 
 // The same as assign_nearest, for a chunk whose bounds are `below` [groups][rows]. Where they are

@@ -1,6 +1,6 @@
 // dpc_knn: register tiles of dot products between panels of sixteen tokens, each pair of panels
 // once where a thread has an item; every token keeps its k nearest. For most tokens one of these is
-// denser, and no other can be nearer; those that have none meet all tokens again.
+// denser, and no other can be nearer; the rest are compared with all tokens again.
 //
 // [32, 729, 1152]: half of all pairs are 19.6 GFLOP, 0.4 s at 50 GFLOP/s; the matrices of
 // distances, 68 MB in fp32, are never stored.
@@ -16,7 +16,7 @@ namespace tokred::TOKRED_ISA {
 namespace {
 
 constexpr float kFar = __builtin_inff();
-constexpr int64_t kAtOnce = kTileRows<float>;  // tokens that meet all others together
+constexpr int64_t kAtOnce = kTileRows<float>;  // tokens that are compared with all others at once
 constexpr double kWideWork = 1 << 24;  // products of an item that threads share
 constexpr int32_t kNoRank = 0x7fffffff;
 
@@ -96,7 +96,7 @@ void tile_distances(const DpcKnnParams& p, const Item& s, int64_t tile, int64_t 
       });
 }
 
-// The tokens of a tile meet sixteen tokens from token0 on.
+// Inserts sixteen tokens from token0 on into the lists of nearest tokens of a tile.
 void insert(const DpcKnnParams& p, const Item& s, int64_t tile, const float* distance,
             int64_t token0) {
   float* near = s.near + tile * p.k * kLanes;
@@ -117,8 +117,8 @@ void insert(const DpcKnnParams& p, const Item& s, int64_t tile, const float* dis
   }
 }
 
-// Every token meets all others, and keeps its nearest: tiles in ascending order, so that the order
-// of equals is the same with any number of threads.
+// The k nearest of every token: other tiles come in ascending order, so that the order of equals is
+// the same with any number of threads.
 void find_nearest(const DpcKnnParams& p, const Item& s, const Parallel& parallel) {
   if (parallel.threads > 1) {
     parallel_tasks(parallel, s.tiles, [&](int64_t tile, int64_t) {
@@ -162,7 +162,7 @@ void rank_densities(const DpcKnnParams& p, const Item& s) {
     float sum = 0.0f;
     int64_t found = 0;
     for (; found < p.k && near[found * kLanes] < kFar; ++found) sum += near[found * kLanes];
-    // Without any, distances overflow.
+    // Where none is found, all distances overflow.
     s.mean[token] = !found       ? kFar
                     : p.channels ? sum / static_cast<float>(found * p.channels)
                                  : 0.0f;

@@ -1,20 +1,20 @@
-// greedy_select: lazy greedy, exactly. Scores only fall as tokens are picked, so a tile of sixteen
-// tokens keeps the best score that it once had as a bound, and meets the tokens picked since then,
-// many at a time in register tiles, only when that bound is the best of all. Of facility, tokens
-// keep bounds of their own.
+// greedy_select: lazy greedy (Minoux, 1978), exact. Scores only fall as tokens are picked, so the
+// best score that a tile of sixteen tokens once had is a bound. The tile is compared with the
+// tokens picked since then, many at a time in register tiles, only when that bound is the best of
+// all. For facility, every token has a bound of its own.
 //
 // [16, 1024, 64], k = 256: all pairs of a token and a picked one are 0.54 GFLOP, 11 ms at 50
-// GFLOP/s; where a loop reads all tokens at every step, a twentieth of them is read. Sums of
-// distances rise, and so may scores with negative weights: those meet every picked token at once.
-// Where the tokens are more than a cache holds, a pass over them measures the distances to a dozen
+// GFLOP/s; a plain loop reads all tokens at every step, this one a twentieth of them. Sums of
+// distances rise, and so may scores with negative weights: these are updated at every pick. Where
+// the tokens are more than a cache holds, one pass over them measures the distances to a dozen
 // tokens in the time of one: the token just picked and the most likely next picks. Of 64 picks of
 // [1, 2880, 4096] twenty read all tokens.
 //
 // The most isolated token of [1, 2880, 4096]: 34 GFLOP for every pair once, 340 ms at 100 GFLOP/s.
-// By cosine, sketches of 64 channels (Charikar, Chen and Farach-Colton's count sketch) first name
-// four tokens that may be near each token; the distance to the nearest of them, and what rounding
-// may add, bounds that to the nearest of all. Tiles whose bounds are below the best token found
-// need not meet any other: of clustered tokens nearly all of them.
+// By cosine, sketches of 64 channels (Charikar, Chen and Farach-Colton's count sketch) first find
+// four tokens that may be near each token; the distance to the nearest of the four, plus what
+// rounding may add, bounds the distance to the nearest of all. Tiles whose bounds are below the
+// best token found need no comparison: of clustered tokens that is nearly all of them.
 #include "cluster/cpu/panels.h"
 #include "cluster/params.h"
 #include "common/cpu/items.h"
@@ -26,45 +26,46 @@ namespace tokred::TOKRED_ISA {
 namespace {
 
 constexpr float kNone = -__builtin_inff();
-constexpr int64_t kAbreast = kRegisterBytes == 16 ? 2 : 4;  // tiles that meet a token together
-constexpr int64_t kMeeting = 4 * kTileRows<float>;  // picked tokens that a tile meets in a row
+constexpr int64_t kRowTiles = kRegisterBytes == 16 ? 2 : 4;  // tiles multiplied with a row at once
+constexpr int64_t kCatchUp = 4 * kTileRows<float>;  // picked tokens that a tile is compared with
 constexpr int64_t kCandidates = kTileRows<float>;  // whose gains are summed together
-constexpr int64_t kWideWork = 1 << 18;  // numbers of an item that threads share
-constexpr int64_t kWave = 8;  // tiles a thread, where they share one
-constexpr int64_t kBlock = 64;  // tiles of a task, where all of them are passed through
-constexpr int64_t kTogether = 4;  // tiles that meet all others in one pass over these
-constexpr int64_t kRounds = 8;  // of sixteen tokens that meet all, before whole tiles do
-constexpr int64_t kCacheNumbers = 1 << 18;  // of tokens that a pass finds in the cache
-constexpr int64_t kAhead = 12;  // tokens that a pass measures distances to, where it does not
-constexpr int64_t kColumns = 64;  // so many columns of distances are kept
-constexpr int64_t kPassTiles = 8;  // of a task of a pass
+constexpr int64_t kWideWork = 1 << 18;  // an item of as many numbers has work for all threads
+constexpr int64_t kWave =
+    8;  // tiles of a thread that are updated before the next look for the best
+constexpr int64_t kBlock = 64;  // tiles of a task that reads all of them
+constexpr int64_t kComparedTiles = 4;  // tiles that one pass over all others compares with them
+constexpr int64_t kRounds = 8;  // of sixteen tokens compared with all, before whole tiles are
+constexpr int64_t kCacheNumbers = 1 << 18;  // numbers of the tokens that a cache holds
+constexpr int64_t kAhead = 12;  // tokens that one pass measures distances to, where it does not
+constexpr int64_t kColumns = 64;  // columns of distances that are kept
+constexpr int64_t kPassTiles = 8;  // tiles of a task of such a pass
 constexpr int64_t kSketch = 64;  // channels of a sketch
-constexpr int64_t kGuesses = 4;  // tokens that the sketches name
+constexpr int64_t kGuesses = 4;  // possible neighbours of a token that sketches give
 
 // The working arrays of an item. The score of a token is gain * value + add; add is -inf where it
-// is picked or does not take part. value: the least distance to a picked token (of l2 its square),
-// the sum of the distances, or, of facility, what the token is covered by.
+// is picked or does not take part. value: the minimum distance to a picked token (l2: its square),
+// the sum of the distances, or, for facility, the maximum similarity with a picked token.
 struct Item {
   int64_t number, tiles, count;  // count: tokens picked so far
   float *panels, *offset, *squared, *gain, *add, *value;  // f32 [tiles][16]; panels [.. C ..]
-  float* bound;    // f32 [tiles], of facility [tiles][16]: the best score at an earlier count
-  int32_t* best;   // i32 [tiles]: the token that had it
-  int32_t* seen;   // i32, as bound: that count
-  bool* rises;     // bool [tiles]: scores may rise
+  float* bound;  // f32 [tiles], facility [tiles][16]: the best score at an earlier count
+  int32_t* best;  // i32 [tiles]: the token that had it
+  int32_t* seen;  // i32, shaped as bound: the count at which it was the score
+  bool* rises;  // bool [tiles]: scores may rise
   bool any_rises;
-  float* nearest;  // f32 [tiles][16]: the least distance to another token that is known
-  float* apart;    // f32 [threads][kTogether][16][16]: that of a row to the tokens of each lane
-  bool* done;      // bool [tiles]: whether a tile has met all others
-  float* sketch;   // f32 [tiles][kSketch][16], or null
-  float* few;      // f32 [C][16]: tokens that meet all others
-  bool* met;       // bool [tiles][16]: whether a token has
+  float* nearest;  // f32 [tiles][16]: the minimum distance found so far to another token
+  float* apart;  // f32 [threads][kComparedTiles][16][16]: of a row to the tokens of each lane
+  bool* done;  // bool [tiles]: whether a tile has been compared with all others
+  float* sketch;  // f32 [tiles][kSketch][16], or null
+  float* few;  // f32 [C][16]: tokens to be compared with all others
+  bool* compared;  // bool [tiles][16]: whether a token has been
   int64_t ahead, num_columns, next_column;
-  float* columns;  // f32 [num_columns][tiles][16]: of maxsum the distances to some tokens, of
-                   // facility the similarities
+  float* columns;  // f32 [num_columns][tiles][16]: distances of all tokens to some (maxsum), or
+                   // similarities with them (facility)
   int32_t* column_of;  // i32 [tiles][16]: a token's column, -1 where it has none
   int32_t* owner;  // i32 [num_columns]
   float *chosen, *chosen_offset;  // the picked tokens as rows, or candidates of each thread
-  int32_t* wave;   // i32 [kWave * threads]: tiles or tokens that are met next
+  int32_t* wave;  // i32 [kWave * threads]: tiles or tokens that are updated next
 };
 
 ItemThreads item_threads(const GreedySelectParams& p, const Parallel& parallel) {
@@ -91,13 +92,13 @@ Item carve(const GreedySelectParams& p, int64_t threads, Workspace& workspace) {
   s.rises = workspace.allocate<bool>(s.tiles);
   if (p.first == FirstPick::isolated) {
     s.nearest = workspace.allocate<float>(lanes);
-    s.apart = workspace.allocate<float>(threads * kTogether * kLanes * kLanes);
+    s.apart = workspace.allocate<float>(threads * kComparedTiles * kLanes * kLanes);
     s.done = workspace.allocate<bool>(s.tiles);
-    const bool pays = p.channels >= 4 * kSketch && s.tiles > kTogether;
+    const bool pays = p.channels >= 4 * kSketch && s.tiles > kComparedTiles;
     if (pays && p.metric == Metric::cosine) {
       s.sketch = workspace.allocate<float>(lanes * kSketch);
       s.few = workspace.allocate<float>(p.channels * kLanes);
-      s.met = workspace.allocate<bool>(lanes);
+      s.compared = workspace.allocate<bool>(lanes);
     }
   }
   if (is_sum || is_facility) {
@@ -125,7 +126,7 @@ float weight_of(const GreedySelectParams& p, const Item& s, int64_t token) {
 }
 
 void note_best(const Item& s, int64_t tile, const float* score) {
-  const int64_t first = first_greatest(score, kLanes);
+  const int64_t first = first_max(score, kLanes);
   s.bound[tile] = first < 0 ? kNone : score[first];
   s.best[tile] = static_cast<int32_t>(first < 0 ? -1 : tile * kLanes + first);
 }
@@ -170,22 +171,22 @@ void prepare_tile(const GreedySelectParams& p, const Item& s, int64_t tile) {
   note_best(s, tile, first);
 }
 
-// Of l2, squares.
+// l2: its square.
 TOKRED_INLINE f32x16 distance(const GreedySelectParams& p, f32x16 dot, f32x16 offsets) {
   const f32x16 apart = fma(splat(distance_scale(p.metric)), dot, offsets);
   return p.metric == Metric::dot ? apart : max(apart, splat(0.0f));
 }
 
-// `count` tiles meet every tile that has not met all, each other and themselves.
-void meet_all(const GreedySelectParams& p, const Item& s, const int64_t* tiles, int64_t count,
-              const Parallel& parallel) {
+// Compares `count` tiles with all tiles that are not done, with each other and with themselves.
+void compare_tiles(const GreedySelectParams& p, const Item& s, const int64_t* tiles, int64_t count,
+                   const Parallel& parallel) {
   const int64_t pairs = count * kLanes * kLanes;
   for (int64_t i = 0; i < parallel.threads * pairs; ++i) s.apart[i] = -kNone;
   parallel_tasks(parallel, s.tiles, [&](int64_t other, int64_t worker) {
     if (s.done[other]) return;
-    int64_t here = count;  // of two of these tiles the later one meets the earlier
+    int64_t here = count;  // two of these tiles are compared once, the later with the earlier
     for (int64_t i = 0; i < count; ++i) here = tiles[i] == other ? i + 1 : here;
-    alignas(64) float dots[kTogether * kLanes * kLanes] = {};
+    alignas(64) float dots[kComparedTiles * kLanes * kLanes] = {};
     for (int64_t c = 0; c < p.channels; c += kProductChannels) {
       const int64_t channels = min(kProductChannels, p.channels - c);
       for (int64_t i = 0; i < here; ++i) {
@@ -221,9 +222,9 @@ void meet_all(const GreedySelectParams& p, const Item& s, const int64_t* tiles, 
   }
 }
 
-// Up to sixteen tokens, which take part, meet all others.
-void meet_few(const GreedySelectParams& p, const Item& s, const int32_t* tokens, int64_t count,
-              const Parallel& parallel) {
+// Compares up to sixteen tokens, which take part, with all others.
+void compare_tokens(const GreedySelectParams& p, const Item& s, const int32_t* tokens,
+                    int64_t count, const Parallel& parallel) {
   for (int64_t i = 0; i < kLanes; ++i) {
     const int64_t token = tokens[i < count ? i : 0];
     const float* lane = panel_of(p, s, token / kLanes) + token % kLanes;
@@ -257,25 +258,26 @@ void meet_few(const GreedySelectParams& p, const Item& s, const int32_t* tokens,
   }
 }
 
-// The score of a token as first pick, or a bound of it.
+// The score of a token as first pick, or an upper bound of it while it has not been compared with
+// all others.
 float isolation(const GreedySelectParams& p, const Item& s, int64_t token) {
   const float weight = weight_of(p, s, token), nearest = s.nearest[token];
   if (!takes_part(s, token)) return kNone;
   return weight < 0 || nearest == -kNone ? -kNone : weight * nearest;
 }
 
-// By bounds of all tokens: the best of those that met all others, or -1, and its score. Others may
-// be better where some bounds are still above it.
+// Compares the tokens of the largest bounds with all others, sixteen a round. Returns the best of
+// them, or -1, and its score; is_best says whether no bound of another token is above it.
 int64_t best_by_bounds(const GreedySelectParams& p, const Item& s, const Parallel& parallel,
                        float& score, bool& is_best) {
   int64_t best = -1;
-  for (int64_t token = 0; token < s.tiles * kLanes; ++token) s.met[token] = false;
+  for (int64_t token = 0; token < s.tiles * kLanes; ++token) s.compared[token] = false;
   for (int64_t round = 0;; ++round) {
     int32_t tokens[kLanes];
     float bounds[kLanes];
     int64_t count = 0;
     for (int64_t token = 0; token < s.tiles * kLanes; ++token) {
-      const float bound = s.met[token] ? kNone : isolation(p, s, token);
+      const float bound = s.compared[token] ? kNone : isolation(p, s, token);
       if (!(bound > score || (bound == score && token < best))) continue;
       if (count == kLanes && bound <= bounds[count - 1]) continue;
       int64_t at = count < kLanes ? count++ : count - 1;
@@ -288,9 +290,9 @@ int64_t best_by_bounds(const GreedySelectParams& p, const Item& s, const Paralle
     }
     is_best = count == 0;
     if (is_best || round == kRounds) return best;
-    meet_few(p, s, tokens, count, parallel);
+    compare_tokens(p, s, tokens, count, parallel);
     for (int64_t i = 0; i < count; ++i) {
-      s.met[tokens[i]] = true;
+      s.compared[tokens[i]] = true;
       const float apart = weight_of(p, s, tokens[i]) * s.nearest[tokens[i]];
       if (apart > score || (apart == score && tokens[i] < best)) {
         score = apart;
@@ -300,7 +302,7 @@ int64_t best_by_bounds(const GreedySelectParams& p, const Item& s, const Paralle
   }
 }
 
-// The bound of the tile's scores as first picks, and the best token once it has met all others.
+// The bound of the tile's scores as first picks; of a tile that is done, its best score and token.
 void note_isolation(const GreedySelectParams& p, const Item& s, int64_t tile, bool is_alone) {
   float score[kLanes];
   for (int64_t lane = 0; lane < kLanes; ++lane) {
@@ -313,11 +315,12 @@ void note_isolation(const GreedySelectParams& p, const Item& s, int64_t tile, bo
   note_best(s, tile, score);
 }
 
-// nearest[token] is at least the distance to the nearest other token: that of one of the tokens
-// whose sketches are nearest, one of every kGuesses.
+// Sets nearest[token] to an upper bound: the distance to the token of the nearest sketch, the
+// minimum over kGuesses of them, each the nearest among every kGuesses-th token.
 template <class T>
 void guess_nearest(const GreedySelectParams& p, const Item& s, int64_t tile) {
-  // Sums of C rounded products of unit tokens, here and where they count, and their norms.
+  // What sums of C rounded products of unit tokens may be off, here, in compare_tiles() and
+  // compare_tokens() and in norms.
   const float slack = static_cast<float>(p.channels) * 0x1p-22f;
   f32x16 best[kGuesses];
   i32x16 where[kGuesses];
@@ -354,7 +357,7 @@ void guess_nearest(const GreedySelectParams& p, const Item& s, int64_t tile) {
 }
 
 // The token of the largest weighted distance to its nearest other one, or -1. Every pair of tiles
-// meets at most once, and a tile only while its bound reaches the best score so far.
+// is compared at most once, and a tile only while its bound reaches the best score so far.
 template <class T>
 int64_t most_isolated(const GreedySelectParams& p, const Item& s, const Parallel& parallel) {
   int64_t members = 0, best = -1;
@@ -378,15 +381,15 @@ int64_t most_isolated(const GreedySelectParams& p, const Item& s, const Parallel
     }
   }
   for (;;) {
-    int64_t tiles[kTogether], count = 0;
-    for (; count < kTogether; ++count) {
-      const int64_t tile = first_greatest(s.bound, round_up(s.tiles, kLanes));
+    int64_t tiles[kComparedTiles], count = 0;
+    for (; count < kComparedTiles; ++count) {
+      const int64_t tile = first_max(s.bound, round_up(s.tiles, kLanes));
       if (tile < 0 || s.bound[tile] < score) break;
       tiles[count] = tile;
       s.bound[tile] = kNone;
     }
     if (count == 0) return best;
-    meet_all(p, s, tiles, count, parallel);
+    compare_tiles(p, s, tiles, count, parallel);
     for (int64_t i = 0; i < count; ++i) s.done[tiles[i]] = true;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t tile = tiles[i];
@@ -404,7 +407,7 @@ int64_t most_isolated(const GreedySelectParams& p, const Item& s, const Parallel
   }
 }
 
-// Scores of a tile as they are now.
+// The current scores of a tile.
 TOKRED_INLINE f32x16 scores(const GreedySelectParams& p, const Item& s, int64_t tile,
                             f32x16 value) {
   const bool is_square = p.metric == Metric::l2 && p.rule != GreedyRule::maxsum;
@@ -412,10 +415,11 @@ TOKRED_INLINE f32x16 scores(const GreedySelectParams& p, const Item& s, int64_t 
              load(s.add + tile * kLanes));
 }
 
-// A tile meets tokens picked since it was last seen; kMeeting of them may lower its bound enough.
-void meet(const GreedySelectParams& p, const Item& s, int64_t tile) {
+// Compares a tile with tokens picked since its last update; kCatchUp of them may lower its bound
+// enough.
+void catch_up(const GreedySelectParams& p, const Item& s, int64_t tile) {
   const int64_t seen = s.seen[tile], missed = s.count - seen;
-  const int64_t rows = s.rises[tile] ? missed : min(missed, kMeeting);
+  const int64_t rows = s.rises[tile] ? missed : min(missed, kCatchUp);
   const f32x16 offset = load(s.offset + tile * kLanes);
   f32x16 value = load(s.value + tile * kLanes);
   multiply<Layout::row_step>(s.chosen + seen * p.channels, p.channels, rows, panel_of(p, s, tile),
@@ -428,13 +432,13 @@ void meet(const GreedySelectParams& p, const Item& s, int64_t tile) {
   note_best(s, tile, scores(p, s, tile, value));
 }
 
-// emit(tile, dot) of the row with all of the tiles [first, last).
+// emit(tile, dot) for the products of a row with the tiles [first, last).
 template <class Emit>
 TOKRED_INLINE void pass(const GreedySelectParams& p, const Item& s, const float* row, int64_t first,
                         int64_t last, const Emit& emit) {
   const int64_t stride = p.channels * kLanes;
-  for (; first + kAbreast <= last; first += kAbreast) {
-    tile<1, kAbreast, Layout::row_step>(
+  for (; first + kRowTiles <= last; first += kRowTiles) {
+    tile<1, kRowTiles, Layout::row_step>(
         row, 0, panel_of(p, s, first), stride, p.channels,
         [&](int, int panel, f32x16 dot) { emit(first + panel, dot); });
   }
@@ -444,7 +448,7 @@ TOKRED_INLINE void pass(const GreedySelectParams& p, const Item& s, const float*
   }
 }
 
-// The token has that column from now on, and not whichever had it.
+// Gives a column to a token, and takes it from the one that had it.
 int64_t give_column(const Item& s, int64_t token, int64_t column) {
   if (s.owner[column] >= 0) s.column_of[s.owner[column]] = -1;
   s.owner[column] = static_cast<int32_t>(token);
@@ -452,8 +456,8 @@ int64_t give_column(const Item& s, int64_t token, int64_t column) {
   return column;
 }
 
-// Columns of distances to the token and to the best ones of the tiles that are ahead, which no
-// bound speaks of after the first pick.
+// Fills columns of distances: to the picked token and, after the second pick, to the best tokens of
+// the best tiles, which are likely to be picked next.
 void measure(const GreedySelectParams& p, Item& s, int64_t picked, const Parallel& parallel) {
   const int64_t lanes = s.tiles * kLanes;
   int64_t columns[kAhead], count = 0;
@@ -464,9 +468,9 @@ void measure(const GreedySelectParams& p, Item& s, int64_t picked, const Paralle
     s.chosen_offset[count++] = s.offset[token];
     token = -1;
     while (s.count > 1 && count < s.ahead && token < 0) {
-      const int64_t tile = first_greatest(s.bound, round_up(s.tiles, kLanes));
+      const int64_t tile = first_max(s.bound, round_up(s.tiles, kLanes));
       if (tile < 0) break;
-      s.bound[tile] = kNone;  // all are noted anew
+      s.bound[tile] = kNone;  // add_distances() sets all bounds again
       const int64_t best = s.best[tile];
       if (s.add[best] > kNone && s.column_of[best] < 0) token = best;
     }
@@ -487,7 +491,7 @@ void measure(const GreedySelectParams& p, Item& s, int64_t picked, const Paralle
   });
 }
 
-// All tiles add their distances to the token, the one picked last.
+// Adds to all values the distances to the token picked last.
 void add_distances(const GreedySelectParams& p, Item& s, int64_t token, const Parallel& parallel) {
   if (s.column_of[token] < 0) measure(p, s, token, parallel);
   const float* column = s.columns + s.column_of[token] * s.tiles * kLanes;
@@ -499,11 +503,11 @@ void add_distances(const GreedySelectParams& p, Item& s, int64_t token, const Pa
   }
 }
 
-// emit(row, tile, dot) of up to kCandidates tokens with all tokens.
+// emit(row, tile, dot) for the products of up to kCandidates tokens with all tokens.
 template <class Emit>
 TOKRED_INLINE void multiply_all(const GreedySelectParams& p, const Item& s, const int32_t* tokens,
                                 int64_t count, float* rows, const Emit& emit) {
-  // Channel by channel: rows a power of two apart would meet in one set of the cache.
+  // Channel by channel: rows a power of two apart would fall into the same set of the cache.
   for (int64_t i = 0; i < count; ++i) {
     const float* lane = panel_of(p, s, tokens[i] / kLanes) + tokens[i] % kLanes;
     for (int64_t c = 0; c < p.channels; ++c) rows[c * kCandidates + i] = lane[c * kLanes];
@@ -516,7 +520,7 @@ TOKRED_INLINE void multiply_all(const GreedySelectParams& p, const Item& s, cons
   }
 }
 
-// What a token covers beyond what is covered.
+// The facility gain of a token: the sum over all tokens of how much it would raise their value.
 void note_gain(const Item& s, int64_t token, f32x16 gain) {
   const float score = s.gain[token] * sum(gain) + s.add[token];
   s.bound[token] = score > kNone ? score : kNone;
@@ -537,8 +541,8 @@ void sum_gains(const GreedySelectParams& p, const Item& s, const int32_t* tokens
   for (int64_t i = 0; i < count; ++i) note_gain(s, tokens[i], gain[i]);
 }
 
-// The same, of up to kCandidates tokens a thread, from their columns, which last for some time: the
-// same candidates come again and again.
+// The same for up to kCandidates tokens a thread, from their columns of similarities, which are
+// kept because the same candidates come again and again.
 void sum_gains_again(const GreedySelectParams& p, Item& s, int32_t* tokens, int64_t count,
                      const Parallel& parallel) {
   const int64_t lanes = s.tiles * kLanes;
@@ -583,7 +587,7 @@ void sum_all_gains(const GreedySelectParams& p, const Item& s, const Parallel& p
   });
 }
 
-// Everything is covered at least as well as by the token.
+// Raises all values to the similarity with the picked token, where that is larger.
 void cover(const GreedySelectParams& p, const Item& s, int64_t token, const Parallel& parallel) {
   if (s.column_of[token] >= 0) {
     const float* column = s.columns + s.column_of[token] * s.tiles * kLanes;
@@ -602,7 +606,7 @@ void cover(const GreedySelectParams& p, const Item& s, int64_t token, const Para
   });
 }
 
-// Writes the token down, and what is then known of the scores.
+// Writes the token to the result, and updates what the scores depend on.
 void pick(const GreedySelectParams& p, Item& s, int64_t token, const Parallel& parallel) {
   p.indices[s.number * p.k + s.count] = static_cast<int32_t>(token);
   s.add[token] = kNone;
@@ -623,7 +627,7 @@ void pick(const GreedySelectParams& p, Item& s, int64_t token, const Parallel& p
   }
 }
 
-// The best token, once its score is known; -1 where none is left.
+// The token of the best current score; -1 where none is left.
 int64_t next_pick(const GreedySelectParams& p, Item& s, const Parallel& parallel) {
   const bool is_facility = p.rule == GreedyRule::facility;
   const int64_t bounds = is_facility ? s.tiles * kLanes : round_up(s.tiles, kLanes);
@@ -631,19 +635,19 @@ int64_t next_pick(const GreedySelectParams& p, Item& s, const Parallel& parallel
                          : parallel.threads > 1 ? kWave * parallel.threads
                                                 : 1;
   for (;;) {
-    int64_t first = first_greatest(s.bound, bounds);
+    int64_t first = first_max(s.bound, bounds);
     if (first < 0) return -1;
     if (s.seen[first] == s.count) return is_facility ? first : s.best[first];
     int64_t count = 0;
     while (count < a_wave && first >= 0 && s.seen[first] < s.count) {
       s.bound[first] = kNone;
       s.wave[count++] = static_cast<int32_t>(first);
-      if (count < a_wave) first = first_greatest(s.bound, bounds);
+      if (count < a_wave) first = first_max(s.bound, bounds);
     }
     if (is_facility) {
       sum_gains_again(p, s, s.wave, count, parallel);
     } else {
-      parallel_tasks(parallel, count, [&](int64_t task, int64_t) { meet(p, s, s.wave[task]); });
+      parallel_tasks(parallel, count, [&](int64_t task, int64_t) { catch_up(p, s, s.wave[task]); });
     }
   }
 }
@@ -670,7 +674,7 @@ void select_from_item(const GreedySelectParams& p, Item s, const Parallel& paral
     if (p.first == FirstPick::isolated) {
       token = most_isolated<T>(p, s, parallel);
     } else {
-      const int64_t tile = first_greatest(s.bound, padded);
+      const int64_t tile = first_max(s.bound, padded);
       token = tile < 0 ? -1 : s.best[tile];
     }
   }

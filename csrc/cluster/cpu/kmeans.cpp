@@ -108,7 +108,7 @@ void pack_panel(const Rounds& r, int64_t b, int64_t panel, const Item& item) {
     const float offset = usable ? centroid_offset(r.centroid(b, k0 + lane), p.channels, p.metric)
                                 : -kInfinity<float>;
     item.panels.offset[k0 + lane] = offset;
-    // One that is not finite is nobody's.
+    // A centroid that is not finite gets no token.
     if (offset > -kInfinity<float> && -2.0f * offset > longest) longest = -2.0f * offset;
   }
   item.length[panel] = longest;
@@ -185,7 +185,7 @@ int64_t cluster_count(const Rounds& r, const Item& item, int64_t k) {
   return count;
 }
 
-// Moves one centroid to the mean of its tokens; returns the square of the way.
+// Moves one centroid to the mean of its tokens; returns the squared length of the move.
 float move_centroid(const Rounds& r, int64_t b, int64_t k, const Item& item) {
   const KmeansParams& p = r.p;
   const int64_t count = cluster_count(r, item, k);
@@ -226,7 +226,7 @@ void move_panel(const Rounds& r, int64_t b, int64_t panel) {
   float furthest = 0.0f;
   for (int64_t k = panel * kLanes; k < min(r.p.clusters, (panel + 1) * kLanes); ++k) {
     const float way = move_centroid(r, b, k, item);
-    // A way that is no number is far.
+    // A move of NaN counts as infinite.
     furthest = way <= furthest ? furthest : way == way ? way : kInfinity<float>;
   }
   item.way[panel] = furthest;
@@ -256,7 +256,7 @@ State next_state(const Rounds& r, const Item& item, int64_t round) {
     if (item.way[panel] > furthest) furthest = item.way[panel];
   }
   if (r.bounded) measure_moves(r, item);
-  if (furthest == 0.0f) return State::done;  // the assignment is that of these centroids already
+  if (furthest == 0.0f) return State::done;  // the last assignment was to these very centroids
   const bool stays = furthest <= r.p.tolerance * r.p.tolerance;
   return stays || round + 1 >= r.p.iterations ? State::last_assignment : State::moving;
 }

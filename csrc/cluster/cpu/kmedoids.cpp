@@ -212,7 +212,7 @@ void sum_chunk(const Rounds& r, int64_t b, int64_t chunk, const Worker& w) {
   }
 }
 
-// Moves the medoids of an item to the members of least cost; what it does in the next round.
+// Moves the medoids of an item to the members of minimum cost; returns its state in the next round.
 State move_medoids(const Rounds& r, int64_t b, int64_t round) {
   const Item item = r.item(b);
   bool moved = false;

@@ -26,8 +26,8 @@ struct Worker {
 // The nearest centroids of one token, ascending.
 struct Neighbours {
   int64_t count = 0;
-  float weight[kMostNeighbours];  // squared distances, then weights
-  int32_t cluster[kMostNeighbours];
+  float weight[kMaxNeighbours];  // squared distances, then weights
+  int32_t cluster[kMaxNeighbours];
 
   void insert(float distance, int32_t which, int64_t k) {
     if (!(distance < kInfinity<float>)) return;

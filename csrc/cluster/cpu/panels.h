@@ -74,8 +74,8 @@ TOKRED_INLINE void unpack_token(const float* panels, int64_t channels, int64_t t
   for (int64_t c = 0; c < channels; ++c) row[c] = lane[c * kLanes];
 }
 
-// The first of the greatest of `count` numbers, a multiple of sixteen; -1 where none is above -inf.
-TOKRED_INLINE int64_t first_greatest(const float* numbers, int64_t count) {
+// The first of the largest of `count` numbers, a multiple of sixteen; -1 where none is above -inf.
+TOKRED_INLINE int64_t first_max(const float* numbers, int64_t count) {
   f32x16 best = splat(-__builtin_inff());
   i32x16 where = splat(int32_t{-1});
   for (int64_t i = 0; i < count; i += kLanes) {
@@ -83,14 +83,14 @@ TOKRED_INLINE int64_t first_greatest(const float* numbers, int64_t count) {
     where = select_greater(some, best, splat(static_cast<int32_t>(i)), where);
     best = select_greater(some, best, some, best);
   }
-  const float greatest = max_lane(best);
+  const float largest = max_lane(best);
   float lane[kLanes];
   int32_t block[kLanes];
   store(lane, best);
   store(block, where);
   int64_t first = -1;
   for (int i = 0; i < kLanes; ++i) {
-    if (block[i] < 0 || lane[i] != greatest) continue;
+    if (block[i] < 0 || lane[i] != largest) continue;
     if (first < 0 || block[i] + i < first) first = block[i] + i;
   }
   return first;

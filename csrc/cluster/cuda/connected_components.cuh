@@ -85,7 +85,7 @@ __device__ __forceinline__ void join(int32_t* parent, int a, int b) {
     b = root_of(parent, b);
     if (a == b) return;
     const int low = min(a, b), high = max(a, b);
-    // Where `high` was a root no longer, its tree and the one that it has now are joined in turn.
+    // If `high` had got a parent meanwhile, that tree and this one are joined next.
     const int before = atomicMin(&parent[high], low);
     if (before == high) return;
     a = before;

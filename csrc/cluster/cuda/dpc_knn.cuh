@@ -65,7 +65,7 @@ struct Rows : SimilarityRows<Config> {
   }
 };
 
-// Inserts x into an ascending list, whose last number it drives out. All lanes of a warp together.
+// Inserts x into an ascending list, whose last number is dropped. All lanes of a warp call it.
 __device__ __forceinline__ void insert(float* list, int64_t length, float x) {
   for (int64_t first = 0; first < length; first += kWarp) {
     const int64_t i = first + lane_id();

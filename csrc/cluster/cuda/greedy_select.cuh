@@ -1,6 +1,6 @@
-// greedy_select: at every step all tokens of an item meet the one that was picked last, eight lanes
-// a token, and the block keeps the best score. Of facility, tokens keep bounds of their gains, and
-// a block sums a gain anew where its bound is the best (lazy greedy).
+// greedy_select: at every step all tokens of an item are compared with the one that was picked
+// last, eight lanes a token, and the block keeps the best score. For facility, tokens keep bounds
+// of their gains, and a block sums a gain again where its bound is the best (lazy greedy).
 #pragma once
 
 #include "cluster/cuda/plan.h"
@@ -37,8 +37,8 @@ struct BestScratch {
 // Arrays of all items. `scale` is NaN where a token does not take part.
 struct Scratch {
   float* scale;  // f32 [B, N]: what makes rows of unit length (cosine), else 1
-  float* value;  // f32 [B, N]: the least or the sum of the distances, NaN where picked; of
-                 //   facility, what a token is covered by
+  float* value;  // f32 [B, N]: the minimum or the sum of the distances, NaN where picked; for
+                 //   facility, the maximum similarity with a picked token
   float* score;  // f32 [B, N]: as a first pick; of facility, the gain at an earlier step
   int32_t* seen;  // i32 [B, N]: that step
   Best* best;  // [2][B, parts]
@@ -251,8 +251,8 @@ __global__ void __launch_bounds__(kGreedyThreads, 1)
   }
 }
 
-// What a token would cover beyond what is covered, in every thread. Terms and sums only fall as
-// more is covered, in floating point too, so an old gain is a bound.
+// The facility gain of a token, in every thread. Terms and sums only fall as tokens are picked, in
+// floating point too, so an old gain is a bound.
 template <class T, int kWidth>
 __device__ __forceinline__ float sum_gain(const Rows<T, kWidth>& rows, int64_t token,
                                           BlockScratch<float>& scratch) {

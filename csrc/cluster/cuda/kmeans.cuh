@@ -1,6 +1,6 @@
-// kmeans: rounds of three kernels: who goes on, the nearest centroid of every token, and a warp a
-// centroid that moves it to the mean of its tokens. Owner computes, tokens ascend, so sums have one
-// order; an item that is done costs empty blocks, and nothing waits for the host.
+// kmeans: rounds of three kernels: which items go on, the nearest centroid of every token, and a
+// warp a centroid that moves it to the mean of its tokens. Owner computes, tokens ascend, so sums
+// have one order; an item that is done costs empty blocks, and nothing waits for the host.
 #pragma once
 
 #include "cluster/cuda/nearest.cuh"
@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(kClusterThreads)
       centroid[c] = next;
     });
     way = sum_sixteen(way);
-    // Bits of floats that are not negative ascend as the floats do; what is no number is far.
+    // Bits of floats that are not negative ascend as the floats do; NaN counts as infinite.
     const float distance = way == way ? way : kInfinity;
     if (lane_id() == 0) {
       atomicMax(reinterpret_cast<int*>(&memory.shift[item]), __float_as_int(distance));

@@ -1,6 +1,6 @@
-// kmedoids: rounds of six kernels: who goes on, the medoids as centroids, the nearest one of every
-// token, the members of every cluster, the sums of their distances, and the members of least sum.
-// Sums are those of the CPU, bit by bit; nothing waits for the host.
+// kmedoids: rounds of six kernels: which items go on, the medoids as centroids, the nearest one of
+// every token, the members of every cluster, the sums of their distances, the members of minimum
+// sum. Sums are those of the CPU, bit by bit; nothing waits for the host.
 //
 // The sums of N = 588, K = 49, C = 512: 64 by 64 members a block, four by four in the registers of
 // a thread; 3 C flops a pair.
@@ -249,7 +249,7 @@ __global__ void __launch_bounds__(kDistanceThreads)
   }
 }
 
-// The member of least cost, the lowest of equals; the medoid that was, where no cost is a number.
+// The member of minimum cost, the lowest of equals; the old medoid where all costs are NaN.
 __global__ void __launch_bounds__(kClusterThreads)
     kmedoids_choose_kernel(const __grid_constant__ KmedoidsParams p,
                            const __grid_constant__ KmedoidsMemory memory) {

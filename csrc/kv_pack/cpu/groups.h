@@ -46,7 +46,7 @@ TOKRED_INLINE f32x16 only_finite(f32x16 x) {
 // The sum of the squares of `count` numbers; see PackScheme.
 template <class T>
 TOKRED_INLINE float sum_squares(const T* x, int64_t count) {
-  const f32x16 zero = splat(0.0f), most = splat(kMostInMean);
+  const f32x16 zero = splat(0.0f), most = splat(kMaxInMean);
   f32x16 total = zero;
   for (int64_t i = 0; i < count; i += kLanes) {
     const f32x16 size = magnitude(load_as(x + i));

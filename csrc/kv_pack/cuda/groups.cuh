@@ -45,7 +45,7 @@ __device__ __forceinline__ float sum_squares(const float (&x)[8], int lanes, int
   float square[8], total[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    const float size = fabsf(x[i]), number = size < kInfinity ? fminf(size, kMostInMean) : 0.0f;
+    const float size = fabsf(x[i]), number = size < kInfinity ? fminf(size, kMaxInMean) : 0.0f;
     square[i] = __fmul_rn(number, number);
     total[i] = 0.0f;
   }

@@ -87,7 +87,7 @@ __device__ __forceinline__ float root_mean_square(const float* x, int size) {
   float total = 0.0f;
   for (int c = lane_id() % 16; c < size; c += 16) {
     const float magnitude = fabsf(x[c]);
-    const float number = magnitude < kInfinity ? fminf(magnitude, kMostInMean) : 0.0f;
+    const float number = magnitude < kInfinity ? fminf(magnitude, kMaxInMean) : 0.0f;
     total = __fadd_rn(total, __fmul_rn(number, number));
   }
   for (int step = 8; step > 0; step /= 2) {

@@ -1,7 +1,7 @@
 // linear_attention on the CPU, in chunks of 32 rows (Lightning Attention-2, arXiv:2401.04658): the
-// rows of a chunk meet each other as a causal product and all that came before as one state. A
-// token takes 24 (D + Dv) multiplications within its chunk and 2 D Dv with the state, whatever N
-// is. A single row passes over the state once, as it lies.
+// rows of a chunk are multiplied with each other, causally, and with one state for all that came
+// before. A token takes 24 (D + Dv) multiplications within its chunk and 2 D Dv with the state,
+// whatever N is. A single row reads the state once, in place.
 #include "attention/cpu/tile.h"
 #include "common/cpu/parallel.h"
 #include "common/cpu/workspace.h"
@@ -350,7 +350,7 @@ struct Head {
   }
 };
 
-// A row of decoding; gradients, and a row that is hidden, go the long way.
+// Whether step() serves the call: one row, which is visible, forwards.
 bool is_step(const LinearAttentionParams& p) {
   return p.tokens == 1 && !p.reverse && !p.mask && p.state_out && p.state_stride_column <= 1;
 }

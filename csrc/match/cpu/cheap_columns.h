@@ -10,10 +10,10 @@ namespace tokred::TOKRED_ISA {
 
 inline constexpr int kListed = 32;  // columns in a list at most; half of them after it overflowed
 inline constexpr int kListedRows = 32, kPricedColumns = 16 * kLanes;  // of a task
-inline constexpr double kMostCost = 0x1p960;  // keeps sums of float64 costs finite
-inline constexpr double kMostRough = 0x1p100;  // prices up to it are compared with costs in fp32
+inline constexpr double kMaxCost = 0x1p960;  // keeps sums of float64 costs finite
+inline constexpr double kMaxRough = 0x1p100;  // prices up to it are compared with costs in fp32
 inline constexpr double kRoughness = 0x1p-21;  // of that, relative to price and reduced cost
-inline constexpr double kMostFinite = 0x1.fffffffffffffp1023;
+inline constexpr double kMaxFinite = 0x1.fffffffffffffp1023;
 
 // The smallest reduced costs of a row, in no order; `bound` is below those of all other columns.
 struct CheapList {
@@ -24,7 +24,7 @@ struct CheapList {
   int32_t built;  // number of the search before which it was made
 };
 
-// What an item knows of its columns. Sizes in brackets.
+// The columns of an item. Sizes in brackets.
 struct CheapColumnsState {
   CheapList* list;  // [n]
   double* v;  // [m, padded] prices
@@ -103,8 +103,8 @@ class CheapColumns {
       const Vec<Acc> c = costs<Acc>(i, j);
       uint32_t invalid = 0;
       if constexpr (sizeof(T) == 8) {
-        invalid = ~greater_lanes(c, splat(-kMostCost)) & 0xffffu;
-        invalid |= ~greater_lanes(splat(kMostCost), c) & greater_lanes(splat(kInfinity<Acc>), c);
+        invalid = ~greater_lanes(c, splat(-kMaxCost)) & 0xffffu;
+        invalid |= ~greater_lanes(splat(kMaxCost), c) & greater_lanes(splat(kInfinity<Acc>), c);
       } else {
         invalid = ~greater_lanes(c, splat(-kInfinity<Acc>)) & 0xffffu;
       }
@@ -116,8 +116,8 @@ class CheapColumns {
   void set_price(int64_t j, double price) {
     columns_.v[j] = price;
     columns_.rough[j] = static_cast<float>(price);
-    if (price > most_) most_ = price;
-    if (-price > most_) most_ = -price;
+    if (price > max_price_) max_price_ = price;
+    if (-price > max_price_) max_price_ = -price;
   }
   void measure_prices() {
     f64x16 most = splat(0.0);
@@ -125,14 +125,14 @@ class CheapColumns {
       const f64x16 v = load(columns_.v + j);
       most = max(max(v, splat(0.0) - v), most);
     }
-    most_ = max_lane(most);
+    max_price_ = max_lane(most);
   }
 
   // Lists the columns with the smallest reduced costs of row i.
   void build_list(int64_t i, int32_t search) {
     columns_.list[i].built = search;
     if constexpr (sizeof(Acc) == 4) {
-      if (most_ < kMostRough) return collect<float>(i, columns_.rough);
+      if (max_price_ < kMaxRough) return collect<float>(i, columns_.rough);
     }
     collect<double>(i, columns_.v);
   }
@@ -144,9 +144,10 @@ class CheapColumns {
     Vec<F> least = splat(kInfinity<F>);
     for (int64_t j = 0; j < m_; j += kLanes) least = min(costs<F>(i, j) - load(prices + j), least);
     double bound = static_cast<double>(second_of_eight(least));
-    bound += kRoughness * ((bound < 0 ? -bound : bound) + most_);
-    const F rough = static_cast<F>(bound + 2 * kRoughness * ((bound < 0 ? -bound : bound) + most_));
-    double most = bound < kMostFinite ? bound : kMostFinite;
+    bound += kRoughness * ((bound < 0 ? -bound : bound) + max_price_);
+    const F rough =
+        static_cast<F>(bound + 2 * kRoughness * ((bound < 0 ? -bound : bound) + max_price_));
+    double most = bound < kMaxFinite ? bound : kMaxFinite;
     list.count = 0;
     for (int64_t j = 0; j < m_; j += kLanes) {
       uint32_t lanes = ~greater_lanes(costs<F>(i, j), load(prices + j) + splat(rough)) & 0xffffu;
@@ -205,7 +206,7 @@ class CheapColumns {
   const T* costs_;
   int64_t stride_;
   double sign_;
-  double most_ = 0.0;  // at least every |v|
+  double max_price_ = 0.0;  // at least every |v|
   const CheapColumnsState& columns_;
 };
 

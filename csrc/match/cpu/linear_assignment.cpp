@@ -1,10 +1,10 @@
 // linear_assignment: shortest augmenting paths with dual prices (Jonker and Volgenant, 1987), on
 // short lists of every row's cheapest columns.
 //
-// A problem is solved wide, with n <= m (a tall one is transposed): every row gets a column. Prices
-// v only fall, so that the lists stay true to the end. Paths look at lists; at a whole row only
-// where its bound is reached. That leaves two or three passes over the costs, which set the time:
-// of 1024 x 1024 in fp32 4 MB a pass.
+// A problem is solved with n <= m (else it is transposed): every row gets a column. Prices v only
+// fall, so that the lists stay valid to the end. Paths read lists, and a whole row only where its
+// bound is reached. That leaves two or three passes over the costs, which set the time: of 1024 x
+// 1024 in fp32 4 MB a pass.
 //
 // Arithmetic is float64 on the costs as they are stored: the duals prove the result up to its
 // rounding, and exactly for integers. Every choice is made in a fixed order.
@@ -16,7 +16,7 @@
 namespace tokred::TOKRED_ISA {
 namespace {
 
-// Columns, and rows whose bound is ahead, by their distance.
+// A node of the heap, ordered by distance: a column, or a row at its bound, where its list ends.
 struct Node {
   double key;
   int32_t id;  // a column, or m + a row
@@ -245,7 +245,7 @@ class Solver : public CheapColumns<T> {
     s_.offset[i] = offset;
     push(static_cast<int32_t>(m_) + i, offset + list.bound);
   }
-  // The path has come as far as the bound of row i: lists the row anew with today's prices, or
+  // The path is as long as the bound of row i: makes its list again with the present prices, or
   // reaches all of its columns.
   void look_further(int32_t i, double distance) {
     const double offset = s_.offset[i];

@@ -144,9 +144,9 @@ struct RowMatcher : SimilarityRows<Config> {
   }
 };
 
-// The k best partners of the same rows. Four neighbouring lanes see a row's scores; the first of
-// them keeps its list, in its place among the results, and all of them its k-th score. After the
-// first tiles few scores get past that.
+// The k best partners of the same rows. Four neighbouring lanes have a row's scores; the first of
+// them keeps the row's list, in place among the results, and all of them its k-th score. After the
+// first tiles few scores are above that.
 template <class Config>
 struct RowRanker : RowMatcher<Config> {
   using Base = RowMatcher<Config>;

@@ -90,7 +90,7 @@ struct ColumnLoader {
     left = min(p.b.count, spaced) - thread / 8;
   }
 
-  // Tiles are asked for one after the other.
+  // To be called for tile after tile.
   __device__ __forceinline__ void prefetch(SimilarityTile<T, kSimilarityColumns>& tile,
                                            ColumnTerms& tile_terms, int64_t number) {
     const int thread = static_cast<int>(threadIdx.x);

@@ -110,12 +110,12 @@ constexpr int64_t map_scratch_bytes(int64_t tokens, int64_t sources) {
 // i32) and of its n rows (three i32), in shared memory where they fit.
 inline constexpr int kAssignmentThreads = 256;
 inline constexpr int64_t kAssignmentScratch = 1024;  // of reductions over the block
-inline constexpr int64_t kMostAssignmentShared = 96 << 10;  // two blocks an H200's multiprocessor
+inline constexpr int64_t kMaxAssignmentShared = 96 << 10;  // two blocks an H200's multiprocessor
 constexpr int64_t assignment_state_bytes(int64_t n, int64_t m) {
   return round_up(24 * m + 12 * n, 16);
 }
 constexpr bool assignment_in_shared(int64_t n, int64_t m) {
-  return kAssignmentScratch + assignment_state_bytes(n, m) <= kMostAssignmentShared;
+  return kAssignmentScratch + assignment_state_bytes(n, m) <= kMaxAssignmentShared;
 }
 // Example: B = 64, 256 x 256: 64 blocks of 256 threads with 1 + 9 KiB each.
 constexpr LaunchPlan plan_assignment(int64_t batch, int64_t n, int64_t m) {

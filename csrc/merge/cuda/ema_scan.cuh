@@ -1,7 +1,7 @@
 // ema_scan and its gradient: a block for 32 channels of an item, a lane for each. A warp has kSteps
-// tokens of a round in registers: it scans them from zero, learns from the warps before it what
-// reaches it, and scans them again from there. Rounds are of fixed length, so that results depend
-// on nothing but the row.
+// tokens of a round in registers: it scans them from zero, gets the state before them from the
+// results of the earlier warps, and scans them again from it. Rounds are of fixed length, so that
+// results depend on nothing but the row.
 #pragma once
 
 #include "common/cuda/block.cuh"
@@ -51,8 +51,8 @@ struct ScanLane {
   }
 };
 
-// What reaches this warp of the state: `state` passes all warps in their order, or backwards, and
-// is what leaves the round.
+// Returns the state before this warp's tokens, forwards or backwards; `state`, that before the
+// round, becomes that after it.
 __device__ __forceinline__ float pass_state(float end, float keep, float& state, bool backwards,
                                             ScanShared& shared) {
   shared.end[warp_id()][lane_id()] = end;

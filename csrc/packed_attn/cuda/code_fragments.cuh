@@ -29,13 +29,13 @@ struct CodeStep {
   __device__ __forceinline__ uint32_t byte() const { return (bit & ~7u) * 2; }
 
   __device__ __forceinline__ void pairs(uint32_t (&pair)[2], uint32_t word) const {
-    const uint32_t turned = turn_right(word, (bit & 7) + bits - 7);
-    pair[0] = (turned & mask) | base;
-    pair[1] = (turn_right(turned, 8) & mask) | base;
+    const uint32_t rotated = rotate_right(word, (bit & 7) + bits - 7);
+    pair[0] = (rotated & mask) | base;
+    pair[1] = (rotate_right(rotated, 8) & mask) | base;
   }
 
  private:
-  static __device__ __forceinline__ uint32_t turn_right(uint32_t x, uint32_t by) {
+  static __device__ __forceinline__ uint32_t rotate_right(uint32_t x, uint32_t by) {
     return x >> (by & 31) | x << (-by & 31);
   }
 };

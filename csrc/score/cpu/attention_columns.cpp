@@ -117,7 +117,7 @@ struct ColumnTask {
     }
   }
 
-  // A block's statistics join the panel's.
+  // Adds a block's statistics to the panel's.
   void add(int64_t panel, const float* tile) {
     float* at = mean + panel * kLanes;
     f32x16 total = splat(0.0f);

@@ -98,7 +98,7 @@ struct PanelLogits {
   const int64_t end_row;
   alignas(64) float query[kPanelNumbers];  // [panel][head_dim][16], scaled
   alignas(64) float tile[kTilePanels<float> * kBlock * kLanes];  // [panel][key][16]
-  alignas(64) float turned[kLanes * kBlock];                     // [16][key]
+  alignas(64) float transposed[kLanes * kBlock];                     // [16][key]
   int64_t count, index[kBlock];  // the keys of a block
   alignas(64) float k[kBlock * kMaxHeadDim];  // [key][head_dim]
 
@@ -171,11 +171,11 @@ struct PanelLogits {
   }
 
   void write(int64_t first_row, int64_t first, int64_t end, const float* logits) {
-    transpose(logits, count, kLanes, turned);
+    transpose(logits, count, kLanes, transposed);
     if (count < end - first) hide(first_row, first, end);
     for (int64_t lane = 0; lane < min(kLanes, end_row - first_row); ++lane) {
       float* out = logits_of(rows, see, batch, kv_head, first_row + lane, first);
-      const float* from = turned + lane * count;
+      const float* from = transposed + lane * count;
       if (count == end - first) {
         copy_bytes(out, from, count * static_cast<int64_t>(sizeof(float)));
       } else {

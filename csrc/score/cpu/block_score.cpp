@@ -29,7 +29,8 @@ struct RuleProducts {
   }
 };
 
-// Scaled, with the divisor of a mean. Two rows with deviations, crosswise: dq and q.
+// Packs a query, scaled and divided by the count of a mean; with deviations two rows, dq and q,
+// which are multiplied with k and dk.
 template <class T>
 void pack_block_query(const BlockScoreParams& p, const RuleProducts& products, int64_t item,
                       int64_t kv_head, int64_t r) {

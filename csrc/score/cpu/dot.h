@@ -7,8 +7,8 @@
 
 namespace tokred::TOKRED_ISA {
 
-// Keys are asked for so many keys early: hardware stops at the end of a page, and cannot foresee
-// where a paged key lies.
+// Keys are prefetched so many keys early: hardware prefetch stops at the end of a page, and does
+// not know where a paged key lies.
 constexpr int64_t kAhead = 16;
 
 // The first two steps of sum(): four lanes are left. Copying parts out of the registers instead

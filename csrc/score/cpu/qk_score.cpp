@@ -22,7 +22,7 @@ Visible visible_keys(const QkScoreParams& p, int64_t item, int64_t first) {
       p.k.stride_token);
 }
 
-// The dimensions that up to four query rows look at, each row by itself and all together.
+// The dimensions that `dims` lists for up to four query rows: each row's own, and their union.
 struct Subset {
   float listed[kScoreRows][kMaxHeadDim];  // 1 or 0
   bool used[kMaxHeadDim / kLanes];
@@ -90,7 +90,8 @@ struct KeyScorer {
     const Steps steps = subset.steps(p.head_dim);
     score_rows(query, count, query_rows.stride, keys, visible, p.head_dim, steps, scores);
     if (!p.dims) return;
-    // A query of 0 does not silence an infinite key.
+    // In a dimension that only another row lists the query is 0, and 0 times infinity is NaN: such
+    // scores are computed again, over the row's own dimensions.
     for (int64_t r = 0; r < count; ++r) {
       float* x = scores + r * kScoreChunk;
       if (all_finite(x, visible.count)) continue;

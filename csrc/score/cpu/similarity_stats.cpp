@@ -3,9 +3,9 @@
 // each block of columns a tile of similarities lies in the first-level cache while the statistics
 // are updated. Columns are scaled and converted once, into the workspace.
 //
-// Of a set beside itself each pair is multiplied once: a block of columns meets every panel that
-// is not before it, and then passes on, transposed, what it met. The rows see the same columns in
-// the same order, so the results are the same bits.
+// Where both sets are the same each pair is multiplied once: a block of columns is multiplied with
+// every panel that is not before it, and the products, transposed, serve the rows of the block as
+// well. All rows get their columns in the same order, so the results are the same bits.
 //
 // [8, 1024, 64]: 1.1 GFLOP, 5 ms at 200 GFLOP/s, and about 30 instructions of eight lanes for the
 // statistics of sixteen pairs beside 128 FMA.
@@ -219,7 +219,7 @@ struct RowTask {
   }
 };
 
-// One batch entry's set beside itself: its tokens that take part, in order, are lanes of panels.
+// A set compared with itself: its tokens that take part, in order, are lanes of panels.
 struct SameSet {
   int64_t item, count, tiles;
   int32_t* index;          // [N]
@@ -233,7 +233,7 @@ constexpr int64_t kBlockTiles = kBlock / kLanes;
 constexpr int64_t kPairwiseChannels = 128;  // from here on the products are most of the work
 static_assert(kBlock % kLanes == 0);
 
-// Whether all columns are rows, and those of each row.
+// Whether a and b are the same tokens, and every token is a partner of most others.
 bool is_same_set(const SimilarityStatsParams& p) {
   return p.a == p.b && p.rows == p.columns && p.a_stride_batch == p.b_stride_batch &&
          p.a_stride_token == p.b_stride_token && p.mask_a == p.mask_b &&
@@ -268,8 +268,9 @@ struct SameSetTask {
   }
   int64_t tokens(int64_t block) const { return min(s.count - block * kBlock, kBlock); }
 
-  // The tile meets the block of tokens, which is its own or an earlier one.
-  void meet(int64_t tile, int64_t block) const {
+  // Multiplies the tile with the block of tokens, which is its own or an earlier one; an earlier
+  // block's tokens join the statistics.
+  void multiply_tile(int64_t tile, int64_t block) const {
     const int64_t last = min((block + 1) * kBlockTiles, tile + 1);
     std::memset(products(tile, 0), 0, sizeof(float) * kBlock * kLanes);
     for (int64_t c = 0; c < p.channels; c += kProductChannels) {
@@ -282,8 +283,9 @@ struct SameSetTask {
     if (tile / kBlockTiles != block) join(tile, block, products(tile, 0));
   }
 
-  // The tile of the block learns what later ones, and those of the block, have met.
-  void take(int64_t tile, int64_t block) const {
+  // Adds to the statistics of a tile of the block the tokens of the block and of all later ones,
+  // from the products of those, transposed.
+  void add_transposed(int64_t tile, int64_t block) const {
     alignas(64) float dots[kBlock * kLanes];
     for (int64_t other = block; other * kBlock < s.count; ++other) {
       const int64_t last = min((other + 1) * kBlockTiles, s.tiles);
@@ -322,9 +324,9 @@ struct SameSetTask {
     for (int64_t block = 0; block * kBlock < s.count; ++block) {
       const int64_t first = block * kBlockTiles;
       parallel_tasks(parallel, s.tiles - first,
-                     [&](int64_t task, int64_t) { meet(first + task, block); });
+                     [&](int64_t task, int64_t) { multiply_tile(first + task, block); });
       parallel_tasks(parallel, min(kBlockTiles, s.tiles - first),
-                     [&](int64_t task, int64_t) { take(first + task, block); });
+                     [&](int64_t task, int64_t) { add_transposed(first + task, block); });
     }
   }
 };

@@ -56,7 +56,7 @@ struct Partners {
   int32_t block_of(int64_t i) const {
     return block_size > 0 ? static_cast<int32_t>(i / block_size) : 0;
   }
-  // 1 or 0 a lane.
+  // 1 in the lanes that are partners, 0 in the others.
   f32x16 of(int32_t column) const {
     const i32x16 self = splat(column), here = splat(block_of(column));
     return map<f32x16>([&](int i) {

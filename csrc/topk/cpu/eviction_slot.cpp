@@ -1,5 +1,5 @@
 // eviction_slot: the weights that a query gives to the keys of a head, summed over its group and
-// added to what they had, in one pass; then the first of the least, sixteen keys at a time. Hq
+// added to what they had, in one pass; then the first key of minimum rank, sixteen at a time. Hq
 // exponentials a key; a layer of 9 heads and 1024 keys reads 49 KB.
 #include <limits>
 
@@ -53,7 +53,7 @@ void receive(const EvictionSlotParams& p, int64_t batch, int64_t first, int64_t 
   }
 }
 
-// What ranks first and last, and numbers as ranks.
+// Ranks of numbers, and the ranks of keys that must go and of keys that must stay.
 template <class T>
 constexpr T kStays = std::numeric_limits<T>::max();
 template <>
@@ -78,9 +78,10 @@ TOKRED_INLINE i32x16 load_positions(const int32_t* p, int64_t count) {
   return load(lane);
 }
 
-// The first key of the least rank. number(n, count): the numbers of sixteen keys, any beyond count.
+// The first key of minimum rank. number(n, count): the numbers of sixteen keys, any beyond count.
 template <class T, class F>
-int32_t first_least(const EvictionSlotParams& p, int64_t batch, int64_t head, const F& number) {
+int32_t first_of_min_rank(const EvictionSlotParams& p, int64_t batch, int64_t head,
+                          const F& number) {
   const int32_t* position =
       p.position + batch * p.position_stride_batch + head * p.position_stride_head;
   const float* bias = bias_of(p, batch, head);
@@ -89,7 +90,7 @@ int32_t first_least(const EvictionSlotParams& p, int64_t batch, int64_t head, co
       static_cast<int32_t>(min(int64_t{start} + p.first - 1, std::numeric_limits<int32_t>::max()));
   alignas(64) int32_t lane[kLanes];
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
-  Vec<T> least = splat(kStays<T>);
+  Vec<T> lowest = splat(kStays<T>);
   i32x16 slot = load(lane), key = slot;
   for (int64_t n = 0; n < p.slots; n += kLanes, key = key + splat(int32_t{kLanes})) {
     const int64_t count = min(p.slots - n, kLanes);
@@ -109,11 +110,11 @@ int32_t first_least(const EvictionSlotParams& p, int64_t batch, int64_t head, co
       for (int64_t i = count; i < kLanes; ++i) tail[i] = kStays<T>;
       rank = load(tail);
     }
-    slot = select_greater(least, rank, key, slot);
-    least = select_greater(least, rank, rank, least);
+    slot = select_greater(lowest, rank, key, slot);
+    lowest = select_greater(lowest, rank, rank, lowest);
   }
   alignas(64) T ranks[kLanes];
-  store(ranks, least);
+  store(ranks, lowest);
   store(lane, slot);
   int best = 0;
   for (int i = 1; i < kLanes; ++i) {
@@ -130,7 +131,7 @@ void choose(const EvictionSlotParams& p, int64_t batch, int64_t head) {
     p.slot[row] = -1;
   } else if (p.total) {
     float* total = p.total + row * p.slots;
-    p.slot[row] = first_least<float>(p, batch, head, [&](int64_t n, int64_t count) {
+    p.slot[row] = first_of_min_rank<float>(p, batch, head, [&](int64_t n, int64_t count) {
       f32x16 x = load_row(total + n, count);
       if (scores) {
         x = load_row(scores + n, count) + x;
@@ -140,12 +141,12 @@ void choose(const EvictionSlotParams& p, int64_t batch, int64_t head) {
     });
     total[p.slot[row]] = 0;
   } else if (scores) {
-    p.slot[row] = first_least<float>(
+    p.slot[row] = first_of_min_rank<float>(
         p, batch, head, [&](int64_t n, int64_t count) { return load_row(scores + n, count); });
   } else {
     const int32_t* position =
         p.position + batch * p.position_stride_batch + head * p.position_stride_head;
-    p.slot[row] = first_least<int32_t>(p, batch, head, [&](int64_t n, int64_t count) {
+    p.slot[row] = first_of_min_rank<int32_t>(p, batch, head, [&](int64_t n, int64_t count) {
       return load_positions(position + n, count);
     });
   }

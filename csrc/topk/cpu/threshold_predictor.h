@@ -1,6 +1,6 @@
-// topk of rows whose scores are spread as those of the row before: predicts a bound that few more
-// entries exceed than are wanted, and one pass packs those. How many are too many says where among
-// them the threshold lies: the few near there, often one vector, are ranked to find it.
+// topk of rows whose scores are distributed like those of the row before: predicts a bound that a
+// few more entries exceed than are wanted, and one pass packs these. From how many they are follows
+// about where among them the threshold lies: the few near there, often one vector, are ranked.
 #pragma once
 
 #include "topk/cpu/threshold_search.h"
@@ -18,9 +18,9 @@ struct ThresholdPredictor {
     spacing = kNaN;
     ++misses;
   }
-  // From a row where `excess` entries lay between `below` and its threshold: a part of the way to
-  // it, or all where nothing is known. No more predictions after four misses that no hits made
-  // good.
+  // Learns from a row in which `excess` entries lay between `below` and its threshold: moves the
+  // prediction a quarter of the way there, or all of it where there was none. After kMaxMisses
+  // misses it stops predicting.
   void learn(float threshold, float below, int64_t excess) {
     constexpr int kMaxMisses = 4;
     if (misses >= kMaxMisses) return;

@@ -1,5 +1,5 @@
 // eviction_slot: a block sums and ranks the keys of a head, each thread those of its own stride;
-// the least rank, with the lowest slot, is the greatest of 64-bit keys.
+// the minimum rank, with the lowest slot, is the maximum of 64-bit keys.
 #pragma once
 
 #include "attention/cuda/softcap.cuh"
@@ -10,7 +10,7 @@
 
 namespace tokred::cuda::selecting {
 
-// The heads of queries whose weights a key of this head receives, and how they see.
+// The query heads [first, end) whose weights a key of this head receives; `group` to a key head.
 struct Receiving {
   int64_t batch, first, end, group;
 };
