@@ -13,10 +13,12 @@ std::tuple<Tensor, Tensor> compact(const Tensor& selected, std::optional<double>
                                    std::optional<int64_t> capacity, const OptionalTensor& lengths) {
   CompactParams p{};
   p.is_bool = selected.scalar_type() == ScalarType::Bool;
-  TOKRED_CHECK(p.is_bool != threshold.has_value(), "threshold must be given where selected holds ",
-               "scores, and only there: selected is ", dtype_name(selected.scalar_type()));
+  p.is_list = selected.scalar_type() == ScalarType::Int;
+  TOKRED_CHECK((p.is_bool || p.is_list) != threshold.has_value(),
+               "threshold must be given where selected holds scores, and only there: selected is ",
+               dtype_name(selected.scalar_type()));
   TOKRED_CHECK(!threshold || !std::isnan(*threshold), "threshold must not be NaN");
-  if (!p.is_bool) p.dtype = float_dtype(selected, "selected", false);
+  if (threshold) p.dtype = float_dtype(selected, "selected", false);
   p.selected = row_view(selected, "selected");
   p.rows = row_count(p.selected);
   p.columns = selected.size(selected.dim() - 1);

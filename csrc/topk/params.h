@@ -54,13 +54,13 @@ struct TopkParams {
 };
 
 // indices[r]: the positions j < length(r), ascending, where the row is true (bool rows) or above
-// the threshold (float rows); at most `capacity` of them, -1 behind them. counts[r]: how many were
-// written.
+// the threshold (float rows), or of a list the entries selected[j] >= 0; at most `capacity` of
+// them, -1 behind them. counts[r]: how many were written.
 struct CompactParams {
-  RowView selected;            // bool or dtype [d0, d1, d2, N]
+  RowView selected;            // bool, i32 or dtype [d0, d1, d2, N]
   RowView lengths;             // i32 [R] or null
   int64_t rows, columns, capacity;
-  bool is_bool;
+  bool is_bool, is_list;       // neither: scores of dtype
   DType dtype;
   float threshold;
   int32_t* indices;            // i32 [R, capacity]

@@ -80,8 +80,8 @@ def expand_blocks(blocks: Tensor, block_size: int, num_keys: int, first: int = 0
 def block_mask(blocks: Tensor, num_blocks: int) -> Tensor:
     """bool [..., num_blocks]: which blocks i32 [..., M] lists; -1 lists none."""
     spare = torch.zeros(*blocks.shape[:-1], num_blocks + 1, dtype=torch.bool, device=blocks.device)
-    listed = torch.where(blocks >= 0, blocks, num_blocks).long()
-    return spare.scatter(-1, listed, True)[..., :num_blocks]
+    listed = blocks.masked_fill(blocks < 0, num_blocks).long()
+    return spare.scatter_(-1, listed, True)[..., :num_blocks]
 
 
 def scatter_back(x: Tensor, y: Tensor, indices: Tensor) -> Tensor:

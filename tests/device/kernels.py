@@ -114,6 +114,7 @@ CALLS = (
     Call("topk, a row sorted", ("sort_chunks_kernel", "merge_runs_kernel", "write_sorted_kernel"),
          lambda d: tokred.topk(draw((1, 9000), d), 5000)),
     Call("compact", ("compact_kernel",), lambda d: tokred.compact(draw((3, 5000), d) > 0)),
+    Call("compact of lists", ("compact_kernel",), lambda d: tokred.compact(whole(45, (2, 20), d))),
     Call("compact by threshold", ("compact_kernel",),
          lambda d: tokred.compact(draw((3, 300), d), 0.5)),
     Call("gather_tokens", ("gather_kernel",),

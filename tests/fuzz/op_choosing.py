@@ -131,8 +131,11 @@ def topk(draw: Draw) -> Case:
 def compact(draw: Draw) -> Case:
     lead, n = draw.leading(), _row(draw)
     some: dict[str, Any] = {}
-    if draw.chance(0.6):
+    kind = draw.choice(["mask", "list", "scores"])
+    if kind == "mask":
         some["selected"] = draw.mask((*lead, n))
+    elif kind == "list":
+        some["selected"] = draw.indices((*lead, n), n)
     else:
         some["selected"] = _scores(draw, lead, n)
         some["threshold"] = draw.choice([0.0, 0.5, -math.inf, math.inf, 1e300])
@@ -144,13 +147,17 @@ def compact(draw: Draw) -> Case:
     def check(out: Any) -> None:
         rows, places = math.prod(lead), some.get("capacity", n)
         selected = some["selected"]
-        if "threshold" in some:
+        if kind == "list":
+            selected = selected >= 0
+        elif kind == "scores":
             selected = selected.float() > torch.tensor(some["threshold"], dtype=F32)
         indices = torch.full((rows, places), -1, dtype=torch.int32)
         counts = torch.zeros(rows, dtype=torch.int32)
         lengths = _of_rows(some.get("lengths"), lead, n)
         for row, length in enumerate(lengths):
             found = selected.reshape(rows, n)[row, : min(max(length, 0), n)].nonzero()[:places, 0]
+            if kind == "list":
+                found = some["selected"].reshape(rows, n)[row, found]
             indices[row, : len(found)] = found.int()
             counts[row] = len(found)
         same(out, (indices.reshape(*lead, places), counts.reshape(lead)), "against nonzero")

@@ -52,6 +52,20 @@ def test_compact_by_threshold(kernels: Backend, shape: tuple, dtype: torch.dtype
             )
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_compact_of_lists(kernels: Backend, shape: tuple) -> None:
+    listed = torch.randint(-9, 30, shape, generator=generator(), dtype=torch.int32)
+    listed[..., ::5] = torch.iinfo(torch.int32).min
+    listed[..., 1::5] = torch.iinfo(torch.int32).max
+    lengths = torch.randint(-2, shape[-1] + 3, shape[:-1], generator=generator(), dtype=torch.int32)
+    for capacity in (None, 0, 5, shape[-1] + 20):
+        for row_lengths in (None, lengths):
+            args = (listed, None, capacity, row_lengths)
+            assert_bitwise_equal(
+                kernels.run("compact", *args), reference.compact(*args), f"capacity {capacity}"
+            )
+
+
 def test_compact_of_any_strides(kernels: Backend) -> None:
     mask = random_mask((4, 5, 60), 0.4)
     lengths = torch.tensor([[7], [60], [0], [33]], dtype=torch.int32)
@@ -59,6 +73,7 @@ def test_compact_of_any_strides(kernels: Backend) -> None:
         (mask.transpose(0, 1)[..., 2:57], None, None, lengths.t()),
         (mask[:, :1].expand(4, 6, 60), None, 11, lengths),
         (mask[::3, 1:, :50], None, 70, None),
+        (mask.int()[::3, 1:, 3:50] - 1, None, 20, None),
     ):
         assert_bitwise_equal(kernels.run("compact", *args), reference.compact(*args))
 
@@ -68,6 +83,9 @@ def test_compact_definition(backend: Backend) -> None:
     assert indices.tolist() == [[1, 2, 4, -1, -1], [0, -1, -1, -1, -1]]
     assert counts.tolist() == [3, 1]
     assert indices.dtype == counts.dtype == torch.int32
+    listed = torch.tensor([[7, -1, 0, -5, 7]], dtype=torch.int32)
+    indices, counts = backend.run("compact", listed)
+    assert indices.tolist() == [[7, 0, 7, -1, -1]] and counts.tolist() == [3]
 
 
 # gather_tokens ------------------------------------------------------------------------------------

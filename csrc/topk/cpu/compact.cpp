@@ -1,5 +1,5 @@
-// compact: stream compaction of positions. A row is read once, sixteen entries a step, and its list
-// is written once.
+// compact: stream compaction of positions, or of the entries of a list. A row is read once, sixteen
+// entries a step, and its list is written once.
 #include "common/cpu/copy.h"
 #include "common/cpu/parallel.h"
 #include "common/cpu/row.h"
@@ -16,10 +16,28 @@ TOKRED_INLINE uint32_t selected_mask(const uint8_t* row, int64_t count, float) {
   std::memcpy(lane, row, static_cast<size_t>(count));
   return nonzero_mask(lane);
 }
+TOKRED_INLINE uint32_t selected_mask(const int32_t* row, int64_t count, float) {
+  if (count >= kLanes) return ~negative_mask(load(row)) & 0xffff;
+  int32_t lane[kLanes] = {};
+  copy_bytes(lane, row, 4 * count);
+  return ~negative_mask(load(lane)) & ((1u << count) - 1);
+}
 template <class T>
 TOKRED_INLINE uint32_t selected_mask(const T* row, int64_t count, float threshold) {
   const uint32_t mask = greater_mask(load_row(row, count), splat(threshold));
   return count >= kLanes ? mask : mask & ((1u << count) - 1);
+}
+
+// What is written for sixteen entries from i: where they are, or of a list what they are.
+template <class T>
+TOKRED_INLINE i32x16 entries(const T*, int64_t i, int64_t) {
+  return load(kLaneNumbers) + splat(static_cast<int32_t>(i));
+}
+TOKRED_INLINE i32x16 entries(const int32_t* row, int64_t i, int64_t length) {
+  if (length - i >= kLanes) return load(row + i);
+  int32_t lane[kLanes] = {};
+  copy_bytes(lane, row + i, 4 * (length - i));
+  return load(lane);
 }
 
 template <class T>
@@ -30,14 +48,14 @@ void compact_row(const CompactParams& p, int64_t r) {
   int64_t written = 0;
   for (int64_t i = 0; i < length && written < p.capacity; i += kLanes) {
     const uint32_t mask = selected_mask(row + i, length - i, p.threshold);
-    const i32x16 position = load(kLaneNumbers) + splat(static_cast<int32_t>(i));
+    const i32x16 entry = entries(row, i, length);
     const int64_t room = p.capacity - written, count = bit_count(mask);
     if (room >= kLanes) {
-      pack_lanes(to + written, position, mask);
+      pack_lanes(to + written, entry, mask);
       written += count;
     } else {
       int32_t lane[kLanes];
-      pack_lanes(lane, position, mask);
+      pack_lanes(lane, entry, mask);
       const int64_t fits = count < room ? count : room;
       copy_bytes(to + written, lane, 4 * fits);
       written += fits;
@@ -60,6 +78,7 @@ void compact_rows(const CompactParams& p, const Parallel& parallel) {
 
 void compact(const CompactParams& p, const Parallel& parallel) {
   if (p.is_bool) return compact_rows<uint8_t>(p, parallel);
+  if (p.is_list) return compact_rows<int32_t>(p, parallel);
   visit_f32(p.dtype, [&]<class T>() { compact_rows<T>(p, parallel); });
 }
 

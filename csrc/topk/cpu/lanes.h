@@ -48,6 +48,25 @@ TOKRED_INLINE uint32_t equal_mask(f32x16 a, f32x16 b) {
   return mask;
 #endif
 }
+// Bit i is set where lane i is negative.
+TOKRED_INLINE uint32_t negative_mask(i32x16 v) {
+#if defined(__AVX512F__)
+  return _mm512_cmplt_epi32_mask((__m512i)v.r[0], _mm512_setzero_si512());
+#else
+  uint32_t mask = 0;
+#pragma GCC unroll 4
+  for (int i = 0; i < i32x16::kRegisters; ++i) {
+#if defined(__AVX2__)
+    mask |= static_cast<uint32_t>(_mm256_movemask_ps((__m256)v.r[i])) << (8 * i);
+#else
+    for (int j = 0; j < i32x16::kWidth; ++j) {
+      mask |= static_cast<uint32_t>(v.r[i][j] < 0) << (i * i32x16::kWidth + j);
+    }
+#endif
+  }
+  return mask;
+#endif
+}
 // Bit i is set where byte i of sixteen is not zero.
 TOKRED_INLINE uint32_t nonzero_mask(const uint8_t* bytes) {
 #ifdef __AVX2__

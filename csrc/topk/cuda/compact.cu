@@ -13,6 +13,7 @@ void compact(const CompactParams& p, Stream stream) {
   static_assert(sizeof(BlockScratch<int>) == plan_compact(1, 1).shared_bytes);
   const int64_t parts = compact_parts(p.rows, p.columns);
   if (p.is_bool) return launch(compact_kernel<BoolTest>, plan, stream, p, parts);
+  if (p.is_list) return launch(compact_kernel<ListTest>, plan, stream, p, parts);
   visit_dtype(p.dtype,
               [&]<class T>() { launch(compact_kernel<FloatTest<T>>, plan, stream, p, parts); });
 }

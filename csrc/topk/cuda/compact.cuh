@@ -1,4 +1,4 @@
-// compact: stream compaction of the positions that a row marks.
+// compact: stream compaction of the positions that a row marks, or of the entries of a list.
 #pragma once
 
 #include "common/cuda/block.cuh"
@@ -10,6 +10,7 @@ namespace tokred::cuda::selecting {
 // Entries of a row that a thread tests at once, as the bits of a mask.
 struct BoolTest {
   using Element = uint8_t;
+  static constexpr bool kList = false;
 
   __device__ explicit BoolTest(const CompactParams&) {}
   __device__ __forceinline__ bool operator()(uint8_t x) const { return x != 0; }
@@ -17,9 +18,20 @@ struct BoolTest {
     return chunk.word[i / 4] >> 8 * (i % 4) & 0xff;
   }
 };
+struct ListTest {
+  using Element = int32_t;
+  static constexpr bool kList = true;
+
+  __device__ explicit ListTest(const CompactParams&) {}
+  __device__ __forceinline__ bool operator()(int32_t x) const { return x >= 0; }
+  __device__ __forceinline__ bool at(const Chunk& chunk, int i) const {
+    return static_cast<int32_t>(chunk.word[i]) >= 0;
+  }
+};
 template <class T>
 struct FloatTest {
   using Element = T;
+  static constexpr bool kList = false;
   float threshold;
 
   __device__ explicit FloatTest(const CompactParams& p) : threshold(p.threshold) {}
@@ -86,7 +98,12 @@ __global__ void __launch_bounds__(kCompactThreads, 2)
       unsigned marks = tile + own < end ? row.marks(tile + own) : 0;
       int64_t slot = before + block_exclusive_sum<kCompactThreads>(__popc(marks), scratch, total);
       for (; marks && slot < p.capacity; marks &= marks - 1) {
-        indices[slot++] = static_cast<int32_t>(tile + own + __ffs(marks) - 1);
+        const int64_t j = tile + own + __ffs(marks) - 1;
+        if constexpr (Test::kList) {
+          indices[slot++] = row.row[j];
+        } else {
+          indices[slot++] = static_cast<int32_t>(j);
+        }
       }
       before += total;
     }

@@ -72,8 +72,10 @@ def number_crops(picks: Tensor, places: int, first: int = 0) -> Tensor:
         places: of a crop. first: the number of the first crop.
     """
     last = first + picks.shape[1]
-    start = torch.arange(first, last, dtype=torch.int32, device=picks.device)[:, None] * places
-    return torch.where(picks >= 0, picks + start, -1).flatten(1)
+    start = torch.arange(
+        first * places, last * places, places, dtype=torch.int32, device=picks.device
+    )
+    return (picks + start[:, None]).masked_fill_(picks < 0, -1).flatten(1)
 
 
 def crops_of(call: VisualCall) -> Crops:

@@ -47,7 +47,10 @@ def check_count(
         if count.is_floating_point() or count.dtype == torch.bool:
             raise ValueError(f"{name} must be an int or a tensor of integers, got {count.dtype}")
         return
-    if isinstance(count, bool) or not isinstance(count, (Integral, torch.SymInt)):
+    # What is an int need not be looked up among the classes of Integral, which takes microseconds.
+    if type(count) is not int and (
+        isinstance(count, bool) or not isinstance(count, (Integral, torch.SymInt))
+    ):
         wanted = "an int or a tensor of integers" if per_row else "an int"
         raise ValueError(f"{name} must be {wanted}, got {count!r}")
     if least is not None and count < least:

@@ -134,12 +134,15 @@ def allocate(
     """
     if spare not in ("lost", "remainder", "weight"):
         raise ValueError(f'spare must be "lost", "remainder" or "weight", got {spare!r}')
-    weight = weight.detach().double().nan_to_num(0.0).clamp(min=0)
+    weight = weight.detach().double().nan_to_num(0.0).clamp_(min=0)
     groups = weight.shape[-1]
-    weight = torch.where(weight.sum(-1, keepdim=True) > 0, weight, 1.0)
+    weight = weight + (weight.sum(-1, keepdim=True) <= 0)
     total: int | Tensor = budget
     if isinstance(budget, Tensor):
         total = budget.to(weight).expand(weight.shape[:-1])[..., None]
+    if spare == "lost" and not redistribute and not isinstance(cap, Tensor):
+        share = (weight * total).div_(weight.sum(-1, keepdim=True)).floor_()
+        return share.clamp_(max=math.inf if cap is None else cap).to(torch.int32)
     limit = torch.as_tensor(torch.inf if cap is None else cap, dtype=torch.float64)
     limit = limit.to(weight.device).expand_as(weight)
     if redistribute:
@@ -248,9 +251,7 @@ def in_order(picks: Tensor, order: str) -> Tensor:
 
 def close_gaps(picks: Tensor, k: int | None = None) -> Tensor:
     """i32 [..., k], as wide as the picks i32 [..., M] where None: their first k, then the -1."""
-    places = positions_of(picks >= 0, k)
-    found = picks.gather(-1, places.clamp(min=0).long())
-    return found.masked_fill_(places < 0, -1).to(torch.int32)
+    return tokred.compact(picks, capacity=k)[0]
 
 
 def mask_of(picks: Tensor, tokens: int) -> Tensor:
@@ -329,9 +330,10 @@ def cell_sums(values: Tensor, grid: tuple[int, int], cells: tuple[int, int]) -> 
             f"cells must be from 1 x 1 to the grid's {grid[0]} x {grid[1]}, got "
             f"{cells[0]} x {cells[1]}"
         )
-    if values.dtype == torch.bool and grid[0] % cells[0] == grid[1] % cells[1] == 0:
+    if grid[0] % cells[0] == grid[1] % cells[1] == 0:
         shape = cells[0], grid[0] // cells[0], cells[1], grid[1] // cells[1]
-        return values.unflatten(-1, shape).sum((-3, -1), dtype=torch.float32).flatten(-2)
+        # In float64, so that no order of addition shows.
+        return values.unflatten(-1, shape).sum((-3, -1), dtype=torch.float64).flatten(-2).float()
     rows, columns = (
         (torch.arange(size, device=values.device) // (size // parts)).clamp(max=parts - 1)
         for size, parts in zip(grid, cells, strict=True)
@@ -344,9 +346,12 @@ def dilate(selected: Tensor, grid: tuple[int, int]) -> Tensor:
     """bool [..., H * W]: selected and their neighbours above, below, left and right in the grid."""
     check_grid(selected.shape[-1], grid)
     image = selected.unflatten(-1, grid)
-    wide = functional.pad(image, (1, 1, 1, 1))
-    grown = image | wide[..., :-2, 1:-1] | wide[..., 2:, 1:-1]
-    return (grown | wide[..., 1:-1, :-2] | wide[..., 1:-1, 2:]).flatten(-2)
+    grown = image.clone(memory_format=torch.contiguous_format)
+    for dim in (-2, -1):
+        if (rest := image.shape[dim] - 1) > 0:
+            grown.narrow(dim, 1, rest).logical_or_(image.narrow(dim, 0, rest))
+            grown.narrow(dim, 0, rest).logical_or_(image.narrow(dim, 1, rest))
+    return grown.flatten(-2)
 
 
 def resize(values: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:

@@ -44,9 +44,9 @@ def crop_ratios(
     if not 0 <= ratio <= 1:
         raise ValueError(f"ratio must be in [0, 1], got {ratio}")
     sums = cell_sums(thumbnail, grid, tiling).double()
-    weight = ((sums - sums.amax(1, keepdim=True)) / temperature).exp()
-    weight = weight / (weight.sum(1, keepdim=True) + 1e-8)
-    return (ratio * (1 + weight - weight.mean(1, keepdim=True))).clamp(max=1)
+    weight = (sums - sums.amax(1, keepdim=True)).div_(temperature).exp_()
+    weight = weight.div_(weight.sum(1, keepdim=True).add_(1e-8))
+    return (weight - weight.mean(1, keepdim=True)).add_(1).mul_(ratio).clamp_(max=1)
 
 
 def spread(
@@ -133,10 +133,10 @@ def select_tokens(
         own, wide = own.masked_fill(~inside, 0.0), wide.masked_fill(~inside, 0.0)
         sizes = inside.sum(2)
     scores = functional.normalize(own, dim=-1) + functional.normalize(wide, dim=-1)
-    kept = (sizes * ratios + 1e-9).floor().to(torch.int32)
-    picks = best(scores, kept, inside)
+    kept = (sizes * ratios).add_(1e-9).to(torch.int32)
     # The crops' ratios are ratio on average, and none has more than P tokens.
     most = int((number - 1) * places * ratio + 1e-6)
+    picks = best(scores, kept, inside, places=min(places, most))
     return close_gaps(torch.cat([first, number_crops(picks, places, 1)], 1), count + most)
 
 

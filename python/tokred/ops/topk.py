@@ -124,13 +124,15 @@ def compact(
     capacity: int | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The positions at which a row is true, or above a threshold, ascending.
+    """The positions at which a row is true, or above a threshold, ascending; of lists the entries.
 
     Args:
         selected: [..., N] bool, or float32, float16 or bfloat16 beside a threshold, at most three
-            leading dimensions, the last dimension contiguous.
+            leading dimensions, the last dimension contiguous. int32 [..., N] are lists of indices
+            with gaps, which are closed: entries from 0 on are written in their order in the place
+            of positions.
         threshold: for float rows, and only for them: an entry is selected where it is greater.
-        capacity: places of a row; N where None. Positions after the first `capacity` are left out.
+        capacity: places of a row; N where None. What comes after the first `capacity` are left out.
         lengths: int32 [...], entries of each row that take part; N where None.
 
     Returns:

@@ -149,15 +149,20 @@ def compact(
     """See tokred.compact."""
     columns = selected.shape[-1]
     capacity = columns if capacity is None else capacity
+    entries = selected if selected.dtype == torch.int32 else None
+    if entries is not None:
+        selected = entries >= 0
     if selected.dtype != torch.bool:
         if threshold is None:
-            raise ValueError("a threshold is needed where `selected` is not bool")
+            raise ValueError("a threshold is needed where `selected` holds scores")
         selected = selected.float() > torch.tensor(threshold, dtype=torch.float32)
     position = torch.arange(columns, device=selected.device)
     inside = position < _row_lengths(lengths, selected.shape[:-1], columns, selected)
     ranked = torch.where(selected & inside, position, columns).sort(dim=-1).values
     ranked = pad(ranked, (0, max(0, capacity - columns)), value=columns)[..., :capacity]
     empty = ranked == columns
+    if entries is not None:
+        ranked = pad(entries, (0, 1)).gather(-1, ranked)
     return ranked.masked_fill(empty, -1).int(), (~empty).sum(-1).int()
 
 
