@@ -9,7 +9,7 @@
 
 namespace tokred {
 
-// Only of windows that fill up as packed_tokens() says.
+// Along tokens the window has to hold whole groups; see packed_tokens().
 inline void check_ring(const PackFormat& f, const char* name, int64_t rows) {
   TOKRED_CHECK(f.axis == GroupAxis::channel || (rows > 0 && rows % f.group_size == 0), name,
                " must hold a multiple of the ", f.group_size,

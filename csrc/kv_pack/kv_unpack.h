@@ -29,7 +29,7 @@ Tensor kv_unpack(const Tensor& codes, const Tensor& params, int64_t bits, int64_
   return out;
 }
 
-// The same into a tensor that is there.
+// The same into a given tensor.
 template <class Backend>
 void kv_unpack_into(const Tensor& codes, const Tensor& params, int64_t bits, int64_t group_size,
                     const Text& axis, const Text& scheme, bool rotated, const Tensor& out,

@@ -7,7 +7,7 @@
 
 namespace tokred {
 
-// How a tensor is or becomes packed, as callers say it: `name` says whose these arguments are.
+// The arguments that say how a tensor is packed; `name` is the tensor's, for errors.
 struct FormatArguments {
   const char* name;
   int64_t bits, group_size;

@@ -56,7 +56,7 @@ std::tuple<Tensor, Tensor> packed_attention(
   set_attention_mask(a, mask, q);
   p.k = k.side;
   p.v = v.side;
-  TOKRED_CHECK(!lengths || length, "lengths needs length, the greatest of them");
+  TOKRED_CHECK(!lengths || length, "lengths needs length, the largest of them");
   p.lengths = batch_lengths(lengths, a.batch, q, "q", p.lengths_stride);
   p.lists = packed_lists(a, indices, q);
 

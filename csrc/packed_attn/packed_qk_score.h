@@ -42,7 +42,7 @@ Tensor packed_qk_score(const Tensor& q, const Tensor& codes, const Tensor& param
   s.mask = token_mask(mask, "mask", s.batch, s.keys, true, q, "q", s.mask_stride_batch,
                       s.mask_stride_token);
   p.k = k.side;
-  TOKRED_CHECK(!lengths || length, "lengths needs length, the greatest of them");
+  TOKRED_CHECK(!lengths || length, "lengths needs length, the largest of them");
 
   Backend backend(q);
   Tensor out = allocate(q, {s.batch, reduced_heads(s.reduction, s.heads_q, s.heads_kv), s.keys},

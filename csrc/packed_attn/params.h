@@ -7,9 +7,9 @@
 namespace tokred {
 
 // Keys or values: a packed part, then a window in full precision (AttentionParams::k and v,
-// QkScoreParams::k). With `ring` packed_tokens() says where an item's tokens lie, those of the
-// window in row t % window_rows; without, all rows are packed tokens, and the window's rows follow
-// them in order.
+// QkScoreParams::k). With `ring` the first packed_tokens() of an item's tokens are packed, and
+// token t of the others lies in row t % window_rows of the window; without, all packed rows are
+// tokens, and the window's rows follow them in order.
 struct PackedSide {
   PackedRows packed;
   int64_t window_rows;                 // 0 where there is no window

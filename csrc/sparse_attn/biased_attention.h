@@ -7,7 +7,7 @@
 
 namespace tokred {
 
-// Of CUDA's kernels only the forward ones of a few rows hold wide heads.
+// Refuses wide heads on CUDA, where only the forward kernels for a few rows hold them.
 template <class Backend>
 void refuse_wide_heads(const AttentionParams& p, const char* whose) {
   const int64_t dim = std::max(p.head_dim, p.value_dim);

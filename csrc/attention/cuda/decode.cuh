@@ -33,7 +33,7 @@ struct DecodeConfig {
   using Key = T;  // the type in which queries and keys are multiplied
   static constexpr int kDim = kHeadDim;
   static constexpr int kValueDim = forward_value_dim(kDim, Operand<T>::kPlanes == 3);
-  // At most; the device decides.
+  // The largest tiles; a device of less shared memory gets fewer warps or stages.
   static constexpr DecodeTiles kTiles = max_decode_tiles(kDim, Operand<T>::kPlanes == 3);
   static constexpr int kWarps = kTiles.warps, kStages = kTiles.stages;
   static constexpr int kThreads = kTiles.threads();
@@ -41,7 +41,7 @@ struct DecodeConfig {
   static constexpr bool kQueryInRegisters = Operand<T>::kPlanes == 1 && kDim <= 128;
 };
 
-// Of 16-bit keys that are rotated to the places of their entries.
+// For 16-bit keys that are rotated to the positions of their entries in the list.
 template <class StorageType, int kHeadDim>
 struct RotatedDecodeConfig : DecodeConfig<float, kHeadDim> {
   using T = StorageType;

@@ -62,7 +62,7 @@ TOKRED_INLINE void channel_ranges(const RowBlock<T>& block, int64_t rows, const 
   }
 }
 
-// The mean squares of the groups instead, as what make_scales() takes for `high`.
+// For codebooks the mean squares of the groups, which make_scales() expects in `high`.
 template <class T>
 TOKRED_INLINE void mean_squares(const RowBlock<T>& block, int64_t rows, const PackFormat& f,
                                 GroupTable& table) {

@@ -224,7 +224,8 @@ struct RunLane {
     params += token * head.p.packed.params_stride_row;
   }
 
-  // Row `ahead` * rows after this one, `ahead` after the last load; what x has where there is none.
+  // Loads the row that comes `ahead` rows of this lane later, which is the one after the last
+  // loaded; leaves x as it is beyond the last.
   __device__ __forceinline__ void load_next(Row& x, int ahead) {
     const int next = token + ahead * rows;
     if (next < last) {
@@ -253,7 +254,7 @@ __device__ __forceinline__ uint2 exact_codes(const StoredEight<T>& x, const Quan
   }
   return codes;
 }
-// The same from products; `least` becomes the least fraction.
+// The same from products; `least` becomes the minimum fraction so far.
 template <class T, int kBits>
 __device__ __forceinline__ uint2 fast_codes(const StoredEight<T>& x,
                                             const FastQuantizer<kBits>& quantizer,

@@ -146,7 +146,8 @@ TOKRED_INLINE CodePath read_path(const PackFormat& f, bool in_order) {
   return in_order || f.axis == GroupAxis::channel ? code_path(f) : CodePath::unpacked;
 }
 
-// Whether rows of this type meet such codes in fixed point; see packed_attn/cpu/fixed.h.
+// Whether rows of this type and such codes are multiplied in fixed point; see
+// packed_attn/cpu/fixed.h.
 TOKRED_INLINE bool in_fixed_point(CodePath path, DType dtype) {
   return dtype != DType::f32 && path != CodePath::unpacked && path != CodePath::fp8;
 }

@@ -1,6 +1,6 @@
-// packed_attention in f32: weighted sums of rows of codes. Codes stay where they lie in their
-// bytes: a byte is widened once, and the bits of a channel are masked in place, so a code is known
-// up to a power of two, which the result makes good; see in_place_factors().
+// packed_attention in f32: weighted sums of rows of codes. Codes are not shifted: a byte is widened
+// once, and the bits of a channel are masked in place, which gives the code times a power of two;
+// the sums are divided by it at the end, see in_place_factors().
 #pragma once
 
 #include "attention/cpu/rows.h"

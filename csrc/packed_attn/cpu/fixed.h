@@ -49,15 +49,15 @@ TOKRED_INLINE FixedStep fixed_step(i32x16 magnitudes) {
   constexpr auto larger_of = [](i32x16 a, i32x16 b) { return larger(a, b); };
   int32_t exponent = fold_lanes(magnitudes, larger_of) >> 23;
   if (exponent == 255) return {NAN, 0.0f};
-  if (exponent < 15) exponent = 15;  // a lower one has no inverse
+  if (exponent < 15) exponent = 15;  // the inverse of a smaller step overflows
   return {power_of_two(exponent - 14), power_of_two(254 + 14 - exponent)};
 }
 
-// Numbers of units lie in fours, eight bytes each, in the order in which Products meets them.
+// Fixed-point numbers lie in fours, eight bytes each, in the order that Products::place() makes.
 typedef int16_t Units __attribute__((vector_size(kRegisterBytes < 32 ? 16 : 32)));
 
-// How numbers meet codes. A lane of words is four codes, a byte each; the two halves of four
-// numbers are 32 bits each. A Sum is exact whichever way it is taken.
+// Products of numbers and codes, in two ways that give the same exact sums. A lane of words is four
+// codes, a byte each; the two halves of four numbers are 32 bits each.
 //
 // Pairs: products of sixteen bits, two at once; the halves are the numbers 0 and 2, 1 and 3.
 struct PairProducts {
@@ -73,7 +73,7 @@ struct PairProducts {
   }
   static int32_t first_total(const int16_t*, int64_t, int32_t) { return 0; }
   static Sum start(int32_t) { return Sum{}; }
-  // The codes that a half meets, from bit `shift` of their bytes on.
+  // The codes that are multiplied with a half, from bit `shift` of their bytes on.
   template <int kBits, int kHalf>
   static Register<int32_t> codes(Register<int32_t> words, int shift) {
     constexpr int32_t kMask = ((1 << kBits) - 1) * 0x10001;
@@ -116,8 +116,8 @@ TOKRED_INLINE Register<int32_t> add_byte_products(Register<int32_t> total, Regis
 }
 
 // Bytes: of a number 256 h + l, with h signed and l not, the halves are four h and four l. Products
-// of four take one instruction each, and codes are unpacked four at a time. Codes of eight bits
-// meet l as signed numbers, less 128, which first_total() makes good.
+// of four take one instruction each, and codes are unpacked four at a time. Codes of eight bits are
+// multiplied with l as signed numbers, less 128; first_total() adds what that leaves out.
 struct ByteProducts {
   struct Sum {
     Register<int32_t> high, low;
@@ -132,7 +132,8 @@ struct ByteProducts {
     }
     return (Units)__builtin_shuffle((Bytes)x, at);
   }
-  // What start() begins with for `count` placed numbers, a multiple of 32, and such codes.
+  // The number that start() begins with, for `count` placed numbers, a multiple of 32, and codes of
+  // `bits` bits.
   static int32_t first_total(const int16_t* numbers, int64_t count, int32_t bits) {
     if (bits < 8) return 0;
     Register<int32_t> low{}, total{};

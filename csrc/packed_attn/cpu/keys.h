@@ -16,7 +16,7 @@ class PackedQuery {
  public:
   const SideView& side;
   const CodePath path;
-  const bool fixed;  // the queries meet codes in fixed point
+  const bool fixed;  // queries are multiplied with codes in fixed point
   const bool bytes;  // and there as ByteProducts
   const int64_t rows, dim;
   alignas(64) float natural[kMax * kMaxWideDim];  // [rows][dim], to be filled before start()

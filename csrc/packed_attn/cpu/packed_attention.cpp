@@ -20,7 +20,7 @@ ListRows item_rows(const AttentionParams& p, const ListRows& rows) {
   return at;
 }
 
-// Entries of a list with their places.
+// Entries of a list with their addresses.
 struct PackedKeyBatch : KeyBatch<float> {
   BlockAddresses k, v;
 

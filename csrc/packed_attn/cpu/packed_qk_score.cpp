@@ -63,7 +63,7 @@ struct PackedScorer {
   }
 
  private:
-  // The places of up to kGather visible tokens from the i-th on.
+  // The addresses of up to kGather visible tokens from the i-th on.
   void find_block(const SideView& side, int64_t i, BlockAddresses& block) const {
     const int64_t tokens = max(min(visible.count - i, kGather), 0);
     if (tokens > 0 && visible.offset[i + tokens - 1] == visible.offset[i] + tokens - 1 &&

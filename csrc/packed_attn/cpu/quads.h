@@ -66,7 +66,7 @@ TOKRED_INLINE void interleave_quads(const Tokens& tokens, int64_t quads, int64_t
     int32_t* to = words + quad * kLanes;
     int64_t run = 0;
 #ifdef __AVX512F__
-    // One run of the four tokens at once: quarters of quarters change places, then bytes do.
+    // One run of the four tokens at once: a transpose of 32-bit quarters, then one of bytes.
     const __m512i quarters =
         _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     const __m512i bytes =

@@ -1,5 +1,4 @@
-// Blocks of up to kGather tokens on one side of a cache: where they lie, and how they are brought
-// closer before they are needed.
+// Blocks of up to kGather tokens on one side of a cache: where they lie, and their prefetch.
 #pragma once
 
 #include "attention/cpu/gather.h"
@@ -70,8 +69,8 @@ struct BlockAddresses {
   }
 };
 
-// The cache lines of a block, prefetched a few at a time: in a burst they would wait for each
-// other, and everything for them.
+// The cache lines of a block, prefetched a few at a time: a burst would fill the queue of
+// outstanding loads, and all other loads would wait for it.
 class TokenPrefetcher {
  public:
   TokenPrefetcher() = default;
@@ -87,7 +86,7 @@ class TokenPrefetcher {
       __builtin_prefetch(params + i);
   }
 
-  // What is left is to be spread over so many steps.
+  // Spreads what is left over so many steps.
   void spread(int64_t steps) {
     const bool by_token = tokens_ > 0;
     const int64_t left = by_token ? tokens_ - next_token_ : (end_byte_ - next_byte_) / kLine;

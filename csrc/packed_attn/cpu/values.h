@@ -15,7 +15,7 @@ class PackedSums {
  public:
   const SideView& side;
   const CodePath path;
-  const bool fixed;  // the weights meet codes in fixed point
+  const bool fixed;  // weights are multiplied with codes in fixed point
   const bool bytes;  // and there as ByteProducts
   const int64_t rows, dim;
 

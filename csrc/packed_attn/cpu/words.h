@@ -1,7 +1,7 @@
 // packed_attention and packed_qk_score: dot products of a few queries with rows of codes. Lanes are
 // tokens: the codes of sixteen tokens are transposed in words of four bytes, and each byte of a
 // word gives the code of a channel. So nothing is summed over lanes, scales are lanes too, and
-// every multiplication meets a register of codes.
+// every multiplication is by a whole register of codes.
 #pragma once
 
 #include "packed_attn/cpu/codes.h"
@@ -50,7 +50,7 @@ TOKRED_INLINE void load_four(const Tokens& tokens, int64_t token, int64_t byte,
   for (int i = 0; i < 4; ++i) x[i] = load_words(tokens, token + i, byte);
 }
 #ifdef __AVX512F__
-// In a run every fourth address will do, and the stride: GCC would keep all sixteen.
+// In a run every fourth address and the stride give all: GCC would keep sixteen in registers.
 TOKRED_INLINE void load_four(const TokenRun& run, int64_t token, int64_t byte,
                              Register<int32_t> (&x)[4]) {
   const uint8_t* row[4];

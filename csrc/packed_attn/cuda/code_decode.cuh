@@ -33,8 +33,9 @@ struct CodeShared : CodeQueries<C> {
   __device__ Sums& out() { return *reinterpret_cast<Sums*>(this + 1); }
 };
 
-// What a warp has summed. A lane has of query lane / 4 its top and its part of the sums, and the
-// products of channels 16 i + 2 (lane / 4) and the next with queries 2 (lane % 4) and the next.
+// A warp's sums. A lane holds, for query lane / 4, the largest logit and its part of the sum of
+// weights, and the weighted values in channels 16 i + 2 (lane / 4) and the next for queries 2 (lane
+// % 4) and the next.
 template <class C>
 struct CodeState {
   float out[C::kSteps][4], offset[C::kSteps];
@@ -135,7 +136,7 @@ __device__ __forceinline__ void accumulate_codes(CodeState<C>& state,
   }
 }
 
-// Puts what this warp has summed where the block finds it.
+// Writes this warp's sums to shared memory, for the whole block to add up.
 template <class C>
 __device__ __forceinline__ void keep_code_state(const CodeState<C>& state, CodeShared<C>& shared,
                                                 const PackFormat& f) {

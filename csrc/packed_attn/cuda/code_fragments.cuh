@@ -1,5 +1,6 @@
-// Rows of packed codes as fragments of the tensor cores: a rotation and a mask make two bf16
-// numbers 2^bits + code of a word, as a code in the upper bits of the significand of 2^bits is.
+// Rows of packed codes as fragments of the tensor cores: a rotation and a mask of a word make two
+// bf16 numbers 2^bits + code, because a code in the upper bits of the significand of 2^bits adds
+// itself to it.
 #pragma once
 
 #include "common/cuda/mma_tile.cuh"
@@ -8,7 +9,7 @@
 
 namespace tokred::cuda::attention {
 
-// In a fragment a code is this more; were it larger, sums would lose bits to it.
+// What a fragment adds to each code, as small as possible, since sums lose bits to it.
 __device__ __forceinline__ float code_base(const PackFormat& f) {
   return static_cast<float>(1 << f.bits);
 }

@@ -68,8 +68,8 @@ struct CodeRows {
     return stage + kCodeKeys * layout.codes.pitch + lane_id() * layout.params.pitch;
   }
 
-  // Numbers of the window in the places of codes, from a channel on: as CodeStep::pairs() has those
-  // of keys, and those of values.
+  // Put numbers of the window, from a channel on, in place of codes: in the order in which
+  // CodeStep::pairs() has keys, and that in which it has values.
   __device__ __forceinline__ void replace_keys(uint32_t (&pair)[kCodeKeys / 8][2],
                                                const int* places, int channel) const {
 #pragma unroll
@@ -121,8 +121,8 @@ __device__ __forceinline__ void load_words(uint32_t (&word)[kCodeKeys / 8], cons
 }
 
 // From the order of order_codes() to that of CodeStep::pairs(), where a lane's four channels are
-// columns 2 (lane % 4), 2 (lane % 4) + 1 and the same plus eight of a step: two pairs of four pairs
-// change places. The block has met before.
+// columns 2 (lane % 4), 2 (lane % 4) + 1 and the same plus eight of a step: of four pairs two are
+// exchanged. After a barrier.
 template <class C>
 __device__ __forceinline__ void order_queries(CodeQueries<C>& shared) {
   constexpr int kPlanes = 2;

@@ -1,5 +1,5 @@
-// packed_qk_score of up to eight query rows a key head on codes as they are: a warp's tiles of 32
-// keys meet the queries on the tensor cores, as in code_decode.cuh.
+// packed_qk_score of up to eight query rows a key head on codes as they are: a warp multiplies
+// tiles of 32 keys with the queries on the tensor cores, as in code_decode.cuh.
 #pragma once
 
 #include "attention/cuda/qk_score.cuh"

@@ -1,5 +1,5 @@
-// packed_attention: as attention/cuda/decode.cuh, but that a warp copies packed
-// rows, and unpacks the keys of a tile, then its values, on their way to the tensor cores.
+// packed_attention: as attention/cuda/decode.cuh, but a warp copies packed rows, and unpacks the
+// keys of a tile, then its values, for the tensor cores.
 #pragma once
 
 #include "packed_attn/cuda/query_codes.cuh"
@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const ListView& list = split.list();
   TokenStream stream = split.stream(p);
   const int first_column = static_cast<int>(blockIdx.z) * C::kValueDim;
-  // Made anew for every tile, so that they take no registers meanwhile.
+  // Made again for every tile, so that they hold no registers in between.
   const auto k_side = [&] {
     return SideTiles<C, C::kDim>(p.k, a.k, p.slots, optimization_barrier(list.view.batch),
                                  optimization_barrier(list.key_head), 0, shared.k_codes,

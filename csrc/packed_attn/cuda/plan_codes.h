@@ -1,4 +1,4 @@
-// Tiles and the launch plan of packed_attention on codes as the tensor cores take them.
+// Tiles and launch plans of packed_attention and packed_qk_score on codes as they are.
 #pragma once
 
 #include "packed_attn/cuda/plan.h"

@@ -1,5 +1,5 @@
-// Query rows that meet codes: the order of their channels, and their sums over the groups of packed
-// keys, which meet the offsets of the groups.
+// Query rows that are multiplied with codes: the order of their channels, and their sums over the
+// groups of packed keys, which are multiplied with the offsets of the groups.
 #pragma once
 
 #include "common/cuda/mma_tile.cuh"
@@ -7,8 +7,8 @@
 
 namespace tokred::cuda::attention {
 
-// Tiles of codes, and what meets them, have channels 1 and 2 of every four in each other's place:
-// two masks make pairs of the bytes of a word.
+// Tiles of codes, and what is multiplied with them, have channels 1 and 2 of every four exchanged:
+// so two masks make pairs of the bytes of a word.
 __device__ __forceinline__ void order_codes(float (&x)[8]) {
 #pragma unroll
   for (int i = 1; i < 8; i += 4) {
@@ -18,7 +18,7 @@ __device__ __forceinline__ void order_codes(float (&x)[8]) {
   }
 }
 
-// The sums of the query rows over the groups of keys; the block has met since they were loaded.
+// The sums of the query rows over the groups of keys; after a barrier behind their loads.
 template <class C, class Shared>
 __device__ __forceinline__ void sum_queries(Shared& shared, const PackFormat& f) {
   const int size = static_cast<int>(f.group_size), groups = static_cast<int>(groups_per_row(f));

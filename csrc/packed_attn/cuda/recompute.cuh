@@ -57,7 +57,7 @@ struct PackedKeys {
   }
 
  private:
-  // SideRows are made anew for every token, so that they need no registers meanwhile.
+  // SideRows are made again for every token, so that they hold no registers in between.
   __device__ __forceinline__ void load(LaneRow& x, const PackedSide& side, const HeadTensor& window,
                                        int place) const {
     const PackFormat& f = side.packed.format;

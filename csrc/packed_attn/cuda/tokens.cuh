@@ -16,7 +16,8 @@ struct PackedDecodeParams {
   int64_t lengths_stride;
   PackedCopy copy;
 
-  // Whether products are of codes. Small scales would take weights to where f16 is coarse.
+  // Whether keys, and values, are multiplied as codes. In f16 weights times small scales would lose
+  // bits.
   template <class T>
   __device__ __forceinline__ bool key_codes() const {
     return Operand<T>::kPlanes == 1 && k.packed.format.axis == GroupAxis::channel;
@@ -27,7 +28,7 @@ struct PackedDecodeParams {
   }
 };
 
-// How keys and queries meet, by the dtype of the query.
+// The types in which keys and queries are multiplied, by the dtype of the query.
 template <class T>
 struct KeyOperandOf {
   using type = Split<T>;
@@ -45,7 +46,7 @@ struct PackedConfig {
   using Key = KeyOperand<T>;
   static constexpr int kDim = kHeadDim;
   static constexpr int kValueDim = forward_value_dim(kDim, Operand<T>::kPlanes == 3);
-  // At most; the device decides.
+  // The largest tiles; a device of less shared memory gets fewer warps or stages.
   static constexpr DecodeTiles kTiles = max_packed_tiles(kDim, Operand<T>::kPlanes == 3);
   static constexpr int kWarps = kTiles.warps, kStages = kTiles.stages;
   static constexpr int kThreads = kTiles.threads();

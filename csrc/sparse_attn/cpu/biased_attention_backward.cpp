@@ -1,8 +1,8 @@
 // Gradients of biased_attention on the CPU, without atomics: blocks of rows stream past the keys,
 // which own their grad_k, grad_v and grad_bias. One task a head takes its keys in order and adds to
-// grad_q as well: five products. Where heads are too few for the threads, every row owns its grad_q
-// in a pass before that, which recomputes the weights: seven products, the same bits. So it is
-// where grad_q is too narrow to be summed in place.
+// grad_q as well: five products. Where heads are too few for the threads, or grad_q in 16 bits
+// cannot be summed in place, every row owns its grad_q in a pass before that, which recomputes the
+// weights: seven products, the same bits.
 #include "common/cpu/parallel.h"
 #include "sparse_attn/cpu/key_gradient.h"
 #include "sparse_attn/cpu/query_gradient.h"

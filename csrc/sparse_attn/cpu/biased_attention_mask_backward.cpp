@@ -1,6 +1,6 @@
-// The gradient of a float mask of biased_attention on the CPU, without atomics: a task owns some
-// rows or keys of the mask, and takes the heads and batch entries that share them in order. Two
-// products of B Hq L N D multiply-adds.
+// biased_attention_mask_backward on the CPU: the gradient of a float mask, without atomics. A task
+// owns some rows or keys of the mask and adds up, in order, the heads and batch entries that share
+// them. Two products of B Hq L N D multiply-adds.
 #include "common/cpu/copy.h"
 #include "common/cpu/parallel.h"
 #include "sparse_attn/cpu/query_gradient.h"
@@ -8,8 +8,8 @@
 namespace tokred::TOKRED_ISA {
 namespace {
 
-// The queries [first_row, end_row) and keys [first_key, end_key) of one head of the mask. Queries
-// that share a row of it are all of them.
+// The queries [first_row, end_row) and keys [first_key, end_key) of one head of the mask. Where the
+// queries share a row of the mask, a part has all of them.
 struct MaskPart {
   int64_t batch, head, first_row, end_row, first_key, end_key;
 };
@@ -70,7 +70,7 @@ struct MaskPass {
     });
   }
 
-  // Of the keys of the block [key][16 rows], the sums of their rows.
+  // Adds to the shared row the sum over the sixteen rows of every key of the block.
   void add_sums(const KeyBlock<T>& block, const Acc* grads) const {
     Acc* to = grad_row(0);
     for (int64_t i = 0; i < block.count; ++i) {
@@ -101,7 +101,7 @@ struct MaskPass {
 
 void biased_attention_mask_backward(const AttentionMaskBackwardParams& m,
                                     const Parallel& parallel) {
-  constexpr int64_t kKeys = 4 * kBlock;  // of a task, where its rows are all that there are
+  constexpr int64_t kKeys = 4 * kBlock;  // of a task where all queries share a row
   const AttentionParams& p = m.backward.forward;
   const bool shares_row = m.queries != p.queries;
   const Tasks rows(p, p.queries, Visibility(p, 0, 0, 1).rows_in_strip(), parallel.threads);

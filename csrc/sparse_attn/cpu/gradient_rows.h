@@ -1,5 +1,5 @@
-// What both passes of biased_attention's gradients share: the rows that they read, sums of
-// products, and how the sum of grad_q is cut.
+// Shared by both passes of biased_attention's gradients: the rows that they read, sums of products,
+// and how the sum of grad_q is cut.
 #pragma once
 
 #include <type_traits>

@@ -1,7 +1,8 @@
-// unmerged_attention on the CPU: every pair of positions has its weight, but weights of keys that
-// share a token are added before they meet its value, and those of queries that share a token
-// before that. N positions of M tokens take N^2 D multiplications for the logits (half of it if
-// causal) and M^2 Dv for the values, or N M Dv where the M x M table of weights would be large.
+// unmerged_attention on the CPU: every pair of positions has its weight, but the weights of keys
+// that share a token are added before they are multiplied with its value, and so are those of
+// queries that share a token. N positions of M tokens take N^2 D multiplications for the logits
+// (half of it if causal) and M^2 Dv for the values, or N M Dv where the M x M table of weights
+// would be large.
 #include "attention/cpu/tile.h"
 #include "common/cpu/parallel.h"
 #include "common/cpu/workspace.h"
@@ -290,7 +291,7 @@ struct Head {
       }
     }
   }
-  // The weighted values without those of weight 0, of which infinities and NaN would be seen.
+  // The weighted values without those of weight 0: 0 times an infinity or NaN would be NaN.
   f32x16 seen_values(int64_t u, const float* panel) const {
     f32x16 sum = splat(0.0f);
     for (int64_t token = 0; token < p.tokens; ++token) {

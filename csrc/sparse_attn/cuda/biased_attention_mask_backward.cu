@@ -1,5 +1,5 @@
-// biased_attention's gradient of a float mask: two products of B Hq L N D multiply-adds, and eight
-// bytes a pair for the sums of masks that are broadcast.
+// biased_attention_mask_backward: two products of B Hq L N D multiply-adds, and eight bytes a pair
+// for the sums of masks that are broadcast.
 #include "common/cuda/launch.h"
 #include "sparse_attn/cuda/biased_attention_mask_backward.cuh"
 

@@ -1,5 +1,5 @@
-// The gradient of a float mask: a block owns rows or keys of the mask, and takes the heads and
-// batch entries that share them in order, so that every sum has one owner and no atomics.
+// biased_attention_mask_backward: the gradient of a float mask. A block owns rows or keys of the
+// mask and adds up, in order, the heads and batch entries that share them: no atomics.
 #pragma once
 
 #include "sparse_attn/cuda/biased_attention_backward_query.cuh"
@@ -31,7 +31,8 @@ __device__ __forceinline__ void add_to_rows(float* grad, const typename C::Produ
   }
 }
 
-// Adds them to the one row that all queries share. Rows that do not exist have gradients of 0.
+// Adds the gradients of a tile to the one row that all queries share. Rows that do not exist have
+// gradients of 0.
 template <class C>
 __device__ __forceinline__ void add_to_shared_row(float* grad, MaskGradShared<C>& shared,
                                                   const typename C::Products& grads, int64_t keys,

@@ -23,7 +23,7 @@ void launch_lists(SparseAttentionParams p, Stream stream) {
   if (rows_differ(p.attention)) recompute_rows(p, in_one_part(shape.attention), stream);
 }
 
-// Tiles of more rows have no registers for numbers of pairs.
+// Tiles of more rows have no registers left for a float mask.
 bool is_decode_list(const SparseAttentionParams& p) {
   return p.attention.pair_bias.data || is_decode(list_shape(p));
 }

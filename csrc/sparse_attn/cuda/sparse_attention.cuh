@@ -10,7 +10,7 @@ namespace tokred::cuda::attention {
 // Keys are looked up two tiles ahead of the one at work, so that their copies can start one ahead.
 inline constexpr int kSlotStages = 3;
 
-// Of 16-bit keys that are rotated to the places of their entries.
+// For 16-bit keys that are rotated to the positions of their entries in the list.
 template <class StorageType, int kHeadDim>
 struct RotatedForwardConfig : ForwardConfig<float, kHeadDim> {
   using T = StorageType;

@@ -123,7 +123,8 @@ struct RingSlot {
 
 // Producers --------------------------------------------------------------------------------------
 
-// A tile on a block's way: its number, and what the two warpgroups have to do with it. 0: the end.
+// The number of a tile that a block visits, and how much of it each of the two warpgroups sees. 0:
+// no tile is left.
 struct Visit {
   uint32_t bits;
 
