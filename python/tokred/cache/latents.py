@@ -1,4 +1,4 @@
-"""A layer of a packed cache whose tokens are latents, of multi-head latent attention."""
+"""A layer of a packed cache that holds the latents of multi-head latent attention."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from .storage import CacheOptions
 class LatentCacheLayer(PackedCacheLayer):
     """Latents and rotary parts of keys of one layer, packed side by side in one row a token.
 
-    Rows are keys; there are no values beside them, since these are the latents. Everything else is
-    as in a PackedCacheLayer.
+    A row is a key, and its latent the value, so no values are stored. Everything else is as in a
+    PackedCacheLayer.
 
     Args:
         rank: channels of a latent. rotary: channels of the rotary part.
@@ -33,8 +33,11 @@ class LatentCacheLayer(PackedCacheLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
-        """Appends latents [B, 1, L, rank] and rotary parts [B, 1, L, R]; returns those of these
-        tokens, to be expanded, which tokred's attention knows the cache by.
+        """Appends latents [B, 1, L, rank] and rotary parts [B, 1, L, R].
+
+        Returns:
+            the same two, for the module to expand, tagged with the states of the cache, which
+            tokred's attention finds in what the module makes of them.
 
         Raises:
             ValueError: other tensors; tokens unlike those in the cache, or more than its capacity.
@@ -56,4 +59,4 @@ class LatentCacheLayer(PackedCacheLayer):
         packed, _ = super().update(rows, rows[..., :0])
         own = {each.name: getattr(packed, each.name) for each in fields(packed)}
         states = LatentStates(**own, rank=self.rank)
-        return states.handed_out(key_states, value_states)
+        return states.tag(key_states, value_states)

@@ -1,4 +1,4 @@
-"""What the attention ops have in common: broadcasting, fake results and gradients."""
+"""Shared by the attention ops: broadcasting, fake results, gradients and flop counts."""
 
 from __future__ import annotations
 
@@ -80,12 +80,12 @@ def wanted(
 
 
 def forward_flops(q: Sequence[int], pairs: int, v: Sequence[int]) -> int:
-    """Of queries of that shape that meet `pairs` keys each: logits and weighted sums."""
+    """Flops of logits and weighted sums, for queries of that shape with `pairs` keys each."""
     batch, heads, queries, head_dim = q
     return 2 * batch * heads * queries * pairs * (head_dim + v[3])
 
 
 def backward_flops(q: Sequence[int], pairs: int, v: Sequence[int]) -> int:
-    """The logits again, then the gradients of p, v, q and k."""
+    """Flops of the logits again, and of the gradients of p, v, q and k."""
     batch, heads, queries, head_dim = q
     return 2 * batch * heads * queries * pairs * (3 * head_dim + 2 * v[3])

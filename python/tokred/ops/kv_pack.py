@@ -214,7 +214,7 @@ def kv_pack(
     sqrt(mean x^2) / 32, code = the nearest of the levels to x / scale. In float32, halves to even;
     scales and offsets are stored in float16 and saturate at its range. A group of equal numbers
     has scale 0, but for a codebook (asymmetric: they are stored exactly up to float16). NaN packs
-    as 0 (asymmetric: as the minimum), inf as the greatest code, and neither moves the others'
+    as 0 (asymmetric: as the minimum), inf as the largest code, and neither moves the others'
     scale.
 
     Args:
@@ -225,7 +225,7 @@ def kv_pack(
         axis: "channel" or "token"; "channel" for codebook.
         scheme: "asymmetric", "zero_point", "symmetric", "fp8" or "codebook".
         rotate: rotates every row by a Hadamard matrix first (QuaRot, arXiv:2404.00456), as large
-            as the greatest power of two that divides D; `kv_unpack` and attention undo it.
+            as the largest power of two that divides D; `kv_unpack` and attention undo it.
         levels: int8 [H | 1, 2^bits] of a codebook, for every head or for all, ascending, in 1/32 of
             the root mean square of a group: (table * 32).round().to(torch.int8). By default those
             of Lloyd and Max for normally distributed numbers, which the channels of a rotated row
@@ -300,8 +300,8 @@ def kv_append(
     Args:
         x: [B, H, L, D], L any number; the last dimension contiguous.
         packed: the cache's codes and params with room for N tokens, written.
-        length: tokens that it holds now, the window's included; where lengths is given, the
-            greatest of them.
+        length: tokens that it holds now, the window's included; where lengths is given, their
+            maximum.
         window: [B, H, W, D] in the dtype of x (under autocast x follows it), written; along tokens
             W is a multiple of group_size.
         lengths: int32 [B], tokens of each row of the batch; not changed. Rows that have no room

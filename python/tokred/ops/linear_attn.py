@@ -17,7 +17,7 @@ __all__ = ["combine_linear", "linear_attention"]
 
 _ops = torch.ops.tokred
 
-CHUNK = 32  # rows that meet each other as a product
+CHUNK = 32  # rows that are multiplied with each other
 
 
 def linear_attention(
@@ -41,8 +41,8 @@ def linear_attention(
     (arXiv:2401.04658), whose slopes are `decay`. There is no normaliser: append a column of ones to
     v to get the sum of the weights. Query head h reads key head h // (Hq // Hkv).
 
-    Keys older than a window of w tokens, as a hybrid wants them, are keys that come w tokens late:
-    pass k and v shifted by w rows, zeros in front.
+    For the keys older than a sliding window of w tokens alone, as a hybrid of both attentions needs
+    them, pass k and v shifted by w rows, zeros in front.
 
     Args:
         q: [B, Hq, N, D] float32, float16 or bfloat16, or float64 on the CPU; any outer strides, the
@@ -66,7 +66,7 @@ def linear_attention(
         ValueError: decay requires grad.
 
     Complexity: O(B Hq N D Dv), memory O(B H D Dv) beside the results. Pieces that end at multiples
-    of 32 tokens are the bits of the whole.
+    of 32 tokens give the same bits as the whole sequence.
     """
     return call(_ops.linear_attention.default, q, k, v, decay, state, scale, mask)
 
@@ -82,7 +82,7 @@ def combine_linear(
 
     is computed from their logarithms, so nothing overflows and a constant added to all logits, and
     so to lse and shift, changes nothing. STILL (arXiv:2602.02180) adds the linear part to softmax
-    sums that the greatest logit of the row has scaled, so its result depends on that logit.
+    sums that are scaled by the largest logit of the row, so its result depends on that logit.
 
         out, lse = tokred.sparse_attention(q, k, v, chosen)
         ones = torch.ones_like(v[..., :1])

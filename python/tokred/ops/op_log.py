@@ -22,7 +22,8 @@ if LOGS_OPS:
 
 
 def logged(run: Callable[..., Any], before: int) -> Callable[..., Any]:
-    """run(op, *before others, *arguments of the op), with a line of the log."""
+    """`run`, which logs each call; it is called with the op, `before` other arguments, and those
+    of the op."""
 
     def call(op: Any, *args: Any) -> Any:
         if not torch.compiler.is_dynamo_compiling():

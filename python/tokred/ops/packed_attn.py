@@ -72,9 +72,9 @@ def packed_attention(
     Returns:
         out [B, Hq, L, Dv] in the dtype of q, and lse float32 [B, Hq, L]; 0 and -inf where a query
         sees no token. As attention on the unpacked tensors, up to float32 rounding, except that
-        the CPU takes a float16 or bfloat16 query, and the weights of a block of tokens, in
-        sixteen-bit fixed point where they meet codes of 1, 2, 4 or 8 bits, or levels: channels are
-        off by 2^-15 of the greatest one of their group at most, and most of a query that is not
+        the CPU multiplies codes of 1, 2, 4 or 8 bits, and levels, with float16 and bfloat16
+        queries, and with the weights of a block of tokens, in sixteen-bit fixed point: channels are
+        off by 2^-15 of the largest one of their group at most, and most of a query that is not
         rotated is exact. Under autocast q and the residuals are cast, as for attention.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What Python is told where an op refuses its arguments, and the second try with 32-bit indices."""
+"""Errors of ops as ValueError and TypeError, and the second try with int64 indices as int32."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ArgumentTypeError(TypeError, RuntimeError):
 
 
 def again(op: Any, args: Sequence[Any], error: Exception, run: Callable[..., Any]) -> Any:
-    """What becomes of a call that failed: run once more with int64 indices as int32, or refused.
+    """Runs a call that failed once more with int64 indices as int32, or raises its error.
 
     Raises:
         ValueError, TypeError: what the op said, where it was about an argument.
@@ -53,15 +53,15 @@ def _narrow(argument: Any, value: Any) -> Any:
     """int64 as int32; nothing that is written to.
 
     Raises:
-        ValueError: on the CPU, a number beyond int32; elsewhere it becomes one outside of every
-            range, as looking at it would wait for the device.
+        ValueError: on the CPU, a number beyond int32. On a device, where reading it would wait, it
+            becomes one that is out of range for every op.
     """
     if not isinstance(value, Tensor) or value.dtype != torch.int64 or argument.is_write:
         return value
     if value.device.type == "cpu" and value.numel() > 0:
-        least, most = value.aminmax()
-        if least < -_LARGEST - 1 or most > _LARGEST:
+        low, high = value.aminmax()
+        if low < -_LARGEST - 1 or high > _LARGEST:
             raise ArgumentError(
-                f"tokred: {argument.name} must fit into int32, got int64 from {least} to {most}"
+                f"tokred: {argument.name} must fit into int32, got int64 from {low} to {high}"
             )
     return value.clamp(-1, _LARGEST).to(torch.int32)

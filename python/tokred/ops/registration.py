@@ -1,4 +1,4 @@
-"""What every op registers with torch for autograd, version counters and autocast.
+"""Registration of ops with torch's autograd, version counters and autocast.
 
 An op is one of
 
@@ -101,7 +101,7 @@ def differentiable(
 
 
 def _of_one_kind(grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Gradients as DTensors where one is: those of results that nobody used are plain zeros."""
+    """All gradients as DTensors where one is; autograd makes plain zeros for unused results."""
     tensor = sys.modules.get("torch.distributed.tensor")
     if tensor is None:
         return grads
@@ -156,7 +156,7 @@ def writes(name: str) -> None:
     def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> None:
         with _below_in_place():
             op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
-        # Arguments at the end that have their default are not passed on.
+        # torch leaves out arguments at the end that have their default.
         given = [args[i] for i in written if i < len(args)]
         torch._C._increment_version([x for x in given if x is not None])
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def known(condition: bool | torch.SymBool) -> bool:
-    """Whether a condition on sizes holds for certain; False where only the graph's run will tell.
+    """Whether a condition on sizes certainly holds; False where only running the graph will tell.
 
-    Without a graph it is the condition itself. Inside one, whatever the answer leads to must be
-    right for all sizes, or be refused by the op when it runs.
+    Without a graph it is the condition itself. Inside one, code that depends on the answer must be
+    right for all sizes, or the op must refuse the call when it runs.
     """
     if torch.compiler.is_compiling() or isinstance(condition, torch.SymBool):
         return torch.fx.experimental.symbolic_shapes.guard_or_false(condition)

@@ -202,11 +202,11 @@ def eviction_slot(
     Keys are ranked by their scores, to which the attention that they receive from a query is added
     where its logits are given: the mean over the query heads of a key's head of
     exp(logits - lse + bias), the logits capped first. Without either the oldest key goes. The key
-    of the least number goes; of equal ones the first, and NaN before all. Hidden keys, those whose
-    bias is not above -inf, go first and receive nothing; a hidden query gives nothing.
+    of the smallest number goes; of equal ones the first, and NaN before all. Hidden keys, those
+    whose bias is not above -inf, go first and receive nothing; a hidden query gives nothing.
 
     Args:
-        position: int32 [B, H, N], the place of every key in the sequence, in any order.
+        position: int32 [B, H, N], the position of every key in the sequence, in any order.
         length: tokens of the sequence so far.
         scores: float32 [B, H, N].
         logits: float32 [B, Hq, N], scaled, of one query; Hq a multiple of H.
@@ -216,7 +216,7 @@ def eviction_slot(
         newest: int32 [B, H, 1], where the query's own token is; the last key where None.
         first, recent: the first tokens from start on, and the last of the sequence, stay.
         shared: the attention that keys receive is the mean over all heads (TOVA).
-        greatest: the key of the greatest number goes.
+        greatest: the key of the largest number goes instead.
         softcap: of the logits, softcap * tanh(logits / softcap).
 
     Returns:
@@ -255,7 +255,7 @@ def replace_token(
         keys, values: [B, H, N, ...] of any dtype (codes and their parameters too), written; what
             follows the tokens contiguous.
         new_keys, new_values: [B, H, 1, ...] in the dtypes of keys and values.
-        position: int32 [B, H, N], written. place: -1 to 2^31 - 1.
+        position: int32 [B, H, N], written. place: the new token's position, -1 to 2^31 - 1.
 
     Raises:
         ValueError: naming the argument whose shape, dtype, device or value does not fit, or that

@@ -15,7 +15,7 @@ _GAUSSIAN = {1: (26,), 2: (14, 48), 3: (8, 24, 43, 69), 4: (4, 12, 21, 30, 40, 5
 
 
 def hadamard(x: Tensor) -> Tensor:
-    """Rotates rows [.., D], as many channels at a time as the greatest power of two dividing D."""
+    """Rotates rows [.., D], as many channels at a time as the largest power of two dividing D."""
     size = x.shape[-1] & -x.shape[-1]
     rows = x.unflatten(-1, (-1, size))
     step = 1

@@ -1,9 +1,10 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434) on latents that are packed.
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434) over packed latents.
 
 A token is one row: its latent, from which the model expands keys and values of all heads, and the
-rotary part of its key. Tokens of the first forward pass attend to one another expanded, as the
-model has it. From then on the weights that expand are absorbed into the queries and the outputs:
-rows are the keys of all heads, their latents are the values, and nothing is expanded.
+rotary part of its key. In the first forward pass tokens attend to each other's expanded keys and
+values, as in the model itself. Later passes expand nothing: the weights of the expansion are
+absorbed into the queries and the outputs, so that a row is the key of all heads, and its latent
+their value.
 """
 
 from __future__ import annotations
@@ -23,23 +24,23 @@ from .packed_states import ADVICE, PackedStates, _as
 class LatentStates(PackedStates):
     """PackedStates of rows [B, 1, N, rank + R], of which the first `rank` channels are latents.
 
-    value and value_window are those of the keys; new_key is [B, 1, L, rank + R]. With
-    `expanded_by` they become those of an attention module: new_key and new_value are then its
-    expanded keys and values, and queries are its own.
+    value and value_window are those of the keys; new_key is [B, 1, L, rank + R]. `expanded_by`
+    makes of them the states that an attention module attends with: new_key and new_value are then
+    its expanded keys and values, [B, Hq, L, ...], and its queries need no change.
     """
 
     rank: int = 0
-    weight: Tensor | None = None  # [Hq, Dn + Dv, rank]: of a head the rows for keys, then values
+    weight: Tensor | None = None  # [Hq, Dn + Dv, rank]: for each head the rows of keys, then values
 
-    def handed_out(self, latents: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
-        """What the module expands: these tokens alone, which carry the states with them."""
-        return _carrying(latents, self), _carrying(rotary, self)
+    def tag(self, latents: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
+        """The new tokens as the module will expand them, tagged with these states."""
+        return _tagged(latents, self), _tagged(rotary, self)
 
     def expanded_by(self, module: nn.Module, key: Tensor, value: Tensor) -> LatentStates:
-        """The states for the queries of this module, which has expanded the new tokens.
+        """The states with the keys and values that a module has expanded from the new tokens.
 
         Raises:
-            ValueError: it expands latents in another way than by one linear layer.
+            ValueError: the module does not expand latents by one linear layer.
         """
         linear = getattr(module, "kv_b_proj", None)
         if type(linear) is not nn.Linear or linear.bias is not None:
@@ -57,7 +58,7 @@ class LatentStates(PackedStates):
     def _check_expansion(
         self, module: nn.Module, weight: Tensor, key: Tensor, value: Tensor
     ) -> None:
-        """Whether a token's keys and values are what absorbed weights take them for."""
+        """Compares one token's keys and values with what the absorbed weights compute for it."""
         row = self.new_key[:, :, :1].float()
         if row.numel() == 0:
             return
@@ -67,7 +68,7 @@ class LatentStates(PackedStates):
         whole = torch.cat((expanded[..., :dim], rotary.expand(-1, key.shape[1], -1, -1)), -1)
         for got, want in ((key, whole), (value, expanded[..., dim:])):
             got = got[:, :, :1].float()
-            # Far more than sixteen bits round, far less than another formula gives.
+            # Far above the rounding of 16 bits, far below the difference of another formula.
             slack = 0.05 * want.abs().amax() + 1e-6
             if got.shape != want.shape or bool(((got - want).abs() > slack).any()):
                 raise ValueError(
@@ -94,7 +95,7 @@ class LatentStates(PackedStates):
         rows = torch.cat((latent, q[..., dim:]), -1)
         window = _as(self.key_window, q)
         options |= {"length": self.length, "softcap": softcap}
-        # The values are all channels of the keys, so that both are the same memory.
+        # Keys are passed as values too: the channels of out beyond the latents are not used.
         out, lse = tokred.packed_attention(
             rows, self.key, self.key, window, window, scale, **options
         )
@@ -102,11 +103,11 @@ class LatentStates(PackedStates):
         return out, lse
 
 
-class _Carrying(Tensor):
-    """Latents, or what a module expands from them, on their way to the attention.
+class _TaggedTensor(Tensor):
+    """Latents of new tokens, or what a module expands from them, with the states of the cache.
 
-    They are those of the new tokens alone, so nothing but the expansion, and tokred's attention,
-    may have them: other functions raise an error that says what to do.
+    The older tokens are in `states` only, so no function may read such a tensor but those of the
+    expansion, and tokred's attention: others raise an error that says what to do.
     """
 
     states: LatentStates
@@ -118,19 +119,18 @@ class _Carrying(Tensor):
         name = getattr(function, "__name__", str(function))
         if name not in _EXPANDING:
             raise TypeError(f"{name}: {ADVICE}")
-        carrying = next(_found(args))
-        states = carrying.states
+        states = next(_tagged_in(args)).states
         with torch._C.DisableTorchFunctionSubclass():
             if name == "linear" and states.new_key.shape[2] == 1 and not states.is_first:
-                # A single query reads the cache alone: what it would expand is never used.
+                # A single query reads the cache alone, so its expanded key and value are not used.
                 x, weight = args[0], args[1]
                 result = x.new_zeros(()).expand(*x.shape[:-1], weight.shape[0])
             else:
                 result = function(*args, **(kwargs or {}))
         if isinstance(result, Tensor):
-            return _carrying(result, states)
+            return _tagged(result, states)
         if isinstance(result, tuple | list):
-            return tuple(_carrying(x, states) if isinstance(x, Tensor) else x for x in result)
+            return tuple(_tagged(x, states) if isinstance(x, Tensor) else x for x in result)
         return result
 
 
@@ -143,27 +143,27 @@ _EXPANDING = {
 }
 
 
-def _found(args: Any) -> Any:
+def _tagged_in(args: Any) -> Any:
     for each in args:
-        if isinstance(each, _Carrying):
+        if isinstance(each, _TaggedTensor):
             yield each
         elif isinstance(each, tuple | list):
-            yield from _found(each)
+            yield from _tagged_in(each)
 
 
-def _carrying(x: Tensor, states: LatentStates) -> Tensor:
+def _tagged(x: Tensor, states: LatentStates) -> Tensor:
     with torch._C.DisableTorchFunctionSubclass():
-        carrying = x.as_subclass(_Carrying)
-    carrying.states = states
-    return carrying
+        tagged = x.as_subclass(_TaggedTensor)
+    tagged.states = states
+    return tagged
 
 
 def plain(x: Tensor) -> Tensor:
-    """The tensor without states."""
+    """The same memory as an ordinary tensor, without states."""
     with torch._C.DisableTorchFunctionSubclass():
         return x.as_subclass(Tensor)
 
 
 def states_of(key: Any) -> LatentStates | None:
-    """Of a key that a module has expanded from packed latents; None of others."""
-    return key.states if isinstance(key, _Carrying) else None
+    """The states that a key expanded from packed latents is tagged with; None for other keys."""
+    return key.states if isinstance(key, _TaggedTensor) else None

@@ -1,4 +1,4 @@
-"""Grouping of tokens, and tokens that stand for others."""
+"""Clusters of tokens, and selections of tokens that represent the others."""
 
 from .connected_components import connected_components
 from .dpc_knn import dpc_knn

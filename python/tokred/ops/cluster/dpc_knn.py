@@ -21,7 +21,7 @@ def dpc_knn(
 
     With D(i, j) = |x_i - x_j|^2 / C, a token's density is exp(-m), m the mean of its k smallest D,
     that to itself included, and delta the distance to its nearest denser token. The tokens of the
-    greatest density * delta are centres, and every token goes to its nearest centre. As in
+    largest density * delta are centres, and every token goes to its nearest centre. As in
     Chat-UniVi (arXiv:2311.08046), HoliTom (arXiv:2505.21334) and FlashVID, but without noise: equal
     densities rank by index, so that the result is the same every time, with duplicates too.
     Scores are compared as log delta - m, which does not underflow.
@@ -34,10 +34,10 @@ def dpc_knn(
             squared norm is not finite (NaN too) count as masked.
 
     Returns:
-        centers int32 [B, M], by falling density * delta (ties: the lower index), -1 where there are
-        fewer tokens. assignment int32 [B, N], the place of the nearest centre in `centers`, the
-        first of equals; a centre's own place; a token map for `merge` and `segment_pool`. Not
-        differentiable.
+        centers int32 [B, M], by descending density * delta (ties: the lower index), -1 where there
+        are fewer tokens. assignment int32 [B, N], the index in `centers` of the nearest centre, the
+        first of equals, or of the token itself where it is one; a token map for `merge` and
+        `segment_pool`. Not differentiable.
 
     Raises:
         ValueError: naming the argument whose shape, dtype, device or value does not fit.

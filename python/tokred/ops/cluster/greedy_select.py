@@ -1,4 +1,4 @@
-"""Greedy selection of tokens that are unlike each other, or like all others."""
+"""Greedy selection of diverse or representative tokens: wrapper and fake kernel."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def greedy_select(
         kcenter and mmr, most tokens need only be compared when their old score is the best left
         (lazy greedy, the same result). "isolated", and facility at the start, compare all pairs,
         2 B N^2 C flops; on the CPU "isolated" compares each pair at most once, and tokens that
-        cannot be the first pick only with those that can. Facility then sums the gains anew, 2 N C
+        cannot be the first pick only with those that can. Facility then sums the gains again, 2 N C
         flops each, of candidates whose old gain is the best left.
     """
     return choose(

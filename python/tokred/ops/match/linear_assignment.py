@@ -24,7 +24,7 @@ class LinearAssignment(NamedTuple):
 
 
 def linear_assignment(cost: Tensor, maximize: bool = False, check: bool = True) -> LinearAssignment:
-    """Pairs rows and columns one to one at the least total cost; exact, with its proof.
+    """Pairs rows and columns one to one at minimum total cost; exact, with dual prices as proof.
 
     There are min(N, M) pairs: every row of a wide matrix gets a column, every column of a tall one
     a row. The method is that of Jonker and Volgenant (Computing 38, 1987): shortest augmenting
@@ -39,7 +39,7 @@ def linear_assignment(cost: Tensor, maximize: bool = False, check: bool = True) 
         cost: [B, N, M] float32, float16 or bfloat16 (or float64 on the CPU), columns contiguous;
             N and M up to 2^24. inf forbids a pair (-inf with `maximize`). float64 costs are below
             2^960.
-        maximize: find the greatest total instead.
+        maximize: find the maximum total instead.
         check: on the CPU, raise where a cost is NaN or inf of the other sign, or where the
             forbidden pairs leave no assignment. A CUDA device never raises, because the host would
             have to wait for it: there, and with check=False, all rows of such an item get -1 and

@@ -1,4 +1,4 @@
-"""match and the plans built on it: wrappers, fake kernels and flop counts."""
+"""match and the token maps made of it: wrappers, fake kernels and flop counts."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def match(
     lowest such j. Only pairs with both masks True and |i - j| <= band take part. A NaN score never
     wins. A row with no partner has score -inf and index -1.
 
-    With k > 1 the k best partners of a row stand in falling order, the lowest index first among
-    equals, and (-inf, -1) behind the last.
+    With k > 1 the k best partners of a row come in descending order, the lowest index first among
+    equals, then (-inf, -1).
 
     The multiplicative weights are those of MCTF (arXiv:2403.10030), the band that of local merging;
     rows are normalised in float32 with norms of at least 1e-12, so a zero row has cosine 0.
@@ -48,7 +48,7 @@ def match(
         weight_a, weight_b: float32 [B, Na] and [B, Nb].
         metric: "cosine", "dot", "l2" (negated squared distance) or "half_cosine"
             ((1 + cosine) / 2, never negative, so that weights keep its order).
-        band: greatest |i - j|; -1 for no limit.
+        band: the largest |i - j|; -1 for no limit.
         k: how many partners, at least 1; may exceed Nb.
 
     Returns:
@@ -75,7 +75,7 @@ def bipartite_soft_matching(
     sources: Tensor | None = None,
     destinations: Tensor | None = None,
 ) -> Tensor:
-    """The whole ToMe plan (arXiv:2210.09461): which r tokens merge, and where every token goes.
+    """ToMe's bipartite soft matching (arXiv:2210.09461): the map that merges r tokens into others.
 
     Every source is linked to its most similar destination (cosine, lowest index on a tie); the r
     strongest links (lowest source on a tie) merge. By default the tokens after the prefix alternate
@@ -84,7 +84,7 @@ def bipartite_soft_matching(
 
     r is clamped to (N - num_prefix) // 2, or to the number of explicit sources; `num_out` gives the
     number of slots. Masked sources leave after all the matched ones, to -1 (dropped). Where fewer
-    than r sources can leave (garbage in `sources`), the last slots are dropped.
+    than r sources can merge (wrong positions in `sources`), the last slots are dropped.
 
     Args:
         metric: [B, N, C] float32, float16 or bfloat16, channels contiguous; usually the keys
@@ -93,7 +93,8 @@ def bipartite_soft_matching(
         num_prefix: leading tokens that take no part.
         mask: bool [B, N]; False is neither source nor destination.
         order: "tome": prefix, tokens on neither side, surviving sources (ascending with a prefix,
-            else by falling similarity), destinations. "position": by the first member's position.
+            else by descending similarity), destinations. "position": by the first member's
+            position.
         sources, destinations: int32 [n] or [B | 1, n] of positions; those outside [0, N), repeated,
             in the prefix or on both sides are no sources. With only `destinations`, all other
             tokens after the prefix are sources; destinations should then be distinct.

@@ -54,9 +54,9 @@ def sinkhorn(
         cost_ij = (1 - cos(x_i, anchor_j) - offset + position_weight |position_i - position_j|)
                   * (1 - exp(-(time_i - time_j)^2 / (2 time_scale^2)))
 
-    with the parts whose tensors are given. A step makes the rows of T right and then the columns;
-    an item stops by itself after the step in which exp(log_u) moves by less than `tolerance` on
-    average (it starts from 1).
+    with the parts whose tensors are given. A step scales the rows of T to their sums and then the
+    columns; an item stops by itself after the step in which exp(log_u) changes by less than
+    `tolerance` on average (it starts from 1).
 
     Args:
         x: [B, M, C] float32, float16 or bfloat16, channels contiguous.

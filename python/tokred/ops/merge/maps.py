@@ -44,7 +44,7 @@ def merge(
     "mean"       sum w s x / sum w s: ToMe's size-weighted mean (arXiv:2210.09461)
     "plain_mean" sum w x / sum w: tomesd's mean (arXiv:2303.17604)
     "amax/amin"  elementwise over the members; NaN wins
-    "prune"      x of the member of greatest w, the first on a tie; NaN weighs least
+    "prune"      x of the member of largest w, the first on a tie; NaN counts as smallest
     "maxnorm"    m / |m| * max |x_i| with m = sum w s x: norm-preserving, after ToFu
                  (arXiv:2312.01026)
     "halving"    starts with what "prune" takes, then y <- (y + x) / 2 for every other member in
@@ -60,7 +60,7 @@ def merge(
         token_map: int32 [B, N], from `bipartite_soft_matching`, `threshold_matching`, or your own.
         num_out: number of slots.
         size, weight: [B, N] float32 (float64 beside float64 x). `size` is how many tokens each
-            token already stands for; `weight` its say in the result.
+            token already stands for; `weight` is the w of the table.
         mode: one of the table.
         out, out_size: buffers [B, num_out, C] and float32 [B, num_out] to write into, which share
             no memory with each other and the inputs. Not recorded by autograd: inputs that require

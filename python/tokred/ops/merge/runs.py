@@ -54,7 +54,8 @@ def adjacent_runs(
         threshold: any number but NaN; runs of one token above 1.
         y: [..., N, C], dtype and device of x; x itself where None.
         mask: bool [..., N]; a token with False is in no run, and ends the one before it.
-        max_length: most tokens of a run, where positive; longer ones are cut from their start.
+        max_length: the maximum length of a run, where positive; longer ones are cut, counted from
+            their start.
         num_sinks, num_locals: so many of the first and of the last unmasked tokens are runs of
             their own.
 

@@ -40,7 +40,7 @@ def segment_pool(
     "last"     the token of highest position
     "softmax"  sum a x with a = softmax of `weight` over the segment
     "gaussian" sum a x with a ~ exp(-|x - x_pivot|^2 / (2 sigma^2)), summing to 1: KVMerger
-               (arXiv:2407.08454); the pivot is the token of greatest `weight`, the first on a tie,
+               (arXiv:2407.08454); the pivot is the token of largest `weight`, the first on a tie,
                or the middle one (number n // 2) without weights
     ========== =====================================================================================
 

@@ -155,7 +155,7 @@ def pagerank(
 def _log_sum(
     q: Tensor, k: Tensor, causal: bool, scale: float | None, mask: Tensor | None
 ) -> Tensor:
-    """The lse of the attention; one value a key is the least that the op can attend to."""
+    """The lse of the attention; biased_attention needs values, of which one channel is enough."""
     check_tensor("k", k)
     with torch.no_grad():
         return biased_attention(q, k, k[..., :1], causal=causal, scale=scale, mask=mask)[1]

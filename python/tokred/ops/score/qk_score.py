@@ -84,7 +84,7 @@ def block_pool(
     "mean"              the mean of the visible tokens; a key's logit of it is the mean of their
                         logits, as in Kinetics
     "sqrt_mean"         mean * sqrt(count), after DHSA's chunks of unequal length
-    "min_max"           elementwise least and greatest: Quest (arXiv:2406.10774)
+    "min_max"           elementwise minimum and maximum: Quest (arXiv:2406.10774)
     "mean_deviation"    mean, and elementwise mean absolute deviation: Rectified SpaAttn
                         (arXiv:2511.19835)
     =================== ==========================================================================
@@ -99,7 +99,7 @@ def block_pool(
         mask: bool [B | 1, N]; False takes the token out of its block.
 
     Returns:
-        pooled float32 [B, H, M, S, D] with S = 2 for min_max (least first) and mean_deviation
+        pooled float32 [B, H, M, S, D] with S = 2 for min_max (min first) and mean_deviation
         (mean first), else 1; and counts int32 [B, M], the visible tokens. An empty block is 0.
 
     Raises:
@@ -123,8 +123,8 @@ def block_score(
 
     =========== ================================================================================
     "dot"       q . block, for one statistic
-    "bounds"    sum over d of max(q_d least_d, q_d greatest_d): no key of the block has a greater
-                logit. Quest (arXiv:2406.10774), for min_max
+    "bounds"    sum over d of max(q_d min_d, q_d max_d): an upper bound of the logits of the
+                block's keys. Quest (arXiv:2406.10774), for min_max
     "deviation" |dq . k| + |q . dk| for q and blocks of mean_deviation: the error that pooling
                 makes, as Rectified SpaAttn (arXiv:2511.19835) estimates it
     =========== ================================================================================

@@ -62,10 +62,10 @@ def similarity_stats(
         mask_a, mask_b: bool [B, Na] and [B, Nb]; False takes the row out.
 
     Returns:
-        SimilarityStats: mean, variance (biased), greatest and energy float32 [B, Na]; index int32,
-        the first partner of greatest similarity; count int32. A masked row, and one without
-        partners, has greatest -inf, index -1, and 0 otherwise. NaN is never the greatest. Under
-        autocast a and b are cast to the wider dtype of the two.
+        SimilarityStats: mean, variance (biased), greatest (the maximum) and energy float32
+        [B, Na]; index int32, the first partner of maximum similarity; count int32. A masked row,
+        and one without partners, has greatest -inf, index -1, and 0 otherwise. NaN is never the
+        maximum. Under autocast a and b are cast to the wider dtype of the two.
 
     Raises:
         ValueError: naming the argument whose shape, dtype, device or value does not fit.

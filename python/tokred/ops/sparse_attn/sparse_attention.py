@@ -53,10 +53,10 @@ def sparse_attention(
     future keys, as those of DeepSeek-V3.2 do.
 
     Where all of N is listed in order the result is that of `biased_attention` up to rounding. With
-    rope_cos and rope_sin a listed key is rotated to its place in the list before it meets the
-    query, as TokenSelect (arXiv:2411.02886) does with keys cached unrotated: with h = D / 2,
+    rope_cos and rope_sin a listed key is rotated to its position in the list before its logit is
+    computed, as TokenSelect (arXiv:2411.02886) does with keys cached unrotated: with h = D / 2,
     k'[d] = k[d] cos[s, d] - k[d + h] sin[s, d] and k'[d + h] = k[d + h] cos[s, d] + k[d] sin[s, d]
-    for the entry at place s, in float32. Queries are taken as they are.
+    for entry s of the list, in float32. Queries are not rotated.
 
     Args:
         q: [B, Hq, L, D] float32, float16 or bfloat16, or float64 on the CPU; any outer strides, the

@@ -31,8 +31,8 @@ def unmerged_attention(
     Every position of the sequence has the query, key and value of its token, rotated to the
     position, and a token gets the mean of what its positions attend to (arXiv:2504.17040). It is
     the same as expanding q, k and v by the map, rotating, attending and averaging, but nothing is
-    expanded: rows are read through the map and rotated where they are used, and weights of keys of
-    one token are added before they meet its value.
+    expanded: rows are read through the map and rotated where they are used, and the weights of keys
+    of one token are added before they are multiplied with its value.
 
     Args:
         q: [B, Hq, Mq, D] float32, float16 or bfloat16, before rotation; any outer strides, the last
@@ -45,7 +45,7 @@ def unmerged_attention(
         causal: a position sees those up to itself.
         scale: 1 / sqrt(D) where None.
         query_map: int32 [B, L], the token of q at each of the last L positions; token_map where
-            None. So a chunk of new queries meets all keys.
+            None. So a chunk of new queries attends to all keys.
 
     Returns:
         [B, Hq, Mq, Dv] in the dtype of q; 0 for a token without positions, and the mean counts 0
