@@ -1,4 +1,4 @@
-// CUDA's device vocabulary on the host, for compiling the kernels of csrc with a C++ compiler.
+// CUDA's device functions on the host, for compiling the kernels of csrc with a C++ compiler.
 // Every thread of a block is a fiber. A warp runs until all of its lanes wait for the block or for
 // another warp, and warps, lanes and blocks take turns in shuffled order, so a kernel that lacks a
 // barrier gives wrong answers. Shared memory starts as NaNs. Divergent barriers and collectives

@@ -1,8 +1,8 @@
-// Sums of products as tensor cores make them. They multiply exactly, but align the products of a
-// step, and the sum so far, to the greatest exponent among them and cut off what lies beyond one
-// bit below an fp32 significand: an A100 does so for eight products at a time, later devices for
-// more of them with more bits (Fasi, Higham, Mikaitis and Pranesh, PeerJ Comput. Sci. 7:e330,
-// 2021; Khattak and Mikaitis, arXiv 2512.07004).
+// Sums of products with the truncation of tensor cores: these multiply exactly, but align the
+// products of a step, and the sum so far, to the largest exponent among them, and cut off all bits
+// from the second below an fp32 significand on. An A100 does so for eight products at a time, later
+// devices for more of them with more bits (Fasi, Higham, Mikaitis and Pranesh, PeerJ Comput. Sci.
+// 7:e330, 2021; Khattak and Mikaitis, arXiv 2512.07004).
 #pragma once
 
 #include <cstdint>
@@ -10,16 +10,17 @@
 
 namespace simt {
 
-// Whether they do, or sum in fp32, rounding to nearest.
+// False: sums in fp32, rounded to nearest.
 inline bool tensor_cores_truncate = true;
 
 // sum[column] += left[k] * right[k][column] over four columns and sixteen k.
 struct ProductStep {
   typedef float Floats __attribute__((vector_size(16)));
   typedef int32_t Ints __attribute__((vector_size(16)));
-  static constexpr int kTogether = 8, kExtraBits = 1;
-  // Outside of these powers of two a column is summed in fp32.
-  static constexpr float kLeast = 0x1p-100f, kMost = 0x1p126f;
+  static constexpr int kTogether = 8,
+                       kExtraBits = 1;  // products aligned at once; bits below fp32's
+  // A column whose largest power of two is outside of these bounds is summed in fp32.
+  static constexpr float kMin = 0x1p-100f, kMax = 0x1p126f;
 
   const float (&left)[16];
   const float (&right)[16][8];
@@ -36,18 +37,18 @@ struct ProductStep {
     return x;
   }
 
-  // x plus eight products; the columns for which this cannot be done are taken out of `inside`.
+  // x plus eight products; clears `inside` for columns outside of kMin and kMax.
   Floats add_truncated(Floats x, int first, Ints& inside) const {
-    Floats greatest = power_of_two(x);
-    inside &= greatest < kMost;
+    Floats largest = power_of_two(x);
+    inside &= largest < kMax;
     for (int k = first; k < first + kTogether; ++k) {
       const Floats power = power_of_two(Floats{} + left[k]) * power_of_two(row(k));
-      inside &= power < kMost;  // not NaN either
-      greatest = larger(greatest, power);
+      inside &= power < kMax;  // false for NaN
+      largest = larger(largest, power);
     }
-    inside &= (greatest == 0) | (greatest >= kLeast);
+    inside &= (largest == 0) | (largest >= kMin);
     // Numbers in units of the last bit that is kept: all sums are below 2^31.
-    const Floats one = inside ? larger(greatest, Floats{} + kLeast) : Floats{} + 1.0f;
+    const Floats one = inside ? larger(largest, Floats{} + kMin) : Floats{} + 1.0f;
     const Floats units = static_cast<float>(1 << (23 + kExtraBits)) / one;
     const auto whole = [&](Floats y) {
       return __builtin_convertvector(floats_of(bits_of(y * units) & inside), Ints);

@@ -1,4 +1,4 @@
-"""What the caches share that write in place: calls that fail change nothing; copies are copies."""
+"""Shared by caches that write in place: calls that fail change nothing, copies share nothing."""
 
 from __future__ import annotations
 

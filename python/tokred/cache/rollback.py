@@ -1,4 +1,4 @@
-"""How a layer of a packed cache takes back its last tokens without a trace."""
+"""How a layer of a packed cache removes its last tokens as if they had never been appended."""
 
 from __future__ import annotations
 

@@ -101,8 +101,8 @@ def stacks(model: nn.Module, method: TokenReducer, settings: Settings) -> Iterat
 def _refuse_grids(around: list[nn.Module]) -> None:
     """Refuses the models of timm that make feature maps of their tokens.
 
-    Those known to take any number of tokens pass; so do modules that are not timm's, which are
-    the business of whoever wrote them.
+    Models known to take any number of tokens pass, and so do modules that are not timm's, whose
+    authors have to know.
     """
     from timm.models.vision_transformer import VisionTransformer
 

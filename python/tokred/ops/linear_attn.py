@@ -48,9 +48,9 @@ def linear_attention(
         q: [B, Hq, N, D] float32, float16 or bfloat16, or float64 on the CPU; any outer strides, the
             last dimension contiguous, D at most 256.
         k: [B, Hkv, N, D], Hq a multiple of Hkv. v: [B, Hkv, N, Dv].
-        decay: float32 (float64 beside float64 q) [Hkv], the rate s of each key head; 0 forgets
+        decay: float32 (float64 if q is float64) [Hkv], the rate s of each key head; 0 forgets
             nothing.
-        state: float32 (float64 beside float64 q) [B, Hkv, D, Dv] from an earlier call.
+        state: float32 (float64 if q is float64) [B, Hkv, D, Dv] from an earlier call.
         scale: of the queries.
         mask: bool [B | 1, N]. A token that is False is as if its key were not there: it adds
             nothing, whatever it holds, and no time passes at it, so padding on either side changes

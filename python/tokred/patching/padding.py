@@ -26,7 +26,7 @@ class Padding:
 
     @classmethod
     def of(cls, mask: Tensor) -> Padding:
-        """From a bool mask [B, N], True is there: its one copy to the host."""
+        """From a bool mask [B, N], False for padding, which is copied to the host once."""
         first = (mask[:, 1:] <= mask[:, :-1]).all().int().expand(1)
         *lengths, comes_first = torch.cat([mask.sum(1).int(), first]).tolist()
         if comes_first:

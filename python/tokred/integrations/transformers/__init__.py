@@ -1,5 +1,5 @@
 """transformers: its attention on tokred's kernels, vision models that merge tokens, decoders that
-choose keys, and what a packed cache hands to them.
+choose keys, and what a packed cache passes to them.
 
 Importing it is all that model.set_attn_implementation("tokred") needs.
 """

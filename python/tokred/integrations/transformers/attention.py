@@ -1,4 +1,4 @@
-"""The attention of transformers' models on tokred's kernels, and the place where methods plug in.
+"""The attention of transformers' models on tokred's kernels, in which methods choose keys.
 
     tokred.integrations.transformers.attention.register()
     model.set_attn_implementation("tokred")
@@ -315,5 +315,5 @@ def _refuse(dropout: float, options: dict[str, Any]) -> None:
         )
 
 
-# Whoever imports tokred's part of transformers may ask a model for it by name.
+# Importing tokred.integrations.transformers is all that set_attn_implementation("tokred") needs.
 register()

@@ -1,7 +1,7 @@
-"""Taps transformers' attention interface: the queries and keys that chosen modules attend with.
+"""Records the queries and keys that chosen modules pass to transformers' attention interface.
 
-A model keeps its own attention; a tapped one also leaves references to its inputs, which cost
-nothing, with the recording that the calling thread has open.
+A model keeps its own attention; while the calling thread has a recording open, a tapped module also
+stores references to its inputs there, without copies.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class Attended:
 
 @dataclass
 class Recording:
-    """By module, what it attended with; modules that are not in it leave nothing.
+    """By module, what it attended with; other modules are not recorded.
 
-    stops: the first of them that attends ends the forward pass with Stopped.
+    stops: the first recorded module that attends ends the forward pass by raising Stopped.
     """
 
     calls: dict[nn.Module, list[Attended]] = field(default_factory=dict)
@@ -46,7 +46,7 @@ class Recording:
 
 
 class Stopped(Exception):
-    """The forward pass has come as far as the recording wanted."""
+    """Ends a forward pass once the recording has what it wants."""
 
 
 class _Open(threading.local):

@@ -1,10 +1,10 @@
 """transformers' language models: methods that choose which cached keys a layer attends to.
 
 The model runs on tokred's attention (attention.py) inside the patch, and every full-attention layer
-hands its attention to the method, a KeySelector. `attend` is called once a layer and forward pass,
-in their order, and by several threads if the model is. Methods count full-attention layers alone,
-from 0. Layers that see only a part of the keys, by a window, in chunks or by lists of their own,
-are left alone.
+calls the method, a KeySelector, instead. `attend` is called once a layer and forward pass, in their
+order, and by several threads if the model is. Methods count full-attention layers only, from 0.
+Layers that see only a part of the keys, by a window, in chunks or by lists of their own, are not
+touched.
 
 With rotation "compact" the queries and keys come without rotation, and are cached so: a cache made
 inside the patch then fits only models inside it.

@@ -1,7 +1,7 @@
-"""Encoder layers by what they compute: attention, then a part that takes every token by itself.
+"""Recognises encoder layers by what they compute: attention, then a part for each token by itself.
 
-Between the two, tokens can be reduced. The parts of a layer are told by their names, and a guess is
-believed where a trial on a few tokens gives the layer's own bits.
+Between the two, tokens can be reduced. The parts of a layer are guessed from their names, and a
+guess is accepted where a trial on a few tokens gives the layer's own bits.
 """
 
 from __future__ import annotations

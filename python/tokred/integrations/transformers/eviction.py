@@ -2,8 +2,8 @@
 
 The model runs on tokred's attention (attention.py) inside the patch. When a forward pass brings a
 cache without tokens, the layers of full attention get caches of their own (kept_keys.py), which ask
-the method, a KeyEvictor, after each attention what stays. Methods count full-attention layers
-alone, from 0. Layers that see only a part of the keys are left alone.
+the method, a KeyEvictor, after each attention which keys stay. Methods count full-attention layers
+only, from 0. Layers that see only a part of the keys are not touched.
 """
 
 from __future__ import annotations

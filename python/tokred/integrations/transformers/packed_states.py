@@ -1,4 +1,4 @@
-"""What a layer of tokred.PackedCache hands to the attention in the place of its keys."""
+"""What a layer of tokred.PackedCache passes to the attention in place of its keys."""
 
 from __future__ import annotations
 

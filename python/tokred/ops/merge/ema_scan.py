@@ -23,14 +23,14 @@ def ema_scan(
 
     Args:
         c: [B, M, C] float32, float16, bfloat16, or float64 on the CPU; channels contiguous.
-        p: [B, M] float32 (float64 beside float64 c), any numbers; at 0 a token changes nothing, at
+        p: [B, M] float32 (float64 if c is float64), any numbers; at 0 a token changes nothing, at
             1 it takes the place of all before it.
-        state: [B, C] float32 (float64 beside float64 c), z before the first token.
+        state: [B, C] float32 (float64 if c is float64), z before the first token.
         lengths: int32 [B]; tokens from lengths[b] on do not count, and their z is 0.
 
     Returns:
         z [B, M, C] in the dtype of c, and the state after the last token, float32 [B, C] (float64
-        beside float64 c): two calls with it in between are one. Sums run in float32 (float64 for
+        if c is float64): two calls with it in between are one. Sums run in float32 (float64 for
         float64). Differentiable in c, p and state, once; in half precision the gradient of p sees z
         as it was rounded.
 

@@ -44,7 +44,7 @@ def forest_merge(
     Args:
         x: [B, N, C] float32, float16, bfloat16, or float64 on the CPU; channels contiguous.
         parent: int32 [B, N], as in `forest_roots`.
-        size: [B, N] float32 (float64 beside float64 x): how many tokens each token already stands
+        size: [B, N] float32 (float64 if x is float64): how many tokens each token already stands
             for.
         reference_compat: divide the sum over the tree by 1 + the number of the root's own children,
             as FlashVID's code does, so that trees of depth 2 and more become too long. It takes no

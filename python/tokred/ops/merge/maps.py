@@ -59,7 +59,7 @@ def merge(
         x: [B, N, C] float32, float16, bfloat16, or float64 on the CPU; channels contiguous.
         token_map: int32 [B, N], from `bipartite_soft_matching`, `threshold_matching`, or your own.
         num_out: number of slots.
-        size, weight: [B, N] float32 (float64 beside float64 x). `size` is how many tokens each
+        size, weight: [B, N] float32 (float64 if x is float64). `size` is how many tokens each
             token already stands for; `weight` is the w of the table.
         mode: one of the table.
         out, out_size: buffers [B, num_out, C] and float32 [B, num_out] to write into, which share

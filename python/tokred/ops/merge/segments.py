@@ -57,7 +57,7 @@ def segment_pool(
             outside [0, num_segments) are in no segment.
         num_segments: S, beside ids.
         mode: one of the table.
-        weight: [..., N] float32 (float64 beside float64 x); not for amax and last.
+        weight: [..., N] float32 (float64 if x is float64); not for amax and last.
         sigma: of "gaussian"; None takes the root of the segment's mean squared distance to its
             pivot.
 
@@ -130,7 +130,7 @@ def segment_weights(
         sigma: of "gaussian", as in `segment_pool`.
 
     Returns:
-        float32 [..., N]; float64 beside float64 inputs. Differentiable in weight for "softmax", in
+        float32 [..., N]; float64 if inputs are float64. Differentiable in weight for "softmax", in
         x for "gaussian"; once.
 
     Raises:

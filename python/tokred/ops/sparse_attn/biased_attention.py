@@ -64,12 +64,12 @@ def biased_attention(
         q: [B, Hq, L, D] float32, float16 or bfloat16, or float64 on the CPU; any outer strides, the
             last dimension contiguous, D and Dv at most 576; on CUDA 256 for gradients.
         k: [B, Hkv, N, D], Hq a multiple of Hkv. v: [B, Hkv, N, Dv].
-        key_bias: float32 (float64 beside float64 q) [B | 1, Hkv | 1, N], or [B, N]; -inf hides a
+        key_bias: float32 (float64 if q is float64) [B | 1, Hkv | 1, N], or [B, N]; -inf hides a
             key.
         causal: query i sees the keys j <= i + N - L: the last query sees them all.
         scale: 1 / sqrt(D) where None.
         mask: [B | 1, Hq | 1, L | 1, N], or [B, N]: bool, True is visible; or numbers that are
-            added to the logits, in float32 (float64 beside float64 q) or the dtype of q, of which
+            added to the logits, in float32 (float64 if q is float64) or the dtype of q, of which
             -inf hides: relative positions, ALiBi. As in torch's scaled_dot_product_attention, but
             that a query of -inf alone gets zeros. +inf makes a query NaN.
         query_position, key_position: int32 [B | 1, L, c] and [B | 1, N, c] with c = 1 or 2, or
@@ -126,7 +126,7 @@ def combine_states(
     Args:
         out_a, out_b: [B, H, L, D] float32, float16 or bfloat16, or float64 on the CPU, the last
             dimension contiguous.
-        lse_a, lse_b: float32 (float64 beside float64) [B, H, L], as the attention ops return them.
+        lse_a, lse_b: float32 (float64 if the outs are) [B, H, L], as the attention ops return them.
             -inf is the empty set: its out is not looked at.
 
     Returns:

@@ -68,7 +68,7 @@ def block_sparse_attention(
             shorter. Those of a BlockMask are its own.
         causal: query i sees the keys j <= i + N - L.
         scale: 1 / sqrt(D) where None.
-        key_bias: float32 (float64 beside float64 q) [B | 1, Hkv | 1, N], or [B, N].
+        key_bias: float32 (float64 if q is float64) [B | 1, Hkv | 1, N], or [B, N].
         mask: [B | 1, Hq | 1, L | 1, N], or [B, N]: bool, True is visible; or numbers that are
             added to the logits, in float32 or the dtype of q, of which -inf hides.
         softcap: where given, logits are softcap * tanh(scale q k^T / softcap) before key_bias and

@@ -65,7 +65,7 @@ def sparse_attention(
         k: [B, Hkv, N, D], Hq a multiple of Hkv. v: [B, Hkv, N, Dv].
         indices: int32 [B, Hq | Hkv | 1, ceil(L / block_q), K], the last dimension contiguous.
         scale: 1 / sqrt(D) where None.
-        key_bias: float32 (float64 beside float64 q) [B | 1, Hkv | 1, N], or [B, N].
+        key_bias: float32 (float64 if q is float64) [B | 1, Hkv | 1, N], or [B, N].
         causal: query i sees the keys j <= i + N - L.
         mask: [B | 1, Hq | 1, L | 1, N], or [B, N]: bool, True is visible; or numbers that are
             added to the logits, in float32 or the dtype of q, of which -inf hides.
