@@ -18,7 +18,6 @@ from .machine_code import CLASS_OF, CLASSES, HALF_RATE, OTHER, Code, Flow, machi
 from .tables import duration, table
 
 # An H200: 132 multiprocessors of four schedulers at 1.755 GHz.
-MULTIPROCESSORS = 132
 ISSUE_RATE = 132 * 4 * 1.755e9  # warp instructions a second
 BYTE_RATE = 4.3e12
 TENSOR_RATE = 790e12  # FLOP a second of wgmma

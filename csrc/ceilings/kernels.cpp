@@ -19,7 +19,6 @@ using ceilings::Sink;
 using Float = f32x16::N;
 using Int = i32x16::N;
 
-constexpr int kLineFloats = kLine / sizeof(float);
 // Independent chains: two FMA units of four or five cycles need ten, and the other registers hold
 // the operands.
 constexpr int kChains = kRegisterBytes == 64 ? 24 : 12;

@@ -28,12 +28,6 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
-struct alignas(8) int2 {
-  int x, y;
-};
-struct alignas(16) int4 {
-  int x, y, z, w;
-};
 struct alignas(8) float2 {
   float x, y;
 };
@@ -42,7 +36,6 @@ struct alignas(16) float4 {
 };
 
 inline dim3 gridDim, blockDim, blockIdx, threadIdx;
-inline constexpr int warpSize = 32;
 
 namespace simt {
 
@@ -150,9 +143,7 @@ To bits(From x) {
 
 // Barriers and warp collectives ------------------------------------------------------------------
 inline void __syncthreads() { simt::block_barrier(false); }
-inline int __syncthreads_count(int p) { return simt::block_barrier(p); }
 inline int __syncthreads_or(int p) { return simt::block_barrier(p) > 0; }
-inline int __syncthreads_and(int p) { return simt::block_barrier(!p) == 0; }
 inline void __syncwarp(unsigned mask = ~0u) {
   int nothing = 0;
   simt::collective(mask, nothing, [](int* const*) {});
@@ -229,35 +220,18 @@ template <class T>
 T atomicOr(T* p, std::type_identity_t<T> v) {
   return simt::fetch(p, [&](T old) { return T(old | v); });
 }
-template <class T>
-T atomicAnd(T* p, std::type_identity_t<T> v) {
-  return simt::fetch(p, [&](T old) { return T(old & v); });
-}
-template <class T>
-T atomicExch(T* p, std::type_identity_t<T> v) {
-  return simt::fetch(p, [&](T) { return v; });
-}
-template <class T>
-T atomicCAS(T* p, std::type_identity_t<T> expected, std::type_identity_t<T> v) {
-  return simt::fetch(p, [&](T old) { return old == expected ? v : old; });
-}
 
 // Intrinsics -------------------------------------------------------------------------------------
 inline unsigned __float_as_uint(float x) { return simt::bits<unsigned>(x); }
 inline int __float_as_int(float x) { return simt::bits<int>(x); }
 inline float __uint_as_float(unsigned x) { return simt::bits<float>(x); }
-inline float __int_as_float(int x) { return simt::bits<float>(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
 inline int __clzll(unsigned long long x) { return x ? __builtin_clzll(x) : 64; }
 inline int __ffs(unsigned x) { return __builtin_ffs(int(x)); }
-inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
-inline float __expf(float x) { return std::exp(x); }
 inline float __fdividef(float x, float y) { return x / y; }
-inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
 inline float __fmul_rn(float x, float y) { return x * y; }
 inline float __fadd_rn(float x, float y) { return x + y; }
-inline float __fsub_rn(float x, float y) { return x - y; }
 inline float __fdiv_rn(float x, float y) { return x / y; }
 inline float __fsqrt_rn(float x) { return std::sqrt(x); }
 // Four of the eight bytes of x and y, x's first, by the low three bits of four nibbles.
@@ -269,8 +243,6 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
   }
   return result;
 }
-inline void __threadfence() {}
-inline void __threadfence_block() {}
 template <class T>
 T __ldg(const T* p) {
   return *p;
