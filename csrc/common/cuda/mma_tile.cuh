@@ -238,10 +238,12 @@ __device__ __forceinline__ void add_products(float (&out)[kRowTiles][kTiles][4],
 }
 
 // out[i] = rows of the left operand . rows of the tile, 16 rows on the left for each i; left(k, i)
-// gives columns 16 k .. 16 k + 15 of them.
+// gives columns 16 k .. 16 k + 15 of them. Of several planes the columns from `columns` on, which
+// are zero, are left out.
 template <int kDim, class T, int kRowTiles, int kColumns, class LeftAt>
 __device__ __forceinline__ void multiply_by_rows(float (&out)[kRowTiles][kColumns / 8][4],
-                                                 const Tile<T, kColumns, kDim>& tile, LeftAt left) {
+                                                 const Tile<T, kColumns, kDim>& tile, LeftAt left,
+                                                 int columns = kDim) {
 #pragma unroll
   for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
@@ -253,7 +255,7 @@ __device__ __forceinline__ void multiply_by_rows(float (&out)[kRowTiles][kColumn
   [[maybe_unused]] constexpr int kUnroll =
       Operand<T>::kPlanes == 1 ? (kDim <= 128 ? kDim / 16 : 2) : 1;
 #pragma unroll kUnroll
-  for (int k = 0; k < kDim / 16; ++k) {
+  for (int k = 0; k < kDim / 16 && (Operand<T>::kPlanes == 1 || 16 * k < columns); ++k) {
     Left<T> a[kRowTiles];
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) a[i] = left(k, i);
@@ -265,11 +267,14 @@ __device__ __forceinline__ void multiply_by_rows(float (&out)[kRowTiles][kColumn
 }
 
 // out[i] += weights[i] . tile: products of one kind become the left operand of the next, since a
-// lane holds the same rows and columns of both.
+// lane holds the same rows and columns of both. Of several planes the columns from `columns` on are
+// left out, and a branch every 64 columns makes the compiler add their sums to `out` before it
+// begins others: a wide head has no registers for all of them.
 template <class T, int kRowTiles, int kColumns, int kDim>
 __device__ __forceinline__ void accumulate(float (&out)[kRowTiles][kDim / 8][4],
                                            const float (&weights)[kRowTiles][kColumns / 8][4],
-                                           const Tile<T, kColumns, kDim>& tile) {
+                                           const Tile<T, kColumns, kDim>& tile,
+                                           int columns = kDim) {
 #pragma unroll
   for (int k = 0; k < kColumns / 16; ++k) {
     Left<T> a[kRowTiles];
@@ -287,7 +292,13 @@ __device__ __forceinline__ void accumulate(float (&out)[kRowTiles][kDim / 8][4],
       }
     }
 #pragma unroll
-    for (int j = 0; j < kDim / 16; ++j) add_products<true>(out, j, a, tile, 16 * k, 16 * j);
+    for (int first = 0; first < kDim; first += 64) {
+      if (Operand<T>::kPlanes > 1 && first >= columns) continue;
+#pragma unroll
+      for (int column = first; column < min(first + 64, kDim); column += 16) {
+        add_products<true>(out, column / 16, a, tile, 16 * k, column);
+      }
+    }
   }
 }
 

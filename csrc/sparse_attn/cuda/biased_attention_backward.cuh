@@ -100,16 +100,18 @@ __device__ __forceinline__ void store_sums(T* row, int dim, const Sums& sums, in
   }
 }
 
-// Products of this warp's 16 owned rows with the rows of a streamed tile.
+// Products of this warp's 16 owned rows with the rows of a streamed tile; both have `columns`.
 template <class C>
 __device__ __forceinline__ void multiply_owned(typename C::Products& out,
                                                const typename C::Owned& owned,
-                                               const typename C::Streamed& streamed) {
-  multiply_by_rows<C::kDim>(out, streamed, [&](int k, int) {
+                                               const typename C::Streamed& streamed,
+                                               int64_t columns) {
+  const auto left = [&](int k, int) {
     Left<typename C::T> a;
     load_left(a, owned, warp_id() * 16, 16 * k);
     return a;
-  });
+  };
+  multiply_by_rows<C::kDim>(out, streamed, left, static_cast<int>(columns));
 }
 
 // delta = out . grad_out - grad_lse, one warp a row of [B, Hq, L].
@@ -222,8 +224,10 @@ __device__ __forceinline__ void add_queries(KeyGradSums<C>& sums, const KeyGradS
     hidden = find_hidden_queries<C>(shared, p, view, first_key, tile, stage);
   }
   typename C::Products weight, grad;
-  multiply_owned<C>(weight, shared.key, shared.query[stage]);
-  if constexpr (C::kWantsKey) multiply_owned<C>(grad, shared.value, shared.grad_out[stage]);
+  multiply_owned<C>(weight, shared.key, shared.query[stage], p.head_dim);
+  if constexpr (C::kWantsKey) {
+    multiply_owned<C>(grad, shared.value, shared.grad_out[stage], p.value_dim);
+  }
 #pragma unroll
   for (int j = 0; j < C::kColumns / 8; ++j) {
 #pragma unroll
@@ -246,8 +250,12 @@ __device__ __forceinline__ void add_queries(KeyGradSums<C>& sums, const KeyGradS
       }
     }
   }
-  if constexpr (C::kWantsValue) accumulate(sums.value, weight, shared.grad_out[stage]);
-  if constexpr (C::kWantsKey) accumulate(sums.key, grad, shared.query[stage]);
+  if constexpr (C::kWantsValue) {
+    accumulate(sums.value, weight, shared.grad_out[stage], static_cast<int>(p.value_dim));
+  }
+  if constexpr (C::kWantsKey) {
+    accumulate(sums.key, grad, shared.query[stage], static_cast<int>(p.head_dim));
+  }
 }
 
 template <class C>

@@ -61,8 +61,8 @@ __device__ __forceinline__ void logit_grads(typename C::Products& product,
   HiddenPairs<1, C::kColumns> hidden;
   if constexpr (C::kSparse) hidden = find_hidden_keys<C>(shared, p, view, first_row, tile);
   typename C::Products grad;
-  multiply_owned<C>(product, shared.query, shared.key[stage]);
-  multiply_owned<C>(grad, shared.grad_out, shared.value[stage]);
+  multiply_owned<C>(product, shared.query, shared.key[stage], p.head_dim);
+  multiply_owned<C>(grad, shared.grad_out, shared.value[stage], p.value_dim);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const QueryInfo info = shared.info[warp_id() * 16 + half * 8 + lane_id() / 4];
@@ -92,7 +92,7 @@ __device__ __forceinline__ void add_keys(typename C::Sums& grad_q, const QueryGr
                                          float scale) {
   typename C::Products product;
   logit_grads<C, true>(product, shared, p, view, first_row, tile, stage, scale);
-  accumulate(grad_q, product, shared.key[stage]);
+  accumulate(grad_q, product, shared.key[stage], static_cast<int>(p.head_dim));
 }
 
 template <class C>

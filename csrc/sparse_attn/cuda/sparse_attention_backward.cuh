@@ -54,8 +54,8 @@ __device__ __forceinline__ void add_listed_keys(typename C::Sums& grad_q,
   const int stage = tile % C::kStages;
   const KeySlots<C::kColumns>& slots = shared.slots[tile % kSlotStages];
   typename C::Products product, grad;
-  multiply_owned<C>(product, shared.query, shared.key[stage]);
-  multiply_owned<C>(grad, shared.grad_out, shared.value[stage]);
+  multiply_owned<C>(product, shared.query, shared.key[stage], p.head_dim);
+  multiply_owned<C>(grad, shared.grad_out, shared.value[stage], p.value_dim);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const ListRowInfo& info = shared.info[warp_id() * 16 + half * 8 + lane_id() / 4];
@@ -72,7 +72,7 @@ __device__ __forceinline__ void add_listed_keys(typename C::Sums& grad_q,
       }
     }
   }
-  accumulate(grad_q, product, shared.key[stage]);
+  accumulate(grad_q, product, shared.key[stage], static_cast<int>(p.head_dim));
 }
 
 template <class C>
@@ -185,8 +185,8 @@ __device__ __forceinline__ void add_listing_rows(KeyGradSums<C>& sums, ListKeyGr
   const float scale = logit_scale(p);
   typename C::Products weight, grad;
   float bias[2] = {};
-  multiply_owned<C>(weight, shared.key, shared.query);
-  if constexpr (C::kWantsKey) multiply_owned<C>(grad, shared.value, shared.grad_out);
+  multiply_owned<C>(weight, shared.key, shared.query, p.head_dim);
+  if constexpr (C::kWantsKey) multiply_owned<C>(grad, shared.value, shared.grad_out, p.value_dim);
 #pragma unroll
   for (int j = 0; j < C::kColumns / 8; ++j) {
 #pragma unroll
@@ -223,8 +223,12 @@ __device__ __forceinline__ void add_listing_rows(KeyGradSums<C>& sums, ListKeyGr
       shared.grad_bias[warp_id() * 16 + half * 8 + lane_id() / 4] += bias[half];
     }
   }
-  if constexpr (C::kWantsValue) accumulate(sums.value, weight, shared.grad_out);
-  if constexpr (C::kWantsKey) accumulate(sums.key, grad, shared.query);
+  if constexpr (C::kWantsValue) {
+    accumulate(sums.value, weight, shared.grad_out, static_cast<int>(p.value_dim));
+  }
+  if constexpr (C::kWantsKey) {
+    accumulate(sums.key, grad, shared.query, static_cast<int>(p.head_dim));
+  }
 }
 
 // Adds all rows that read the lists from shared.list on.
