@@ -24,7 +24,7 @@ from tokred.demo.smollm2 import load_smollm2
 from tokred.evaluation.decoding import dense_attention
 
 from .bench_models import allow_torchvision, inside
-from .harness import MOST_SAMPLES, Case
+from .harness import MAX_SAMPLES, Case
 from .machine import Run
 
 EVICTORS = ("snap_kv", "h2o", "streaming_llm")
@@ -54,7 +54,7 @@ def decode_case(model: torch.nn.Module, context: int) -> Case:
         ours = inside(dense_attention, model, held)
         tidal = inside(partial(tokred.patch, method="tidal_decode", k=256), model, held)
         # As long as the samples need: a longer one would be slower.
-        static = partial(StaticCache, config=config, max_cache_len=context + MOST_SAMPLES + 8)
+        static = partial(StaticCache, config=config, max_cache_len=context + MAX_SAMPLES + 8)
         dynamic = partial(DynamicCache, config=config)
         caches = {
             "tokred.PackedCache, 4 bits": (ours, tokred.PackedCache(config, bits=4)),

@@ -1,8 +1,8 @@
-"""Backward passes of merging, pooling and matching beside those of the same formulas in torch.
+"""Backward passes of merging, pooling and matching, compared with the same formulas in torch.
 
 merge_wavg, unmerge: the gradient of the tokens, by autograd of ToMe's gather and scatter_reduce.
-segment_pool: of a cache of keys. sinkhorn: of tokens that meet 126 anchors in 10 rounds. Forward
-passes have run before the clock starts. The gradients of attention are in sparse_attn, block_sparse
+segment_pool: of a cache of keys. sinkhorn: of tokens and 126 anchors, in 10 rounds. Forward passes
+have run before the clock starts. The gradients of attention are in sparse_attn, block_sparse
 and linear_attn.
 """
 

@@ -28,7 +28,7 @@ from tokred.evaluation.profiler import profiled
 from tokred.evaluation.speed import Step
 
 from .bench_models import allow_torchvision, inside
-from .harness import MOST_SAMPLES, Case
+from .harness import MAX_SAMPLES, Case
 from .machine import DTYPES, Run
 
 READ = 8192  # tokens, SmolLM2's context
@@ -85,7 +85,7 @@ def decode_case(context: int, batch: int, dtype: str, quick: bool) -> Case:
 
         model = model_in(dtype)
         config, token = model.config, model_and_ids()[1][:, :1].repeat(batch, 1)
-        room = 200 if quick else 5 * MOST_SAMPLES  # steps of all candidates that share it
+        room = 200 if quick else 5 * MAX_SAMPLES  # steps of all candidates that share it
         full = partial(filled, context=context, batch=batch, dtype=dtype)
         static = full(StaticCache(config=config, max_cache_len=context + room))
         scored = full(tokred.DenseCache(config, score_bits=4))

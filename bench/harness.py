@@ -23,7 +23,7 @@ from .machine import DTYPES, Run, percentiles
 
 SHORTEST_SAMPLE_S = 2e-3
 SLOW_CALL_S = 0.5
-FEWEST_SAMPLES, FEWEST_SLOW_SAMPLES, MOST_SAMPLES = 5, 3, 101
+MIN_SAMPLES, MIN_SLOW_SAMPLES, MAX_SAMPLES = 5, 3, 101
 
 
 @dataclass(frozen=True)
@@ -170,8 +170,8 @@ def turns(quotas: dict[str, int]) -> Iterable[str]:
 
 def quota(budget_s: float, sample_s: float) -> int:
     """How many samples of that length a candidate gets."""
-    fewest = FEWEST_SLOW_SAMPLES if sample_s > SLOW_CALL_S else FEWEST_SAMPLES
-    return min(max(int(budget_s / max(sample_s, 1e-9)), fewest), MOST_SAMPLES)
+    fewest = MIN_SLOW_SAMPLES if sample_s > SLOW_CALL_S else MIN_SAMPLES
+    return min(max(int(budget_s / max(sample_s, 1e-9)), fewest), MAX_SAMPLES)
 
 
 def compare(

@@ -1,8 +1,8 @@
 """What a kernel's machine code says: registers, blocks, the instructions of its main loop by class.
 
-A main loop is the loop that holds most of the kernel's first marker, an instruction that does its
-work. A pass is the way through it that meets the most markers and, of these, the fewest others: no
-slow path that a usual call goes around. Loops inside count as often as the kernel runs them.
+Markers are the instructions that do a kernel's work. The main loop is the loop with most of the
+first marker. A pass is the path through it with the most markers and, among these, the fewest other
+instructions, which leaves out slow paths. Inner loops count as often as the kernel runs them.
 """
 
 from __future__ import annotations

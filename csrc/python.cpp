@@ -140,7 +140,7 @@ py::dict plans_of_lists(const ListShape& shape, int64_t shared_limit) {
                   "workspace_bytes"_a = decode_workspace_bytes(shape));
 }
 
-// The launches of the score stem; blocks are of 64 tokens, and similarities among the queries.
+// The launches of the score family, with blocks of 64 tokens and similarities among the queries.
 py::dict plans_of_score(const ScoreShape& s) {
   const int lanes = score_lanes(s.head_dim);
   const int64_t heads = s.batch * s.heads_kv, blocks = divide_up(s.keys, 64);

@@ -63,7 +63,7 @@ struct LinearAssignmentParams {
   int32_t* index;  // i32 [B, N], the column of a row, -1 for none
   double* row_dual;  // f64 [B, N]
   double* column_dual;  // f64 [B, M]
-  AssignmentFailure* failure;  // [B] on the host; null where nobody can look at it
+  AssignmentFailure* failure;  // [B] on the host; null where it is not read
   void* workspace;  // linear_assignment_workspace(params) bytes
 };
 
@@ -93,7 +93,7 @@ struct SinkhornParams : TokenPairs {
   void* workspace;  // sinkhorn_workspace(params) bytes
 };
 
-inline constexpr int64_t kMostKeptSteps = 1 << 16;  // on a device, which has room for all of them
+inline constexpr int64_t kMaxKeptSteps = 1 << 16;  // on a device, which has room for all of them
 
 // The gradients of x and anchors through the steps that were made, with S = -cost / eps and, of the
 // step t, log_u_i = log a - logsumexp_j(S_ij + log_v_j of the step before) and log_v_j = log b -
@@ -114,7 +114,7 @@ struct SinkhornBackwardParams {
   int64_t load_stride[2];
   const int32_t* steps;  // i32 [B] that the items made
   int64_t steps_stride;
-  int64_t most_steps;  // steps[b] are taken from 0 to this
+  int64_t max_steps;  // steps[b] are taken from 0 to this
   void* grad_x;  // dtype [B, M, C]
   void* grad_anchors;  // dtype [B, N, C]
   void* workspace;  // sinkhorn_backward_workspace(params) bytes

@@ -143,15 +143,15 @@ std::tuple<Tensor, Tensor> sinkhorn_backward(
   p.steps = static_cast<const int32_t*>(steps.const_data_ptr());
   p.steps_stride = steps.stride(0);
   // Steps are kept: as many as were made where the host can see that.
-  p.most_steps = iterations;
+  p.max_steps = iterations;
   if (Backend::kHost) {
     int64_t made = 0;
     for (int64_t b = 0; b < f.batch; ++b) {
       made = std::max<int64_t>(made, p.steps[b * p.steps_stride]);
     }
-    p.most_steps = std::min(iterations, made);
+    p.max_steps = std::min(iterations, made);
   } else {
-    TOKRED_CHECK(iterations <= kMostKeptSteps, "iterations must be at most ", kMostKeptSteps,
+    TOKRED_CHECK(iterations <= kMaxKeptSteps, "iterations must be at most ", kMaxKeptSteps,
                  " for a gradient on a device, got ", iterations);
   }
 

@@ -187,7 +187,7 @@ def test_scores_have_the_mean(reduce: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("count", [1, 5])
 def test_attention_has_the_mean(count: int) -> None:
-    """Also in lse, which sinks and new tokens meet."""
+    """Also in lse, by which sinks and new tokens are combined."""
     bias = 20 * torch.randn(1, 2, 1, 64, generator=torch.Generator().manual_seed(3))
     keys, values = states(60)
     layer = PackedCacheLayer(options(bits=8, window=5))

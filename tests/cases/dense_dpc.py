@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def dpc_knn(x: Tensor, clusters: int, k: int) -> tuple[list[int], Tensor]:
-    """(centres by falling score, assignment) of x [N, C], without noise."""
+    """(centres by descending score, assignment) of x [N, C], without noise."""
     x = x.double()
     squared = torch.cdist(x, x) ** 2 / x.shape[1]
     near = squared.topk(min(k, len(x)), 1, largest=False).values

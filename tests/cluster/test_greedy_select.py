@@ -20,7 +20,7 @@ from tokred.reference.cluster.greedy_select import distances as distances_of
 
 RULES = ("kcenter", "maxsum", "mmr", "facility")
 METRICS = ("cosine", "l2", "dot")
-distances = remember(distances_of)  # the same rows meet under several rules
+distances = remember(distances_of)  # several rules use the same rows
 CHOICES = [(r, m) for r in RULES for m in METRICS if (r, m) != ("facility", "l2")]
 
 
@@ -88,8 +88,9 @@ def test_first_picks(backend: Backend, rule: str, metric: str, first: str) -> No
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_isolated_among_many(backend: Backend, metric: str) -> None:
-    """More tiles than meet all others at once, more channels than are multiplied at once, and as
-    many as sketches are made of."""
+    """More tiles than are compared with all others at once, more channels than are multiplied at
+    once, and as many as sketches are made of.
+    """
     centres = randn(12, 260, seed=4)
     chosen = torch.randint(12, (2, 203), generator=generator(5))
     x = centres[chosen] + 0.5 * randn(2, 203, 260)
@@ -280,7 +281,7 @@ def test_threads_share_a_large_item(kernels: Backend, rule: str, metric: str) ->
 
 
 def test_many_picks_meet_in_pieces(backend: Backend) -> None:
-    """More picks than a tile meets at a time; a far tile meets them all at last."""
+    """More picks than a tile is compared with at a time; a far tile catches up with all at last."""
     near, far = randn(1, 16, 4, seed=3) * 0.01, randn(1, 240, 4, seed=4)
     x = torch.cat([near, far], 1)
     picks = backend.run("greedy_select", x, 256, "kcenter", metric="l2")

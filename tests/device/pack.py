@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 BUILT, PACKED = ROOT / "python" / "tokred" / "lib", ROOT / "build" / "device"
 LIBRARIES = ("libtokred.so", "libtokred_cuda.so")
-MOST_BYTES = 60 * 10**6
+MAX_BYTES = 60 * 10**6
 
 
 def main() -> int:
@@ -28,9 +28,9 @@ def main() -> int:
     print(f"{PACKED}: {total / 1e6:.1f} MB")
     if missing:
         print(f"{', '.join(missing)} not built here: the device builds the libraries itself")
-    if total > MOST_BYTES:
-        print(f"more than the {MOST_BYTES / 1e6:.0f} MB that can travel")
-    return int(total > MOST_BYTES)
+    if total > MAX_BYTES:
+        print(f"more than the {MAX_BYTES / 1e6:.0f} MB that can travel")
+    return int(total > MAX_BYTES)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from histories import LAYERS, config, equal, live, options
 
 import tokred
 
-MOST_ALLOCATIONS = 200
+MAX_ALLOCATIONS = 200
 _guard = Guard()
 
 
@@ -63,7 +63,7 @@ def examine(name: str, seed: int) -> None:
 def _examine_call(base: Any, call: Callable[[Any], Any], where: str) -> None:
     expected = copy.deepcopy(base)
     call(expected)
-    for allocation in range(MOST_ALLOCATIONS):
+    for allocation in range(MAX_ALLOCATIONS):
         cache = copy.deepcopy(base)
         failed = False
         with _guard.on():
@@ -79,4 +79,4 @@ def _examine_call(base: Any, call: Callable[[Any], Any], where: str) -> None:
         call(cache)
         if not equal(_state(cache), _state(expected)):
             raise Mismatch(f"after the failed allocation {allocation} {where} does something else")
-    raise Mismatch(f"{where} hides failed allocations, or makes over {MOST_ALLOCATIONS}")
+    raise Mismatch(f"{where} hides failed allocations, or makes over {MAX_ALLOCATIONS}")

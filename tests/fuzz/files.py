@@ -26,8 +26,8 @@ import tokred
 from tokred.cache import PackedCacheLayer, files
 
 HEAD_DIM, HEADS, BATCH = 16, 2, 2
-LARGEST_ROOM = 1 << 20  # tokens
-MOST_GROWTH = 64 << 20  # bytes that a small file may make the process take
+MAX_ROOM = 1 << 20  # tokens
+MAX_GROWTH = 64 << 20  # bytes that a small file may make the process take
 _FORMS: tuple[dict[str, Any], ...] = (
     {"bits": 4, "window": 5},
     {"bits": 3, "key_axis": "channel", "window": 0, "rotate": False},
@@ -262,7 +262,7 @@ def _use(loaded: Any) -> None:
         dtype = layer.dtype if packed else torch.float32
         if layer.capacity is not None and layer.length + 2 > layer.capacity:
             continue
-        if max(layer.capacity or 0, layer.options.window) > LARGEST_ROOM:
+        if max(layer.capacity or 0, layer.options.window) > MAX_ROOM:
             continue  # it may be asked for, and there may be no memory for it
         sides = [torch.ones(batch, heads, 2, dim, dtype=dtype) for dim in dims]
         layer.update(*sides)
@@ -297,7 +297,7 @@ def examine(name: str, seed: int) -> None:
             loaded = None
         except Exception as error:
             raise Mismatch(f"{way}: {type(error).__name__}: {str(error)[:300]}") from error
-        if _peak() - before > MOST_GROWTH:
+        if _peak() - before > MAX_GROWTH:
             raise Mismatch(f"{way}: {_peak() - before} bytes for a file of {len(file)}")
         if loaded is not None:
             try:

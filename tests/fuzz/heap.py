@@ -13,7 +13,7 @@ from cases.heap_use import used
 
 CALLS, LONGEST_S = 100_000, 120.0
 WARM_UP = 200
-MOST_BYTES = 4096  # what the allocator's own lists may take
+MAX_BYTES = 4096  # what the allocator's own lists may take
 _TRIED = 12
 
 
@@ -35,7 +35,7 @@ def examine(op: str, seed: int, calls: int = CALLS) -> None:
             count += 100
     grown = used() - before
     print(f"heap: {op}, {count} calls: {grown:+d} bytes", flush=True)
-    if grown > MOST_BYTES:
+    if grown > MAX_BYTES:
         raise Mismatch(f"{grown} bytes more after {count} calls: {case}")
 
 

@@ -28,10 +28,10 @@ def attend(
     softcap: float | None = None,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention in which every query meets every key so many times [B|1, Hq|1, L, N].
+    """Attention in which a key counts `times` [B|1, Hq|1, L, N] for a query.
 
-    A key that a query meets 0 times, or whose bias is -inf, adds nothing, whatever it holds. A mask
-    of numbers is added, one of bools is in the times.
+    A key that counts 0 times, or whose bias is -inf, adds nothing, whatever it holds. A float mask
+    is added to the logits; a bool mask must be part of `times`.
     """
     (batch, heads, queries, dim), (key_heads, keys) = q.shape, k.shape[1:3]
     group = heads // max(key_heads, 1)
@@ -257,7 +257,7 @@ def _attention(draw: Draw, op: str, some: dict[str, Any], plain: Any) -> Case:
     slack = 1e-13 if some["q"].dtype == F64 else 2e-6
     where = None
     if draw.chance(0.15):
-        # What is not finite may stand in any key or value: who does not see it has its result.
+        # Any key or value may hold NaN or infinities: queries that do not see it are not affected.
         clean = plain(**{name: _wide(v) for name, v in some.items()})
         for name in ("k", "v"):
             if draw.chance(0.7):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import tokred
 from tokred import reference
-from tokred.reference.topk import eviction_number
+from tokred.reference.topk import eviction_scores
 
 
 @op_case
@@ -50,7 +50,7 @@ def eviction_slot(draw: Draw) -> Case:
             same(out, reference.eviction_slot(**some), "against the reference")
             return
         kept = torch.arange(keys) != slot
-        exact, single = (_number(some, dtype) for dtype in (F64, F32))
+        exact, single = (_scores(some, dtype) for dtype in (F64, F32))
         near(total, exact, single, 2e-6, "what is received", where=kept)
         if total[~kept].any():
             raise Mismatch("the key that goes has a number")
@@ -60,12 +60,12 @@ def eviction_slot(draw: Draw) -> Case:
     return Case("eviction_slot", some, check=check, batched=batched, loose=("lse", "start"))
 
 
-def _number(some: dict[str, Any], dtype: torch.dtype) -> Tensor:
-    """What keys are ranked by."""
+def _scores(some: dict[str, Any], dtype: torch.dtype) -> Tensor:
+    """The scores by which keys are ranked."""
     given = {name: some.get(name) for name in ("scores", "logits", "lse", "bias")}
     given = {name: None if x is None else x.to(dtype) for name, x in given.items()}
     newest, shared, softcap = (some.get(name) for name in ("newest", "shared", "softcap"))
-    return eviction_number(some["position"], *given.values(), newest, shared, softcap)
+    return eviction_scores(some["position"], *given.values(), newest, shared, softcap)
 
 
 def _check_choice(some: dict[str, Any], slot: Tensor, number: Tensor) -> None:

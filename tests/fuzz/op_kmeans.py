@@ -31,7 +31,7 @@ def _check(some: dict[str, Any], out: list[Tensor]) -> None:
     if some["metric"] == "l2":
         score = score - c.square().sum(-1)[:, None] / 2
         size = size + c.square().sum(-1)[:, None]
-    used = counts > 0  # a centroid that nobody has may never have been one
+    used = counts > 0  # a centroid without tokens may never have been set
     score = score.masked_fill(~used[:, None], -torch.inf)
     chosen = score.gather(2, assignment.clamp(min=0).long()[..., None])[..., 0]
     given = assignment >= 0

@@ -143,7 +143,7 @@ def merge_backward(draw: Draw) -> Case:
         grads = namespace().merge_backward.default(*(inputs[name] for name in order), only_x)
         if only_x:
             assert not any(grad.any() for grad in grads[1:])
-        # What nobody asks for is not computed.
+        # Gradients that are not asked for are not computed.
         asked = (True, *(not only_x and inputs[name] is not None for name in ("size", "weight")))
         return [grad for grad, wanted in zip(grads, asked, strict=True) if wanted]
 

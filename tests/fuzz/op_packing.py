@@ -263,7 +263,7 @@ def tokens_of(
 
 
 def _cache(draw: Draw, both: bool) -> tuple[dict[str, Any], int, PackedKV, PackedKV]:
-    """A query and what it meets: packed tokens, windows or residuals, pages."""
+    """A query and its cache: packed tokens, windows or residuals, pages."""
     batch, (heads, key_heads) = draw.batch(), draw.heads()
     dims = [_dim(draw, wide=both) for _ in range(2)]
     forms = [_format(draw, dim) for dim in dims]

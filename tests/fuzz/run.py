@@ -29,7 +29,7 @@ SHARES = {
 BACKENDS = {"ops": "cpu", "simt": "simt", "cuda": "cuda"}
 SLOWEST_CASE_S = 120
 ALL_OPS_S = 3600  # the most that the heap of all ops, many calls each, may take
-MOST_FAILURES = 20
+MAX_FAILURES = 20
 
 
 def main() -> int:
@@ -138,7 +138,7 @@ def _loop(
     cases, failed = Counter(), 0
     while True:
         for name in names:
-            if seed > options.seed and (time.monotonic() > end or failed >= MOST_FAILURES):
+            if seed > options.seed and (time.monotonic() > end or failed >= MAX_FAILURES):
                 print(f"{options.kind}: {sum(cases.values())} cases, {failed} failed", flush=True)
                 return int(failed > 0)
             if log is not None:

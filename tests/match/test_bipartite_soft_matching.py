@@ -44,7 +44,7 @@ class Case:
         rng = generator(5)
         mask = None
         if self.mask != "none":
-            chance = {"some": 0.7, "nobody": 0.0, "few": 0.2}[self.mask]
+            chance = {"some": 0.7, "nothing": 0.0, "few": 0.2}[self.mask]
             mask = torch.rand(self.batch, self.tokens, generator=rng) < chance
         sources = destinations = None
         if self.sides == "listed":
@@ -89,7 +89,7 @@ CASES = [
         Case(21, 6, p, order, mask)
         for p in (0, 1)
         for order in ORDERS
-        for mask in ("nobody", "few")
+        for mask in ("nothing", "few")
     ),
     *(
         Case(20, r, p, order, sides="no destination")

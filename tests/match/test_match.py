@@ -59,14 +59,14 @@ class Case:
         b = make_rows((self.batch, self.columns, self.channels), self.distribution, 2)
         mask_a = torch.rand(a.shape[:2], generator=rng) < 0.7
         mask_b = torch.rand(b.shape[:2], generator=rng) < 0.7
-        if self.masks == "nobody":
+        if self.masks == "nothing":
             mask_b[:] = False
         weights = [torch.rand(t.shape[:2], generator=rng) + 0.5 for t in (a, b)]
         return (
             a.to(self.dtype),
             b.to(self.dtype),
             mask_a if self.masks in ("a", "both") else None,
-            mask_b if self.masks in ("b", "both", "nobody") else None,
+            mask_b if self.masks in ("b", "both", "nothing") else None,
             *(weights if self.weights else (None, None)),
             self.metric,
             self.band,
@@ -96,7 +96,7 @@ LARGE = [
 OPTIONS = [
     *(Case(metric=m, distribution=d) for m in METRICS for d in DISTRIBUTIONS),
     *(Case(metric=m, masks="both", weights=True) for m in METRICS),
-    *(Case(masks=masks) for masks in ("a", "b", "nobody")),
+    *(Case(masks=masks) for masks in ("a", "b", "nothing")),
     *(Case(band=band, masks=masks) for band in (0, 1, 9, 50) for masks in ("none", "both")),
     Case(rows=60, columns=8, band=3),
     Case(distribution="nan", weights=True, masks="both", band=5),

@@ -161,7 +161,7 @@ def test_rows_taken_out_are_not_looked_at(kernels: Backend) -> None:
 
 
 @pytest.mark.parametrize("side", ["x", "anchors"])
-def test_nobody_is_left(backend: Backend, side: str) -> None:
+def test_nothing_is_left(backend: Backend, side: str) -> None:
     inputs = Case(masks=True).inputs()
     inputs[f"mask_{side}"][0] = False
     aggregation, load, peak, log_u, log_v, steps = backend.run("sinkhorn", **inputs)
@@ -303,7 +303,7 @@ def test_rows_without_length_or_part_have_no_gradient(kernels: Backend) -> None:
 
 
 @pytest.mark.parametrize("side", ["x", "anchors"])
-def test_nobody_has_a_gradient(kernels: Backend, side: str) -> None:
+def test_no_row_has_a_gradient(kernels: Backend, side: str) -> None:
     inputs = Case(masks=True).inputs()
     inputs[f"mask_{side}"][0] = False
     found = check_gradients(kernels, inputs)

@@ -39,10 +39,10 @@ def test_activations() -> None:
 def transcription(
     scores: torch.Tensor, valid: list[int], order: str = "position", k: int | None = None
 ) -> list[int]:
-    falling = sorted((scores[i].item() for i in valid), reverse=True)
-    last, drop = len(falling) - 1, falling[0] - falling[-1]
-    away = [abs(-drop * r - last * (v - falling[0])) for r, v in enumerate(falling)]
-    threshold = falling[int(np.argmax(away))]
+    descending = sorted((scores[i].item() for i in valid), reverse=True)
+    last, drop = len(descending) - 1, descending[0] - descending[-1]
+    away = [abs(-drop * r - last * (v - descending[0])) for r, v in enumerate(descending)]
+    threshold = descending[int(np.argmax(away))]
     above = [i for i in valid if scores[i] > threshold]
     picks = best_of(scores, len(above) if k is None else k, above)
     return sorted(picks) if order == "position" else picks

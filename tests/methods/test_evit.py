@@ -34,7 +34,7 @@ def test_groups(tokens: int, num_prefix: int) -> None:
 
 
 def chosen(layer: Layer) -> Tensor | None:
-    """Layers 0 and 2 keep ceil(0.6 M) of M patches, by falling attention."""
+    """Layers 0 and 2 keep ceil(0.6 M) of M patches, by descending attention."""
     if layer.number == 1:
         return None
     scores = layer.attention[:, :, 0, 1:].mean(1)

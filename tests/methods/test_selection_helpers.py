@@ -207,15 +207,15 @@ def test_elbow() -> None:
     found, masked = selection.elbow(values), selection.elbow(values, valid)
     for row in range(4):
         for result, chosen in ((found, values[row]), (masked, values[row][valid[row]])):
-            falling = sorted(chosen.tolist(), reverse=True)
-            last = len(falling) - 1
-            chord = np.array([last, falling[-1] - falling[0]])
+            descending = sorted(chosen.tolist(), reverse=True)
+            last = len(descending) - 1
+            chord = np.array([last, descending[-1] - descending[0]])
             chord = chord / np.linalg.norm(chord)
             away = []
-            for rank, value in enumerate(falling):
-                point = np.array([rank, value - falling[0]])
+            for rank, value in enumerate(descending):
+                point = np.array([rank, value - descending[0]])
                 away.append(np.linalg.norm(point - point @ chord * chord))
-            assert result[row].item() == pytest.approx(falling[int(np.argmax(away))])
+            assert result[row].item() == pytest.approx(descending[int(np.argmax(away))])
     assert selection.elbow(torch.ones(1, 5)).item() == 1
     assert selection.elbow(values, torch.zeros(4, 12, dtype=torch.bool)).isinf().all()
 
@@ -243,8 +243,8 @@ def rounds(x: torch.Tensor, rest: list[int], keep: int, step: int, by_similarity
     while (drop := min(step, len(rest) - keep, (len(rest) + 1) // 2)) > 0:
         even, odd = rest[::2], rest[1::2]
         best = {i: max((unit[i] @ unit[j]).item() for j in odd) if odd else 0 for i in even}
-        falling = sorted(even, key=lambda i: -best[i])
-        left = falling[drop:]
+        descending = sorted(even, key=lambda i: -best[i])
+        left = descending[drop:]
         rest = left + odd if by_similarity else [i for i in rest if i in left or i in odd]
     return rest
 

@@ -59,11 +59,11 @@ def test_merging(grid: tuple[int, int], ratio: float, cell: int, dtype: torch.dt
     done = recycle(x, scores, grid, ratio, cell)
     low = low_tokens(tokens, ratio, cell)
     for row in range(3):
-        rising = sorted(range(tokens), key=lambda i: scores[row, i].item())
+        ascending = sorted(range(tokens), key=lambda i: scores[row, i].item())
         groups: dict[tuple[int, int], list[int]] = {}
-        for i in sorted(rising[:low]):
+        for i in sorted(ascending[:low]):
             groups.setdefault((i // grid[1] // cell, i % grid[1] // cell), []).append(i)
-        expected = {i: [i] for i in rising[low:]}
+        expected = {i: [i] for i in ascending[low:]}
         for group in groups.values():
             expected[max(group, key=lambda i: scores[row, i].item())] = group
         places = sorted(expected)
@@ -72,7 +72,7 @@ def test_merging(grid: tuple[int, int], ratio: float, cell: int, dtype: torch.dt
             group = expected[place]
             weight = scores[row, group].double()
             mean = (weight[:, None] * x[row, group].double()).sum(0) / weight.sum()
-            if len(group) == 1 and place in rising[low:]:
+            if len(group) == 1 and place in ascending[low:]:
                 assert torch.equal(done.tokens[row, slot], x[row, place])
             slack = 1e-5 if dtype == torch.float32 else 1e-2
             found = done.tokens[row, slot].double()
@@ -123,8 +123,8 @@ def test_an_image(tiling: tuple[int, int] | None) -> None:
     cells = crops * 2
     for row in range(2):
         scores = [s for crop in range(crops) for s in crop_importance(call, crop, row, 0.25)]
-        rising = sorted(range(crops * count), key=scores.__getitem__)
-        low = rising[: crops * count - keep + cells]
+        ascending = sorted(range(crops * count), key=scores.__getitem__)
+        low = ascending[: crops * count - keep + cells]
         groups: dict[tuple[int, int], list[int]] = {}
         for i in sorted(low):
             groups.setdefault((i // count, i % count % columns // 4), []).append(i)

@@ -1,4 +1,4 @@
-"""Arguments of a wrong type: the error names the argument, whoever finds it."""
+"""Arguments of a wrong type: the error names the argument, wherever it is found."""
 
 from __future__ import annotations
 

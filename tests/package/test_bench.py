@@ -108,7 +108,7 @@ def test_compare_alternates_and_takes_medians():
         return call
 
     timings = harness.compare({n: candidate(n) for n in series}, budget_s=0.0, sampler=FakeSampler)
-    assert timings["a"].samples == timings["b"].samples == harness.FEWEST_SLOW_SAMPLES
+    assert timings["a"].samples == timings["b"].samples == harness.MIN_SLOW_SAMPLES
     assert timings["a"].median_s == 2.0 and timings["b"].median_s == 3.0
     assert timings["a"].p20_s < 2.0 < timings["a"].p80_s
     assert calls[2:] == ["a", "b", "b", "a", "a", "b"]
@@ -116,9 +116,9 @@ def test_compare_alternates_and_takes_medians():
 
 def test_quotas_fill_the_budget_within_bounds():
     assert harness.quota(1.0, 0.05) == 20
-    assert harness.quota(1.0, 1e-6) == harness.MOST_SAMPLES
-    assert harness.quota(0.1, 0.2) == harness.FEWEST_SAMPLES
-    assert harness.quota(0.1, 2.0) == harness.FEWEST_SLOW_SAMPLES
+    assert harness.quota(1.0, 1e-6) == harness.MAX_SAMPLES
+    assert harness.quota(0.1, 0.2) == harness.MIN_SAMPLES
+    assert harness.quota(0.1, 2.0) == harness.MIN_SLOW_SAMPLES
 
 
 def test_cpu_sampler_repeats_short_calls(monkeypatch):

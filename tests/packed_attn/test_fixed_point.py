@@ -1,4 +1,4 @@
-"""Half queries meet codes in sixteen-bit fixed point on the CPU: how exact it is, and its edges."""
+"""The CPU multiplies half-precision queries and codes in 16-bit fixed point: errors and limits."""
 
 from __future__ import annotations
 

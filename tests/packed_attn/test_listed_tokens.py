@@ -115,12 +115,12 @@ def test_lists_of_nothing(backend: Backend, queries: int, dtype: torch.dtype) ->
     case = replace(CHANNEL, queries=queries, dtype=dtype, lists="kv")
     q, k, v, *_, = case.inputs()  # fmt: skip
     indices = torch.zeros(2, 2, 1, 9, dtype=torch.int32)
-    nobody = torch.zeros(2, 70, dtype=torch.bool)
+    nothing = torch.zeros(2, 70, dtype=torch.bool)
     for options in (
         {"indices": indices - 1},
         {"indices": indices + 70},
         {"indices": indices[..., :0]},
-        {"indices": indices, "mask": nobody},
+        {"indices": indices, "mask": nothing},
         {"indices": indices + 12, "length": 12},
     ):
         out, lse = backend.run("packed_attention", q, k, v, **options)

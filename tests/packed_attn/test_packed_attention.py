@@ -248,10 +248,10 @@ def test_room_that_is_not_in_use_may_hold_anything(
 def test_nothing_visible(backend: Backend, queries: int, dtype: torch.dtype) -> None:
     case = Case(queries=queries, dtype=dtype, window_k=16, window_v=16)
     q, k, v, *residuals = case.inputs()[:5]
-    nobody = torch.zeros(2, 80, dtype=torch.bool)
+    nothing = torch.zeros(2, 80, dtype=torch.bool)
     empty = torch.zeros(2, dtype=torch.int32)
     for options in (
-        {"mask": nobody},
+        {"mask": nothing},
         {"key_bias": torch.full((1, 1, 80), -torch.inf)},
         {"length": 70, "lengths": empty},
         {"length": 0},

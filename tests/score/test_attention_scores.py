@@ -52,7 +52,7 @@ class Case:
             "full": (self.batch, self.heads_q, self.queries, self.keys),
         }
         mask = None
-        if self.mask == "nobody":
+        if self.mask == "nothing":
             mask = torch.zeros(1, 1, 1, self.keys, dtype=torch.bool)
         elif self.mask != "none":
             mask = torch.rand(shapes[self.mask], generator=rng) < 0.6
@@ -128,7 +128,7 @@ ROW_CASES = [
     Case(mask="keys"),
     Case(mask="full", causal=True, heads_q=6),
     Case(mask="heads"),
-    Case(mask="nobody"),
+    Case(mask="nothing"),
     Case(magnitude=30, scale=1.0),
     Case(layout="tokens", mask="pairs", scale=0.5),
     Case(keys=0),
@@ -182,7 +182,7 @@ COLUMN_CASES = [
     Case(mask="keys", weight="heads"),
     Case(mask="full", causal=True, heads_q=6, weight="shared"),
     Case(mask="heads"),
-    Case(mask="nobody", weight="full"),
+    Case(mask="nothing", weight="full"),
     Case(magnitude=30, scale=1.0),
     Case(layout="tokens", mask="pairs", scale=0.5),
     Case(keys=0),

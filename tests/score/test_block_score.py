@@ -136,7 +136,7 @@ class BlockCase:
         if self.counts != "none":
             rows = 1 if self.counts == "shared" else self.batch
             counts = torch.randint(-1, 3, (rows, self.blocks), generator=rng).int()
-            counts.clamp_(max=0 if self.counts == "nobody" else 9)
+            counts.clamp_(max=0 if self.counts == "nothing" else 9)
         return (
             q.to(torch.float32 if self.rule == "deviation" else self.dtype),
             torch.stack(statistics, 3).to(self.pooled_dtype),
@@ -150,7 +150,7 @@ BLOCK_CASES = [
     BlockCase(1, 6, 2, 5, 19, 80),
     BlockCase(1, 8, 1, 3, 70, 64, counts="own"),
     BlockCase(1, 3, 3, 40, 33, 24, counts="shared"),
-    BlockCase(2, 4, 2, 2, 16, 256, counts="nobody"),
+    BlockCase(2, 4, 2, 2, 16, 256, counts="nothing"),
     BlockCase(1, 4, 1, 1, 300, 128, counts="own", scale=0.5),
     BlockCase(queries=0),
     BlockCase(blocks=0, queries=3),

@@ -70,7 +70,7 @@ class Case:
         if self.mask != "none":
             rows = 1 if self.mask == "shared" else self.batch
             mask = torch.rand(rows, self.keys, generator=rng) < 0.7
-            mask &= self.mask != "nobody"
+            mask &= self.mask != "nothing"
         if self.slots:
             shape = (self.batch, self.keys)
             slots = torch.randint(0, max(stored, 1), shape, generator=rng).int()
@@ -101,7 +101,7 @@ OPTIONS = [
     Case(lengths=True, batch=4),
     Case(mask="keys"),
     Case(mask="shared", keys=600, head_dim=16),
-    Case(mask="nobody"),
+    Case(mask="nothing"),
     Case(slots=True),
     Case(slots=True, lengths=True, mask="keys", batch=4),
     Case(dims="few"),

@@ -62,13 +62,13 @@ class Case:
         b = make_rows((self.batch, self.columns, self.channels), self.distribution, 2)
         mask_a = torch.rand(a.shape[:2], generator=rng) < 0.7
         mask_b = torch.rand(b.shape[:2], generator=rng) < 0.7
-        if self.masks == "nobody":
+        if self.masks == "nothing":
             mask_b[:] = False
         return (
             *(a.to(self.dtype), b.to(self.dtype), self.metric, self.threshold, *self.energy),
             *(self.exclude_self, self.block_size),
             mask_a if self.masks in ("a", "both") else None,
-            mask_b if self.masks in ("b", "both", "nobody") else None,
+            mask_b if self.masks in ("b", "both", "nothing") else None,
         )
 
 
@@ -94,7 +94,7 @@ OPTIONS = [
     ),
     *(Case(metric=m, masks="both", exclude_self=True) for m in METRICS),
     *(Case(distribution=d) for d in ("ties", "constant", "close", "zero_rows", "nan")),
-    *(Case(masks=masks) for masks in ("a", "b", "nobody")),
+    *(Case(masks=masks) for masks in ("a", "b", "nothing")),
     *(
         Case(rows=150, columns=170, block_size=s, exclude_self=s % 2 == 1, masks=m)
         for s in (1, 7, 16, 64, 100, 1000)

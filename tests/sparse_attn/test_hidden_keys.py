@@ -210,7 +210,7 @@ def gradients(backend: Backend, case: Inputs, op: str, extra: tuple, *tensors: T
     ],
 )
 def test_gradients(kernels: Backend, how: str, op: str) -> None:
-    """Of a key that nobody sees they are 0; rows that do not see it have theirs of before."""
+    """Those of a key that no query sees are 0; queries that do not see it keep theirs."""
     if kernels.name == "cuda":
         pytest.skip("not offered")
     queries, keys = 20, 30

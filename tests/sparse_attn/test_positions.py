@@ -12,7 +12,7 @@ from cases.compare import assert_bitwise_equal, assert_one_result
 from cases.inputs import FLOATS, generator
 from cases.oracle import reference
 
-GREATEST, LEAST = 2**31 - 1, -(2**31)
+INT32_MAX, INT32_MIN = 2**31 - 1, -(2**31)
 
 
 def randoms(queries: int, keys: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
@@ -65,7 +65,7 @@ def test_tree_attention(backend: Backend, dtype: torch.dtype) -> None:
     prefix, nodes = 50, 37
     numbers, ancestors = random_tree(nodes)
     q, k, v = randoms(nodes, prefix + nodes, dtype)
-    keys = torch.cat((torch.full((prefix, 2), LEAST, dtype=torch.int32), numbers))
+    keys = torch.cat((torch.full((prefix, 2), INT32_MIN, dtype=torch.int32), numbers))
     mask = torch.cat((torch.ones(nodes, prefix, dtype=torch.bool), ancestors), 1)
     arguments = (None, False, None, None, numbers[None], keys[None])
     out, lse = backend.run("biased_attention", q, k, v, *arguments)
@@ -126,10 +126,10 @@ def test_one_column_is_causal(kernels: Backend, queries: int, keys: int) -> None
 def test_sentinels(backend: Backend) -> None:
     """The greatest query position sees all keys, the least only those of the least position."""
     q, k, v = randoms(3, 33)
-    key_position = torch.randint(LEAST, GREATEST, (1, 33, 1), generator=generator()).int()
-    key_position[0, 3:6, 0] = LEAST
-    key_position[0, 7, 0] = GREATEST
-    query_position = torch.tensor([GREATEST, LEAST, 0], dtype=torch.int32)[None, :, None]
+    key_position = torch.randint(INT32_MIN, INT32_MAX, (1, 33, 1), generator=generator()).int()
+    key_position[0, 3:6, 0] = INT32_MIN
+    key_position[0, 7, 0] = INT32_MAX
+    query_position = torch.tensor([INT32_MAX, INT32_MIN, 0], dtype=torch.int32)[None, :, None]
     arguments = (None, False, None, None, query_position, key_position)
     out, lse = backend.run("biased_attention", q, k, v, *arguments)
     dense, dense_lse = reference.biased_attention(q[:, :, :1], k, v)
@@ -139,8 +139,8 @@ def test_sentinels(backend: Backend) -> None:
     least, least_lse = reference.biased_attention(q[:, :, 1:2], *few)
     torch.testing.assert_close(out[:, :, 1:2], least, rtol=0, atol=2e-5)
     torch.testing.assert_close(lse[:, :, 1:2], least_lse)
-    hidden = torch.full_like(query_position, LEAST)
-    key_position.clamp_(min=LEAST + 1)
+    hidden = torch.full_like(query_position, INT32_MIN)
+    key_position.clamp_(min=INT32_MIN + 1)
     arguments = (None, False, None, None, hidden, key_position)
     out, lse = backend.run("biased_attention", q, k, v, *arguments)
     assert out.eq(0).all() and lse.eq(-torch.inf).all()

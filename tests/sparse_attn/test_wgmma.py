@@ -38,7 +38,7 @@ def products() -> int:
 
 
 def run(backend: Backend, op: str, inputs: tuple) -> tuple[Tensor, Tensor, int]:
-    """The results, and by how many tiles the warpgroups multiplied; -1 where nobody counts."""
+    """The results, and by how many tiles the warpgroups multiplied; -1 on other backends."""
     if backend.name != "simt":
         return *backend.run(op, *inputs), -1
     before = products()

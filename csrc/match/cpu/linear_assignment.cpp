@@ -114,8 +114,8 @@ class Solver : public CheapColumns<T> {
     s_.matched[i] = cost;
   }
 
-  // Where columns are priced, gives every row one that is cheapest for it, if nobody has that, and
-  // lowers the price of a column whose row has no other. Returns how many rows still wait.
+  // Where columns have prices: gives every row its cheapest column if that is free, and lowers the
+  // price of a column whose row has no other. Returns how many rows have no column yet.
   int64_t assign_cheapest() {
     int64_t count = 0;
     for (int64_t i = 0; i < n_; ++i) {

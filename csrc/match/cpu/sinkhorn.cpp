@@ -27,7 +27,7 @@ template <class T>
 class Item : Transport<T> {
   using Base = Transport<T>;
   using Base::p_, Base::item_, Base::s_, Base::m_, Base::n_, Base::padded_, Base::sources_;
-  using Base::source, Base::skipped, Base::scores, Base::nobody;
+  using Base::source, Base::skipped, Base::scores, Base::is_empty;
 
  public:
   Item(const SinkhornParams& p, int64_t item, const Scratch& s)
@@ -42,7 +42,7 @@ class Item : Transport<T> {
  private:
   // Returns the number of steps.
   int32_t iterate() {
-    if (nobody()) {
+    if (is_empty()) {
       for (int64_t j = 0; j < padded_; ++j) s_.log_v[j] = -kInfinity<float>;
       return 0;
     }
@@ -101,7 +101,7 @@ class Item : Transport<T> {
 
   // A row of the plan, which it adds to the sums of the columns; and its peak.
   void plan_row(int64_t i, float* plan) {
-    const bool none = skipped(i) || nobody();
+    const bool none = skipped(i) || is_empty();
     f32x16 total = splat(0.0f), most = splat(0.0f);
     for (int64_t j = 0; j < padded_; j += kLanes) {
       const f32x16 t =

@@ -28,8 +28,8 @@ Scratch allocate_scratch(Workspace& memory, const SinkhornBackwardParams& p) {
   const int64_t padded = round_up(f.b.count, kLanes), channels = round_up(f.channels, kLanes);
   Scratch s;
   s.transport = allocate_transport(memory, f);
-  s.log_u = memory.allocate<float>(p.most_steps * round_up(f.a.count, kLanes));
-  s.log_v = memory.allocate<float>((p.most_steps + 1) * padded);
+  s.log_u = memory.allocate<float>(p.max_steps * round_up(f.a.count, kLanes));
+  s.log_v = memory.allocate<float>((p.max_steps + 1) * padded);
   s.grad = memory.allocate<float>(f.a.count * padded);
   s.panels = memory.allocate<float>(max(padded, kTransportRows) * channels);
   s.cosine = memory.allocate<float>(kTransportRows * channels);
@@ -75,8 +75,8 @@ class Item : Transport<T> {
 
   void run() {
     Base::prepare();
-    steps_ = max(int64_t{0}, min(b_.most_steps, int64_t{b_.steps[item_ * b_.steps_stride]}));
-    if (Base::nobody() || steps_ == 0) {
+    steps_ = max(int64_t{0}, min(b_.max_steps, int64_t{b_.steps[item_ * b_.steps_stride]}));
+    if (Base::is_empty() || steps_ == 0) {
       fill_zero(grad_x(0), m_ * channels_ * static_cast<int64_t>(sizeof(T)));
       fill_zero(grad_anchor(0), n_ * channels_ * static_cast<int64_t>(sizeof(T)));
       return;

@@ -90,7 +90,7 @@ class Transport {
     log_b_ = -std::log(static_cast<float>(anchors_));
     for (int64_t i = 0; i < round_up(m_, kLanes); ++i) s_.log_u[i] = -kInfinity<float>;
   }
-  bool nobody() const { return sources_ == 0 || anchors_ == 0; }
+  bool is_empty() const { return sources_ == 0 || anchors_ == 0; }
 
   // Makes the sums of the rows right, and then those of the columns.
   void step() {
@@ -212,8 +212,8 @@ class Transport {
 
   // Makes the sums of sixteen columns right.
   void scale_columns(int64_t j) {
-    constexpr float kLeastSum = 0x1p-90f;  // smaller sums have lost digits
-    const uint32_t large = greater_lanes(load(s_.sum + j), splat(kLeastSum));
+    constexpr float kMinSum = 0x1p-90f;  // smaller sums have lost digits
+    const uint32_t large = greater_lanes(load(s_.sum + j), splat(kMinSum));
     uint32_t there = greater_lanes(load(s_.skip + j), splat(-1.0f));
     if ((large & there) == there) {
       for (; there; there &= there - 1) {

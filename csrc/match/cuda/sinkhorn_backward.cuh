@@ -19,7 +19,7 @@ struct GradientMemory {
   float* grad_v;  // [B, N]
   float* scale[2];  // [B, M] and [B, N] the inverse norms of rows
   float* along[2];  // [B, M] and [B, N] sums of cosines times their gradients
-  int32_t* made;  // [B] steps, 0 where nobody is left
+  int32_t* made;  // [B] steps, 0 where all rows are masked
   int64_t floats;
 
   __host__ __device__ explicit GradientMemory(const SinkhornBackwardParams& p) {
@@ -32,8 +32,8 @@ struct GradientMemory {
       return array;
     };
     grad = take(rows * f.b.count);
-    log_u = take(p.most_steps * rows);
-    log_v = take((p.most_steps + 1) * columns);
+    log_u = take(p.max_steps * rows);
+    log_v = take((p.max_steps + 1) * columns);
     grad_u = take(rows);
     grad_v = take(columns);
     scale[0] = take(rows);
@@ -59,7 +59,7 @@ struct GradientItem : SinkhornItem {
       : SinkhornItem(q.forward, s, item), b_params(q), memory(q),
         grad(memory.grad + item * p.a.count * p.b.count), grad_u(memory.grad_u + item * p.a.count),
         grad_v(memory.grad_v + item * p.b.count),
-        steps(max(int64_t{0}, min(q.most_steps, int64_t{q.steps[item * q.steps_stride]}))) {
+        steps(max(int64_t{0}, min(q.max_steps, int64_t{q.steps[item * q.steps_stride]}))) {
     const int sources = count(a), anchors = count(b);
     if (sources == 0 || anchors == 0) steps = 0;
     log_a = -logf(static_cast<float>(sources));
@@ -67,10 +67,10 @@ struct GradientItem : SinkhornItem {
   }
 
   __device__ __forceinline__ float* log_u_after(int64_t step) const {
-    return memory.log_u + (item * b_params.most_steps + step - 1) * p.a.count;
+    return memory.log_u + (item * b_params.max_steps + step - 1) * p.a.count;
   }
   __device__ __forceinline__ float* log_v_after(int64_t step) const {
-    return memory.log_v + (item * (b_params.most_steps + 1) + step) * p.b.count;
+    return memory.log_v + (item * (b_params.max_steps + 1) + step) * p.b.count;
   }
 
   // combine(j, sum over the sources, in a fixed order, of f(i, j)) for every anchor.
@@ -204,8 +204,8 @@ struct FinalPlan {
       : p(q.forward), scores(sinkhorn_scores(p) + item * p.a.count * p.b.count) {
     const int64_t steps = memory.made[item];
     none = steps == 0;
-    log_u = memory.log_u + (item * q.most_steps + (none ? 0 : steps - 1)) * p.a.count;
-    log_v = memory.log_v + (item * (q.most_steps + 1) + steps) * p.b.count;
+    log_u = memory.log_u + (item * q.max_steps + (none ? 0 : steps - 1)) * p.a.count;
+    log_v = memory.log_v + (item * (q.max_steps + 1) + steps) * p.b.count;
   }
   // Of a source that takes part.
   __device__ __forceinline__ float at(int64_t i, int64_t j) const {

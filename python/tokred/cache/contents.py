@@ -19,7 +19,7 @@ from .storage import Layout, rows
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # A mean of fewer keys is closer to these keys than to those that follow.
-_LEAST_MEAN = 16
+_MIN_MEAN_KEYS = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +165,7 @@ class Contents:
 
     def _first_packed(self, before: int, after: int) -> bool:
         """Whether packing begins, with keys enough for a mean."""
-        if not self.layout.center or after < _LEAST_MEAN:
+        if not self.layout.center or after < _MIN_MEAN_KEYS:
             return False
         axis, window = self.layout.key.axis, self.layout.window
         return packed_tokens(axis, window, before) == 0 < packed_tokens(axis, window, after)

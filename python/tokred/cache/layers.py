@@ -23,7 +23,7 @@ from .storage import CacheOptions, Layout
 # A cache without a capacity grows by a sixteenth: so little room is not used, and a token is copied
 # sixteen times on the way, which is nothing beside the steps of attention that read it.
 _GROWTH = 16
-_LEAST_GROWTH = 16  # tokens
+_MIN_GROWTH = 16  # tokens
 
 
 class PackedCacheLayer(CacheLayerMixin):
@@ -203,7 +203,7 @@ class PackedCacheLayer(CacheLayerMixin):
         needed = contents.layout.packed_tokens(tokens)
         if needed <= contents.room:
             return contents
-        room = needed + max(needed // _GROWTH, _LEAST_GROWTH)
+        room = needed + max(needed // _GROWTH, _MIN_GROWTH)
         if self.capacity is not None:
             room = min(room, contents.layout.packed_tokens(self.capacity))
         return contents.with_room(self.length, room)

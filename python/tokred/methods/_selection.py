@@ -441,14 +441,14 @@ def elbow(values: Tensor, valid: Tensor | None = None) -> Tensor:
     else:
         values = values.masked_fill(~valid, -torch.inf)
         last = valid.expand_as(values).sum(-1, keepdim=True) - 1
-    falling = values.sort(-1, descending=True).values
+    descending = values.sort(-1, descending=True).values
     rank = torch.arange(values.shape[-1], device=values.device)
-    end = falling.gather(-1, last.clamp(min=0))
-    rise = (end - falling[..., :1]).double()
+    end = descending.gather(-1, last.clamp(min=0))
+    rise = (end - descending[..., :1]).double()
     # Up to the chord's length, which is the same for all points of a row.
-    away = (rise * rank - last * (falling - falling[..., :1]).double()).abs()
+    away = (rise * rank - last * (descending - descending[..., :1]).double()).abs()
     place = away.masked_fill(rank > last, -1.0).argmax(-1, keepdim=True)
-    return torch.where(last >= 0, falling.gather(-1, place), torch.inf)
+    return torch.where(last >= 0, descending.gather(-1, place), torch.inf)
 
 
 def soft_topk(scores: Tensor, k: int | Tensor, iterations: int = 64) -> Tensor:
@@ -483,8 +483,8 @@ def prune_in_rounds(
     Args:
         x: [B, N, C].
         rest: i32 [B, R], the list of every row, -1 behind the last.
-        by_similarity: the list of the next round has the even ones that stay by falling similarity,
-            then the odd ones; False leaves the list in its order.
+        by_similarity: the list of the next round has the even ones that stay, by descending
+            similarity, then the odd ones; False leaves the list in its order.
 
     Returns:
         i32 [B, min(keep, R)], -1 behind the last.
@@ -506,14 +506,14 @@ def prune_in_rounds(
         # Rows that began shorter have fewer rounds.
         row_drop = torch.minimum((length - keep).clamp(0, step), (length + 1) // 2)[:, None]
         score = _to_odd_places(x, rest) if listed is None else listed.to_odd_places(rest)
-        falling = score.argsort(dim=1, descending=True, stable=True)
+        descending = score.argsort(dim=1, descending=True, stable=True)
         rank = torch.arange(score.shape[1], device=x.device)
-        survives = there[:, ::2].gather(1, falling) & (rank >= row_drop)
+        survives = there[:, ::2].gather(1, descending) & (rank >= row_drop)
         if by_similarity:
             stays = torch.cat([survives, there[:, 1::2]], 1)
-            order = torch.cat([rest[:, ::2].gather(1, falling), rest[:, 1::2]], 1)
+            order = torch.cat([rest[:, ::2].gather(1, descending), rest[:, 1::2]], 1)
         else:
-            stays, order = there.scatter(1, falling * 2, survives), rest
+            stays, order = there.scatter(1, descending * 2, survives), rest
         places = positions_of(stays, rest.shape[1] - drop)
         left = torch.where(places >= 0, order.gather(1, places.clamp(min=0).long()), -1)
         rest = torch.where(row_drop > 0, left, rest[:, : left.shape[1]]).to(torch.int32)
@@ -535,7 +535,7 @@ class _Nearest:
 
     def __init__(self, x: Tensor, number: int = 32) -> None:
         self.x, self.number = x, number
-        self.score: Tensor | None = None  # f32 [B, N, number], falling
+        self.score: Tensor | None = None  # f32 [B, N, number], descending
         self.index: Tensor | None = None  # i64 [B, N, number]: tokens, N behind the last
 
     def to_odd_places(self, rest: Tensor) -> Tensor:

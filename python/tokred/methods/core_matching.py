@@ -71,7 +71,7 @@ def select_tokens(
     order: str = "position",
     k: int | None = None,
 ) -> Tensor:
-    """The tokens whose score is above the elbow of the falling scores.
+    """The tokens whose score is above the elbow of the descending scores.
 
     The elbow is the point (rank, score) farthest from the chord between the first and the last one;
     tokens of its score are dropped, and so all are where all are alike.

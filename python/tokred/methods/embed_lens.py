@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tokred.patching import VisualCall
 
 VIT_SINK, LLM_SINK, DEAD = 1141, 26673, 30296  # of the vocabulary of LLaVA-1.5
-FIRST_WORDS, MORE_WORDS = 512, 4  # that all tokens meet; so many times as many those that are left
+FIRST_WORDS, MORE_WORDS = 512, 4  # compared with all tokens; with those left, so many times as many
 
 
 def _check_words(x: Tensor, vocabulary: Tensor, number: int) -> None:
@@ -93,7 +93,7 @@ def _alive_early(x: Tensor, vocabulary: Tensor, useless: Sequence[int], number: 
     """alive(nearest_words(x, vocabulary, number), useless), without most of the cosines.
 
     A token is alive as soon as `number` other words are nearer than its nearest useless one, so
-    that most of them need only meet the first words.
+    that most need only be compared with the first words.
     """
     _check_words(x, vocabulary, number)
     total = len(vocabulary)

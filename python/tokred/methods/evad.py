@@ -39,7 +39,7 @@ def evad_keep(received: Tensor, ratio: float, num_kept: int) -> Tensor:
         num_kept: the first tokens, which stay in any case.
 
     Returns:
-        i32 [B, max(ceil(ratio N), num_kept)]; others by falling attention.
+        i32 [B, max(ceil(ratio N), num_kept)]; the others by descending attention.
 
     Raises:
         ValueError: more tokens must stay than there are.

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def evit_map(scores: Tensor, keep: int, num_prefix: int = 1) -> tuple[Tensor, int]:
-    """The map of one layer: the prefix, the best tokens by falling score, one slot for the others.
+    """The map of one layer: the prefix, the best tokens by descending score, a slot for the others.
 
     Args:
         scores: f32 [B, N], the mean class attention; that of the prefix does not count.

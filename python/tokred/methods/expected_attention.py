@@ -40,21 +40,21 @@ def future_queries(
     cos, sin = rotary.tables(limit + future, q.device)
     half = q.shape[3] // 2
 
-    def turned(x: Tensor) -> Tensor:
+    def rotate_half(x: Tensor) -> Tensor:
         return torch.cat([-x[..., half:], x[..., :half]], -1)
 
     c, s = cos[places][:, None], sin[places][:, None]
     x = q.float()
-    x = (x * c - turned(x) * s) / (c * c + s * s)
+    x = (x * c - rotate_half(x) * s) / (c * c + s * s)
     w = weight[:, None, :, None] / weight.sum(1).clamp(min=1)[:, None, None, None]
     mean = (w * x).sum(2, keepdim=True)
     centred = x - mean
     covariance = (w * centred).mT @ centred
     c, s = (table[following].mean(1)[:, None, None] for table in (cos, sin))
     # Rotation by the mean of both tables, of the mean and of both sides of the covariance.
-    mean = (mean * c + turned(mean) * s)[:, :, 0]
+    mean = (mean * c + rotate_half(mean) * s)[:, :, 0]
     for _ in range(2):
-        covariance = (covariance * c + turned(covariance) * s).mT
+        covariance = (covariance * c + rotate_half(covariance) * s).mT
     return mean, covariance
 
 
@@ -103,8 +103,8 @@ class ExpectedAttentionOptions(Options):
         mean = mean.unflatten(1, (heads, -1))
         logits = scale * (mean @ k.mT)
         if self.covariance:
-            turned = k[:, :, None] @ covariance.unflatten(1, (heads, -1))
-            logits = logits + scale**2 / 2 * (turned * k[:, :, None]).sum(4)
+            projected = k[:, :, None] @ covariance.unflatten(1, (heads, -1))
+            logits = logits + scale**2 / 2 * (projected * k[:, :, None]).sum(4)
         first = call.first(self.sinks)
         hidden = first if call.bias is None else first | (call.bias == -torch.inf)
         weights = logits.masked_fill(hidden[:, :, None], -torch.inf).softmax(3).mean(2)

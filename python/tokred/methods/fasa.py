@@ -202,7 +202,7 @@ class FasaAttention:
                 f"dims[{call.layer}] must be those of {heads} query heads below {head_dim}, got "
                 f"{dims.shape[0]} heads and dimensions up to {greatest}"
             )
-        """(out [B, Hq, L, Dv], lse f32 [B, Hq, L]) of one layer; see AttentionMethod."""
+        """(out [B, Hq, L, Dv], lse f32 [B, Hq, L]) of one layer; see KeySelector."""
         if call.is_prompt or self.options.k >= call.num_keys:
             return call.dense()
         visible = call.visible()

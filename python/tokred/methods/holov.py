@@ -95,7 +95,7 @@ def select_tokens(
     Args:
         x: [B, N, C], the visual tokens. attention: [B, H, N] or [B, N], of the class token.
         valid: bool [B, N]; padding, which is False, is not kept.
-        order: "score", as published: run after run, by falling attention in each; or "position".
+        order: "score", as published: run after run, by descending attention in each; or "position".
         runs: how many, at most N.
         beta: how much variety counts.
         redistribute: see the module; a k of N or more keeps all in any case.

@@ -5,9 +5,9 @@ Multi-criteria Token Fusion with One-step-ahead Attention for Efficient Vision T
 
 An approximate version: importance is the attention of the same layer, between whose attention and
 MLP tokens merge; the paper computes that of the next layer one step ahead and merges before it.
-All tokens that meet, also those that do over two links, are averaged by the weights they had
-before. The authors' code masks the prefix among the sources alone, which lets the second of two
-prefix tokens merge; here no prefix token takes part.
+All tokens that are linked, directly or over two links, are averaged by the weights they had before.
+The authors' code masks the prefix among the sources alone, which lets the second of two prefix
+tokens merge; here no prefix token takes part.
 """
 
 from __future__ import annotations

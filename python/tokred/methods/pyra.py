@@ -71,7 +71,7 @@ def pyra_step(
 
     Args:
         x: [B, N, C]. metric: [B, N, D], the keys averaged over the heads.
-        weight_r: [r], in the order of falling similarity. weight_c, norm: as in reactivate.
+        weight_r: [r], by descending similarity. weight_c, norm: as in reactivate.
         size: f32 [B, N]; 1 where None. num_prefix: the first tokens, which take no part.
 
     Returns:

@@ -78,8 +78,8 @@ def reallocate(
 ) -> Tensor:
     """The sequence from which keys and values are made.
 
-    The tokens by rising score are cut into parts; in each, so many in a row become one, by a linear
-    layer over their places.
+    The tokens, by ascending score, are cut into parts. In each part a fixed number of consecutive
+    tokens become one, by a linear layer over their places.
 
     Args:
         x: [B, N, C]. scores: f32 [B, N], significance.

@@ -64,8 +64,8 @@ def norm_preserving_map(x: Tensor, weight: Tensor, mirror: Tensor) -> Tensor:
         [..., 2 D], differentiable.
     """
     reflected = x - 2 * (x @ mirror)[..., None] * mirror / mirror.square().sum()
-    turned = torch.nn.functional.normalize(reflected @ weight.T, dim=-1)
-    u = turned * x.norm(dim=-1, keepdim=True)
+    rotated = torch.nn.functional.normalize(reflected @ weight.T, dim=-1)
+    u = rotated * x.norm(dim=-1, keepdim=True)
     return torch.cat([u.softmax(-1), (-u).softmax(-1)], -1).clamp(min=1e-12)
 
 

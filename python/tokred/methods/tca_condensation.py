@@ -38,7 +38,7 @@ class Condensation:
     """What becomes of the tokens of a layer.
 
     token_map: i32 [B, N]. weight: f32 [B, N], what each token counts in the sum of its slot.
-    num_out: the prefix, those that stay by falling score, the merged ones, the dropped ones' sum.
+    num_out: the prefix, those kept by descending score, the merged ones, the dropped ones' sum.
     """
 
     token_map: Tensor

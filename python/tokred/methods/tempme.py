@@ -5,8 +5,8 @@ TempMe: Video Temporal Token Merging for Efficient Text-Video Retrieval (arXiv 2
 Clips grow from frame to video over a few layers of an image encoder. Before the attention of such a
 layer `merge_frames` makes one clip of several and merges among them, by the tokens themselves;
 after it `merge_within` merges once more, by the mean keys, as ToMe does. Attention is in proportion
-to the sizes (tokred.biased_attention with their logarithm). Embeddings of time, which the paper
-learns, are added to the tokens before by whoever has them.
+to the sizes (tokred.biased_attention with their logarithm). The caller adds the paper's learned
+embeddings of time to the tokens first, if there are any.
 """
 
 from __future__ import annotations

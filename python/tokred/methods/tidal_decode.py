@@ -28,7 +28,7 @@ class TidalAttention:
         self.options = options
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
-        """(out [B, Hq, L, Dv], lse f32 [B, Hq, L]) of one layer; see AttentionMethod."""
+        """(out [B, Hq, L, Dv], lse f32 [B, Hq, L]) of one layer; see KeySelector."""
         if call.is_prompt or self.options.k >= call.num_keys:
             return call.dense()
         how = call.carried, call.visible(), call.scale, call.softcap

@@ -87,7 +87,7 @@ class TopKState:
         self.options = options
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
-        """(out [B, Hq, L, Dv], lse f32 [B, Hq, L]) of one layer; see AttentionMethod."""
+        """(out [B, Hq, L, Dv], lse f32 [B, Hq, L]) of one layer; see KeySelector."""
         if call.is_prompt and self.options.prefill == "dense":
             return call.dense()
         if call.is_packed or (call.score_keys is not None and call.q.shape[2] == 1):

@@ -55,8 +55,8 @@ def select_tokens(
         valid: bool [B, N]; padding, which is False, is not kept.
         order: "position", as published, or "score": the important ones first.
         important: in [0, 1].
-        residual: the order in which the others are compared: "score", by falling attention and then
-            as each round leaves them, as published; or "position", as later implementations do.
+        residual: the order in which the others are compared: "score", by descending attention and
+            then as each round leaves them, as published; or "position", as in later releases.
         step: tokens dropped in a round.
 
     Returns:

@@ -68,7 +68,7 @@ def late_interaction(
     last = torch.where(there, score, torch.inf).amin(-1)
     last = torch.where(there.any(-1), last, 0.0)
     owner = document.long()[index.clamp(min=0).long()]
-    # The first of each document in a row is its best: rows are by falling score.
+    # The first of each document in a row is its best: rows are by descending score.
     by_owner = torch.where(there, owner, num_documents)
     ranked = torch.where(there, score, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     by_owner = by_owner.gather(-1, ranked)

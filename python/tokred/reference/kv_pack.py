@@ -9,9 +9,9 @@ from tokred.ops.kv_pack import PackedKV, PackFormat, packed_tokens
 
 __all__ = ["kv_append", "kv_pack", "kv_unpack"]
 
-_MOST_PARAM = 65504.0
-# Of a codebook's levels in 1/32 root mean squares the positive ones, by bits.
-_GAUSSIAN = {1: (26,), 2: (14, 48), 3: (8, 24, 43, 69), 4: (4, 12, 21, 30, 40, 52, 66, 87)}
+_MAX_PARAM = 65504.0
+# The positive levels of a codebook by its bits, in 1/32 of the root mean square.
+_GAUSSIAN_LEVELS = {1: (26,), 2: (14, 48), 3: (8, 24, 43, 69), 4: (4, 12, 21, 30, 40, 52, 66, 87)}
 
 
 def hadamard(x: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def _ungrouped(x: Tensor, form: PackFormat) -> Tensor:
 
 def gaussian_levels(bits: int) -> Tensor:
     """int8 [1, 2^bits]: the levels of a codebook to which none were given."""
-    positive = _GAUSSIAN[bits]
+    positive = _GAUSSIAN_LEVELS[bits]
     return torch.tensor([[-x for x in reversed(positive)] + list(positive)], dtype=torch.int8)
 
 
@@ -140,7 +140,7 @@ def _pack(x: Tensor, form: PackFormat, levels: Tensor | None) -> tuple[Tensor, T
     codes, scale, offset = _quantize(_grouped(x, form), form, levels)
     params = scale if offset is None else torch.cat([scale, offset], -1)
     # [B, H, rows, groups, 1 | 2] to a row of scales and then offsets.
-    params = params.clamp(-_MOST_PARAM, _MOST_PARAM).transpose(3, 4).flatten(3)
+    params = params.clamp(-_MAX_PARAM, _MAX_PARAM).transpose(3, 4).flatten(3)
     rows = _to_bytes(_ungrouped(codes, form), form.bits)
     return rows.to(torch.uint8), params.to(torch.float16)
 

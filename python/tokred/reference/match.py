@@ -63,10 +63,10 @@ def match(
         best, order = (t[..., :k] for t in score.sort(dim=-1, descending=True, stable=True))
         return best, order.masked_fill(best == -torch.inf, -1).int()
 
-    nobody = score.new_full((*score.shape[:2], 1), -torch.inf)
-    best = torch.cat([score, nobody], 2).amax(2)
+    hidden = score.new_full((*score.shape[:2], 1), -torch.inf)
+    best = torch.cat([score, hidden], 2).amax(2)
     winners = torch.where(score == best[..., None], columns, len(columns))
-    index = torch.cat([winners, torch.full_like(nobody, len(columns), dtype=torch.long)], 2).amin(2)
+    index = torch.cat([winners, torch.full_like(hidden, len(columns), dtype=torch.long)], 2).amin(2)
     return best, index.masked_fill(best == -torch.inf, -1).int()
 
 
@@ -347,7 +347,7 @@ def sinkhorn(
     for _ in range(iterations):
         if not running.any():
             break
-        # Sums over nothing, whose gradient would be NaN, are sums over zeros that nobody reads.
+        # logsumexp of -inf alone has a NaN gradient: rows that are not updated sum zeros instead.
         right = [running[:, None] & mask for mask in masks]
         rows = torch.where(right[0][:, :, None], score + log_v[:, None], 0).logsumexp(2)
         log_u = torch.where(right[0], log_a - rows, log_u)

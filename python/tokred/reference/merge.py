@@ -65,15 +65,18 @@ def _heaviest(x: Tensor, weight: Tensor, slots: Tensor, num_out: int) -> Tensor:
 
 
 def _halves(weight: Tensor, slots: Tensor, num_out: int) -> Tensor:
-    """What every token weighs in the fold of its slot: 1/2 for the last but the keeper."""
+    """Weights [B, N] that equal h <- (h + x) / 2 over the tokens of a slot, by position.
+
+    h starts as the heaviest token, the keeper; x is each of the others.
+    """
     position = torch.arange(slots.shape[1], device=slots.device).expand_as(slots)
     keeper = _heaviest(position[..., None].to(torch.float64), weight, slots, num_out)[..., 0]
     keeper = _pick(keeper, slots)
     count = _pick(_sum(torch.ones_like(weight), slots, num_out), slots)
     rank = _rank(slots, num_out)
-    place = torch.where(position > keeper, rank, rank + 1)  # 1, 2, .. of those that are folded in
-    place = torch.where(position == keeper, 1, place)  # the keeper weighs what the first does
-    return torch.exp2(place - count).to(weight.dtype)
+    step = torch.where(position > keeper, rank, rank + 1)  # of the others: 1, 2, ..
+    step = torch.where(position == keeper, 1, step)  # the keeper and the first weigh the same
+    return torch.exp2(step - count).to(weight.dtype)
 
 
 def merge(

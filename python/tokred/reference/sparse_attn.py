@@ -225,8 +225,8 @@ def unmerged_attention(
         cos, sin = (table[:, None, first:].to(dtype) for table in (rope_cos, rope_sin))
         width = rope_cos.shape[2]
         left, right = t[..., :width], t[..., width : 2 * width]
-        turned = (left * cos - right * sin, right * cos + left * sin)
-        return torch.cat((*turned, t[..., 2 * width :]), -1)
+        halves = (left * cos - right * sin, right * cos + left * sin)
+        return torch.cat((*halves, t[..., 2 * width :]), -1)
 
     present = (token_map >= 0) & (token_map < k.shape[2])
     rows = rotated(expanded(q, maps), positions - queries)

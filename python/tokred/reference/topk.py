@@ -20,7 +20,7 @@ __all__ = [
 ]
 
 _PROBABILITY_BITS = 40
-_GREATEST_INT = 2**31 - 1
+_MAX_INT = 2**31 - 1
 _LIMB_BITS = 30
 
 
@@ -206,12 +206,12 @@ def eviction_slot(
 ) -> tuple[Tensor, Tensor]:
     """See tokred.eviction_slot; in the precision of logits, or of scores."""
     batch, heads, keys = position.shape
-    number = eviction_number(position, scores, logits, lse, bias, newest, shared, softcap)
-    rank = (-number if greatest else number) + 0.0
+    ranked = eviction_scores(position, scores, logits, lse, bias, newest, shared, softcap)
+    rank = (-ranked if greatest else ranked) + 0.0
     rank = rank.masked_fill(rank.isnan(), -torch.inf)
     begin = position.new_zeros(batch, 1, 1) if start is None else start[:, None, None]
     end = begin.long() + min(first, 2**32)
-    recent_after = min(max(length - 1 - recent, -_GREATEST_INT - 1), _GREATEST_INT)
+    recent_after = min(max(length - 1 - recent, -_MAX_INT - 1), _MAX_INT)
     stays = ((position >= begin) & (position < end)) | (position > recent_after)
     rank = rank.masked_fill(stays, torch.inf)
     if bias is not None:
@@ -223,10 +223,10 @@ def eviction_slot(
         slot = slots.where(least, keys).amin(2, keepdim=True).int()
     if logits is None:
         return slot, position.new_empty((batch, heads, 0), dtype=torch.float32)
-    return slot, number.scatter(2, slot[..., : keys > 0].long(), 0)
+    return slot, ranked.scatter(2, slot[..., : keys > 0].long(), 0)
 
 
-def eviction_number(
+def eviction_scores(
     position: Tensor,
     scores: Tensor | None,
     logits: Tensor | None,
@@ -236,22 +236,22 @@ def eviction_number(
     shared: bool,
     softcap: float | None,
 ) -> Tensor:
-    """[B, H, N]: what keys are ranked by in eviction_slot."""
+    """[B, H, N]: the scores by which eviction_slot ranks the keys."""
     if logits is None or lse is None:
-        ends = -_GREATEST_INT, _GREATEST_INT - 1
+        ends = -_MAX_INT, _MAX_INT - 1
         return position.clamp(*ends).double() if scores is None else scores
     hidden = torch.zeros(position.shape, dtype=torch.bool, device=position.device)
     if bias is not None:
         bias = bias.expand(position.shape)
         hidden = ~(bias > -torch.inf)
-    own = _from_own(logits, lse, bias, hidden, newest, position.shape[1], softcap)
+    own = _own_weights(logits, lse, bias, hidden, newest, position.shape[1], softcap)
     received = own.mean(2)
     if shared:
         received = own.flatten(1, 2).mean(1, keepdim=True).expand(position.shape)
     return received.contiguous() if scores is None else scores + received
 
 
-def _from_own(
+def _own_weights(
     logits: Tensor,
     lse: Tensor,
     bias: Tensor | None,

@@ -186,7 +186,7 @@ def _gives_the_same(layer: nn.Module, shape: LayerShape, weights: list[nn.Parame
         for module, _ in modes:
             module.training = False
             for hooks in ("_forward_hooks", "_forward_pre_hooks"):
-                if getattr(module, hooks):  # nobody is to hear of the trial
+                if getattr(module, hooks):  # hooks must not see the trial
                     overrides.assign(module, hooks, OrderedDict())
         overrides.assign(attention, "forward", attend)
         for name in {*shape.drops[0], *shape.drops[1]}:
