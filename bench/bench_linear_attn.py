@@ -34,7 +34,7 @@ class Shape:
         return self.batch, self.heads, self.tokens, self.head_dim
 
     def flops(self) -> int:
-        """With chunks of 32, whose products are causal."""
+        """Flops with chunks of 32, whose products are causal."""
         per_token = 24 * 2 * self.head_dim + 2 * self.head_dim**2
         return 2 * self.batch * self.heads * self.tokens * per_token
 

@@ -205,12 +205,12 @@ def core_matching(device: str) -> Candidates:
     module = method("core_matching")
 
     def published() -> Tensor:
-        """But for the products of other rows than the one that is read."""
+        """The published code, except for products of rows that it does not read."""
         scores = (image.float() @ word.float()[..., None])[0, :, 0]
-        falling = scores.sort(descending=True).values
-        rank, drop = torch.arange(len(falling), device=device), falling - falling[0]
+        descending = scores.sort(descending=True).values
+        rank, drop = torch.arange(len(descending), device=device), descending - descending[0]
         away = (drop[-1] * rank - rank[-1] * drop).abs()
-        return (scores > falling[away.argmax()]).nonzero()[:, 0][None]
+        return (scores > descending[away.argmax()]).nonzero()[:, 0][None]
 
     return lambda: module.select_tokens(module.coactivation(word, image)), published
 

@@ -34,7 +34,7 @@ def is_arithmetic(name: str) -> bool:
 
 
 def array_bytes(cache_bytes: int) -> int:
-    """Of an array that no cache keeps; two of them take a third of the memory at most."""
+    """The size of an array that no cache holds; two of them take a third of the memory at most."""
     wanted = max(ARRAYS_PER_CACHE * cache_bytes, 1 << 28)
     return min(wanted, available_bytes() // 6) >> 20 << 20
 
@@ -58,7 +58,7 @@ def row_of(
 def kernel_rows(
     run: Run, size: int, rounds: int = ROUNDS, steps: int = OPERATION_STEPS
 ) -> Iterator[Row]:
-    """Those of tokred._C. size: of the arrays, in bytes; rounds: of reads, copies and gathers."""
+    """Rows of tokred._C's kernels, on arrays of `size` bytes; rounds of reads, copies, gathers."""
     from tokred import _C
 
     isa = _C.cpu_isa()
@@ -191,7 +191,7 @@ def rate(row: Row) -> float:
 
 
 def best_rates(rows: Sequence[Row]) -> dict[str, float]:
-    """By ceiling, the fastest way that was measured."""
+    """The fastest way that was measured, by ceiling."""
     rates: dict[str, float] = {}
     for row in rows:
         rates[row.case] = max(rates.get(row.case, 0.0), rate(row))

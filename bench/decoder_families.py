@@ -33,7 +33,7 @@ def prompt() -> tuple[Tensor, Tensor]:
 
 
 def logits(model: nn.Module) -> Tensor:
-    """Of the tokens that are no padding; an encoder-decoder reads the same tokens on both sides."""
+    """Logits of tokens that are no padding; an encoder-decoder's two sides read the same tokens."""
     ids, mask = prompt()
     options = {"input_ids": ids, "attention_mask": mask}
     if model.config.is_encoder_decoder:

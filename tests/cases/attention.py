@@ -102,7 +102,7 @@ def random_grads(inputs: tuple, seed: int = 0) -> tuple[Tensor, Tensor]:
 def gradients(
     backend: Backend, op: str, inputs: tuple, grad_out: Tensor, grad_lse: Tensor
 ) -> list[Tensor]:
-    """Of q, k, v and, where there is one, key_bias."""
+    """The gradients of q, k, v and, where there is one, key_bias."""
     inputs, bias = list(inputs), inputs[KEY_BIAS[op]]
     if backend.name == "simt":
         ops, middle = torch.ops.tokred_simt, RESULTS[op]
@@ -142,7 +142,7 @@ def assert_gradients_are_accurate(
 
 
 def gradcheck(op: str, inputs: tuple) -> bool:
-    """Of q, k, v and a key_bias that hides nothing."""
+    """gradcheck of q, k, v and a key_bias that hides nothing."""
     place = KEY_BIAS[op]
     bias = inputs[place]
     leaves = list(inputs[:3])

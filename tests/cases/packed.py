@@ -165,7 +165,7 @@ class Case:
         return slots.flatten(1)[:, : self.capacity()].contiguous()
 
     def make_lists(self, rng: torch.Generator) -> Tensor | None:
-        """With entries outside of the tokens, and tokens listed twice."""
+        """Lists with entries outside of the tokens, and tokens listed twice."""
         if self.lists == "none":
             return None
         heads = {"head": self.heads * self.group, "kv": self.heads, "one": 1}[self.lists]

@@ -35,7 +35,7 @@ def check_accuracy(
 
 
 def largest(x: Tensor) -> float:
-    """Of the finite magnitudes."""
+    """The largest finite magnitude."""
     x = x[x.isfinite()].abs()
     return x.max().item() if len(x) else 0.0
 

@@ -194,7 +194,7 @@ class Family:
 
 
 def _anyres_tokens(number: int) -> int:
-    """Of an image of SIZES[number]: a thumbnail, then rows of patches that end in a newline."""
+    """Tokens of an image of SIZES[number]: a thumbnail, rows of patches, each with a newline."""
     height, width = SIZES[number % len(SIZES)]
     best = min(
         (p for p in PINPOINTS if p[0] >= height and p[1] >= width), key=lambda p: p[0] * p[1]

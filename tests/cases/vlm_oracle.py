@@ -40,7 +40,7 @@ class Row:
                        block=self.block[places], deep=deep)  # fmt: skip
 
     def grown(self, token: Tensor) -> Row:
-        """With one more token of text, embedded."""
+        """The row with one more token of text, embedded."""
         last = self.positions[..., -1:] + 1
         deep = self.deep
         return replace(

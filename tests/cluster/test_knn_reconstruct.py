@@ -139,7 +139,7 @@ def test_isa_and_threads_do_not_matter(on_every_cpu, dtype: torch.dtype) -> None
 
 
 def gradient(backend: Backend, some: dict[str, Any], grad_y: Tensor) -> Tensor:
-    """Of deep."""
+    """The gradient of deep."""
     if backend.name == "simt":
         weighs = (some[name] for name in ("x", "centroids", "k", "temperature", "norm"))
         return torch.ops.tokred_simt.knn_reconstruct_backward(grad_y, *weighs)

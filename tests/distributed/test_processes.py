@@ -50,7 +50,7 @@ def test_votes_of_unknown_heads_are_refused() -> None:
 
 
 def test_processes_agree_with_one() -> None:
-    """In 2 and 4 Gloo processes; see processes.py."""
+    """2 and 4 Gloo processes; see processes.py."""
     paths = [str(FOLDER.parent), str(Path(tokred.__file__).parents[1])]
     done = subprocess.run(
         [sys.executable, FOLDER / "processes.py"],

@@ -48,7 +48,7 @@ class Draw(random.Random):
         return self.choice([n for n in _CHANNELS if n <= 64] if self.small else _CHANNELS)
 
     def heads(self) -> tuple[int, int]:
-        """Of queries and of keys; at times no query heads, which ops refuse."""
+        """Heads of queries and of keys; at times no query heads, which ops refuse."""
         keys = self.choice([1, 2, 3])
         return keys * self.choices([0, 1, 2, 3, 4, 7], [1, 6, 4, 3, 3, 2])[0], keys
 
@@ -91,7 +91,7 @@ class Draw(random.Random):
         return x.to(dtype)
 
     def spoiled(self, x: Tensor, share: float = 0.05) -> Tensor:
-        """With NaN, infinities, the greatest and the least numbers here and there."""
+        """x with NaN, infinities, the largest and the smallest floats here and there."""
         x = x.clone()
         if not x.numel():
             return x

@@ -125,7 +125,7 @@ def _paths(value: Any, path: tuple = ()) -> Iterator[tuple]:
 
 
 def _odd_json(draw: Draw, value: Any) -> Any:
-    """With one to three parts changed, removed or added."""
+    """The value with one to three parts changed, removed or added."""
     for _ in range(draw.one_of(1, 1, 1, 2, 3)):
         path = draw.choice(list(_paths(value)))
         odd = copy.deepcopy(draw.choice(_ODD))

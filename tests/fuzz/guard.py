@@ -21,7 +21,7 @@ def loaded() -> bool:
 
 
 def environment() -> dict[str, str]:
-    """Of a process that has the allocator, which is compiled if it is not there."""
+    """The environment of a process with the allocator, which is compiled if it is not there."""
     if not LIBRARY.exists() or LIBRARY.stat().st_mtime < SOURCE.stat().st_mtime:
         LIBRARY.parent.mkdir(parents=True, exist_ok=True)
         partial = LIBRARY.with_suffix(f".{os.getpid()}")

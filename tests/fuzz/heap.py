@@ -40,7 +40,7 @@ def examine(op: str, seed: int, calls: int = CALLS) -> None:
 
 
 def _quickest(op: str, seed: int):
-    """Of a few cases that do something, the one that takes the least time."""
+    """The fastest of a few cases that do something."""
     timed = []
     for number in range(_TRIED):
         case = CASES[op](Draw(op, 1000 * (seed + 1) + number, small=True))

@@ -38,7 +38,7 @@ def config(head_dim: int, heads: int) -> Any:
 
 
 def options(draw: Draw, head_dim: int) -> dict[str, Any]:
-    """Of a PackedCache."""
+    """Options of a PackedCache."""
     scheme = draw.choice(["asymmetric", "asymmetric", "zero_point", "symmetric", "fp8", "codebook"])
     few = {"symmetric": [2, 3, 4, 8], "codebook": [1, 2, 3, 4]}.get(scheme, [1, 2, 3, 4, 8])
     bits = 8 if scheme == "fp8" else draw.choice(few)

@@ -69,7 +69,7 @@ def _scores(some: dict[str, Any], dtype: torch.dtype) -> Tensor:
 
 
 def _check_choice(some: dict[str, Any], slot: Tensor, number: Tensor) -> None:
-    """Of keys that rounding may order either way, any is right."""
+    """Where rounding may order keys either way, any of them is right."""
     given = {name: x for name, x in some.items() if name not in ("logits", "lse", "softcap")}
     expected = reference.eviction_slot(**{**given, "scores": number, "shared": False})[0]
     if number.shape[2] == 0:

@@ -26,7 +26,7 @@ def _apart(x: Tensor, metric: str) -> Tensor:
 
 
 def _error(x: Tensor, metric: str) -> float:
-    """Of a distance, from rounding."""
+    """The rounding error of a distance."""
     channels = 2e-6 * (1 + x.shape[1] / 32)
     if metric == "cosine" or not x.numel():
         return channels

@@ -27,7 +27,7 @@ def _check(some: dict[str, Any], y: Tensor) -> None:
 
 
 def _arguments(draw: Draw) -> tuple[dict[str, Any], bool]:
-    """And whether they hold what is not finite."""
+    """Arguments, and whether they hold NaN or infinities."""
     batch, tokens, channels = draw.batch(), draw.size(), draw.choice(_CHANNELS)
     clusters = draw.choice([0, 1, 2, 5, 31, 32, 33, 70])
     x = draw.floats((batch, tokens, channels), draw.dtype(), plain=True)

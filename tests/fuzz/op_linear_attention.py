@@ -39,7 +39,7 @@ def _quadratic(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor | None = None,
     scale: float = 1.0, mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """By the masked quadratic form; differentiable."""
+    """linear_attention by its masked quadratic form; differentiable."""
     (batch, heads, tokens, _), group = k.shape, q.shape[1] // k.shape[1]
     visible = torch.ones(batch, tokens, dtype=torch.bool) if mask is None else mask
     visible = visible.expand(batch, tokens)

@@ -111,7 +111,7 @@ def _check_match(some: dict[str, Any], out: Any) -> None:
 
 
 def _check_ties(some: dict[str, Any], hidden: Tensor, index: Tensor) -> None:
-    """Of equal rows the first is chosen."""
+    """The first of equal rows is chosen."""
     b, weight = some["b"], some.get("weight_b")
     equal = (bits(b)[:, :, None] == bits(b)[:, None]).all(-1)
     if weight is not None:

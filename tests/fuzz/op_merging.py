@@ -64,7 +64,7 @@ def _merged(x: Tensor, size: Tensor, weight: Tensor, mode: str) -> Tensor:
 
 
 def _arguments(draw: Draw) -> tuple[dict[str, Any], bool]:
-    """Of merge, and whether there is something else than a number in them."""
+    """Arguments of merge, and whether some are NaN or infinite."""
     batch, n, channels = draw.batch(), draw.size(), draw.size(_CHANNELS)
     dtype = draw.dtype(double=True)
     state = F64 if dtype == F64 else F32

@@ -47,7 +47,7 @@ def _token_group(form: PackFormat) -> int:
 
 
 def _packed(draw: Draw, batch: int, heads: int, tokens: int, dim: int, f: PackFormat) -> PackedKV:
-    """Of numbers, or any codes and params."""
+    """A PackedKV of packed numbers, or of any codes and params."""
     if draw.chance(0.7):
         x = draw.floats((batch, heads, tokens, dim), F32, plain=True)
         levels = _levels(draw, heads, f)
@@ -61,7 +61,7 @@ def _packed(draw: Draw, batch: int, heads: int, tokens: int, dim: int, f: PackFo
 
 
 def _levels(draw: Draw, heads: int, form: PackFormat) -> Tensor | None:
-    """Of a codebook its own ones, or any: mostly ascending."""
+    """A codebook's levels: its own, or any others, mostly ascending."""
     if form.scheme != "codebook" or draw.chance():
         return None
     shape = (draw.choice([1, heads]), 2**form.bits)

@@ -129,7 +129,7 @@ def pooled_blocks(
 
 
 def _statistic(x: Tensor, statistic: str) -> Tensor:
-    """Of [H, n, D], as [H, 1 | 2, D]."""
+    """The statistic of tokens [H, n, D], as [H, 1 or 2, D]."""
     mean = x.mean(1, True)
     if statistic == "min_max":
         return torch.cat([x.amin(1, True), x.amax(1, True)], 1)

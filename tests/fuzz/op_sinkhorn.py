@@ -18,7 +18,7 @@ _TENSORS = (
 
 
 def _arguments(draw: Draw) -> tuple[dict[str, Any], list[str]]:
-    """And those of any strides."""
+    """Arguments, and the names of those that may have any strides."""
     batch, channels = draw.batch(), draw.channels()
     sides = {"x": draw.size(), "anchors": draw.size()}
     some: dict[str, Any] = {}

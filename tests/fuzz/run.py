@@ -92,7 +92,7 @@ def _repeat(kind: str, case: str) -> str:
 
 
 def _run(options: argparse.Namespace) -> int:
-    """In the process with the allocator."""
+    """Runs the cases, in the process with the allocator."""
     import torch
 
     torch.set_num_threads(1)

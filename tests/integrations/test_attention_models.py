@@ -130,7 +130,7 @@ def test_an_encoder_with_padding() -> None:
 
 
 def test_no_mask_says_that_the_queries_are_the_last_of_the_keys() -> None:
-    """Of a static cache, whose last keys do not exist yet, the mask says how many there are."""
+    """In a static cache, whose last keys do not exist yet, the mask says how many there are."""
     made = attention.attention_mask
     for length, offset, filled in ((5, 0, 5), (5, 8, 13), (1, 12, 13)):
         assert made(2, length, filled, offset) is None

@@ -56,7 +56,7 @@ def test_relative_positions_are_those_of_eager(t5: nn.Module) -> None:
 
 
 def test_relative_positions_are_trained(t5: nn.Module) -> None:
-    """Those of the encoder, with padding, and of the causal decoder."""
+    """Those of the encoder, with padding, and those of the causal decoder."""
     ids, mask = left_padded()
     names = [name for name, _ in t5.named_parameters() if "relative_attention_bias" in name]
     results = []

@@ -237,7 +237,7 @@ def test_refused_when_the_patch_is_made(family: Family) -> None:
 
 @torch.no_grad()
 def test_what_needs_every_token_gets_them_back() -> None:
-    """And with nothing to merge needs no restore_tokens."""
+    """With nothing to merge, restore_tokens is not needed."""
     prefix = {"timm MobileViT": 0, "timm PiT": 1}
     for family in REFUSED:
         if not any(word in family.refused for word in (GRID, EVERY, "num_prefix")):

@@ -161,7 +161,7 @@ def test_attention_pooling_weighs_by_size(name: str, pixels: Tensor) -> None:
 
 @torch.no_grad()
 def test_weighted_pool(pixels: Tensor) -> None:
-    """By default the merged tokens count alike, with weighted_pool by their size."""
+    """Merged tokens count alike by default, and by their size with weighted_pool."""
     model = next(case for case in CASES if case.name == "timm-avg").model()
     with tokred.patch(model, "tome", r=6, trace_source=True, weighted_pool=True) as handle:
         merged = tokens_of(model, pixels)

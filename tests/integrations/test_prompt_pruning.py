@@ -40,7 +40,7 @@ def test_all_kept_is_the_model(name: str, kind: str) -> None:
 @pytest.mark.parametrize("name", STAGED)
 @torch.no_grad()
 def test_fewer_are_left_behind_the_last_stage(name: str) -> None:
-    """By the number of tokens that the MLP of the last layer is given."""
+    """Measured by the number of tokens that the MLP of the last layer is given."""
     family = BY_NAME["llava"]
     model, inputs = family.model(), family.prompt((1,))
     lengths = []

@@ -94,7 +94,7 @@ def test_padding_on_the_left(name: str) -> None:
 
 @torch.no_grad()
 def test_restored_tokens_are_those_of_their_groups() -> None:
-    """Of both kinds; a mean over the attention mask is then one by size."""
+    """Restored tokens of both kinds; a mean over the attention mask is then weighted by size."""
     model, (ids, mask) = tiny("Bert"), sentences()
     with tokred.patch(model, "tome", r=3) as handle:
         restored = states(model, ids, mask)
@@ -112,7 +112,7 @@ def test_restored_tokens_are_those_of_their_groups() -> None:
 
 @torch.no_grad()
 def test_heads() -> None:
-    """Those that read every token get them; without that, only those that read the first."""
+    """Heads that read every token need restore_tokens; those that read the first one do not."""
     ids, mask = sentences()
     heads = ("TokenClassification", "MaskedLM", "QuestionAnswering", "SequenceClassification")
     for name, head in [("Bert", head) for head in heads] + [("ModernBert", heads[3])]:
@@ -134,7 +134,7 @@ def test_heads() -> None:
 
 
 def test_gradients_and_checkpoints() -> None:
-    """Of a padded batch those of its rows alone, with the library's checkpoints as without."""
+    """A padded batch has the gradients of its rows alone, with the library's checkpoints too."""
     model, (ids, mask) = (
         tiny("Bert", attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0),
         sentences(),

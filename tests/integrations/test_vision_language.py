@@ -181,7 +181,7 @@ def test_pruning_between_layers(family: Family, positions: str) -> None:
 
 
 def _dropped(family: Family, row: Row, keep: int) -> dict[int, Tensor]:
-    """By layer, the places of a row that Layers drops."""
+    """The places of a row that Layers drops, by layer."""
     visual = (row.image >= 0).nonzero()[:, 0]
     if not len(visual):
         return {}
@@ -226,7 +226,7 @@ def test_tokens_stay_in_the_order_returned(family: Family) -> None:
 
 
 def test_tokens_are_told_from_the_patches_they_are_made_of(family: Family) -> None:
-    """By gradients: each token's, with respect to what the last attention gave every patch."""
+    """Known by each token's gradient with respect to what the last attention gave every patch."""
     model, inputs = family.model(), family.prompt((1, 2, 0))
     calls: list[VisualCall] = []
 
@@ -596,7 +596,7 @@ SERVED = {
 
 
 def small_options(name: str, **wanted: Any) -> dict[str, Any]:
-    """Those of the wanted options that the method has."""
+    """The wanted options that the method has."""
     return {option: value for option, value in wanted.items() if option in SERVED[name].defaults()}
 
 

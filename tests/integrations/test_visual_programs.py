@@ -149,7 +149,7 @@ def test_there_is_no_token_map() -> None:
 
 @torch.no_grad()
 def test_a_packed_cache_makes_its_attention_known() -> None:
-    """In a process that has used nothing else of it, as the docstring of PackedCache says."""
+    """In a process that uses nothing else of tokred, as the docstring of PackedCache says."""
     code = """
 import torch, transformers, tokred
 small = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)

@@ -211,7 +211,7 @@ def test_kivi(backend: Backend, bits: int, axis: str) -> None:
 
 
 def test_fp8_numbers_are_those_of_torch(backend: Backend) -> None:
-    """With 448 in every group the scale is 1: all e4m3 numbers, and what lies halfway."""
+    """With 448 in every group the scale is 1: all e4m3 numbers, and halfway points between them."""
     every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     every = every[every.isfinite()].sort().values
     halfway = (every[1:] + every[:-1]) / 2
@@ -355,7 +355,7 @@ def test_alone_and_in_a_batch(kernels: Backend, axis: str, rotate: bool) -> None
 def test_halfway_between_codes(
     kernels: Backend, bits: int, scheme: str, dtype: torch.dtype
 ) -> None:
-    """Of quotients that end in .5 all round to even, also where they are not divided."""
+    """Quotients that end in .5 round to even, also where nothing is divided."""
     largest = 2 ** (bits - 1) - 1 if scheme == "symmetric" else 2**bits - 1
     rng = generator(8)
     x = torch.randint(0, 2 * largest + 1, (1, 2, 9, 128), generator=rng) / 2

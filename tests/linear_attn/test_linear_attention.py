@@ -174,7 +174,7 @@ def test_a_row_is_the_same_alone_and_on_any_number_of_threads(kernels: Backend) 
 
 
 def gradients(backend: Backend, inputs: tuple, incoming: tuple[Tensor, Tensor]) -> list[Tensor]:
-    """Of q, k, v and state."""
+    """The gradients of q, k, v and state."""
     q, k, v, decay, state, scale, mask = inputs
     if backend.name == "simt":
         arguments = (*incoming, q, k, v, decay, state, scale, mask)
@@ -224,7 +224,7 @@ def test_the_decay_has_no_gradient() -> None:
 
 
 def test_time_is_linear_in_the_tokens() -> None:
-    """By the flops that are counted: four times the tokens, four times the work."""
+    """Four times the tokens have four times the flops."""
     from torch.utils.flop_counter import FlopCounterMode
 
     def flops(tokens: int) -> int:

@@ -33,7 +33,7 @@ class Case:
     batch: int = 2
 
     def inputs(self, ties: bool) -> dict:
-        """With `ties`, rows of +-1 of norm 4: every score is exact."""
+        """Inputs; with `ties`, rows of +-1 of norm 4, whose scores are exact."""
         rng = generator(self.rows + self.k)
         shapes = [(self.batch, n, self.channels) for n in (self.rows, self.columns)]
         if ties:

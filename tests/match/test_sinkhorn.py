@@ -213,7 +213,7 @@ def output_gradients(inputs: dict) -> tuple[Tensor, Tensor]:
 
 
 def gradients(backend: Backend, inputs: dict, grads: tuple[Tensor, Tensor]) -> list[Tensor]:
-    """Of x and anchors, by aggregation and load."""
+    """The gradients of x and anchors, through aggregation and load."""
     if backend.name == "simt":
         steps = torch.ops.tokred_simt.sinkhorn(**inputs)[5]
         tensors = (inputs.get(name) for name in TENSORS)

@@ -112,7 +112,7 @@ def test_chunks_are_given_back_to_the_tokens(kernels: Backend) -> None:
 
 
 def gradients(backend: Backend, inputs: tuple, grads: tuple[Tensor, Tensor]) -> list[Tensor]:
-    """Of c, p and state."""
+    """The gradients of c, p and state."""
     c, p, state, lengths = inputs
     if backend.name == "simt":
         z, _ = torch.ops.tokred_simt.ema_scan(*inputs)

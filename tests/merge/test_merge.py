@@ -258,7 +258,7 @@ def test_compose_is_two_merges(backend: Backend) -> None:
 
 
 def gradients(backend: Backend, inputs: tuple, grad_y: Tensor, grad_size: Tensor) -> list[Tensor]:
-    """Of x, size and weight, which must all be given."""
+    """The gradients of x, size and weight, which must all be given."""
     x, token_map, num_out, size, weight, mode = inputs
     if backend.name == "simt":
         args = (grad_y, grad_size, x, token_map, size, weight, mode)

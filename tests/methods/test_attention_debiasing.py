@@ -48,7 +48,7 @@ def test_trend() -> None:
 
 
 def test_letter_boxes() -> None:
-    """Of a wide image with fewer patches than k these alone are kept."""
+    """In a wide image with fewer patches than k only these are kept."""
     attention = uniform(2, 576) + 0.1
     content = torch.stack([content_mask(size, (24, 24)) for size in ((1000, 80), (300, 300))])
     found = select_tokens(attention, 64, content=content)

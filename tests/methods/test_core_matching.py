@@ -22,7 +22,7 @@ from tokred.patching import LayerStates
 
 @pytest.mark.parametrize("neurons", [0, 1, 8, 61, 2048, 5000])
 def test_counts(neurons: int) -> None:
-    """Of more neurons than 255 words of 64 bits hold, and of all of them."""
+    """More neurons than 255 words of 64 bits hold, and all of them."""
     active = uniform(2, 9, neurons) < 0.7
     found = coactivation(active[:, 0], active[:, 1:])
     together = active.double() @ active.double().mT
@@ -60,7 +60,7 @@ def test_equal_scores() -> None:
 
 
 def test_by_the_fifth_word_from_the_last() -> None:
-    """Of rows with padding in front; what is kept follows from the neurons' signs alone."""
+    """Rows with padding in front; the neurons' signs alone decide what is kept."""
     call = prompt_call(layer=6, num_layers=32)
     method = CoreMatchingOptions(keep=9)
     assert method.prune_layers(32) == [6] and method.watch(32) == [5]

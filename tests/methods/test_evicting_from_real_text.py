@@ -67,7 +67,7 @@ def streaming_llm(weights: Tensor) -> Tensor:
 def test_the_same_keys_stay(
     published: Any, options: dict[str, int], read: tuple[nn.Module, Tensor, list[Tensor]]
 ) -> None:
-    """In all layers and heads, but for keys whose scores are the same up to rounding."""
+    """In all layers and heads, except keys whose scores are equal up to rounding."""
     model, ids, weights = read
     cache = transformers.DynamicCache(config=model.config)
     with tokred.patch(model, published.__name__, budget=BUDGET, **options):

@@ -22,7 +22,7 @@ def transcription(attention: torch.Tensor, valid: list[int], k: int, order: str)
 @pytest.mark.parametrize("order", ["position", "score"])
 @pytest.mark.parametrize("k", [0, 1, 7, 50])
 def test_picks(dtype: torch.dtype, order: str, k: int) -> None:
-    """Of bfloat16 many scores are equal."""
+    """In bfloat16 many scores are equal."""
     attention = uniform(3, 4, 40).to(dtype)
     check_rows(
         lambda a, **options: select_tokens(a, **options), transcription, [attention],

@@ -19,7 +19,7 @@ def between(values: torch.Tensor) -> torch.Tensor:
 def expected_scores(
     x: torch.Tensor, text: torch.Tensor, attention: torch.Tensor, eta: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of one row without padding: the similarity to the text, and the fused scores."""
+    """Scores of one row without padding: the similarity to the text, and the fused scores."""
     cosine = (
         functional.normalize(x.double(), dim=-1) @ functional.normalize(text.double(), dim=-1).T
     )

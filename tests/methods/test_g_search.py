@@ -44,7 +44,7 @@ def test_refusals(options: dict, words: str) -> None:
 
 
 def test_search_finds_the_least() -> None:
-    """Of all schedules that never grow, by trying them all."""
+    """The least of all schedules that never grow, by trying them all."""
     needed = (4, 3, 3, 1)
 
     def good(kept: list[int]) -> bool:

@@ -20,7 +20,7 @@ def transcription(
     grid: tuple[int, int] = GRID,
     tiling: tuple[int, int] = TILING,
 ) -> list[int]:
-    """Of one image, whose stitched crops are padding outside of the rows and columns."""
+    """The picks of one image, whose stitched crops are padding outside of the rows and columns."""
     (height, width), places = grid, grid[0] * grid[1]
     logits = logits.double()
     thumbnail = logits[0].view(height, width)

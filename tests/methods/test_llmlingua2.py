@@ -46,7 +46,7 @@ def test_words(tokens: int, reduce: str) -> None:
 
 
 def test_percentile() -> None:
-    """Of numbers that stand several times, as numpy has it; equal to a value where that is hit."""
+    """numpy's percentile of numbers with repeats, exact where it is one of them."""
     generator = np.random.default_rng(0)
     for size in (1, 2, 7, 30):
         values = generator.random((3, size)).round(2)

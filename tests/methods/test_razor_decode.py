@@ -137,7 +137,7 @@ def test_packed_refuses() -> None:
 
 
 def test_ring() -> None:
-    """In place once the window is full; three windows, as if all had been there at once."""
+    """It is in place once the window is full: three windows give what all tokens at once give."""
     q, k, v = heads(keys=80)
     ring = razor.compress(k[:, :, :21], v[:, :, :21], SINKS, WINDOW)
     for t in range(21, 80):

@@ -167,7 +167,7 @@ def test_visual_tokens_of_photographs(name: str, call: VisualCall) -> None:
 @pytest.mark.parametrize("name", REDUCERS)
 @torch.no_grad()
 def test_reducers_in_dinov2(name: str, model: nn.Module, pixels: Tensor, expected: Tensor) -> None:
-    """With each method's own defaults, but where these give up nothing of a photograph."""
+    """Each method has its own defaults, unless these drop nothing of a photograph."""
     options = {"dymu": dict(threshold=0.95), "tome": dict(r=8)}.get(name, {})
     adapters = METHODS[name].options.adapters
     if "transformers" not in adapters or Needs.TRAINING in METHODS[name].needs:

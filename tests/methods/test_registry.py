@@ -71,7 +71,7 @@ def test_options_are_named_and_described(method: Method) -> None:
 
 @pytest.mark.parametrize("method", PATCHED, ids=id_of)
 def test_options_refuse_other_types(method: Method) -> None:
-    """By name, each option whose type is simple."""
+    """Each option with a simple type is refused by its name."""
     wrong = {int: (2.5, "8", True), float: ("0.5", True), bool: ("yes", 2), str: (3, False)}
     required = {n: [] for n, d in method.defaults().items() if d is dataclasses.MISSING}
     for option, hint in typing.get_type_hints(method.options).items():

@@ -31,7 +31,7 @@ def test_significance(grid: tuple[int, int], coarse: tuple[int, int], window: in
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rates(dtype: torch.dtype) -> None:
-    """Of the first quarter four tokens become one, of the middle half two, of the rest one."""
+    """Tokens that become one: four in the first quarter, two in the middle half, else one."""
     rates = ((0.25, 4), (0.5, 2), (0.25, 1))
     linear = [nn.Linear(f, 1).to(dtype) for _, f in rates]
     weights = [(layer.weight, layer.bias) for layer in linear]

@@ -115,7 +115,7 @@ def test_three_stages_in_a_prompt() -> None:
 
 
 def test_dropped_tokens_take_the_places_of_centres() -> None:
-    """Of every row those that recycle makes of its own visual tokens."""
+    """In every row, the tokens that `recycle` makes of its own visual tokens."""
     call = prompt_call(layer=0, num_layers=32)
     SparseVlmOptions().prune(call)
     call.layer = 3

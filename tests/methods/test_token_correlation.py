@@ -43,7 +43,7 @@ def transcription(
     k: int,
     share: float,
 ) -> list[int]:
-    """Of one image whose crops can use their parts."""
+    """The picks of one image whose crops can use their parts."""
     weight = [density(*rows, 0.8, 2) for rows in zip(keys, valid, strict=True)]
     parts = [w * k / sum(weight) for w in weight]
     counts = [math.floor(p) for p in parts]

@@ -203,7 +203,7 @@ def test_grids() -> None:
     ],
 )
 def test_the_finest_blocks_merge(square: int, side: tuple[int, int], tokens: int) -> None:
-    """By default, whatever the latent's size is divided by before the first of them."""
+    """The default, whatever the latent's size is divided by before the first block."""
     model = denoiser(square=square, blocks=2)
     seen = []
     model.block.attn1.register_forward_hook(lambda module, args, output: seen.append(args[0].shape))
@@ -276,7 +276,7 @@ def test_draws() -> None:
 
 
 def test_draws_are_uniform() -> None:
-    """In 400 grids every place of a cell comes up about as often as any other."""
+    """In 400 grids each place of a cell is drawn about equally often."""
     draws = torch.cat([grid_destinations(8, 12, 2, 3, seed=torch.tensor(s)) for s in range(400)])
     places = (draws // 12 % 2) * 3 + draws % 12 % 3
     shares = torch.stack([(places == place).float().mean(0) for place in range(6)])

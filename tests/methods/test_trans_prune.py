@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def variation(before: Tensor, after: Tensor) -> Tensor:
-    """Of one row's real tokens [N, C], in float64."""
+    """The variation of one row's real tokens [N, C], in float64."""
     before, after = before.double(), after.double()
     turn = (1 - torch.cosine_similarity(before, after, -1)).exp()
     return after.norm(dim=-1) / before.norm(dim=-1) * turn / turn.sum()

@@ -16,7 +16,7 @@ BY_NAME = {family.name: family for family in FAMILIES}
 
 
 def expected_map(importance: Tensor, keys: Tensor, dominant: int, contextual: int) -> list[int]:
-    """Of one image, token by token."""
+    """The map of one image, token by token."""
     tokens = len(importance)
     order = sorted(range(tokens), key=lambda i: (-float(importance[i]), i))
     links = {i: i for i in order[:dominant]}

@@ -123,7 +123,7 @@ def loose(t: Any) -> Any:
 
 @pytest.mark.parametrize("op", OPS)
 def test_views_have_the_bits_of_their_copies(library: Any, op: str) -> None:
-    """In whatever order a device reads what is not aligned."""
+    """Devices may read unaligned tensors in another order."""
     for sizes in (Sizes(c=32, n=40), Sizes(c=27, n=40)):
         args = CALLS[op](sizes)
         modes = [args]

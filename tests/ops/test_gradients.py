@@ -42,7 +42,7 @@ CHOICES = (
 
 
 def differentiable_calls() -> dict[str, tuple]:
-    """In float64, with every argument that has a gradient."""
+    """Calls in float64, with every argument that has a gradient."""
     x, size, weight = (floats(*s, dtype=WIDE) for s in ((2, 6, 3), (2, 6), (2, 6)))
     size, weight = size.abs() + 0.5, weight.abs() + 0.5
     q, k, v = (floats(*s, dtype=WIDE) for s in ((2, 4, 3, 4), (2, 2, 5, 4), (2, 2, 5, 3)))

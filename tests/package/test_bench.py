@@ -122,7 +122,7 @@ def test_quotas_fill_the_budget_within_bounds():
 
 
 def test_cpu_sampler_repeats_short_calls(monkeypatch):
-    """By a clock on which a call takes 10 microseconds: until 2 milliseconds are full."""
+    """With calls of 10 microseconds, until a sample has 2 milliseconds."""
     calls = []
     clock = SimpleNamespace(perf_counter=lambda: len(calls) * 1e-5)
     monkeypatch.setattr(harness, "time", clock)

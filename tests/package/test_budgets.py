@@ -38,7 +38,7 @@ def test_some_reducers() -> None:
 
 @pytest.mark.parametrize("power", [0.5, 1.0, 3.0])
 def test_a_ratio_is_fitted_to_the_tokens_left(power: float) -> None:
-    """Of a method that leaves more or fewer than its ratio says."""
+    """The ratio of a method that leaves more or fewer tokens than its ratio says."""
     calls = []
 
     def tokens_left(options: dict[str, Any]) -> int:

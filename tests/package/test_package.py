@@ -70,7 +70,7 @@ def test_the_former_name_of_integrations_warns() -> None:
 
 
 def test_a_driver_that_is_too_old_is_named() -> None:
-    """Of an older major version: within one, drivers run what was built with a newer CUDA."""
+    """A driver of an older major version: within one, drivers run what a newer CUDA built."""
     for driver, runtime in ((0, 13000), (13000, 13000), (13000, 13020), (14000, 13000)):
         assert _library.driver_problem(driver, runtime) is None
     assert _library.driver_problem(12040, 13000) == (

@@ -35,7 +35,7 @@ def images(seed: int, batch: int = 2) -> Tensor:
 
 
 def gradients(model: nn.Module, run: Callable[[], Tensor]) -> list[Tensor]:
-    """Of all weights that have one; by backward(), as reentrant checkpoints know no other way."""
+    """Gradients of all weights that have one; by backward(), which reentrant checkpoints need."""
     model.zero_grad()
     run().square().sum().backward()
     return [p.grad for p in model.parameters() if p.grad is not None]
@@ -67,7 +67,7 @@ def close(actual: list[Tensor], expected: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("prop_attn", [True, False])
 def test_built_in_checkpointing(case: Case, prop_attn: bool) -> None:
-    """With the library's own switch: the gradients of a pass that keeps everything."""
+    """The library's own switch gives the gradients of a pass that keeps everything."""
     model, pixels = case.model().train(), images(1)
     options = dict(r=AMOUNTS, prop_attn=prop_attn)
     with tokred.patch(model, "tome", **options) as handle:

@@ -29,7 +29,7 @@ def llama() -> nn.Module:
 
 
 def logits(model: nn.Module) -> Tensor:
-    """Of one token behind a prompt, where the methods choose."""
+    """The logits of one token after a prompt, where the methods choose."""
     with torch.no_grad():
         ids = left_padded()[0]
         cache = model(ids, use_cache=True).past_key_values

@@ -156,7 +156,7 @@ def test_budgets() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_the_projector_runs_in_the_precision_of_its_input(dtype: torch.dtype) -> None:
-    """Of a model in half precision, too: a step of 0.001 would be lost there."""
+    """Also in a model of half precision, where a step of 0.001 would be lost."""
     call, _ = visual_call()
     projector = nn.Sequential(nn.Linear(16, 8), nn.LayerNorm(8)).to(dtype)
     call.encoder.project = projector

@@ -161,7 +161,7 @@ def test_caches_by_token_equal_caches_by_head(kernels: Backend, dtype: torch.dty
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("keys", [100, 1500])
 def test_batch_does_not_matter(kernels: Backend, dtype: torch.dtype, keys: int) -> None:
-    """With one sequence splits are tasks of their own, with many they are not."""
+    """One sequence is split into several tasks, many are not."""
     case = Case(9, 2, 2, keys=keys, head_dim=8, value_dim=8, mask="padding", bias=True)
     inputs = replace(case, dtype=dtype).inputs()
     whole = kernels.run("biased_attention", *inputs)

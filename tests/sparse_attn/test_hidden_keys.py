@@ -183,7 +183,7 @@ def test_packed_windows(kernels: Backend, queries: int, rotate: bool) -> None:
 
 
 def gradients(backend: Backend, case: Inputs, op: str, extra: tuple, *tensors: Tensor) -> list:
-    """Of q, k and v, from a forward pass of the same inputs."""
+    """The gradients of q, k and v, after a forward pass of the same inputs."""
     q, k, v, grad_out = tensors
     library = torch.ops.tokred_simt if backend.name == "simt" else torch.ops.tokred
     options = {"causal": False, "scale": None, "mask": None, "key_bias": None, "softcap": None}

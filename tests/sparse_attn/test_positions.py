@@ -100,7 +100,7 @@ def test_against_a_mask(
 
 @pytest.mark.parametrize("queries, keys", [(70, 133), (133, 70)])
 def test_one_column_is_causal(kernels: Backend, queries: int, keys: int) -> None:
-    """In order to the last bit; and out of order, the same rows."""
+    """Equal to the last bit in order; out of order, the same rows."""
     q, k, v = randoms(queries, keys)
     query_position = (torch.arange(queries) + keys - queries).int()[None, :, None]
     key_position = torch.arange(keys).int()[None, :, None]

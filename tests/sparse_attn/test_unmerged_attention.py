@@ -85,7 +85,7 @@ def test_against_float64(backend: Backend, case: Case) -> None:
 
 
 def test_is_attention_of_the_expanded_sequence(backend: Backend) -> None:
-    """By torch alone: index_select, rotate_half, SDPA, scatter_reduce."""
+    """In torch alone: index_select, rotate_half, SDPA, scatter_reduce."""
     q, k, v, token_map, cos, sin, *_ = Case(batch=1, heads_q=2).inputs()
     rows = token_map[0].long()
 
@@ -115,7 +115,7 @@ def test_without_merges_it_is_attention(backend: Backend) -> None:
 @pytest.mark.parametrize("tokens", [60, 600])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_later_token_is_not_seen(kernels: Backend, tokens: int, value: float) -> None:
-    """By weights of pairs of tokens, and where their table would be too large."""
+    """With a table of the weights of token pairs, and where that would be too large."""
     case = Case(batch=1, heads_q=1, heads_kv=1, positions=60, tokens=tokens, value_dim=64)
     q, k, v, _, cos, sin, *_ = case.inputs()
     token_map = torch.arange(60, dtype=torch.int32)[None]

@@ -127,7 +127,7 @@ def test_blocks(kernels: Backend, case: blocks.Case, dtype: torch.dtype) -> None
 
 
 def test_only_visible_tiles_are_read(kernels: Backend) -> None:
-    """By a warpgroup, of each query head on its own; what lies in the others does not matter."""
+    """Warpgroups skip tiles by query head; what hidden tiles hold does not matter."""
     case = blocks.Case(64, 128, 1, 2, 1, 250, 1200, 64, 64, torch.bfloat16, "query", 0.25)
     q, k, v, block_mask, *rest = case.inputs()
     block_mask[:, :, :, [0, 3, 7]] = False
@@ -178,7 +178,7 @@ def test_positions(kernels: Backend, columns: int) -> None:
 
 
 def test_views_equal_their_copies(kernels: Backend) -> None:
-    """Of one packed projection, as models make them; and keys that all heads share."""
+    """Views of one packed projection, as models make them; and keys that all heads share."""
     packed = torch.randn(2, 150, 3, 4, 64, generator=generator()).bfloat16()
     q, k, v = packed.permute(2, 0, 3, 1, 4)
     views = (q, k[:, :1].expand(-1, 4, -1, -1), v, None, True)

@@ -171,7 +171,7 @@ class Contents:
         return packed_tokens(axis, window, before) == 0 < packed_tokens(axis, window, after)
 
     def _mean(self, length: int, keys: Tensor) -> Tensor:
-        """Of the keys so far, none of which is packed, and these; 0 where one is not finite."""
+        """The mean of these and all earlier keys, none of them packed; 0 where it is not finite."""
         total = keys.sum(2, keepdim=True, dtype=torch.float32)
         if length > 0:
             held = self.windows["key"][:, :, :length].sum(2, keepdim=True, dtype=torch.float32)

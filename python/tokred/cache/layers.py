@@ -85,12 +85,12 @@ class PackedCacheLayer(CacheLayerMixin):
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """Of what is held in full precision."""
+        """The dtype of the tokens in full precision."""
         return None if self.contents is None else self.contents.dtype
 
     @property
     def device(self) -> torch.device | None:
-        """Of the tokens, also while they are offloaded."""
+        """The device of the tokens, also while they are offloaded."""
         return None if self.contents is None else self.contents.device
 
     def restore(self, contents: Contents, length: int) -> None:

@@ -48,7 +48,7 @@ class Checkpoint:
         return sum(tensor.nbytes for tensor in tensors)
 
     def extended(self, keys: Tensor, values: Tensor) -> Checkpoint:
-        """With copies of these tokens."""
+        """The checkpoint with copies of these tokens."""
         return replace(self, keys=(*self.keys, keys.clone()), values=(*self.values, values.clone()))
 
     def settle(self) -> Checkpoint:

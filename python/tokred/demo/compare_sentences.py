@@ -119,7 +119,7 @@ def embedded(model: nn.Module, batches: Batches) -> Tensor:
 
 
 def correlation(ours: Tensor, theirs: Tensor) -> float:
-    """Of the similarities of all pairs of passages."""
+    """The correlation of the similarities of all pairs of passages."""
     above = torch.ones(len(ours), len(ours), dtype=torch.bool).triu(1)
     pairs = torch.stack([(x @ x.T)[above] for x in (ours, theirs)])
     return float(torch.corrcoef(pairs)[0, 1])

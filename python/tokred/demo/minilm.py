@@ -49,7 +49,7 @@ def load_minilm() -> tuple[BertModel, PreTrainedTokenizerBase]:
 
 
 def embeddings(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
-    """Of texts in a batch: the means of their tokens, of length 1, f32 [B, 384].
+    """The embeddings of texts: means of their tokens, of length 1, f32 [B, 384].
 
     Args:
         ids: i64 [B, N]. mask: i64 [B, N], 1 where a token is, 0 in the padding.

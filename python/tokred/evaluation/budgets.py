@@ -94,7 +94,7 @@ def fitted(
 
 
 def _reducing(method: Method, layers: int) -> int:
-    """In how many layers the method gives up tokens by default."""
+    """The number of layers in which the method drops or merges tokens by default."""
     if method.name in REDUCE_ONCE:
         return 1
     options: Any = method.options

@@ -103,7 +103,7 @@ class LatentState:
 
     @property
     def merged(self) -> dict[str, tuple[int, int]]:
-        """By the name of the block: its tokens, and how many of them its parts ran on.
+        """Each block's number of tokens, and on how many of them its parts ran, by its name.
 
         It shows the pass that the calling thread has completed last; in a thread that has run none,
         the one completed last by any thread.

@@ -144,7 +144,7 @@ class Method:
 
     @property
     def year(self) -> int:
-        """Of the paper's first version on arXiv, whose number begins with it."""
+        """The year of the paper's first version on arXiv, from its number."""
         return 2000 + int(self.arxiv[:2])
 
     @property

@@ -48,7 +48,7 @@ class ActivationStats:
 
     @classmethod
     def of(cls, q: Tensor, limit: int = 1000) -> ActivationStats:
-        """Those of a first window q [B, Hq, L, D].
+        """The statistics of a first window q [B, Hq, L, D].
 
         Raises:
             ValueError: fewer than two queries, which have no variance, or a limit below 0.
@@ -59,7 +59,7 @@ class ActivationStats:
         return cls(q.mean(2, keepdim=True), q.var(2, keepdim=True), 1, limit)
 
     def updated(self, q: Tensor) -> ActivationStats:
-        """With one more window q [B, Hq, L, D]."""
+        """The statistics with one more window q [B, Hq, L, D]."""
         n, share = min(self.windows, max(self.limit, 1)), 1 / q.shape[2]
         q = q.detach().float()
         mean, variance = q.mean(2, keepdim=True), q.var(2, keepdim=True, unbiased=False)

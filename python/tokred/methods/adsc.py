@@ -65,7 +65,7 @@ class AdscOptions(StagedOptions):
     published: ClassVar[tuple[int, ...]] = (8, 16)
 
     def left(self, tokens: Tensor, stage: int, of: int) -> Tensor:
-        """By the same factor in every stage."""
+        """The tokens left: each stage divides them by the same factor."""
         return geometric(tokens, self.end(tokens), (stage + 1) / of)
 
     def prune(self, call: PromptCall) -> Tensor:

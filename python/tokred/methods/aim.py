@@ -177,7 +177,7 @@ class AimOptions(StagedOptions):
         return call.made(tokens, first_members(token_map, tokens.shape[1]), token_map)
 
     def prune(self, call: PromptCall) -> Tensor:
-        """Those of highest importance in the attention of the layer before."""
+        """The tokens of highest importance in the attention of the layer before."""
         q, k = call.heads("previous")
         return self.keep_best(call, importance(q, k, call.scale, mask=call.valid))
 

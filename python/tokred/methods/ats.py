@@ -104,7 +104,7 @@ class AtsOptions(Options):
             raise ValueError(f"first must be at least 0, got {self.first}")
 
     def layers(self, num_layers: int) -> range:
-        """Those from `first` on, unless they keep all tokens."""
+        """The layers from `first` on, unless they keep all tokens."""
         first = num_layers // 4 if self.first is None else self.first
         return range(first, num_layers if self.ratio < 1 else first)
 

@@ -93,7 +93,7 @@ def batch_bpe(
 
 
 def _from_the_left(places: np.ndarray) -> np.ndarray:
-    """Of places [n], ascending, those that stay where neighbours exclude each other."""
+    """From ascending places [n] and from the left, those whose left neighbour is not taken."""
     starts = np.r_[True, np.diff(places) > 1]
     run = np.maximum.accumulate(np.where(starts, np.arange(len(places)), 0))
     return places[(np.arange(len(places)) - run) % 2 == 0]

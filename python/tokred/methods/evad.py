@@ -75,7 +75,7 @@ class EvadOptions(Options):
         check_number(0, key_weight=self.key_weight)
 
     def layers(self, num_layers: int) -> list[int]:
-        """Those of `at`, unless they keep all tokens."""
+        """The layers `at`, unless they keep all tokens."""
         return chosen_layers(self.at, num_layers) if self.ratio < 1 else []
 
     def plan(self, call: ReductionCall) -> Reduction:

@@ -71,7 +71,7 @@ class EvitOptions(Options):
         check_budget(None, self.ratio)
 
     def layers(self, num_layers: int) -> list[int]:
-        """Those of `at`, unless they keep all tokens."""
+        """The layers `at`, unless they keep all tokens."""
         return chosen_layers(self.at, num_layers) if self.ratio < 1 else []
 
     def plan(self, call: ReductionCall) -> Reduction:

@@ -78,7 +78,7 @@ class FasterVlmOptions(VisualOptions):
         return select_in_crops(call, self.count(call.tokens.shape[1]), select_tokens, attention)
 
     def layers(self, num_layers: int) -> list[int]:
-        """Those of `at`, unless they keep all tokens."""
+        """The layers `at`, unless they keep all tokens."""
         return chosen_layers(self.at, num_layers) if self.ratio != 1 else []
 
     def plan(self, call: ReductionCall) -> Tensor | None:

@@ -92,7 +92,7 @@ class GSearchOptions(StagedOptions):
         return {layer: layer - 1 for layer in range(1, num_layers)}
 
     def left(self, tokens: Tensor, stage: int, of: int) -> Tensor:
-        """By the schedule."""
+        """The tokens left, by the schedule."""
         share = keep_share(stage / max(of - 1, 1), self.kind, self.centre, self.width)
         end = self.end(tokens)
         return end + (tokens - end) * share

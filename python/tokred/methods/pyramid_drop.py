@@ -79,7 +79,7 @@ class PyramidDropOptions(StagedOptions):
     published: ClassVar[tuple[int, ...]] = (8, 16, 24)
 
     def left(self, tokens: Tensor, stage: int, of: int) -> Tensor:
-        """By the same factor in every stage."""
+        """The tokens left: each stage divides them by the same factor."""
         return geometric(tokens, self.end(tokens), (stage + 1) / of)
 
     def prune(self, call: PromptCall) -> Tensor:

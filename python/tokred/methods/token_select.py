@@ -140,7 +140,7 @@ class TokenSelectAttention:
         return middle
 
     def _roles(self, visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of bool [B | 1, N]: the tokens voted on; and, [B | 1, 1, N], kept and hidden ones."""
+        """From bool [B | 1, N]: the tokens voted on; and, [B | 1, 1, N], kept and hidden ones."""
         forced = ends(visible, self.options.n_init, self.options.n_local)
         return visible & ~forced, forced[:, None], ~visible[:, None]
 

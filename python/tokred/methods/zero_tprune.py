@@ -141,7 +141,7 @@ class ZeroTpruneOptions(Options):
             raise ValueError(f"iterations must be at least 1, got {self.iterations}")
 
     def layers(self, num_layers: int) -> list[int]:
-        """Those of `at`, unless they keep all tokens."""
+        """The layers `at`, unless they keep all tokens."""
         return chosen_layers(self.at, num_layers) if self.ratio < 1 else []
 
     def plan(self, call: ReductionCall) -> Reduction:

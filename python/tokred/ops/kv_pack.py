@@ -99,7 +99,7 @@ class PackedKV:
     levels: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> PackedKV:
-        """With what the function makes of the codes, and of the params."""
+        """A copy whose codes and params are the function's results for them."""
         return replace(self, codes=function(self.codes), params=function(self.params))
 
     @property

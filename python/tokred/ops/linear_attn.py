@@ -188,7 +188,7 @@ sharded(
 
 
 def _flops(q: Any, v: Any) -> int:
-    """Of one pass: within chunks and with the state, and the state's own sums."""
+    """Flops of one pass: within chunks, with the state, and the sums of the state."""
     batch, heads, tokens, dim = q
     return 2 * batch * heads * tokens * (CHUNK * (dim + v[3]) // 2 + 2 * dim * v[3])
 

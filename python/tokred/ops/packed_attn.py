@@ -247,6 +247,6 @@ def _packed_attention_flops(q: Any, k_codes: Any, k_params: Any, *args: Any, **k
 
 @register_flop_formula(_ops.packed_qk_score)
 def _packed_qk_score_flops(q: Any, codes: Any, *args: Any, **kwargs: Any) -> int:
-    """Of the packed tokens. The queries are averaged first."""
+    """Multiply-adds of scores of the packed tokens. The queries are averaged first."""
     batch, heads, _, head_dim = q
     return 2 * batch * heads * codes[2] * head_dim

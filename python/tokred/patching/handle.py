@@ -265,7 +265,7 @@ class Patch:
 
     @property
     def merged(self) -> dict[str, tuple[int, int]]:
-        """Of "tomesd": by the name of a block, its tokens, and how many its parts ran on."""
+        """For "tomesd", by the name of a block: its tokens, and how many its parts ran on."""
         state = self._state()
         if not hasattr(state, "merged"):
             raise RuntimeError("only tomesd merges inside blocks: counts shows what others merged")

@@ -139,7 +139,7 @@ class VisualCall:
 
     @property
     def num_layers(self) -> int:
-        """Of the vision encoder."""
+        """The number of layers of the vision encoder."""
         return self._states().num_layers
 
     @property

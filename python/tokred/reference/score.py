@@ -22,7 +22,7 @@ __all__ = [
 
 
 def _wide(x: Tensor) -> Tensor:
-    """In float32, or float64 where x is."""
+    """x in float32, or as it is in float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -186,7 +186,7 @@ def _weights(logits: Tensor, lse: Tensor) -> Tensor:
 
 
 def _log_sum(logits: Tensor) -> Tensor:
-    """Of no keys: -inf."""
+    """logsumexp over the keys, -inf where there are none."""
     return torch.nn.functional.pad(logits, (0, 1), value=-torch.inf).logsumexp(-1)
 
 

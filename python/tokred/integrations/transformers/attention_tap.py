@@ -36,7 +36,7 @@ class Attended:
 
 @dataclass
 class Recording:
-    """By module, what it attended with; other modules are not recorded.
+    """What each of the recorded modules attended with.
 
     stops: the first recorded module that attends ends the forward pass by raising Stopped.
     """

@@ -299,7 +299,7 @@ def _run_layer(
 
 
 def _scale(attention: nn.Module) -> float:
-    """Of the logits of an attention module."""
+    """The scale of the logits of an attention module."""
     for name in ("scaling", "scale"):
         if isinstance(getattr(attention, name, None), float):
             return getattr(attention, name)

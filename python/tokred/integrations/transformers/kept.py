@@ -80,7 +80,7 @@ class Kept:
         return kept
 
     def packed(self, key: PackFormat, value: PackFormat, center: bool) -> Kept:
-        """With packed keys and values; itself if they are packed already."""
+        """The same with packed keys and values; itself if they are packed already."""
         if isinstance(self.keys, PackedBuffer) or isinstance(self.values, PackedBuffer):
             return self
         kept = self.without_free_slot()
@@ -88,7 +88,7 @@ class Kept:
         return replace(kept, keys=keys, values=PackedBuffer.of(kept.values.tokens, value))
 
     def with_in_free_slot(self, keys: Tensor, values: Tensor, place: int) -> Kept | None:
-        """With a token, keys [B, Hkv, 1, D] and values [B, Hkv, 1, Dv], in the free slot; None
+        """Writes a token, keys [B, Hkv, 1, D] and values [B, Hkv, 1, Dv], into the free slot; None
         where there is none, or where it cannot hold tokens of this dtype."""
         slot = self.free
         if slot is None or keys.shape[2] != 1 or self.position is None:
@@ -124,7 +124,7 @@ class Kept:
         return moved_last(TokenBuffer.of(buffer.tokens.clone()), self.free).tokens
 
     def appended(self, keys: Tensor, values: Tensor, length: int) -> Kept:
-        """With new tokens at the end, `length` tokens of the sequence having come before."""
+        """The kept keys and new tokens, which follow `length` tokens of the sequence."""
         batch, heads, count = keys.shape[:3]
         position, bias = self.position, self.bias
         if position is not None:
@@ -142,8 +142,8 @@ class Kept:
         )  # fmt: skip
 
     def hidden(self, visible: Tensor, slot: Tensor | None) -> Kept:
-        """With the new keys, those in slot or else the last ones, hidden where visible, bool
-        [B | 1, L], is False."""
+        """Hides new keys, those in slot or else the last ones, where visible, bool [B | 1, L], is
+        False."""
         batch, heads, stored, _ = self.keys.shape
         count, device = visible.shape[1], visible.device
         bias = self.bias

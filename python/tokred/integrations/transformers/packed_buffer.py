@@ -89,7 +89,7 @@ class PackedBuffer:
         return [new.codes, new.params]
 
     def appended(self, x: Tensor) -> PackedBuffer:
-        """With the tokens x [B, H, L, D] at the end."""
+        """The buffer with the tokens x [B, H, L, D] at the end."""
         new = self._pack(x)
         codes, params = self.codes.appended(new.codes), self.params.appended(new.params)
         return replace(self, codes=codes, params=params)

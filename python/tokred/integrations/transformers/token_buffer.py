@@ -95,7 +95,7 @@ class TokenBuffer:
         return TokenBuffer(memory, self.length)
 
     def appended(self, x: Tensor, capacity: int | None = None) -> TokenBuffer:
-        """With the tokens x [B, H, L, ...] at the end, in the wider of two dtypes, as torch.cat.
+        """A buffer with tokens x [B, H, L, ...] at the end, in the wider dtype, as torch.cat does.
 
         capacity: the room to grow to where there is not enough; None: by an eighth.
         """

@@ -52,7 +52,7 @@ class VisualState:
         return counts
 
     def keep_counts(self, counts: list[tuple[int, int]]) -> None:
-        """Those of the prompt that runs now."""
+        """Keeps the token counts of the current prompt."""
         self._latest.own.counts = tuple(counts)
 
 

@@ -94,6 +94,6 @@ sharded("kmeans", "x bnc, start bk, mask bn -> bkc, bn, bk")
 def _kmeans_flops(
     x: Any, num_clusters: Any, iterations: Any = 10, *args: Any, **kwargs: Any
 ) -> int:
-    """Of all rounds and the last assignment; an item may end sooner."""
+    """Flops of all rounds and the last assignment; an item may end sooner."""
     batch, tokens, channels = x
     return 2 * batch * tokens * num_clusters * channels * (iterations + 1)

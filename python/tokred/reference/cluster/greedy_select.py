@@ -92,7 +92,7 @@ class _Picker:
         self.picked.append(token)
 
     def scores(self, first: str) -> Tensor:
-        """Of all tokens, -inf where they cannot be picked."""
+        """The scores of all tokens, -inf where they cannot be picked."""
         return torch.where(self.left, self._scores(first), -torch.inf)
 
     def _scores(self, first: str) -> Tensor:
