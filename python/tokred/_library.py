@@ -52,7 +52,7 @@ def load() -> None:
 
 
 def _cuda_versions(library: Path) -> tuple[int, int]:
-    """What the driver supports, 0 without one, and what the library was built with."""
+    """CUDA versions: that of the driver, 0 without one, and that of the library's build."""
     driver, runtime = ctypes.c_int(), ctypes.c_int()
     ctypes.CDLL(str(library)).tokred_cuda_versions(ctypes.byref(driver), ctypes.byref(runtime))
     return driver.value, runtime.value

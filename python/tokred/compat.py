@@ -1,4 +1,4 @@
-"""What differs between the releases that tokred serves, in one place."""
+"""Differences between releases of other packages that tokred supports, all in one place."""
 
 from __future__ import annotations
 

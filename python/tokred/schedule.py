@@ -131,8 +131,9 @@ def keep_schedule(
 def keep_share(
     depth: float, kind: Literal["linear", "sigmoid"], centre: float = 0.5, width: float = 0.1
 ) -> float:
-    """What share of the tokens that a schedule drops is still there: 1 - depth in a straight line,
-    or sigmoid((centre - depth) / width).
+    """The share that is still there, at a depth, of the tokens that a schedule drops in the end.
+
+    1 - depth for "linear", sigmoid((centre - depth) / width) for "sigmoid".
 
     Raises:
         ValueError: a width that is not above 0.

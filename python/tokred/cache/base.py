@@ -20,9 +20,9 @@ from .storage import MAX_TOKENS
 
 @dataclass(frozen=True)
 class CacheBytes:
-    """What a cache takes, in bytes.
+    """The memory of a cache, in bytes.
 
-    codes, params: of the packed tokens. window: what is kept in full precision beside them.
+    codes, params: of the packed tokens. window: the latest tokens, still in full precision.
     full_precision: tokens and layers that are not packed. slack: room for more tokens.
     """
 
@@ -55,7 +55,7 @@ class InPlaceCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
-        """What the layer's update returns."""
+        """Appends tokens to a layer; returns what its update returns."""
         if not -len(self.layers) <= layer_idx < len(self.layers):
             raise ValueError(
                 f"the cache is for a model of {len(self.layers)} layers, and has no layer "
@@ -101,7 +101,7 @@ class InPlaceCache(Cache):
             super().reset()
 
     def nbytes(self, layer: int | None = None) -> CacheBytes:
-        """What all layers take in bytes, or one; `.total` has everything."""
+        """The memory of all layers or of one; `.total` is the sum."""
         if layer is None:
             return sum((_nbytes(each) for each in self.layers), CacheBytes())
         return _nbytes(self.layers[layer])

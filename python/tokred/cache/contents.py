@@ -24,13 +24,13 @@ _MIN_MEAN_KEYS = 16
 
 @dataclass(frozen=True, eq=False)
 class Contents:
-    """What a layer holds of keys [B, Hkv, N, D] and values [B, Hkv, N, Dv].
+    """The keys [B, Hkv, N, D] and values [B, Hkv, N, Dv] of a layer.
 
     packed: keys and values, with room for more tokens.
     windows: "key" and "value", the last tokens in full precision, as `kv_append` keeps them;
         without a window there are none.
-    key_mean: [B, Hkv, 1, D], which is subtracted from every key in it, or None.
-    dtype: of windows and mean, in which tokens are packed. device: of the tokens.
+    key_mean: [B, Hkv, 1, D], which has been subtracted from every stored key, or None.
+    dtype: of windows and mean; tokens are cast to it before they are packed. device: of the tokens.
     """
 
     layout: Layout
@@ -118,7 +118,7 @@ class Contents:
         return Contents(self.layout, packed, self.windows, self.key_mean, self.dtype, self.device)
 
     def appended(self, length: int, keys: Tensor, values: Tensor) -> Contents:
-        """What `length` tokens become with these keys [B, Hkv, L, D] and values, which fit.
+        """Contents of `length` tokens and then these keys [B, Hkv, L, D] and values, which fit.
 
         Only room that holds no tokens is written, and where L = 1 the window. The keys' mean is
         chosen with the first tokens that are packed.

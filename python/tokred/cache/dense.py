@@ -282,7 +282,7 @@ class DenseCacheLayer(DynamicLayer):
         self._map(lambda buffer: buffer.to(self.device))
 
     def nbytes(self) -> CacheBytes:
-        """What the layer takes, in bytes."""
+        """The memory of the layer, in bytes."""
         held = sum(buffer.token_bytes for buffer in self._buffers.values())
         total = sum(buffer.memory.nbytes for buffer in self._buffers.values())
         if self._codes is None:

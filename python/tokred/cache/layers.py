@@ -298,7 +298,7 @@ class PackedCacheLayer(CacheLayerMixin):
         return copy.deepcopy(self)
 
     def nbytes(self) -> CacheBytes:
-        """What the layer takes, in bytes."""
+        """The memory of the layer, in bytes."""
         contents = self.contents
         if contents is None:
             return CacheBytes()

@@ -16,11 +16,12 @@ ROLLBACK = 64
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """What packing tokens overwrote, and the tokens that were appended since, in full precision.
+    """What is needed to undo appends: overwritten tensors, and the appended tokens unpacked.
 
-    Windows and mean are those at `length`; what was packed then still is. Appending as many of the
-    tokens as remain makes the contents that they alone would have made. settled: a crop has decided
-    which of the tokens remain, so the next ones start a checkpoint of their own.
+    windows and key_mean are copies from when the cache had `length` tokens; tokens packed by then
+    are not stored. keys and values are all tokens appended since, in full precision: to crop, some
+    of them are appended to the old contents again. settled: a crop has happened, so that the next
+    tokens start a new checkpoint.
     """
 
     length: int
@@ -67,7 +68,7 @@ class Checkpoint:
         )
 
     def rolled_back(self, contents: Contents, length: int) -> tuple[Contents, Checkpoint]:
-        """What the later contents are at `length` tokens, and the checkpoint to go on from."""
+        """The later contents cropped to `length` tokens, and the checkpoint to go on from."""
         windows = {name: tensor.clone() for name, tensor in self.windows.items()}
         packed = contents.packed
         if self.key_mean is None and contents.key_mean is not None:

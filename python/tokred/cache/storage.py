@@ -136,13 +136,13 @@ class Layout:
 
     @property
     def unit(self) -> int:
-        """What the number of packed tokens that there is room for is a multiple of."""
+        """The room for packed tokens is a multiple of this."""
         return self.key.group_size if self.key.axis == "token" else 1
 
     def empty(
         self, batch: int, heads: int, tokens: int, device: torch.device
     ) -> tuple[PackedKV, PackedKV]:
-        """Zeroed room for so many packed tokens at least."""
+        """Zeroed room for at least `tokens` packed tokens."""
         tokens = -(-tokens // self.unit) * self.unit
         return (
             self.key.empty(batch, heads, tokens, self.head_dim, device),

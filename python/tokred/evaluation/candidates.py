@@ -1,4 +1,4 @@
-"""What is tried on a model: methods with the options of a budget, and caches of few bits."""
+"""Candidates to try on a model: methods with the options of a budget, and caches of few bits."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Candidate:
 
     @property
     def label(self) -> str:
-        """How it is called in a table or a plot."""
+        """Its name in a table or a plot."""
         if self.bits is not None:
             return f"{self.bits} bits"
         if self.budget is None:
@@ -48,7 +48,7 @@ class Candidate:
 
     @property
     def line(self) -> str:
-        """What puts it into a model, to copy."""
+        """The Python line that puts it into a model, for the user to copy."""
         if self.bits is not None:
             return (
                 'model.set_attn_implementation("tokred"); '

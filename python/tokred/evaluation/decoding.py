@@ -102,10 +102,10 @@ class Passage:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a model made of a passage.
+    """A model's predictions for a passage.
 
-    log_probabilities: f32 [B, S, vocabulary]. predicted: i64 [B, S], the tokens that they are of.
-    named: bool [B, T], which tokens of all needles' answers it named; None without needles.
+    log_probabilities: f32 [B, S, vocabulary]. predicted: i64 [B, S], the tokens of the passage.
+    named: bool [B, T], which tokens of all needles' answers it predicted; None without needles.
     """
 
     log_probabilities: Tensor
@@ -131,7 +131,7 @@ class DecoderTask:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the figures are of."""
+        """Lines that explain the figures."""
         lines = [
             f"Perplexity and KL (nats, from the unpatched model) are of at most {self.decoded} "
             "tokens after each prompt, decoded one by one; kept counts keys, of the first prompt.",
@@ -177,7 +177,7 @@ class DecoderTask:
     def candidates(
         self, part: Passage, methods: Methods, budgets: Sequence[float], bits: Sequence[int]
     ) -> list[Candidate]:
-        """What is tried, at budgets that are shares of this passage's prompt."""
+        """The candidates, at budgets that are shares of this passage's prompt."""
         return for_decoder(methods, budgets, bits, part.context.shape[1])
 
     def fitted(self, part: Passage, candidate: Candidate) -> Candidate:

@@ -44,9 +44,9 @@ def features(model: nn.Module, batch: Batch) -> Tensor:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a model made of a batch.
+    """A model's output for a batch.
 
-    tokens: [B, N, C], one for each token that went in. there: bool [B, N], False for padding.
+    tokens: [B, N, C], one for each input token. there: bool [B, N], False for padding.
     left: how many tokens of a row there were after the last layer, prefix included.
     """
 
@@ -83,7 +83,7 @@ class EncoderTask:
     def candidates(
         self, part: Batch, methods: Methods, budgets: Sequence[float], bits: Sequence[int]
     ) -> list[Candidate]:
-        """What is tried, at budgets that are shares of this batch's tokens.
+        """The candidates, at budgets that are shares of this batch's tokens.
 
         Raises:
             ValueError: bits, which are for caches.

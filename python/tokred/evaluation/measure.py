@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def timed(function: Callable[[], T]) -> tuple[T, float]:
-    """What the call returns, and the seconds that it took, work on a GPU included."""
+    """The function's result, and the seconds that it took, work on a GPU included."""
     _wait()
     start = time.perf_counter()
     result = function()
@@ -23,7 +23,7 @@ def timed(function: Callable[[], T]) -> tuple[T, float]:
 
 
 def where(device: torch.device) -> str:
-    """What runs on a device, in words."""
+    """The GPU's name, or the number of CPU threads, in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()

@@ -160,7 +160,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON has; anything else as its repr."""
+    """A value that JSON can hold; other types as their repr."""
     if isinstance(value, dict):
         return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

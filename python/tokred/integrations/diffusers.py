@@ -98,7 +98,7 @@ class LatentState:
 
     @property
     def thread(self) -> _ThreadState:
-        """What belongs to the calling thread."""
+        """The state of the calling thread."""
         return self.threads.own
 
     @property
@@ -139,7 +139,7 @@ class LatentState:
             )
 
     def plan_block(self, x: torch.Tensor, name: str, index: int) -> BlockPlan:
-        """What block `index` merges of its tokens x [B, N, C].
+        """How block `index` merges its tokens x [B, N, C].
 
         Raises:
             RuntimeError: the block runs outside of its model.

@@ -126,7 +126,7 @@ class PackedKV:
         return self.codes.nbytes + self.params.nbytes
 
     def arguments(self) -> tuple[Tensor, Tensor, int, int, str, str, bool]:
-        """What the ops take for it, but for the levels."""
+        """The arguments by which ops take packed tensors, except the levels."""
         f = self.format
         return self.codes, self.params, f.bits, f.group_size, f.axis, f.scheme, f.rotated
 

@@ -159,8 +159,10 @@ class PromptCall:
 
 @dataclass(frozen=True)
 class LayerStates:
-    """What the two blocks of one layer of the language model were given and gave, before they were
-    added to the residual stream: [B, L, C] each, without gradients. See PromptCall for the rest.
+    """Inputs and outputs of the attention and the MLP of one layer of the language model.
+
+    [B, L, C] each, without gradients; outputs before they are added to the residual stream. See
+    PromptCall for the rest.
 
     neurons: [B, L, F], what the MLP's last projection was given, for a method that has
         `reads_neurons`, which is True.

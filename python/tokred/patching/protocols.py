@@ -36,8 +36,8 @@ class TokenReducer(Protocol):
         """
 
     def plan(self, call: ReductionCall) -> Reduction:
-        """What one of these layers does with its tokens: a token map, the tokens that stay, or the
-        new tokens, see Reduction.
+        """The reduction of one of these layers: a token map, the tokens that stay, or the new
+        tokens, see Reduction.
 
         Their number follows from shapes and options alone, never from values.
         """
@@ -141,4 +141,4 @@ class PromptPruner(Protocol):
         """The layers, of num_layers, that `observe` is called for."""
 
     def observe(self, states: LayerStates) -> None:
-        """What a layer has done; what later calls need of it goes into states.carried."""
+        """Called with a layer's states; what later calls need goes into states.carried."""

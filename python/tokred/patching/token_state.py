@@ -226,8 +226,8 @@ class TokenState:
         return None if now.size is None else now.size.log().unsqueeze(1)
 
     def hides(self) -> torch.Tensor | None:
-        """What `key_bias` is with prop_attn=False: 0, and -inf where a row has fewer tokens than
-        others; None where all have as many, or nothing has merged."""
+        """`key_bias` with prop_attn=False: 0, and -inf where a row has fewer tokens than others;
+        None where all have as many, or nothing has merged."""
         now = self._thread.current
         if now is None or now.padding is None or now.size is None:
             return None

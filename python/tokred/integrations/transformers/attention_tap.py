@@ -68,7 +68,7 @@ def record(modules: Iterable[nn.Module], stops: bool = False) -> Iterator[Record
 
 
 def missed(module: nn.Module) -> str:
-    """What is said of a module that has left nothing in a recording."""
+    """The error message for a module of which nothing was recorded."""
     return (
         f"{type(module).__name__} did not attend once by the attention of this patch: choose "
         "attn_implementation before the patch is entered, and leave patches that were put into the "

@@ -139,7 +139,7 @@ def _names_called(module: nn.Module) -> tuple[str, ...]:
 def _cannot_merge(
     layers: list[nn.Module], around: list[nn.Module], shape: LayerShape | None
 ) -> str:
-    """What keeps the tokens of the layers from merging, in words; empty where nothing does."""
+    """Why the tokens of the layers cannot merge, in words; empty where they can."""
     found = attention_in(layers[0])
     assert found is not None
     attention = found[1]
@@ -197,7 +197,7 @@ def _pools_by_attention(head: Any) -> bool:
 
 
 def _embeddings(around: list[nn.Module]) -> nn.Module | None:
-    """What makes the tokens of an encoder."""
+    """The module that embeds the tokens of an encoder."""
     for module in around:
         for name, child in module.named_children():
             if "embed" in name:

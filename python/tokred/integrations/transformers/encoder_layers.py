@@ -49,7 +49,7 @@ def parameters_of(module: nn.Module) -> tuple[list[str], bool]:
 
 
 def accepted(module: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What its forward takes of these arguments, those that are None left out."""
+    """Those of the arguments that the module's forward takes, without those that are None."""
     names, others = parameters_of(module)
     return {n: v for n, v in given.items() if v is not None and (others or n in names)}
 

@@ -119,7 +119,7 @@ def _passes(module: nn.Module, keyword: str) -> bool:
 
 
 def _limit(module: nn.Module) -> str | None:
-    """What keeps the layer from seeing all keys; None where nothing does."""
+    """Why the layer does not see all keys; None where it does."""
     if hasattr(module, "indexer") or any(_passes(module, name) for name in _LISTS):
         return "brings lists of keys"
     kinds = getattr(module.config, "layer_types", None)
@@ -133,7 +133,7 @@ def _limit(module: nn.Module) -> str | None:
 
 
 def _lacks(module: nn.Module, chooses: bool) -> str | None:
-    """What the module needs and tokred's attention lacks; None where there is nothing."""
+    """A feature that the module needs and tokred's attention lacks; None where it has all."""
     unknown = ", which tokred's attention does not have"
     if chooses and _passes(module, "position_bias"):
         return "adds a position bias to the logits, which methods do not choose keys by"

@@ -229,7 +229,7 @@ class _InPrompt:
         return output
 
     def _inputs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """What the layer is called with, for the tokens that are left."""
+        """The layer's arguments, for the tokens that are left."""
         kept = self.kept
         if kept is None:
             return kwargs
@@ -255,7 +255,7 @@ class _InPrompt:
         return kwargs
 
     def _once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What is made of an input that several layers are given."""
+        """make(), called once for an input that several layers share."""
         if id(key) not in self.narrowed:
             self.narrowed[id(key)] = key, make()
         return self.narrowed[id(key)][1]

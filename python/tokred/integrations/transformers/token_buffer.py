@@ -69,7 +69,7 @@ class TokenBuffer:
         return x.dtype == self.memory.dtype
 
     def stored_as(self, x: Tensor) -> list[Tensor]:
-        """What of the tokens x [B, H, L, D] goes into each of parts()."""
+        """The tokens x [B, H, L, D] as they are written into each of parts()."""
         return [x]
 
     @property

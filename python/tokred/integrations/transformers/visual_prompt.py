@@ -26,7 +26,7 @@ STATES = "tokred_images"
 
 @dataclass
 class _Latest:
-    """What a thread's latest prompt came to."""
+    """The token counts of a thread's latest prompt."""
 
     counts: tuple[tuple[int, int], ...] | None = None
 
@@ -254,7 +254,7 @@ def _reduce(
     text_mask: Tensor,
     vocabulary: Tensor,
 ) -> tuple[Tensor, VisualTokens | None]:
-    """What stays of an image: its slots in their new order, newlines included, and new tokens."""
+    """The slots of an image that stay, in their new order, newlines included; and new tokens."""
     call = VisualCall(
         tokens[None],
         image.layout,
