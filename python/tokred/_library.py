@@ -74,7 +74,7 @@ def driver_problem(driver: int, runtime: int) -> str | None:
 
 
 def check_tensor(name: str, value: Any) -> None:
-    """Refuses what is no tensor, where a function looks at it before the op does."""
+    """Raises a TypeError unless it is a tensor; for functions that read it before the op does."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
 

@@ -139,7 +139,7 @@ def _nbytes(layer: Any) -> CacheBytes:
 
 
 def check_capacity(capacity: int | None) -> None:
-    """Refuses what is no number of tokens to make room for, or None."""
+    """Raises unless it is a number of tokens or None."""
     if capacity is not None and (type(capacity) is not int or not 1 <= capacity <= MAX_TOKENS):
         raise ValueError(f"capacity must be at least 1 and at most {MAX_TOKENS}, got {capacity!r}")
 

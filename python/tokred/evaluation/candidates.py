@@ -90,7 +90,7 @@ def check_budgets(budgets: Iterable[float]) -> tuple[float, ...]:
 
 
 def check_bits(bits: Iterable[int]) -> None:
-    """Refuses what no packed cache has.
+    """Raises for bits that no packed cache has.
 
     Raises:
         ValueError: saying which. TypeError: they are no list.

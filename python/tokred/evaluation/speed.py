@@ -88,7 +88,7 @@ def benchmark(
 
 
 def check_repeats(repeats: int) -> None:
-    """Refuses what is no number of turns.
+    """Raises unless it is a number of turns.
 
     Raises:
         ValueError: saying which.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Crops:
-    """Which token stands at which place of which crop.
+    """Which token is at which place of which crop.
 
     token: i32 [M, P], -1 where a place has none, as behind the borders of a padded image.
     """

@@ -23,7 +23,7 @@ def check_budget(budget: int, least: int, of: str) -> None:
 
 
 def check_window(window: int, kernel: int, budget: int) -> None:
-    """Refuses what window_scores() and a budget that holds the window cannot be."""
+    """Raises where window, kernel and budget do not fit window_scores()."""
     if window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
     if kernel < 1 or kernel % 2 == 0:

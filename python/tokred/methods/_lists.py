@@ -35,10 +35,10 @@ def check_count(
     per_row: bool = False,
     optional: bool = False,
 ) -> None:
-    """Refuses what is no int, and one below `least`.
+    """Raises unless the value is an int of at least `least`.
 
     Args:
-        least: None where the caller looks at the range.
+        least: None where the caller checks the range.
         per_row: integers in a tensor will do. optional: None will do.
     """
     if optional and count is None:
@@ -58,13 +58,13 @@ def check_count(
 
 
 def check_least(least: int, **counts: object) -> None:
-    """check_count of each, given by the name of its argument."""
+    """check_count of each; arguments are given by name."""
     for name, count in counts.items():
         check_count(name, count, least)
 
 
 def check_number(least: float, **values: object) -> None:
-    """Refuses what is no number, and one below `least`, each given by the name of its argument."""
+    """Raises unless each is a number of at least `least`; arguments are given by name."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(
             value, (int, float, torch.SymInt, torch.SymFloat)

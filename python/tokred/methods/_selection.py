@@ -22,7 +22,7 @@ Spare: TypeAlias = Literal["lost", "remainder", "weight"]
 
 
 def check_order(order: str) -> None:
-    """Refuses what is no order of the kept tokens."""
+    """Raises unless order is "position" or "score"."""
     if order not in ("position", "score"):
         raise ValueError(f'order must be "position" or "score", got {order!r}')
 
@@ -30,7 +30,7 @@ def check_order(order: str) -> None:
 def check_features(
     name: str, x: Tensor, batch: int | None = None, tokens: int | None = None
 ) -> None:
-    """Refuses what is not [B, N, C], or has another B or N than asked for."""
+    """Raises unless x is [B, N, C], with the B and N asked for."""
     wanted = f"[{'B' if batch is None else batch}, {'N' if tokens is None else tokens}, C]"
     fits = isinstance(x, Tensor) and x.dim() == 3
     fits = fits and batch in (None, x.shape[0]) and tokens in (None, x.shape[1])
@@ -572,7 +572,7 @@ class _Nearest:
         near = self.index[row, even]
         usable = is_odd.gather(1, near.flatten(1)).view_as(near)
         score = torch.where(usable, self.score[row, even], -torch.inf).amax(-1)
-        # A list that is not full names all there are.
+        # A list that is not full has all candidates.
         return score, not bool(((score == -torch.inf) & (near[..., -1] < tokens)).any())
 
 

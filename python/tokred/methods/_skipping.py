@@ -11,7 +11,7 @@ from tokred.selection import scatter_back
 
 
 def run_on(x: Tensor, indices: Tensor, layer: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """What a layer gives that sees the listed tokens alone; the others pass it by.
+    """Runs a layer on the listed tokens alone; the others stay as they are.
 
     Args:
         x: [B, N, C]. indices: i32 [B, K]; the layer gets zeros for -1, which it must mask.

@@ -102,7 +102,7 @@ def block_keys(
     num_representatives: int = 4,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What stands for each block of keys: the mean of those that received most attention.
+    """A representative of each block: the mean of the keys that received most attention.
 
     Args:
         k: [B, Hkv, N, D]. received: f32 [B, Hq, N], the attention of each query head to the keys,

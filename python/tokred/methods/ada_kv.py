@@ -72,7 +72,7 @@ class AdaKvOptions(Options):
             raise ValueError(f"safeguard must be from 0 to 1, got {self.safeguard}")
 
     def evict(self, call: EvictionCall) -> Eviction | None:
-        """The window and every head's share of the tokens that it looks at."""
+        """The window and each head's share of the tokens that it attends to most."""
         if not call.is_prompt or call.stored <= self.budget:
             return None
         scores = window_scores(call, self.window, self.kernel, self.pool)

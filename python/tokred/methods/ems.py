@@ -73,7 +73,7 @@ class EmsCache:
     ) -> tuple[Tensor, Tensor]:
         """Attention of q [B, Hq, L, D]: out and lse.
 
-        counted: a token weighs as all that it stands for.
+        counted: a token weighs as much as all that it replaces.
         """
         bias = self.counts.log() if counted else None
         return tokred.biased_attention(q, self.k, self.v, bias, scale=scale)
@@ -148,7 +148,7 @@ class EmsOptions(Options):
     merged: tokens that follow them in score, and merge into kept ones that are alike.
     window: the last queries, whose attention counts for itself.
     threshold: likeness below which a token is evicted.
-    counted: a token weighs as all that it stands for.
+    counted: a token weighs as much as all that it replaces.
     """
 
     budget: int = 1024

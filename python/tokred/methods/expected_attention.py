@@ -86,7 +86,7 @@ class ExpectedAttentionOptions(Options):
         check_budget(self.budget, self.sinks, "the sinks")
 
     def evict(self, call: EvictionCall) -> Eviction | None:
-        """The first tokens and those that the future is expected to look at, after a prompt."""
+        """The first tokens and those expected to receive most attention later, after a prompt."""
         if not call.is_prompt or call.stored <= self.budget:
             return None
         q, new = call.q, call.q.shape[2]

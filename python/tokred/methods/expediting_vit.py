@@ -24,7 +24,7 @@ from ._method import Family, Method, Needs
 
 @dataclass(frozen=True)
 class Clustered:
-    """What stands for a grid of tokens.
+    """The tokens that replace a grid of tokens.
 
     centroids: f32 [B, h * w, C], what the next layers run on, cast as they need. x: [B, H * W, C],
     the tokens they were made of. token_map: i32 [B, H * W], the nearest centroid of every token.

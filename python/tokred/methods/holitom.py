@@ -1,4 +1,4 @@
-"""HoliTom: merge what stands still over windows of a video's frames, cluster it, and prune inside.
+"""HoliTom: merge static tokens over windows of video frames, cluster the others, prune inside.
 
 HoliTom: Holistic Token Merging for Fast Video Large Language Models (arXiv 2505.21334).
 
@@ -227,5 +227,5 @@ METHOD = Method(
     family=Family.MERGE,
     needs=(Needs.LANGUAGE_MODEL,),
     status="exact",
-    summary="merge what stands still over windows of frames, keep what gets attention, fold inside",
+    summary="merge static tokens over windows of frames, keep what gets attention, fold inside",
 )

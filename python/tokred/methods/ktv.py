@@ -41,7 +41,7 @@ def keyframes(features: Tensor, count: int = 6, iterations: int = 100) -> Tensor
     start = tokred.greedy_select(features, count, metric="l2", first="norm")
     centroids, assignment, _ = tokred.kmeans(features, count, iterations, start)
     distance = torch.cdist(centroids, features.float())
-    # Of its own frames, so that no frame stands for two clusters.
+    # A frame of its own cluster, so that no frame represents two.
     member = assignment[:, None] == torch.arange(count, device=features.device)[:, None]
     distance = distance.masked_fill(~member, torch.inf)
     nearest = distance.argmin(2)

@@ -85,7 +85,7 @@ class MergedCache:
     ) -> tuple[Tensor, Tensor]:
         """Attention of q [B, Hq, L, D]: out and lse.
 
-        counted: a token weighs as all that it stands for.
+        counted: a token weighs as much as all that it replaces.
         """
         return tokred.biased_attention(q, self.k, self.v, self.bias(counted), scale=scale)
 
@@ -162,7 +162,7 @@ class KvMergerOptions(Options):
     threshold: cosine above which neighbouring keys are in one run.
     heavy, recent: tokens of greatest attention, and last ones, which stay alone.
     sigma: width of the weights; each run's own where None.
-    counted: a merged token weighs as all that it stands for.
+    counted: a merged token weighs as much as all that it replaces.
     first, last: so many of the first and of the last layers are left alone.
     """
 
@@ -193,7 +193,7 @@ class KvMergerOptions(Options):
     def _merge(self, k: Tensor, v: Tensor, scores: Tensor, position: Tensor) -> Merged:
         runs = run_map(k, stays_alone(scores, self.heavy, self.recent), self.threshold)
         merged = merge_runs(k, v, scores, runs, sigma=self.sigma)
-        # A run stands where its pivot stood.
+        # A run is at the position of its pivot.
         pivot = partial(tokred.merge, weight=scores.flatten(0, 1), mode="prune")
         place, _ = pivot(
             position.flatten(0, 1)[..., None].float(), runs.flatten(0, 1), merged.k.shape[2]

@@ -1,4 +1,4 @@
-"""LRS-VQA: a large image is read tile by tile where the text looks, then its tokens are pruned.
+"""LRS-VQA: read the tiles of a large image that the text attends to, then prune their tokens.
 
 When Large Vision-Language Model Meets Large Remote Sensing Imagery: Coarse-to-Fine Text-Guided
 Token Pruning (arXiv 2503.07588).
@@ -105,5 +105,5 @@ METHOD = Method(
     family=Family.PREFILL,
     needs=(Needs.LANGUAGE_MODEL, Needs.TRAINING),
     status="exact",
-    summary="read the tiles of a large image where the text looks, then prune their tokens",
+    summary="read the tiles of a large image that the text attends to, then prune their tokens",
 )

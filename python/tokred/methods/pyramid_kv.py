@@ -70,7 +70,7 @@ class PyramidKvOptions(Options):
         check_window(self.window, self.kernel, self.budget)
 
     def evict(self, call: EvictionCall) -> Eviction | None:
-        """The window and the tokens that it looks at, as many as the layer may keep."""
+        """The window and the tokens that it attends to most, as many as the layer may keep."""
         if not call.is_prompt or call.stored <= self.budget:
             return None
         budget = layer_budget(

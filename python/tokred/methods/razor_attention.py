@@ -24,7 +24,7 @@ from ._method import Family, Method, Needs
 
 
 def head_scores(q: Tensor, k: Tensor, period: int) -> tuple[Tensor, Tensor]:
-    """How much each query head looks back to earlier copies of the same token.
+    """How much each query head attends to earlier copies of the same token.
 
     Args:
         q: [B, Hq, L, D] and k: [B, Hkv, L, D] of a sequence that repeats `period` random tokens

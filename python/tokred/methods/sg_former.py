@@ -1,4 +1,4 @@
-"""SG-Former: keys and values in three compression rates, the finest where attention goes.
+"""SG-Former: keys and values in three compression rates, the finest where attention is highest.
 
 SG-Former: Self-guided Transformer with Evolving Token Reallocation (arXiv 2308.12216).
 
@@ -126,5 +126,5 @@ METHOD = Method(
     family=Family.MERGE,
     needs=(Needs.VISION_ENCODER, Needs.TRAINING),
     status="exact",
-    summary="keys and values of three compression rates, the finest where attention goes",
+    summary="keys and values of three compression rates, the finest where attention is highest",
 )

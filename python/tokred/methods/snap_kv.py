@@ -1,4 +1,4 @@
-"""SnapKV: of a prompt, each head keeps the tokens that the last queries look at.
+"""SnapKV: of a prompt, each head keeps the tokens that the last queries attend to most.
 
 SnapKV: LLM Knows What You are Looking for Before Generation (arXiv 2404.14469).
 
@@ -44,7 +44,7 @@ class SnapKvOptions(Options):
         check_window(self.window, self.kernel, self.budget)
 
     def evict(self, call: EvictionCall) -> Eviction | None:
-        """The window and the tokens that it looks at, after a prompt."""
+        """The window and the tokens that it attends to most, after a prompt."""
         if not call.is_prompt or call.stored <= self.budget:
             return None
         return call.best(window_scores(call, self.window, self.kernel, self.pool), self.budget)
@@ -56,6 +56,6 @@ METHOD = Method(
     family=Family.EVICT,
     needs=(Needs.LANGUAGE_MODEL,),
     status="exact",
-    summary="of a prompt, each head keeps the tokens that the last queries look at",
+    summary="of a prompt, each head keeps the tokens that the last queries attend to",
     options=SnapKvOptions,
 )

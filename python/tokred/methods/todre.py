@@ -1,4 +1,4 @@
-"""ToDRE: keep visual tokens far from each other, and drop all where the text has read enough.
+"""ToDRE: keep visual tokens far from each other, drop all once the text attends to them little.
 
 ToDRE: Effective Visual Token Pruning via Token Diversity and Task Relevance (arXiv 2505.18757).
 
@@ -129,6 +129,6 @@ METHOD = Method(
     family=Family.PRUNE,
     needs=(Needs.VISION_LANGUAGE_MODEL,),
     status="approximate",
-    summary="keep visual tokens far from each other, drop all where the text has read enough",
+    summary="keep visual tokens far from each other, drop all once the text attends to them little",
     options=TodreOptions,
 )

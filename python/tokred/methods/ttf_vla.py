@@ -1,4 +1,4 @@
-"""TTF-VLA: visual tokens of the last frame stay where pixels rest and the instruction looks away.
+"""TTF-VLA: reuse visual tokens of the last frame where pixels and relevance allow it.
 
 TTF-VLA: Temporal Token Fusion via Pixel-Attention Integration for Vision-Language-Action Models
 (arXiv 2508.19257).
@@ -44,7 +44,7 @@ def pixel_difference(pixels: Tensor, previous: Tensor, patch: int = 14) -> Tenso
 
 
 def text_relevance(q: Tensor, k: Tensor, vision: slice, scale: float | None = None) -> Tensor:
-    """How much the text looks at every visual token, in a layer of the step before.
+    """How much the text attends to every visual token, in a layer of the step before.
 
     Args:
         q: [B, H, T, D], the queries of the text. k: [B, Hkv, N, D], all keys up to the last of
@@ -100,5 +100,5 @@ METHOD = Method(
     family=Family.REUSE,
     needs=(Needs.LANGUAGE_MODEL,),
     status="exact",
-    summary="visual tokens of the last frame stay where pixels rest and no instruction looks",
+    summary="reuse visual tokens of the last frame where pixels and relevance allow it",
 )

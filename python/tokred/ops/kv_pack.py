@@ -192,7 +192,7 @@ def packed_tokens(axis: str, window: int, tokens: int) -> int:
 
 
 def check_packed(name: str, value: Any) -> None:
-    """Refuses what is no PackedKV with a TypeError."""
+    """Raises a TypeError unless it is a PackedKV."""
     if not isinstance(value, PackedKV):
         raise TypeError(f"{name} must be a PackedKV, got {type(value).__name__}")
 

@@ -161,7 +161,7 @@ def _cannot_merge(
 
 
 def _refuse_readers(layer: nn.Module, around: list[nn.Module]) -> None:
-    """Refuses what is around an encoder of transformers and needs all of its tokens."""
+    """Raises where something around an encoder of transformers needs all of its tokens."""
     found, ends = attention_in(layer), _TEXT_POOLS if _reads_text(layer, around) else _POOLS
     assert found is not None
     for module in around:

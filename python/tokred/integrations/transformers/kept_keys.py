@@ -264,7 +264,7 @@ class KeptStates:
     slot: Tensor | None
 
     def refuse(self, module: nn.Module, method: Any, s_aux: Any, indices: Any) -> None:
-        """Refuses what a layer adds to attention, and another method in the same layer.
+        """Raises where a layer adds to attention, or has another method already.
 
         Raises:
             ValueError: saying what.
