@@ -35,7 +35,7 @@ def test_a_quarter_of_every_frame_is_left(tokens: int) -> None:
             for r in (tokens // 2, second):
                 taken = {source for source, _ in tome_links(rows, r)}
                 lists = {min(set(g) - taken): g for g in tome_groups(rows, r)}
-                # Sources that stay come by falling similarity, then destinations by position.
+                # Sources that stay come by descending similarity, then destinations by position.
                 every = tome_links(rows, len(rows))
                 order = [s for s, _ in every[r:]] + list(range(1, len(rows), 2))
                 lists = [lists[start] for start in order]
