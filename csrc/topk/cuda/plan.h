@@ -10,6 +10,7 @@ inline constexpr int kTopkBins = 2048;  // of a histogram, one digit of 11 bits
 // A warp has a short segment in registers; a block has eight warps.
 inline constexpr int kTopkWarps = 8;
 inline constexpr int kTopkWarpChosen = 256;
+inline constexpr int kTopkWarpBins = 256 + 4;  // of its histogram, the last for what lies outside
 inline constexpr int64_t kTopkWarpColumns = 33 * 32;
 
 // A block that selects from a segment: `keys` that may be chosen, of which it sorts up to `chosen`.
@@ -69,7 +70,7 @@ constexpr int64_t at_most(int64_t n, int64_t limit) { return n < limit ? n : lim
 constexpr LaunchPlan plan_topk_warps(int64_t segments) {
   return {{capped(divide_up(segments, kTopkWarps)), 1, 1},
           32 * kTopkWarps,
-          8 * kTopkWarps * kTopkWarpChosen};
+          kTopkWarps * (8 * kTopkWarpChosen + 4 * kTopkWarpBins)};
 }
 // Example: [256, 131072], k = 2048: 256 blocks of 512 threads, two an SM, all at once.
 constexpr LaunchPlan plan_topk_blocks(int64_t segments, const TopkTiles& tiles) {

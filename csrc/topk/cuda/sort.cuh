@@ -8,8 +8,9 @@
 
 namespace tokred::cuda::selecting {
 
-__device__ __forceinline__ void order(uint64_t& a, uint64_t& b, bool ascending) {
-  const uint64_t x = a, y = b;
+template <class Key>
+__device__ __forceinline__ void order(Key& a, Key& b, bool ascending) {
+  const Key x = a, y = b;
   const bool swap = (y < x) == ascending;
   a = swap ? y : x;
   b = swap ? x : y;
