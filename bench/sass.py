@@ -175,6 +175,23 @@ KERNELS = (
         goal_us=65,
     ),
     Kernel(
+        name="topk, long rows",
+        shape="256 rows of 131072 in fp32: reading them, and a turn for what 128 scores keep",
+        headers=("topk/cuda/topk.cuh",),
+        instance="void selecting::block_kernel<selecting::WideSelect, float>("
+        "const __grid_constant__ TopkParams)",
+        ways=(("LDG.E.128", "FSETP", "ATOMS"),),
+        unit="score",
+        units=32 * 16,
+        work=256 * 131072,
+        bytes=256 * 131072 * 4,
+        threads=512,
+        shared_kb=96.4,
+        budget=25.6,
+        goal_us=40,
+        trips=(1, 1, 1, 1),
+    ),
+    Kernel(
         name="prefill, bf16, mma.sync",
         shape="16384 tokens, H 32, D 128, every key visible",
         headers=("sparse_attn/cuda/biased_attention.cuh",),

@@ -1,7 +1,9 @@
 // topk by one block a segment. From a sample the block guesses a key that somewhat more entries
 // than wanted do not exceed, and reads the segment once to collect those; where the guess was
 // wrong, radix select over the whole segment finds a better one. The entries collected are then
-// reduced to the k wanted by radix select, and sorted by a bitonic network.
+// reduced to the k wanted by radix select, and sorted by buckets: a histogram says where each bin's
+// keys go, and within its bin a key counts those before it. Where a bin has too many for that, a
+// bitonic network sorts.
 #pragma once
 
 #include "topk/cuda/narrow.cuh"
@@ -169,6 +171,60 @@ __device__ int choose(int n, int wanted, bool rotated, SelectShared<C>& s) {
   return pushed(s.narrow);
 }
 
+inline constexpr int kMaxBucket = 64;
+
+// Sorts the n chosen keys, which all differ.
+template <class C>
+__device__ void sort_chosen(int n, SelectShared<C>& s) {
+  constexpr int kThreads = C::kThreads, kOwn = kTopkBins / kThreads;
+  const auto each = [&](const uint64_t* keys, auto f) {
+    for (int i = static_cast<int>(threadIdx.x); i < n; i += kThreads) f(keys[i]);
+  };
+  uint64_t max_complement = 0, max_key = 0;
+  each(s.chosen, [&](uint64_t key) {
+    max_complement = max(max_complement, ~key);
+    max_key = max(max_key, key);
+  });
+  const uint64_t low = ~block_max<kThreads>(max_complement, s.narrow.partial_keys);
+  const uint64_t range = block_max<kThreads>(max_key, s.narrow.partial_keys) - low;
+  const int shift = max(0, 64 - __clzll(range) - 11);
+  int* bins = s.narrow.histogram;
+  const auto bin_of = [&](uint64_t key) { return static_cast<int>((key - low) >> shift); };
+  for (int i = static_cast<int>(threadIdx.x); i < kTopkBins; i += kThreads) bins[i] = 0;
+  __syncthreads();
+  each(s.chosen, [&](uint64_t key) { atomicAdd(&bins[bin_of(key)], 1); });
+  __syncthreads();
+  int* own = bins + threadIdx.x * kOwn;
+  int sum = 0, largest = 0, total;
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    sum += own[i];
+    largest = max(largest, own[i]);
+  }
+  if (__syncthreads_or(largest > kMaxBucket)) {
+    return sort_shared<kThreads, C::kChosen / kThreads>(s.chosen, n, s.key);
+  }
+  int before = block_exclusive_sum<kThreads>(sum, s.narrow.partial, total);
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    const int count = own[i];
+    own[i] = before;
+    before += count;
+  }
+  __syncthreads();
+  // Where a bin begins moves on to where it ends, which is where the next one began.
+  each(s.chosen, [&](uint64_t key) { s.key[atomicAdd(&bins[bin_of(key)], 1)] = key; });
+  __syncthreads();
+  each(s.key, [&](uint64_t key) {
+    const int bin = bin_of(key), end = bins[bin];
+    const int begin = bin > 0 ? bins[bin - 1] : 0;
+    int rank = begin;
+    for (int i = begin; i < end; ++i) rank += s.key[i] < key;
+    s.chosen[rank] = key;
+  });
+  __syncthreads();
+}
+
 // The number of sorted keys, of n, that it takes to exceed top_p, at least min_k. Sums saturate
 // just above the limit, which keeps them within 64 bits.
 template <int kThreads>
@@ -202,22 +258,24 @@ __device__ int64_t count_to_top_p(const TopkParams& p, const uint64_t* sorted, i
 template <class C>
 __device__ void finish(const TopkParams& p, int64_t segment, int n, int wanted,
                        SelectShared<C>& s) {
-  constexpr int kThreads = C::kThreads, kItems = C::kChosen / kThreads;
+  constexpr int kThreads = C::kThreads;
   const bool position = p.order == RowOrder::position;
   int count = min(wanted, n);
   if (count > 0) {
     choose(n, count, position && !p.has_top_p, s);
-    sort_shared<kThreads, kItems>(s.chosen, count, s.key);
-    if (p.has_top_p) {
+    bool is_whole = p.has_top_p;
+#pragma unroll 1
+    for (;;) {
+      sort_chosen(count, s);
+      if (!is_whole) break;
+      is_whole = false;
       count = static_cast<int>(
           count_to_top_p<kThreads>(p, s.chosen, count, s.narrow.partial_keys, s.narrow.partial));
-      if (position) {
-        for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
-          s.chosen[i] = by_position(s.chosen[i]);
-        }
-        __syncthreads();
-        sort_shared<kThreads, kItems>(s.chosen, count, s.key);
+      if (!position) break;
+      for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
+        s.chosen[i] = by_position(s.chosen[i]);
       }
+      __syncthreads();
     }
   }
   for (int64_t e = threadIdx.x; e < p.k; e += kThreads) {
