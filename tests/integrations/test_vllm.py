@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 import tokred
 from tokred.compat import cache_keyword
+from tokred.integrations.vllm import register
 from tokred.integrations.vllm.options import Options
 from tokred.integrations.vllm.pages import append, attend, plan, pool
 
@@ -58,6 +60,25 @@ def test_options_that_do_not_fit(given: dict[str, str], words: str) -> None:
     environment = {f"TOKRED_VLLM_{name}": text for name, text in given.items()}
     with pytest.raises(ValueError, match=words):
         Options.from_environment(environment)
+
+
+@pytest.mark.parametrize("bits", [None, "4"])
+def test_registering(monkeypatch: pytest.MonkeyPatch, bits: str | None) -> None:
+    """Unasked it does not touch vLLM, and asked on another platform it says so."""
+    platform = SimpleNamespace(is_cpu=lambda: False, device_type="cuda")
+    registry = SimpleNamespace(AttentionBackendEnum=None, register_backend=None)
+    here = {"vllm.platforms": SimpleNamespace(current_platform=platform)}
+    here["vllm.v1.attention.backends.registry"] = registry
+    for name in ("vllm", "vllm.v1", "vllm.v1.attention", "vllm.v1.attention.backends"):
+        here[name] = SimpleNamespace()
+    for name, module in here.items():
+        monkeypatch.setitem(sys.modules, name, None if bits is None else module)
+    if bits is None:
+        register()
+        return
+    monkeypatch.setenv("TOKRED_VLLM_BITS", bits)
+    with pytest.raises(ValueError, match="vLLM's CPU build alone, got the platform 'cuda'"):
+        register()
 
 
 def test_a_head_that_cannot_be_packed() -> None:
