@@ -10,7 +10,14 @@ from torch.nn import functional
 
 from cases.groups import tokens_of
 from cases.selection import best_of, check_rows, padding, picked, uniform, visual_call
-from tokred.methods.holov import HolovOptions, runs_of, select_tokens
+from tokred.methods.holov import (
+    HolovOptions,
+    _decided,
+    run_scores,
+    runs_of,
+    score_bounds,
+    select_tokens,
+)
 
 
 def transcription(
@@ -51,12 +58,35 @@ def transcription(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("tokens", "runs", "k", "order"),
-    [(64, 16, 21, "score"), (61, 7, 20, "position"), (64, 4, 0, "score"), (18, 16, 9, "score")],
+    [
+        *((64, 16, 21, "score"), (61, 7, 20, "position"), (64, 4, 0, "score")),
+        *((18, 16, 9, "score"), (270, 4, 50, "score")),
+    ],
 )
 def test_picks(dtype: torch.dtype, tokens: int, runs: int, k: int, order: str) -> None:
     inputs = [tokens_of(3, tokens).to(dtype), uniform(3, 4, tokens).to(dtype)]
     options = dict(k=k, runs=runs, order=order)
     check_rows(select_tokens, transcription, inputs, padding(3, tokens), **options)
+
+
+def test_bounds_of_the_scores() -> None:
+    """They hold, for tokens without any variety too, and are close enough to share by."""
+    attention, members = uniform(3, 270), runs_of(270, 4)
+    for x, beta in ((tokens_of(3, 270), 0.09), (torch.ones(3, 270, 40), 0.5)):
+        for valid in (torch.ones(3, 270, dtype=torch.bool), uniform(3, 270, seed=1) < 0.7):
+            scores = run_scores(x, attention, members, beta, valid)
+            low, high = score_bounds(x, attention, members, beta, valid)
+            assert (low <= scores).all() and (scores <= high).all()
+            assert bool(_decided(low, high, 50)) == (beta == 0.09)
+
+
+def test_weights_that_leave_a_share_open() -> None:
+    low = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    assert _decided(low, low + 1e-4, 16)  # 1.6, 3.2, 4.8 and 6.4, and two left
+    assert not _decided(low, low + 0.3, 16)  # the second may get 4
+    assert not _decided(low, low + 1e-4, 10)  # the least of the bounds do not reach 1
+    assert not _decided(torch.ones(1, 4), torch.full((1, 4), 1.0001), 5)  # which of four?
+    assert not _decided(low - 2, low, 16) and not _decided(low * torch.nan, low, 16)
 
 
 def test_what_a_run_cannot_use() -> None:

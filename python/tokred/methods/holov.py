@@ -51,6 +51,19 @@ def runs_of(tokens: int, number: int, device: torch.device | None = None) -> Ten
     return torch.where(place < size + (run < longer).int(), first + place, -1)
 
 
+def _in_runs(
+    x: Tensor, attention: Tensor, runs: Tensor, valid: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens [B * P, n, C], their attention f32 [B * P, n], 0 where there is none, and a mask."""
+    batch, (number, width) = x.shape[0], runs.shape
+    picks = runs.flatten().expand(batch, -1).contiguous()
+    there = ((runs >= 0) & valid[:, runs.clamp(min=0).long()]).flatten(0, 1)
+    even = number * width == x.shape[1]
+    rows = (x if even else rows_of(x, picks)).view(batch * number, width, -1)
+    seen = rows_of(attention[..., None], picks).view(batch * number, width)
+    return rows, seen.masked_fill(~there, 0.0), there
+
+
 def run_scores(x: Tensor, attention: Tensor, runs: Tensor, beta: float, valid: Tensor) -> Tensor:
     """f32 [B, P]: the mean over each run of 1000 attention + beta * scale * variety.
 
@@ -58,13 +71,7 @@ def run_scores(x: Tensor, attention: Tensor, runs: Tensor, beta: float, valid: T
     counting as 0 beside their mean; scale = mean |1000 attention| / mean |variety|, of the run. A
     run of one token has its attention alone.
     """
-    batch, (number, width) = x.shape[0], runs.shape
-    picks = runs.flatten().expand(batch, -1).contiguous()
-    there = ((runs >= 0) & valid[:, runs.clamp(min=0).long()]).flatten(0, 1)
-    even = number * width == x.shape[1]
-    rows = (x if even else rows_of(x, picks)).view(batch * number, width, -1)
-    seen = rows_of(attention[..., None], picks).view(batch * number, width)
-    seen = seen.masked_fill(~there, 0.0)
+    rows, seen, there = _in_runs(x, attention, runs, valid)
     count = there.sum(1)
     stats = tokred.similarity_stats(rows, exclude_self=True, mask_a=there.contiguous())
     others = (count - 1).clamp(min=1)[:, None]
@@ -75,7 +82,53 @@ def run_scores(x: Tensor, attention: Tensor, runs: Tensor, beta: float, valid: T
     score = torch.where(
         count > 1, strong + beta * scale * variety.sum(1) / present, seen.sum(1) / present
     )
-    return score.view(batch, number)
+    return score.view(x.shape[0], -1)
+
+
+def score_bounds(
+    x: Tensor, attention: Tensor, runs: Tensor, beta: float, valid: Tensor, sample: int = 16
+) -> tuple[Tensor, Tensor]:
+    """f32 [B, P] each: run_scores are from the first to the second, by the first tokens of a run.
+
+    scale * variety, averaged over a run, is 1000 mean |attention| * V / (V + 1e-6) with V the mean
+    variety. A part of the varieties, none of which is negative, bounds V from below.
+
+    O(B N sample C) time, where run_scores take O(B N^2 C / P).
+    """
+    rows, seen, there = _in_runs(x, attention, runs, valid)
+    rows, count = rows.float(), there.sum(1)
+    first = rows[:, :sample]
+    length = torch.linalg.vector_norm(rows, dim=-1).clamp(min=1e-12)
+    cosine = first @ rows.mT / (length[:, : first.shape[1], None] * length[:, None])
+    cosine.diagonal(dim1=1, dim2=2).zero_()
+    cosine = cosine.masked_fill(~there[:, None], 0.0)
+    others = (count - 1).clamp(min=1)[:, None]
+    mean, square = cosine.sum(2) / others, cosine.square().sum(2) / others
+    # Less than rounding may have added.
+    variety = ((1 - 1e-4) * square - mean.square()).clamp(min=0)
+    present = count.clamp(min=1)
+    least = 0.9 * variety.masked_fill(~there[:, :sample], 0.0).sum(1) / present
+    strong, most = 1000 * seen.sum(1) / present, beta * 1000 * seen.abs().sum(1) / present
+    ends = torch.stack([strong + most * least / (least + 1e-6), strong + most])
+    ends = torch.where(count > 1, ends, seen.sum(1) / present).view(2, x.shape[0], -1)
+    slack = 1e-5 * ends.abs().amax(0)
+    return ends.amin(0) - slack, ends.amax(0) + slack
+
+
+def _decided(low: Tensor, high: Tensor, k: int) -> Tensor:
+    """Whether all weights from low to high f32 [B, P], from 0 on, share k alike: bool.
+
+    Every part rounds down to the same, and those that get what is left have the highest scores.
+    """
+    low, high = low.double(), high.double()
+    least = (k * low / (low + high.sum(1, keepdim=True) - high)).floor()
+    most = (k * high / (high + low.sum(1, keepdim=True) - low)).floor()
+    left = (k - least.sum(1, keepdim=True)).nan_to_num(0.0).long().clamp(0, low.shape[1])
+    falling, order = low.sort(1, descending=True)
+    behind = high.gather(1, order).flip(1).cummax(1).values.flip(1)
+    ends = torch.nn.functional.pad(falling, (1, 0), value=torch.inf).gather(1, left)
+    starts = torch.nn.functional.pad(behind, (0, 1), value=-torch.inf).gather(1, left)
+    return (low >= 0).all() & (least == most).all() & (ends > starts).all()
 
 
 def select_tokens(
@@ -106,7 +159,8 @@ def select_tokens(
     Raises:
         ValueError: another shape or order, or no run.
 
-    O(B N^2 C / runs) time, O(B N C) memory.
+    O(B N^2 C / runs) time, O(B N C) memory. On the CPU bounds of the scores, in O(B N C), share
+    the budget of long runs where they decide it, as they all but always do.
     """
     check_count("k", k)
     check_features("x", x)
@@ -118,8 +172,15 @@ def select_tokens(
     valid = torch.ones_like(attention, dtype=torch.bool) if valid is None else valid
     if tokens == 0:
         return torch.full((batch, k), -1, dtype=torch.int32, device=x.device)
+    sampled = tokens >= 64 * runs and not (x.is_cuda or torch.compiler.is_compiling())
     members = runs_of(tokens, min(runs, tokens), x.device)
-    scores = run_scores(features_of(x), attention.contiguous(), members, beta, valid)
+    x, attention = features_of(x), attention.contiguous()
+    scores = None
+    if sampled and not (redistribute or k >= tokens):
+        low, high = score_bounds(x, attention, members, beta, valid)
+        scores = low if bool(_decided(low, high, k)) else None
+    if scores is None:
+        scores = run_scores(x, attention, members, beta, valid)
     inside = members.clamp(min=0).long()
     there = (members >= 0) & valid[:, inside]
     shares = allocate(scores, k, there.sum(-1), "weight", redistribute or k >= tokens)
