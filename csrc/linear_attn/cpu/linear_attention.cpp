@@ -4,6 +4,7 @@
 // whatever N is. A single row reads the state once, in place.
 #include "attention/cpu/tile.h"
 #include "common/cpu/parallel.h"
+#include "common/cpu/prefetch.h"
 #include "common/cpu/workspace.h"
 #include "linear_attn/params.h"
 
@@ -66,6 +67,21 @@ TOKRED_INLINE void scale_row(const T* from, int64_t dim, Acc factor, Acc* to) {
   for (; d + kLanes <= dim; d += kLanes) store(to + d, load_as(from + d) * splat(factor));
   for (; d < dim; ++d) to[d] = to_float(from[d]) * factor;
 }
+
+// The rows of the next chunk, fetched a line at a time while the state is updated.
+struct Ahead {
+  const char *q, *k, *v;
+  int64_t q_stride, k_stride, v_stride, rows, key_lines, value_lines;
+
+  [[gnu::always_inline]] void prefetch(int64_t row, int64_t line) const {
+    if (row >= rows) return;
+    if (line < key_lines) {
+      prefetch_line(q + row * q_stride + 64 * line);
+      prefetch_line(k + row * k_stride + 64 * line);
+    }
+    if (line < value_lines) prefetch_line(v + row * v_stride + 64 * line);
+  }
+};
 
 // A slice of the value dimensions of one head.
 template <class T>
@@ -139,7 +155,7 @@ struct Head {
             weigh_and_add<false>(share, query, row, count);
           }
         }
-        update_state(share, count);
+        update_state(share, count, ahead(share, row + kChunk));
       }
     }
     store_state();
@@ -283,14 +299,36 @@ struct Head {
     }
   }
 
-  void update_state(int64_t share, int64_t count) {
+  // The rows from `row` on of a share's keys and values, and of the first of its queries.
+  Ahead ahead(int64_t share, int64_t row) const {
+    constexpr int64_t kSize = sizeof(T);
+    const int64_t left = min(kChunk, p.tokens - row), key_head = head * p.key_group + share;
+    if (left <= 0) return {};
+    const T* q = key_row<T>(p.q, batch, head * p.query_group, row);
+    const T* k = key_row<T>(p.k, batch, key_head, row);
+    const T* v = key_row<T>(p.v, batch, key_head, row) + first_panel * kLanes;
+    return {reinterpret_cast<const char*>(q),
+            reinterpret_cast<const char*>(k),
+            reinterpret_cast<const char*>(v),
+            p.q.stride_token * kSize,
+            p.k.stride_token * kSize,
+            p.v.stride_token * kSize,
+            left,
+            divide_up(p.head_dim * kSize, 64),
+            divide_up(min(width(), panels * kLanes) * kSize, 64)};
+  }
+
+  void update_state(int64_t share, int64_t count, const Ahead& next) {
+    const int64_t lines = divide_up(p.head_dim, kChunk);
     const Acc factor = share == 0 ? weight[total] : Acc{1};
-    for (int64_t panel = 0; panel < panels; panel += kTilePanels<Acc>) {
+    for (int64_t panel = 0, tile = 0; panel < panels; panel += kTilePanels<Acc>, ++tile) {
       multiply<Layout::step_row>(b.decayed, p.head_dim, p.head_dim, right(panel, p.head_dim),
                                  steps * kLanes, min(int64_t{kTilePanels<Acc>}, panels - panel),
                                  count, [&](int64_t d, int tile_panel, Vec<Acc> sum) {
                                    Acc* at = right(panel + tile_panel, d);
                                    store(at, fma(load(at), splat(factor), sum));
+                                   if (tile_panel > 0) return;
+                                   next.prefetch(d % kChunk, d / kChunk + tile * lines);
                                  });
     }
   }

@@ -1,9 +1,10 @@
 // attention_rows on the CPU: the logits of a few rows as in qk_score, those of more as products of
-// panels, then a softmax a row.
+// panels, then a softmax a row, of one exponential a logit.
 #include <algorithm>
 
 #include "attention/cpu/tile.h"
 #include "common/cpu/parallel.h"
+#include "common/cpu/prefetch.h"
 #include "score/cpu/dot.h"
 #include "score/params.h"
 
@@ -112,7 +113,7 @@ struct PanelLogits {
       const int64_t panels = min(divide_up(end_row - row, kLanes), most);
       load_panels(row, panels);
       for (int64_t key = first; key < end; key += kBlock) {
-        score_block(row, panels, key, min(key + kBlock, end));
+        score_block(row, panels, key, min(key + kBlock, end), end);
       }
     }
   }
@@ -127,7 +128,8 @@ struct PanelLogits {
     }
   }
 
-  void score_block(int64_t first_row, int64_t panels, int64_t first, int64_t end) {
+  // The keys of the next block, up to `last`, are fetched meanwhile.
+  void score_block(int64_t first_row, int64_t panels, int64_t first, int64_t end, int64_t last) {
     count = 0;
     for (int64_t key = first; key < end; ++key) {
       index[count] = key;
@@ -148,11 +150,16 @@ struct PanelLogits {
     for (int64_t panel = 0; panel < panels; ++panel) {
       if (coverage[panel] == Coverage::none) hide(first_row + panel * kLanes, first, end);
     }
+    const int64_t tiles = divide_up(panels, int64_t{kTilePanels<float>});
     visit_panels<float>(panels, coverage, [&](int64_t panel, int64_t beside) {
+      const int64_t line = panel / kTilePanels<float>;
       multiply<Layout::row_step>(
           k, p.head_dim, count, query + panel * p.head_dim * kLanes, p.head_dim * kLanes, beside,
-          p.head_dim,
-          [&](int64_t key, int i, f32x16 sum) { store(tile + (i * kBlock + key) * kLanes, sum); });
+          p.head_dim, [&](int64_t key, int i, f32x16 sum) {
+            store(tile + (i * kBlock + key) * kLanes, sum);
+            if (i > 0 || end + key >= last) return;
+            prefetch_lines(key_row<T>(p.k, batch, kv_head, end + key), p.head_dim, line, tiles);
+          });
       for (int64_t i = 0; i < beside; ++i) {
         const int64_t row = first_row + (panel + i) * kLanes;
         float* logits = tile + i * kBlock * kLanes;
@@ -195,40 +202,68 @@ int64_t task_keys(const AttentionParams& p, bool panels, const Parallel& paralle
   return keys;
 }
 
-// log sum exp of a row, by chunks; +inf where nothing is visible, so that exp(x - lse) is 0.
-float row_lse(const float* row, int64_t count) {
+// Weights of a row: exp(x - top) of its numbers, summed by chunks, and the largest number `top`.
+struct Weights {
+  float top, total;
+};
+
+// store(i, count, exp(x - top)) of sixteen numbers at a time. The top of a row of which nothing is
+// visible is -inf, and its total 0.
+template <class Store>
+TOKRED_INLINE Weights weigh(const float* row, int64_t count, const Store& keep) {
   f32x16 best = splat(-kInfinity<float>);
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) best = max(load(row + i), best);
   float top = max_lane(best);
   for (; i < count; ++i) top = row[i] > top ? row[i] : top;
-  if (top == -kInfinity<float>) return kInfinity<float>;
+  if (top == -kInfinity<float>) return {top, 0};
   float total = 0;
   for (int64_t first = 0; first < count; first += kScoreChunk) {
     const int64_t end = min(first + kScoreChunk, count);
     f32x16 part = splat(0.0f);
-    for (i = first; i + kLanes <= end; i += kLanes) part = part + exp(load(row + i) - splat(top));
-    if (i < end) {
-      float lane[kLanes];
-      store(lane, splat(-kInfinity<float>));
-      copy_bytes(lane, row + i, 4 * (end - i));
-      part = part + exp(load(lane) - splat(top));
+    for (i = first; i < end; i += kLanes) {
+      f32x16 x;
+      if (i + kLanes <= end) {
+        x = load(row + i);
+      } else {
+        float lane[kLanes];
+        store(lane, splat(-kInfinity<float>));
+        copy_bytes(lane, row + i, 4 * (end - i));
+        x = load(lane);
+      }
+      const f32x16 weight = exp(x - splat(top));
+      keep(i, end - i, weight);
+      part = part + weight;
     }
     total += sum(part);
   }
-  return top + std::log(total);
+  return {top, total};
 }
 
-// Logits to quotients; those outside the range of the denominator may overflow.
-void divide_row(float* row, int64_t count, float lse, bool may_overflow) {
+// log sum exp of a row; +inf where nothing is visible, so that exp(x - lse) is 0.
+float row_lse(const float* row, int64_t count) {
+  const Weights w = weigh(row, count, [](int64_t, int64_t, f32x16) {});
+  return w.total == 0 ? kInfinity<float> : w.top + std::log(w.total);
+}
+
+// Logits to their softmax; zeros where nothing is visible. An exponential each.
+void softmax_row(float* row, int64_t count) {
+  const Weights w = weigh(row, count, [&](int64_t i, int64_t left, f32x16 weight) {
+    store_row(row + i, weight, left);
+  });
+  const f32x16 factor = splat(w.total == 0 ? 0.0f : 1 / w.total);
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const f32x16 weight = w.total == 0 ? splat(0.0f) : load_row(row + i, count - i);
+    store_row(row + i, weight * factor, count - i);
+  }
+}
+
+// Logits to quotients of a denominator over a part of the row; those outside of it may overflow.
+void divide_row(float* row, int64_t count, float lse) {
   for (int64_t i = 0; i < count; i += kLanes) {
     const f32x16 x = load_row(row + i, count - i) - splat(lse);
-    f32x16 quotient = exp(x);
-    if (may_overflow) {
-      const f32x16 root = exp(min(x, splat(176.0f)) * splat(0.5f));
-      quotient = select_greater(x, splat(88.0f), root * root, quotient);
-    }
-    store_row(row + i, quotient, count - i);
+    const f32x16 root = exp(min(x, splat(176.0f)) * splat(0.5f));
+    store_row(row + i, select_greater(x, splat(88.0f), root * root, exp(x)), count - i);
   }
 }
 
@@ -253,7 +288,8 @@ void attention_rows(const AttentionRowsParams& rows, const Parallel& parallel) {
   const bool whole = rows.first == 0 && rows.last == p.keys;
   parallel_tasks(parallel, p.batch * p.heads_q * p.queries, [&](int64_t i, int64_t) {
     float* row = rows.rows + i * p.keys;
-    divide_row(row, p.keys, row_lse(row + rows.first, rows.last - rows.first), !whole);
+    if (whole) return softmax_row(row, p.keys);
+    divide_row(row, p.keys, row_lse(row + rows.first, rows.last - rows.first));
   });
 }
 
