@@ -187,7 +187,7 @@ KERNELS = (
         bytes=256 * 131072 * 4,
         threads=512,
         shared_kb=96.4,
-        budget=25.6,
+        budget=24.8,
         goal_us=40,
         trips=(1, 1, 1, 1),
     ),

@@ -93,7 +93,9 @@ __device__ __forceinline__ void each_strong(const Segment<T>& segment, int64_t b
       for (int i = 0; i < kWidth; ++i) {
         strong |= static_cast<unsigned>(element<T>(chunk[u], i) >= min_score) << i;
       }
-      if (segment.must_keep || at < segment.sinks_end || at + kWidth > segment.locals_begin) {
+      const auto position = static_cast<int>(at);
+      if (segment.must_keep || position < segment.sinks_end ||
+          position > segment.locals_begin - kWidth) {
         for (int i = 0; i < kWidth; ++i)
           strong |= static_cast<unsigned>(segment.forced(at + i)) << i;
       }
