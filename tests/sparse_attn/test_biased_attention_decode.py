@@ -88,6 +88,7 @@ def test_against_float64(kernels: Backend, case: Case) -> None:
         Case(1, 3, 3, head_dim=20, value_dim=36, mask="padding", bias=True),
         Case(1, 2, 2, queries=3, causal=True, mask="full"),
         Case(1, 1, 8, keys=2500, head_dim=8, value_dim=8),
+        Case(1, 1, 40, keys=2500, head_dim=8, value_dim=8, mask="padding"),
         Case(6, 4, 2, keys=1100, head_dim=8, value_dim=8),
     ],
     ids=label,
@@ -108,7 +109,7 @@ def test_a_list_of_all_keys_gives_the_same_bits(
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
 def test_few_queries_agree_with_many(kernels: Backend, dtype: torch.dtype) -> None:
-    """Eight rows and nine are worked on in different ways."""
+    """Eight rows and nine are worked on in different ways, but of one query."""
     q, k, v, *_ = Case(group=1, queries=9, head_dim=40, dtype=dtype).inputs()
     out, lse = kernels.run("biased_attention", q, k, v)
     few_out, few_lse = kernels.run("biased_attention", q[:, :, :8], k, v)
