@@ -1,4 +1,4 @@
-"""PackedCache of latents (multi-head latent attention), against the same in plain torch."""
+"""PackedCache and DenseCache of latents (multi-head latent attention), against plain torch."""
 
 from __future__ import annotations
 
@@ -122,11 +122,51 @@ def test_generation_is_that_of_the_oracle(deepseek: nn.Module, options: dict) ->
     assert torch.equal(generated(deepseek, ids, mask, past_key_values=ours, **options), expected)
 
 
-def test_cropping_and_rows_of_the_batch(deepseek: nn.Module) -> None:
+def test_latents_in_full_precision(model: nn.Module) -> None:
+    """The first tokens are those of a DynamicCache bit for bit, later ones to rounding."""
+    ids, mask = left_padded(2, sum(PARTS))
+    model.set_attn_implementation(attention.register())
+    cache = tokred.DenseCache(model, absorb=True)
+    actual = in_parts(model, ids, mask, PARTS, cache)
+    dense = in_parts(model, ids, mask, PARTS, transformers.DynamicCache(config=model.config))
+    assert_bitwise_equal(actual[: PARTS[0]], dense[: PARTS[0]])
+    torch.testing.assert_close(actual, dense, rtol=2e-5, atol=2e-5)
+    assert cache.layers[0].keys.shape == (2, 1, sum(PARTS), 48)
+    assert cache.nbytes(0).full_precision == 2 * sum(PARTS) * 48 * 4
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 3, "num_return_sequences": 2}, {"prefill_chunk_size": 4}], ids=str
+)
+def test_generation_from_dense_latents_is_that_of_eager(model: nn.Module, options: dict) -> None:
+    ids, mask = left_padded()
+    model.set_attn_implementation("eager")
+    expected = generated(model, ids, mask, **options)
+    model.set_attn_implementation(attention.register())
+    cache = tokred.DenseCache(model.config, absorb=True, capacity=64)
+    assert torch.equal(generated(model, ids, mask, past_key_values=cache, **options), expected)
+
+
+def test_dense_latents_in_half_precision() -> None:
+    model = MODELS["deepseek_v2"]().to(torch.bfloat16)
+    ids, mask = left_padded(2, sum(PARTS))
+    model.set_attn_implementation(attention.register())
+    dense = in_parts(model, ids, mask, PARTS, transformers.DynamicCache(config=model.config))
+    logits = in_parts(model, ids, mask, PARTS, tokred.DenseCache(model, absorb=True))
+    assert logits.dtype == torch.bfloat16
+    assert (logits - dense).norm() < 0.02 * dense.norm()
+
+
+@pytest.mark.parametrize("kind", ["packed", "dense"])
+def test_cropping_and_rows_of_the_batch(deepseek: nn.Module, kind: str) -> None:
     """As many tokens again after a crop, and the rows of a batch repeated and chosen."""
     ids, mask = left_padded(2, 30, padding=0)
     deepseek.set_attn_implementation(attention.register())
-    cache = tokred.PackedCache(deepseek.config, **FORMATS["4 bits"])
+    cache = (
+        tokred.PackedCache(deepseek.config, **FORMATS["4 bits"])
+        if kind == "packed"
+        else tokred.DenseCache(deepseek.config, absorb=True)
+    )
     in_parts(deepseek, ids, mask, (20, 6), cache)
     expected = copy.deepcopy(cache)
     cache.crop(-6)
@@ -172,6 +212,35 @@ def test_other_attention_is_told_what_to_do(deepseek: nn.Module, implementation:
         deepseek(ids, attention_mask=mask, past_key_values=cache)
 
 
+def test_what_dense_latents_refuse(deepseek: nn.Module) -> None:
+    config = deepseek.config
+    with pytest.raises(ValueError, match="LlamaConfig has none: make the DenseCache without"):
+        tokred.DenseCache(tiny_lm("Llama").config, absorb=True)
+    with pytest.raises(ValueError, match="with absorb or with score_bits"):
+        tokred.DenseCache(config, absorb=True, score_bits=4)
+    layer = tokred.DenseCache(config, absorb=True, capacity=4).layers[0]
+    heads = torch.randn(1, 4, 3, 40, generator=generator())
+    with pytest.raises(ValueError, match=r"DenseCache holds.*\[B, 1, L, 32\].*got \[1, 4, 3, 40\]"):
+        layer.update(heads, heads)
+    with pytest.raises(ValueError, match="capacity of 4 tokens and holds 0"):
+        layer.update(torch.zeros(1, 1, 5, 32), torch.zeros(1, 1, 5, 16))
+    with pytest.raises(ValueError, match="of the same tokens"):
+        layer.update(torch.zeros(1, 1, 2, 32), torch.zeros(1, 1, 3, 16))
+    assert layer.get_seq_length() == 0
+    ids, mask = left_padded()
+    deepseek.set_attn_implementation("eager")
+    with torch.no_grad(), pytest.raises(TypeError, match="absorb=True holds latents for tokred's"):
+        cache = tokred.DenseCache(config, absorb=True)
+        deepseek(ids, attention_mask=mask, past_key_values=cache)
+    with (
+        torch.no_grad(),
+        tokred.patch(deepseek, "top_k_attention", k=4),
+        pytest.raises(ValueError, match="do not read latents"),
+    ):
+        cache = tokred.DenseCache(config, absorb=True)
+        deepseek(ids, attention_mask=mask, past_key_values=cache)
+
+
 def test_what_is_refused() -> None:
     model = MODELS["deepseek_v3"]()
     ids, mask = left_padded()
@@ -182,7 +251,7 @@ def test_what_is_refused() -> None:
     with (
         torch.no_grad(),
         tokred.patch(model, "top_k_attention", k=4),
-        pytest.raises(ValueError, match="do not read packed latents"),
+        pytest.raises(ValueError, match="do not read latents"),
     ):
         model(ids, attention_mask=mask, past_key_values=tokred.PackedCache(model.config))
     model.set_attn_implementation(attention.register())

@@ -14,12 +14,14 @@ from transformers.cache_utils import DynamicLayer
 
 from tokred import compat
 from tokred._library import refuse_grad
+from tokred.integrations.transformers.latent_states import DenseLatentStates
 from tokred.integrations.transformers.packed_buffer import SCORE_KEYS, PackedBuffer
 from tokred.integrations.transformers.token_buffer import TokenBuffer
 from tokred.ops.kv_pack import BITS, PackFormat
 
 from .base import CacheBytes, InPlaceCache, check_capacity, replaced_layers
-from .support import config_of
+from .latents import latent_rows
+from .support import config_of, latent_dims
 
 
 class DenseCache(InPlaceCache):
@@ -46,13 +48,24 @@ class DenseCache(InPlaceCache):
             gcd(head_dim, 64) channels), by which token_select and top_k_attention score the keys
             for a single query. With 4 bits scoring reads an eighth of the bytes of float32 keys,
             and is approximate; attention reads the chosen keys themselves. None: no copy.
+        absorb: of multi-head latent attention (DeepSeek-V2, arXiv:2405.04434), whose cache holds
+            latents that the model expands to keys and values of all heads at every step. With
+            absorb the first tokens attend to expanded keys and values; later ones attend to the
+            latents, with the weights of the expansion absorbed into queries and outputs. That
+            needs model.set_attn_implementation("tokred"), and no method that chooses keys.
 
     Raises:
-        ValueError: a capacity below 1, or other score_bits; a model without full-attention layers.
+        ValueError: a capacity below 1, or other score_bits; a model without full-attention layers;
+            absorb with score_bits, or for a model without latents.
     """
 
     def __init__(
-        self, config: Any, *, capacity: int | None = None, score_bits: int | None = None
+        self,
+        config: Any,
+        *,
+        capacity: int | None = None,
+        score_bits: int | None = None,
+        absorb: bool = False,
     ) -> None:
         check_capacity(capacity)
         if score_bits is not None and (type(score_bits) is not int or score_bits not in BITS):
@@ -64,9 +77,10 @@ class DenseCache(InPlaceCache):
             f"DenseCache keeps layers of full attention, and {name} has none: use a "
             "transformers.DynamicCache"
         )
-        super().__init__(
-            layers=replaced_layers(config, partial(DenseCacheLayer, capacity, score_bits), refusal)
-        )
+        make: Callable[[], DenseCacheLayer] = partial(DenseCacheLayer, capacity, score_bits)
+        if absorb:
+            make = partial(DenseLatentLayer, *_absorbed_dims(config, score_bits), capacity)
+        super().__init__(layers=replaced_layers(config, make, refusal))
 
 
 class DenseCacheLayer(DynamicLayer):
@@ -291,6 +305,59 @@ class DenseCacheLayer(DynamicLayer):
         codes, params = (side.token_bytes for side in sides)
         slack = total - held + sum(side.memory.nbytes for side in sides) - codes - params
         return CacheBytes(codes, params, full_precision=held, slack=slack)
+
+
+class DenseLatentLayer(DenseCacheLayer):
+    """Latents and rotary parts of keys of one layer, side by side in one row a token.
+
+    `keys` are the rows [B, 1, N, rank + R], and `values` are empty. Everything else is as in a
+    DenseCacheLayer.
+
+    Args:
+        rank: channels of a latent. rotary: channels of the rotary part.
+    """
+
+    is_dense = False  # keys and values are not those that methods evict
+
+    def __init__(self, rank: int, rotary: int, capacity: int | None = None) -> None:
+        self.rank, self.rotary = rank, rotary
+        super().__init__(capacity)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Appends latents [B, 1, L, rank] and rotary parts [B, 1, L, R].
+
+        Returns:
+            the same two, for the module to expand, tagged with the states of the cache, which
+            tokred's attention finds in what the module makes of them.
+
+        Raises:
+            ValueError: other tensors; tokens unlike those in the cache, or more than its capacity.
+            RuntimeError: under torch.compile.
+        """
+        new = latent_rows("DenseCache", self.rank, self.rotary, key_states, value_states)
+        rows, _ = super().update(new, new[..., :0])
+        states = DenseLatentStates(
+            rows, None, None, None, rows.shape[2], new, new[..., :0], rank=self.rank
+        )
+        return states.tag(key_states, value_states)
+
+
+def _absorbed_dims(config: Any, score_bits: int | None) -> tuple[int, int]:
+    """Channels of the latents and rotary parts of a model whose weights are to be absorbed."""
+    dims = latent_dims(config)
+    if dims is None:
+        raise ValueError(
+            f"absorb is for multi-head latent attention, and {type(config).__name__} has none: "
+            "make the DenseCache without"
+        )
+    if score_bits is not None:
+        raise ValueError(
+            "score_bits serves methods that choose keys, and these do not read latents: make the "
+            "DenseCache with absorb or with score_bits"
+        )
+    return dims
 
 
 def _apart(x: Tensor, held: TokenBuffer) -> Tensor:

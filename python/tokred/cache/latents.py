@@ -1,4 +1,4 @@
-"""A layer of a packed cache that holds the latents of multi-head latent attention."""
+"""Layers of caches that hold the latents of multi-head latent attention."""
 
 from __future__ import annotations
 
@@ -43,20 +43,32 @@ class LatentCacheLayer(PackedCacheLayer):
             ValueError: other tensors; tokens unlike those in the cache, or more than its capacity.
             RuntimeError: under torch.compile.
         """
-        if torch.compiler.is_compiling():
-            raise RuntimeError("a PackedCache of latents cannot be compiled: call the model itself")
-        for name, x, dim in (
-            ("latents", key_states, self.rank),
-            ("rotary parts", value_states, self.rotary),
-        ):
-            if not isinstance(x, Tensor) or x.dim() != 4 or (x.shape[1], x.shape[3]) != (1, dim):
-                got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
-                raise ValueError(
-                    f"PackedCache packs {name} [B, 1, L, {dim}] of a model with this config, got "
-                    f"{got}: use a transformers.DynamicCache"
-                )
-        rows = torch.cat((key_states, value_states), -1)
+        rows = latent_rows("PackedCache", self.rank, self.rotary, key_states, value_states)
         packed, _ = super().update(rows, rows[..., :0])
         own = {each.name: getattr(packed, each.name) for each in fields(packed)}
         states = LatentStates(**own, rank=self.rank)
         return states.tag(key_states, value_states)
+
+
+def latent_rows(cache: str, rank: int, rotary: int, latents: Tensor, parts: Tensor) -> Tensor:
+    """Latents [B, 1, L, rank] and rotary parts [B, 1, L, rotary] side by side.
+
+    Raises:
+        ValueError: other tensors.
+        RuntimeError: under torch.compile.
+    """
+    if torch.compiler.is_compiling():
+        raise RuntimeError(f"a {cache} of latents cannot be compiled: call the model itself")
+    for name, x, dim in (("latents", latents, rank), ("rotary parts", parts, rotary)):
+        if not isinstance(x, Tensor) or x.dim() != 4 or (x.shape[1], x.shape[3]) != (1, dim):
+            got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(
+                f"{cache} holds {name} [B, 1, L, {dim}] of a model with this config, got "
+                f"{got}: use a transformers.DynamicCache"
+            )
+    if latents.shape[2] != parts.shape[2] or latents.shape[0] != parts.shape[0]:
+        raise ValueError(
+            f"latents and rotary parts must be of the same tokens, got {list(latents.shape)} and "
+            f"{list(parts.shape)}"
+        )
+    return torch.cat((latents, parts), -1)

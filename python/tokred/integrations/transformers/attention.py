@@ -178,8 +178,8 @@ def attention_forward(
     if latents is not None:
         if tokred_method is not None:
             raise ValueError(
-                "methods that choose keys do not read packed latents (multi-head latent "
-                "attention): use a transformers.DynamicCache, or no method"
+                "methods that choose keys do not read latents with absorbed weights (multi-head "
+                "latent attention): use a transformers.DynamicCache, or no method"
             )
         key, value = latents.expanded_by(module, plain(key), plain(value)), None
     if isinstance(key, PackedStates):

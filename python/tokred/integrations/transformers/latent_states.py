@@ -1,4 +1,4 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434) over packed latents.
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434) over latents, packed or not.
 
 A token is one row: its latent, from which the model expands keys and values of all heads, and the
 rotary part of its key. In the first forward pass tokens attend to each other's expanded keys and
@@ -9,8 +9,8 @@ their value.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -52,8 +52,7 @@ class LatentStates(PackedStates):
         weight = linear.weight.unflatten(0, (key.shape[1], -1))
         if self.is_first:
             self._check_expansion(module, weight, key, value)
-        own = {each.name: getattr(self, each.name) for each in fields(self)}
-        return LatentStates(**{**own, "new_key": key, "new_value": value, "weight": weight})
+        return replace(self, new_key=key, new_value=value, weight=weight)
 
     def _check_expansion(
         self, module: nn.Module, weight: Tensor, key: Tensor, value: Tensor
@@ -80,9 +79,12 @@ class LatentStates(PackedStates):
     @property
     def key_dim(self) -> int:
         """Channels of an expanded key without its rotary part."""
-        return self.new_key.shape[3] - (
-            self.key.codes.shape[3] * 8 // self.key.format.bits - self.rank
-        )
+        return self.new_key.shape[3] - (self.row_dim - self.rank)
+
+    @property
+    def row_dim(self) -> int:
+        """rank + R, the channels of a row."""
+        return self.key.codes.shape[3] * 8 // self.key.format.bits
 
     def _from_cache(
         self, q: Tensor, scale: float | None, softcap: float | None, **options: Any
@@ -93,14 +95,47 @@ class LatentStates(PackedStates):
             scale = q.shape[3] ** -0.5
         latent = torch.einsum("bhtd,hdr->bhtr", q[..., :dim], weight[:, :dim])
         rows = torch.cat((latent, q[..., dim:]), -1)
-        window = _as(self.key_window, q)
-        options |= {"length": self.length, "softcap": softcap}
-        # Keys are passed as values too: the channels of out beyond the latents are not used.
-        out, lse = tokred.packed_attention(
-            rows, self.key, self.key, window, window, scale, **options
-        )
+        out, lse = self._attend_to_rows(rows, scale, softcap=softcap, **options)
         out = torch.einsum("bhtr,hdr->bhtd", out[..., : self.rank], weight[:, dim:])
         return out, lse
+
+    def _attend_to_rows(self, q: Tensor, scale: float, **options: Any) -> tuple[Tensor, Tensor]:
+        """(out, lse) of queries [B, Hq, L, rank + R], whose first `rank` channels of out count."""
+        window = _as(self.key_window, q)
+        # Keys are passed as values too: the channels of out beyond the latents are not used.
+        return tokred.packed_attention(
+            q, self.key, self.key, window, window, scale, length=self.length, **options
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class DenseLatentStates(LatentStates):
+    """LatentStates of a DenseCache: key is the rows themselves, [B, 1, N, rank + R], N the length.
+
+    value is not used, and there are no windows.
+    """
+
+    key: Any
+    value: Any
+
+    advice: ClassVar[str] = (
+        "a tokred.DenseCache with absorb=True holds latents for tokred's attention: call "
+        'model.set_attn_implementation("tokred"), without a method that chooses keys, or make the '
+        "cache without absorb"
+    )
+
+    @property
+    def row_dim(self) -> int:
+        """rank + R, the channels of a row."""
+        return self.key.shape[3]
+
+    def _attend_to_rows(self, q: Tensor, scale: float, **options: Any) -> tuple[Tensor, Tensor]:
+        rows = self.key.to(q.dtype)
+        latents = rows[..., : self.rank]
+        indices = options.pop("indices", None)
+        if indices is None:
+            return tokred.biased_attention(q, rows, latents, scale=scale, **options)
+        return tokred.sparse_attention(q, rows, latents, indices, scale, **options)
 
 
 class _TaggedTensor(Tensor):
@@ -117,9 +152,10 @@ class _TaggedTensor(Tensor):
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         name = getattr(function, "__name__", str(function))
-        if name not in _EXPANDING:
-            raise TypeError(f"{name}: {ADVICE}")
-        states = next(_tagged_in(args)).states
+        found = next(_tagged_in((*args, *(kwargs or {}).values())), None)
+        if found is None or name not in _EXPANDING:
+            raise TypeError(f"{name}: {ADVICE if found is None else found.states.advice}")
+        states = found.states
         with torch._C.DisableTorchFunctionSubclass():
             if name == "linear" and states.new_key.shape[2] == 1 and not states.is_first:
                 # A single query reads the cache alone, so its expanded key and value are not used.
@@ -165,5 +201,5 @@ def plain(x: Tensor) -> Tensor:
 
 
 def states_of(key: Any) -> LatentStates | None:
-    """The states that a key expanded from packed latents is tagged with; None for other keys."""
+    """The states that a key expanded from latents is tagged with; None for other keys."""
     return key.states if isinstance(key, _TaggedTensor) else None

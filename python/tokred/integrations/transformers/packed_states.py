@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ ADVICE = (
 class PackedStates:
     """A layer's cache after the tokens of a forward pass were appended.
 
-    It is no tensor; using it as one raises an error that says what to do.
+    It is no tensor; using it as one raises an error that says what to do, `advice`.
 
     key, value: the packed tokens, [B, Hkv, N, D] and [B, Hkv, N, Dv] with N their capacity.
     key_window, value_window: the last tokens in full precision, as `kv_append` keeps them, or None.
@@ -42,6 +42,8 @@ class PackedStates:
     new_key: Tensor
     new_value: Tensor
     key_mean: Tensor | None = None
+
+    advice: ClassVar[str] = ADVICE
 
     @property
     def shape(self) -> torch.Size:
@@ -158,14 +160,14 @@ class PackedStates:
         return logits.reshape(batch, heads, queries) * (dim**-0.5 if scale is None else scale)
 
     def __getitem__(self, index: Any) -> NoReturn:
-        raise TypeError(f"no slices: {ADVICE}")
+        raise TypeError(f"no slices: {self.advice}")
 
     def __getattr__(self, name: str) -> NoReturn:
-        raise AttributeError(f"no {name!r}: {ADVICE}")
+        raise AttributeError(f"no {name!r}: {type(self).advice}")
 
     @classmethod
     def __torch_function__(cls, function: Any, *args: Any, **kwargs: Any) -> NoReturn:
-        raise TypeError(f"{getattr(function, '__name__', function)}: {ADVICE}")
+        raise TypeError(f"{getattr(function, '__name__', function)}: {cls.advice}")
 
 
 def _as(window: Tensor | None, q: Tensor) -> Tensor | None:
