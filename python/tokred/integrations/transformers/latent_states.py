@@ -131,11 +131,7 @@ class DenseLatentStates(LatentStates):
 
     def _attend_to_rows(self, q: Tensor, scale: float, **options: Any) -> tuple[Tensor, Tensor]:
         rows = self.key.to(q.dtype)
-        latents = rows[..., : self.rank]
-        indices = options.pop("indices", None)
-        if indices is None:
-            return tokred.biased_attention(q, rows, latents, scale=scale, **options)
-        return tokred.sparse_attention(q, rows, latents, indices, scale, **options)
+        return tokred.biased_attention(q, rows, rows[..., : self.rank], scale=scale, **options)
 
 
 class _TaggedTensor(Tensor):
