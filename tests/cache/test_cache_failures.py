@@ -228,3 +228,19 @@ def test_tokens_in_the_memory_of_the_cache_are_refused() -> None:
         with pytest.raises(ValueError, match=f"{name} lie in the memory of the cache"):
             cache.update(*sides, 0)
     assert_state(cache, before, "update")
+
+
+@pytest.mark.parametrize("make", [tokred.PackedCache, tokred.DenseCache])
+@pytest.mark.parametrize("config", [LLAMA, GEMMA], ids=["llama", "gemma"])
+def test_a_forward_pass_that_ended_between_two_layers(make: Any, config: Any) -> None:
+    """Its tokens are in the first layer alone: the next pass is told so, not given other text."""
+    cache = make(config)
+    keys = torch.randn(BATCH, HEADS, 3, DIM, generator=generator())
+    cache.update(keys, keys, 0)
+    cache.update(keys[:, :, :1].clone(), keys[:, :, :1].clone(), 0)
+    with pytest.raises(ValueError, match=r"layer 1 .* is empty, and layer 0 held 3 tokens.*reset"):
+        cache.update(keys[:, :, :1].clone(), keys[:, :, :1].clone(), 1)
+    cache.reset()
+    for number in (0, 1, 0, 1):
+        cache.update(keys, keys, number)
+    assert [layer.get_seq_length() for layer in cache.layers] == [6, 6]

@@ -182,7 +182,7 @@ def test_a_changed_file(path: Path, change: Callable[[dict, dict], None]) -> Non
 
 @pytest.mark.parametrize(("key", "value", "message"), [
     ("format", "pt", r"is no file of a tokred.PackedCache"),
-    ("version", "1", r"has version 1, this reads 2"),
+    ("version", "2", r"has version 2, this reads 3"),
 ])  # fmt: skip
 def test_another_format(path: Path, key: str, value: str, message: str) -> None:
     with safe_open(path, "pt") as file:
@@ -202,6 +202,26 @@ def test_another_model(path: Path) -> None:
             tokred.PackedCache.load(path, llama(**options).config)
     with pytest.raises(ValueError, match="kind packed, the model's has sliding"):
         tokred.PackedCache.load(path, MODELS["gemma3"]().config)
+
+
+def test_latents_of_another_model(tmp_path: Path) -> None:
+    """Rows of as many channels, split at another one or not at all."""
+    path = tmp_path / "cache.safetensors"
+    sizes = {"kv_lora_rank": 32, "qk_rope_head_dim": 16}
+    config = transformers.DeepseekV3Config(num_hidden_layers=2, **sizes)
+    cache = tokred.PackedCache(config)
+    for number in range(2):
+        cache.update(torch.randn(1, 1, 3, 32), torch.randn(1, 1, 3, 16), number)
+    cache.save(path)
+    assert tokred.PackedCache.load(path, config).get_seq_length() == 3
+    other = transformers.DeepseekV3Config(num_hidden_layers=2, kv_lora_rank=16, qk_rope_head_dim=32)
+    with pytest.raises(ValueError, match="has channels of latents 32, the model's has 16"):
+        tokred.PackedCache.load(path, other)
+    heads = {"hidden_size": 48, "num_attention_heads": 1, "num_key_value_heads": 1}
+    with pytest.raises(ValueError, match="has channels of latents 32, the model's has 0"):
+        tokred.PackedCache.load(
+            path, transformers.LlamaConfig(num_hidden_layers=2, head_dim=48, **heads)
+        )
 
 
 def test_another_sliding_window(tmp_path: Path) -> None:

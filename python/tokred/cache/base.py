@@ -48,6 +48,14 @@ class InPlaceCache(Cache):
     Layers of our own have `restores_itself = True` and `nbytes()`; others are transformers'.
     """
 
+    # Tokens that the first layer of our own held before the forward pass under way.
+    _held = 0
+
+    def __init__(self, layers: list[Any]) -> None:
+        super().__init__(layers=layers)
+        ours = (n for n, layer in enumerate(layers) if getattr(layer, "restores_itself", False))
+        self._first = next(ours, 0)
+
     def __copy__(self) -> Any:
         """A copy with tensors of its own, as appending a token writes in place."""
         return copy.deepcopy(self)
@@ -55,14 +63,29 @@ class InPlaceCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
-        """Appends tokens to a layer; returns what its update returns."""
+        """Appends tokens to a layer; returns what its update returns.
+
+        Raises:
+            ValueError: no such layer; a layer without tokens behind one that had some before this
+                forward pass, as an earlier pass leaves them that ended in an error between the two.
+        """
         if not -len(self.layers) <= layer_idx < len(self.layers):
             raise ValueError(
                 f"the cache is for a model of {len(self.layers)} layers, and has no layer "
                 f"{layer_idx}: make one for the model that it is passed to"
             )
         layer = self.layers[layer_idx]
-        if getattr(layer, "restores_itself", False) or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return layer.update(key_states, value_states, *args, **kwargs)
+        if layer_idx == self._first:
+            self._held = layer.get_seq_length()
+        elif self._held > 0 and layer.get_seq_length() == 0:
+            raise ValueError(
+                f"layer {layer_idx} of the cache is empty, and layer {self._first} held "
+                f"{self._held} tokens before this forward pass, which an earlier one that ended in "
+                "an error must have left: reset() the cache, and start with the first token"
+            )
+        if getattr(layer, "restores_itself", False):
             return layer.update(key_states, value_states, *args, **kwargs)
         with restored_on_failure([layer]):
             return layer.update(key_states, value_states, *args, **kwargs)

@@ -27,7 +27,7 @@ from .storage import CacheOptions
 from .support import head_dim_of, kv_heads_of
 
 FORMAT = "tokred.PackedCache"
-VERSION = "2"
+VERSION = "3"
 
 
 def save_layers(
@@ -165,6 +165,7 @@ def _describe(layer: Any) -> LayerHeader:
         (batch, heads, *dims),
         window,
         "key_mean" in parts,
+        layer.rank if kind == "packed" else 0,
     )
 
 
@@ -200,6 +201,8 @@ def _check_model(layers: list[Any], header: Header, config: Any) -> None:
             expected["num_key_value_heads"] = kv_heads_of(config, number)
             expected["head_dim"] = head_dim_of(config, number)
             found["num_key_value_heads"], found["head_dim"] = described.shape[1:3]
+            expected["channels of latents"] = getattr(layer, "rank", None)
+            found["channels of latents"] = described.rank
         for name, value in expected.items():
             if value is not None and found[name] != value:
                 raise ValueError(

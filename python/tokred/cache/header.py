@@ -31,6 +31,8 @@ class LayerHeader:
     dtypes: of windows and mean, or of the keys and the values of a sliding layer.
     shape: batch, key heads, and the head dimensions of keys and values.
     centered: whether keys are packed without their mean.
+    rank: channels of a row that are its latent, the others being the rotary part of the key; 0
+        where keys and values are packed apart.
     """
 
     kind: str
@@ -39,6 +41,7 @@ class LayerHeader:
     shape: tuple[int, ...] = ()
     sliding_window: int | None = None
     centered: bool = False
+    rank: int = 0
 
     def fields(self) -> dict[str, Any]:
         """As JSON has them."""
@@ -115,7 +118,14 @@ def _layer(value: Any, where: str) -> LayerHeader:
         _integer(size, f"{where}.shape", 0 if kind == "packed" and number == 3 else 1)
     if value["centered"] and length == 0:
         raise ValueError(f"{where}.centered is true, of no tokens")
-    return LayerHeader(kind, length, dtypes, shape, value["sliding_window"], value["centered"])
+    rank = value["rank"]
+    _integer(rank, f"{where}.rank", 0)
+    latents = kind == "packed" and len(shape) == 4 and shape[3] == 0
+    if (rank > 0) != latents or (latents and rank >= shape[2]):
+        raise ValueError(f"{where}.rank is {rank}, of kind {kind!r} with shape {list(shape)}")
+    return LayerHeader(
+        kind, length, dtypes, shape, value["sliding_window"], value["centered"], rank
+    )
 
 
 def layer_tensors(options: CacheOptions, layer: LayerHeader) -> dict[str, TensorHeader]:

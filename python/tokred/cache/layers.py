@@ -40,6 +40,7 @@ class PackedCacheLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
     restores_itself = True
+    rank = 0  # channels of a row that are its latent, where rows are latents
 
     def __init__(self, options: CacheOptions, capacity: int | None = None) -> None:
         super().__init__()

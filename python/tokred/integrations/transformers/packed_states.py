@@ -14,7 +14,8 @@ from tokred.ops.kv_pack import PackedKV
 ADVICE = (
     "the keys and values are packed, in a tokred.PackedCache, and only tokred's attention reads "
     'them: call model.set_attn_implementation("tokred"), with a method that works on packed keys '
-    "or none; a model that computes with cached keys itself needs a transformers.DynamicCache"
+    "or none, and reset() the cache, which has taken the tokens of this call; a model that "
+    "computes with cached keys itself needs a transformers.DynamicCache"
 )
 
 
