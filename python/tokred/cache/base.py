@@ -122,6 +122,7 @@ class InPlaceCache(Cache):
                 if isinstance(layer, DynamicLayer):
                     compat.drop_tokens(layer)
             super().reset()
+            self._held = 0
 
     def nbytes(self, layer: int | None = None) -> CacheBytes:
         """The memory of all layers or of one; `.total` is the sum."""
