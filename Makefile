@@ -27,8 +27,8 @@ demo: LIBRARIES = $(if $(DEVICE),-DTOKRED_CUDA=ON,\
                     $(if $(BUILT),,-DTOKRED_CUDA=OFF -DTOKRED_UNOPTIMIZED=$(UNOPTIMIZED)))
 
 .PHONY: build demo test test-all test-newest test-oldest test-avx512 fuzz mutants device-check \
-        device-pack bench bench-full sass tables lint lint-python lint-cpp lint-types lint-tables format sanitize lock clean \
-        FORCE
+        device-pack bench bench-full sass tables lint lint-python lint-cpp lint-types lint-tables format sanitize wheel \
+        lock clean FORCE
 .DELETE_ON_ERROR:
 
 # ---- environments: a stamp is written after the last step, so an interrupted one starts again ----
@@ -149,6 +149,11 @@ device-pack: build
 
 sanitize: build $(VENV)/test
 	$(BIN)/python tests/sanitize.py
+
+# For other machines, in dist/, tried in an environment of its own: for the CPU, and for CUDA as well
+# where `make wheel CUDA=1` asks for it.
+wheel: $(VENV)/test
+	CMAKE_ARGS="-DTOKRED_CUDA=$(if $(CUDA),ON,OFF)" $(BIN)/python tests/wheel.py
 
 bench: build $(VENV)/bench
 	$(BIN)/python -m bench --quick; failed=$$?; $(MAKE) tables && exit $$failed
