@@ -149,11 +149,7 @@ struct Head {
       for (int64_t share = 0; share < p.key_group; ++share) {
         load_keys(share, row, count);
         for (int64_t query = 0; query < p.query_group; ++query) {
-          if (share == 0) {
-            weigh_and_add<true>(share, query, row, count);
-          } else {
-            weigh_and_add<false>(share, query, row, count);
-          }
+          weigh_and_add(share, query, row, count);
         }
         update_state(share, count, ahead(share, row + kChunk));
       }
@@ -246,18 +242,17 @@ struct Head {
   }
 
   // Sixteen rows at a time: their weights of the keys up to them, then their sums.
-  template <bool kWithState>
   void weigh_and_add(int64_t share, int64_t query, int64_t row, int64_t count) {
     for (int64_t first = 0; first < count; first += kLanes) {
       const int64_t rows = min(int64_t{kLanes}, count - first);
       load_queries(query, row, first, rows);
       weigh(first, rows);
       if (finite) {
-        add<kWithState>(share, query, row, first, 0, rows, first + kLanes);
+        add(share, query, row, first, 0, rows, first + kLanes);
       } else {
         // 0 times an infinity of a later row would be NaN.
         for (int64_t i = 0; i < rows; ++i) {
-          add<kWithState>(share, query, row, first, i, 1, first + i + 1);
+          add(share, query, row, first, i, 1, first + i + 1);
         }
       }
     }
@@ -277,11 +272,11 @@ struct Head {
     }
   }
 
-  // Of the rows first + begin .. of the chunk, over its first `keys` keys.
-  template <bool kWithState>
+  // Of the rows first + begin .. of the chunk, over its first `keys` keys; the first share adds
+  // what comes from the state as well.
   void add(int64_t share, int64_t query, int64_t row, int64_t first, int64_t begin, int64_t rows,
            int64_t keys) {
-    const int64_t skip = kWithState ? 0 : p.head_dim;
+    const int64_t skip = share == 0 ? 0 : p.head_dim;
     for (int64_t panel = 0; panel < panels; panel += kTilePanels<Acc>) {
       multiply<Layout::row_step>(
           b.left + begin * steps + skip, steps, rows, right(panel, skip), steps * kLanes,
@@ -290,7 +285,7 @@ struct Head {
             const int64_t at = panel + tile_panel, local = first + begin + i;
             if (p.key_group > 1) {
               Acc* sums = b.sums + (local * panels + at) * kLanes;
-              if (!kWithState) sum = load(sums) + sum;
+              if (share > 0) sum = load(sums) + sum;
               if (share + 1 < p.key_group) return store(sums, sum);
             }
             if (p.reverse && !visible[local]) sum = splat(Acc{0});
