@@ -162,8 +162,13 @@ def decode_case(keys: int, bits: int, axis: str, run: Run) -> Case:
 
 def latent_case(tokens: int, bits: int, device: str) -> Case:
     """DeepSeek-V2-Lite's decode: 16 heads, latents of 512 and 64 rotary channels, absorbed weights;
-    beside the same in torch, and SDPA on the heads of 192 and 128 that latents expand to."""
+    beside the same in torch, and SDPA on the heads of 192 and 128 that latents expand to.
+    bits 16: latents in bfloat16, as they are.
+    """
     heads, rank, rotary, scale = 16, 512, 64, 192**-0.5
+    token_bytes = 2 * (rank + rotary)
+    if bits < 16:
+        token_bytes = tokred.PackFormat(bits, 64).token_bytes(rank + rotary)
 
     def build() -> dict[str, Callable]:
         rng = torch.Generator().manual_seed(0)
@@ -172,16 +177,18 @@ def latent_case(tokens: int, bits: int, device: str) -> Case:
             return torch.randn(shape, generator=rng).to(device, torch.bfloat16)
 
         q, rows = draw(1, heads, 1, rank + rotary), draw(1, 1, tokens, rank + rotary)
-        packed = tokred.kv_pack(rows, bits, 64)
+        if bits < 16:
+            packed = tokred.kv_pack(rows, bits, 64)
+            ours = partial(tokred.packed_attention, q, packed, packed, scale=scale)
+        else:
+            ours = partial(tokred.biased_attention, q, rows, rows[..., :rank], scale=scale)
 
         def absorbed() -> Tensor:
             weights = (q[0, :, 0] * scale @ rows[0, 0].mT).softmax(-1)
             return weights @ rows[0, 0, :, :rank]
 
         candidates: dict[str, Callable] = {
-            f"tokred.packed_attention, {bits} bits": partial(
-                tokred.packed_attention, q, packed, packed, scale=scale
-            ),
+            f"tokred.{'packed' if bits < 16 else 'biased'}_attention, {bits} bits": ours,
             "torch on bf16 latents": absorbed,
         }
         expanded = draw(1, heads, 1, 192), draw(1, heads, tokens, 192), draw(1, heads, tokens, 128)
@@ -194,7 +201,7 @@ def latent_case(tokens: int, bits: int, device: str) -> Case:
         (1, heads, 1, tokens, rank + rotary),
         "bfloat16",
         build,
-        bytes_moved=int(tokens * tokred.PackFormat(bits, 64).token_bytes(rank + rotary)),
+        bytes_moved=int(tokens * token_bytes),
         flops=2 * heads * tokens * (2 * rank + rotary),
         ceiling="read",
     )
@@ -351,7 +358,7 @@ def cases(run: Run) -> Iterator[Case]:
     for bits in (8, 4, 2):
         yield decode_case(longest, bits, "channel", run)
     yield decode_case(longest, 4, "token", run)
-    for bits in (8, 4):
+    for bits in (16, 8, 4):
         yield latent_case(32768, bits, run.device)
     yield codebook_case(longest, 3, run.device)
     yield beside_dense_case(longest, run.device)
