@@ -14,6 +14,7 @@ from cases.cache_oracle import TranscribedLatents
 from cases.compare import assert_bitwise_equal
 from cases.inputs import generator
 from cases.tiny_models import generated, left_padded, tiny_lm, transformers
+from tokred.compat import cache_keyword
 from tokred.integrations.transformers import attention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -206,7 +207,7 @@ def test_memory_and_files(deepseek: nn.Module, tmp_path: Any) -> None:
 def test_other_attention_is_told_what_to_do(deepseek: nn.Module, implementation: str) -> None:
     deepseek.set_attn_implementation(implementation)
     ids, mask = left_padded()
-    expected = pytest.raises(TypeError, match=r'PackedCache.*set_attn_implementation\("tokred"\)')
+    expected = pytest.raises(ValueError, match=r'PackedCache.*set_attn_implementation\("tokred"\)')
     with torch.no_grad(), expected:
         cache = tokred.PackedCache(deepseek.config)
         deepseek(ids, attention_mask=mask, past_key_values=cache)
@@ -229,7 +230,7 @@ def test_what_dense_latents_refuse(deepseek: nn.Module) -> None:
     assert layer.get_seq_length() == 0
     ids, mask = left_padded()
     deepseek.set_attn_implementation("eager")
-    with torch.no_grad(), pytest.raises(TypeError, match="absorb=True holds latents for tokred's"):
+    with torch.no_grad(), pytest.raises(ValueError, match="absorb=True holds latents for tokred's"):
         cache = tokred.DenseCache(config, absorb=True)
         deepseek(ids, attention_mask=mask, past_key_values=cache)
     with (
@@ -275,9 +276,35 @@ def test_what_is_refused() -> None:
         (shifted, pytest.raises(ValueError, match="to other keys and values than its kv_b_proj")),
         (
             lambda *x: tuple(y.mul(2) for y in expand(*x)),
-            pytest.raises(TypeError, match=r"^mul: the"),
+            pytest.raises(ValueError, match=r"^mul: the"),
         ),
     ):
         module.expand_kv = other
         with torch.no_grad(), error:
             model(ids, attention_mask=mask, past_key_values=tokred.PackedCache(model.config))
+
+
+@pytest.mark.parametrize("absorb", [False, True])
+def test_expansions_that_compute_are_refused(absorb: bool) -> None:
+    model = MODELS["deepseek_v3"]()
+    model.set_attn_implementation(attention.register())
+    ids, mask = left_padded()
+
+    def empty() -> tokred.PackedCache | tokred.DenseCache:
+        if absorb:
+            return tokred.DenseCache(model.config, absorb=True)
+        return tokred.PackedCache(model.config)
+
+    def refused(called: nn.Module, error: type[Exception], words: str) -> None:
+        with torch.no_grad(), pytest.raises(error, match=words):
+            called(ids, attention_mask=mask, **{cache_keyword(): empty()})
+
+    linear = model.model.layers[0].self_attn.kv_b_proj
+    hook = linear.register_forward_hook(lambda module, args, out: out * 2.0)
+    refused(model, ValueError, r"__mul__|mul: .*torch.nn.Linear, unquantized and without hooks")
+    hook.remove()
+    compiled = torch.compile(model, backend="eager")
+    refused(compiled, Exception, "of latents cannot be compiled: call the model itself")
+    torch.compiler.reset()
+    quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    refused(quantized, ValueError, r"linear_dynamic: .*torch.nn.Linear, unquantized")

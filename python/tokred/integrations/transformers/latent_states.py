@@ -149,8 +149,15 @@ class _TaggedTensor(Tensor):
     ) -> Any:
         name = getattr(function, "__name__", str(function))
         found = next(_tagged_in((*args, *(kwargs or {}).values())), None)
+        if name == "_is_view":  # what Dynamo asks of a tensor that a compiled function is given
+            raise RuntimeError("a cache of latents cannot be compiled: call the model itself")
         if found is None or name not in _EXPANDING:
-            raise TypeError(f"{name}: {ADVICE if found is None else found.states.advice}")
+            advice = ADVICE if found is None else found.states.advice
+            # Not a TypeError: of operators torch would make "unsupported operand" of it.
+            raise ValueError(
+                f"{name}: {advice}; a module may only expand latents, by a kv_b_proj that is a "
+                "torch.nn.Linear, unquantized and without hooks that compute"
+            )
         states = found.states
         with torch._C.DisableTorchFunctionSubclass():
             if name == "linear" and states.new_key.shape[2] == 1 and not states.is_first:

@@ -136,7 +136,7 @@ def _memory(x: Tensor, shape: list[int]) -> Tensor:
         with torch.inference_mode(False):
             return _memory(x, shape)
     memory = torch.empty(shape, dtype=x.dtype, device=x.device)
-    if memory.nbytes >= _LARGE_BYTES and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and memory.nbytes >= _LARGE_BYTES:
         _advise_huge_pages(memory)
     return memory
 
