@@ -78,6 +78,7 @@ def run(plan: Plan, output: Path) -> list[Row]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console()
+    console.print("DINOv2 ViT-S/14: merging the tokens of photographs")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     rows: list[Row] = []
     panels: dict[str, list[list]] = {name: [] for name in plan.photographs}
