@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(kSinkhornThreads, 4)
   }
 }
 
-__global__ void __launch_bounds__(kSinkhornThreads, 3)
+__global__ void __launch_bounds__(kSinkhornThreads, 2)
     sinkhorn_back_kernel(const __grid_constant__ SinkhornBackwardParams p) {
   auto& s = shared_memory<SinkhornShared>();
   for (int64_t item = blockIdx.x; item < p.forward.batch; item += gridDim.x) {
