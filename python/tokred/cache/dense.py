@@ -20,7 +20,7 @@ from tokred.integrations.transformers.token_buffer import TokenBuffer
 from tokred.ops.kv_pack import BITS, PackFormat
 
 from .base import CacheBytes, InPlaceCache, check_capacity, replaced_layers
-from .latents import latent_rows
+from .latents import LatentUpdate
 from .support import config_of, latent_dims
 
 
@@ -307,7 +307,7 @@ class DenseCacheLayer(DynamicLayer):
         return CacheBytes(codes, params, full_precision=held, slack=slack)
 
 
-class DenseLatentLayer(DenseCacheLayer):
+class DenseLatentLayer(LatentUpdate, DenseCacheLayer):
     """Latents and rotary parts of keys of one layer, side by side in one row a token.
 
     `keys` are the rows [B, 1, N, rank + R], and `values` are empty. Everything else is as in a
@@ -317,31 +317,18 @@ class DenseLatentLayer(DenseCacheLayer):
         rank: channels of a latent. rotary: channels of the rotary part.
     """
 
+    cache = "DenseCache"
     is_dense = False  # keys and values are not those that methods evict
 
     def __init__(self, rank: int, rotary: int, capacity: int | None = None) -> None:
         self.rank, self.rotary = rank, rotary
         super().__init__(capacity)
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Appends latents [B, 1, L, rank] and rotary parts [B, 1, L, R].
-
-        Returns:
-            the same two, for the module to expand, tagged with the states of the cache, which
-            tokred's attention finds in what the module makes of them.
-
-        Raises:
-            ValueError: other tensors; tokens unlike those in the cache, or more than its capacity.
-            RuntimeError: under torch.compile.
-        """
-        new = latent_rows("DenseCache", self.rank, self.rotary, key_states, value_states)
-        rows, _ = super().update(new, new[..., :0])
-        states = DenseLatentStates(
-            rows, None, None, None, rows.shape[2], new, new[..., :0], rank=self.rank
+    def _append(self, rows: Tensor) -> DenseLatentStates:
+        held, _ = DenseCacheLayer.update(self, rows, rows[..., :0])
+        return DenseLatentStates(
+            held, None, None, None, held.shape[2], rows, rows[..., :0], rank=self.rank
         )
-        return states.tag(key_states, value_states)
 
 
 def _absorbed_dims(config: Any, score_bits: int | None) -> tuple[int, int]:

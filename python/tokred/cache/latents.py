@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,21 +14,15 @@ from .layers import PackedCacheLayer
 from .storage import CacheOptions
 
 
-class LatentCacheLayer(PackedCacheLayer):
-    """Latents and rotary parts of keys of one layer, packed side by side in one row a token.
+class LatentUpdate:
+    """The update of a cache layer that holds latents: rows go in, tagged new tokens come out.
 
-    A row is a key, and its latent the value, so no values are stored. Everything else is as in a
-    PackedCacheLayer.
-
-    Args:
-        rank: channels of a latent. rotary: channels of the rotary part.
+    rank: channels of a latent. rotary: channels of the rotary part.
     """
 
-    def __init__(
-        self, rank: int, rotary: int, options: CacheOptions, capacity: int | None = None
-    ) -> None:
-        self.rank, self.rotary = rank, rotary
-        super().__init__(options, capacity)
+    rank: int
+    rotary: int
+    cache: ClassVar[str]  # what errors call it
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -43,11 +37,36 @@ class LatentCacheLayer(PackedCacheLayer):
             ValueError: other tensors; tokens unlike those in the cache, or more than its capacity.
             RuntimeError: under torch.compile.
         """
-        rows = latent_rows("PackedCache", self.rank, self.rotary, key_states, value_states)
-        packed, _ = super().update(rows, rows[..., :0])
+        rows = latent_rows(self.cache, self.rank, self.rotary, key_states, value_states)
+        return self._append(rows).tag(key_states, value_states)
+
+    def _append(self, rows: Tensor) -> LatentStates:
+        """The states with these rows [B, 1, L, rank + R], which are stored."""
+        raise NotImplementedError
+
+
+class LatentCacheLayer(LatentUpdate, PackedCacheLayer):
+    """Latents and rotary parts of keys of one layer, packed side by side in one row a token.
+
+    A row is a key, and its latent the value, so no values are stored. Everything else is as in a
+    PackedCacheLayer.
+
+    Args:
+        rank: channels of a latent. rotary: channels of the rotary part.
+    """
+
+    cache = "PackedCache"
+
+    def __init__(
+        self, rank: int, rotary: int, options: CacheOptions, capacity: int | None = None
+    ) -> None:
+        self.rank, self.rotary = rank, rotary
+        super().__init__(options, capacity)
+
+    def _append(self, rows: Tensor) -> LatentStates:
+        packed, _ = PackedCacheLayer.update(self, rows, rows[..., :0])
         own = {each.name: getattr(packed, each.name) for each in fields(packed)}
-        states = LatentStates(**own, rank=self.rank)
-        return states.tag(key_states, value_states)
+        return LatentStates(**own, rank=self.rank)
 
 
 def latent_rows(cache: str, rank: int, rotary: int, latents: Tensor, parts: Tensor) -> Tensor:
