@@ -124,9 +124,9 @@ def _decided(low: Tensor, high: Tensor, k: int) -> Tensor:
     least = (k * low / (low + high.sum(1, keepdim=True) - high)).floor()
     most = (k * high / (high + low.sum(1, keepdim=True) - low)).floor()
     left = (k - least.sum(1, keepdim=True)).nan_to_num(0.0).long().clamp(0, low.shape[1])
-    falling, order = low.sort(1, descending=True)
+    descending, order = low.sort(1, descending=True)
     behind = high.gather(1, order).flip(1).cummax(1).values.flip(1)
-    ends = torch.nn.functional.pad(falling, (1, 0), value=torch.inf).gather(1, left)
+    ends = torch.nn.functional.pad(descending, (1, 0), value=torch.inf).gather(1, left)
     starts = torch.nn.functional.pad(behind, (0, 1), value=-torch.inf).gather(1, left)
     return (low >= 0).all() & (least == most).all() & (ends > starts).all()
 

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from tokred.ops.kv_pack import PackFormat, Records
 
 _PREFIX = "TOKRED_VLLM_"
-_LEAST = {"BITS": 4, "TOP_K": 1, "N_INIT": 0, "N_LOCAL": 1}
+_MINIMUM = {"BITS": 4, "TOP_K": 1, "N_INIT": 0, "N_LOCAL": 1}
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class Options:
             if name.startswith(_PREFIX)
         }
         for name in given:
-            if name not in _LEAST:
-                close = get_close_matches(name, _LEAST, 1)
-                known = [_PREFIX + each for each in close or _LEAST]
+            if name not in _MINIMUM:
+                close = get_close_matches(name, _MINIMUM, 1)
+                known = [_PREFIX + each for each in close or _MINIMUM]
                 raise ValueError(f"unknown variable {_PREFIX}{name}: did you mean one of {known}?")
         numbers = {name.lower(): _number(name, text) for name, text in given.items()}
         if not numbers:
@@ -76,6 +76,6 @@ def _number(name: str, text: str) -> int:
         raise ValueError(f"{_PREFIX}{name} must be a whole number, got {text!r}") from None
     if name == "BITS" and number not in (4, 8):
         raise ValueError(f"{_PREFIX}BITS must be 4 or 8, got {number}")
-    if number < _LEAST[name]:
-        raise ValueError(f"{_PREFIX}{name} must be at least {_LEAST[name]}, got {number}")
+    if number < _MINIMUM[name]:
+        raise ValueError(f"{_PREFIX}{name} must be at least {_MINIMUM[name]}, got {number}")
     return number
