@@ -69,7 +69,7 @@ TOKRED_INLINE void scale_row(const T* from, int64_t dim, Acc factor, Acc* to) {
 }
 
 // The rows of the next chunk, fetched a line at a time while the state is updated.
-struct Ahead {
+struct ChunkPrefetcher {
   const char *q, *k, *v;
   int64_t q_stride, k_stride, v_stride, rows, key_lines, value_lines;
 
@@ -151,7 +151,7 @@ struct Head {
         for (int64_t query = 0; query < p.query_group; ++query) {
           weigh_and_add(share, query, row, count);
         }
-        update_state(share, count, ahead(share, row + kChunk));
+        update_state(share, count, prefetcher(share, row + kChunk));
       }
     }
     store_state();
@@ -295,7 +295,7 @@ struct Head {
   }
 
   // The rows from `row` on of a share's keys and values, and of the first of its queries.
-  Ahead ahead(int64_t share, int64_t row) const {
+  ChunkPrefetcher prefetcher(int64_t share, int64_t row) const {
     constexpr int64_t kSize = sizeof(T);
     const int64_t left = min(kChunk, p.tokens - row), key_head = head * p.key_group + share;
     if (left <= 0) return {};
@@ -313,7 +313,7 @@ struct Head {
             divide_up(min(width(), panels * kLanes) * kSize, 64)};
   }
 
-  void update_state(int64_t share, int64_t count, const Ahead& next) {
+  void update_state(int64_t share, int64_t count, const ChunkPrefetcher& next) {
     const int64_t lines = divide_up(p.head_dim, kChunk);
     const Acc factor = share == 0 ? weight[total] : Acc{1};
     for (int64_t panel = 0, tile = 0; panel < panels; panel += kTilePanels<Acc>, ++tile) {

@@ -99,7 +99,7 @@ struct PanelLogits {
   const int64_t end_row;
   alignas(64) float query[kPanelNumbers];  // [panel][head_dim][16], scaled
   alignas(64) float tile[kTilePanels<float> * kBlock * kLanes];  // [panel][key][16]
-  alignas(64) float transposed[kLanes * kBlock];                     // [16][key]
+  alignas(64) float transposed[kLanes * kBlock];  // [16][key]
   int64_t count, index[kBlock];  // the keys of a block
   alignas(64) float k[kBlock * kMaxHeadDim];  // [key][head_dim]
 
@@ -251,10 +251,10 @@ void softmax_row(float* row, int64_t count) {
   const Weights w = weigh(row, count, [&](int64_t i, int64_t left, f32x16 weight) {
     store_row(row + i, weight, left);
   });
-  const f32x16 factor = splat(w.total == 0 ? 0.0f : 1 / w.total);
+  if (w.total == 0) return fill_zero(row, 4 * count);
+  const f32x16 factor = splat(1 / w.total);
   for (int64_t i = 0; i < count; i += kLanes) {
-    const f32x16 weight = w.total == 0 ? splat(0.0f) : load_row(row + i, count - i);
-    store_row(row + i, weight * factor, count - i);
+    store_row(row + i, load_row(row + i, count - i) * factor, count - i);
   }
 }
 
