@@ -222,8 +222,8 @@ struct GatheredKeys : KeyBatch<Accumulator<T>> {
   // Back to back, prefetches are translated at the same time.
   void prefetch_pages() const {
     for (int64_t i = 0; i < count; ++i) {
-      __builtin_prefetch(k[i]);
-      __builtin_prefetch(v[i]);
+      prefetch_line(k[i]);
+      prefetch_line(v[i]);
     }
   }
 };

@@ -3,6 +3,7 @@
 // for sixteen rows at a time. No result depends on how many rows share a call.
 #pragma once
 
+#include "common/cpu/prefetch.h"
 #include "common/cpu/row.h"
 #include "common/cpu/sizes.h"
 
@@ -97,7 +98,7 @@ struct Prefetcher {
     for (; count > 0 && left > 0; --count, --left, ++rows) {
 #pragma GCC unroll 4
       for (int64_t c = 0; c < dim; c += 64 / static_cast<int64_t>(sizeof(T))) {
-        __builtin_prefetch(*rows + c);
+        prefetch_line(*rows + c);
       }
     }
   }

@@ -46,8 +46,8 @@ struct PackedKeyBatch : KeyBatch<float> {
   // See GatheredKeys::prefetch_pages().
   void prefetch_pages() const {
     for (int64_t i = 0; i < count; ++i) {
-      __builtin_prefetch(k.at[i].row);
-      __builtin_prefetch(v.at[i].row);
+      prefetch_line(k.at[i].row);
+      prefetch_line(v.at[i].row);
     }
   }
 };

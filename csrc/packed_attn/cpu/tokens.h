@@ -82,8 +82,7 @@ class TokenPrefetcher {
     next_byte_ = block.at[0].row;
     end_byte_ = next_byte_ + kGather * row_bytes_;
     const auto* params = reinterpret_cast<const uint8_t*>(block.at[0].params);
-    for (int64_t i = 0; i < 2 * params_per_row(f) * kGather; i += kLine)
-      __builtin_prefetch(params + i);
+    for (int64_t i = 0; i < 2 * params_per_row(f) * kGather; i += kLine) prefetch_line(params + i);
   }
 
   // Spreads what is left over so many steps.
@@ -108,7 +107,7 @@ class TokenPrefetcher {
     if (bytes > 0) {
       const uint8_t* byte = next_byte_;
       next_byte_ += bytes;
-      for (; byte < next_byte_; byte += kLine) __builtin_prefetch(byte);
+      for (; byte < next_byte_; byte += kLine) prefetch_line(byte);
       return;
     }
     const TokenAddress* next = block_->at + next_token_;
@@ -116,11 +115,11 @@ class TokenPrefetcher {
     for (const TokenAddress* end = block_->at + next_token_; next < end; ++next) {
       const TokenAddress token = *next;
       for (int64_t byte = 0; byte < row_bytes_; byte += kLine) {
-        __builtin_prefetch(token.row + byte);
+        prefetch_line(token.row + byte);
       }
       // Rows of records begin anywhere in a cache line.
-      __builtin_prefetch(token.row + row_bytes_ - 1);
-      __builtin_prefetch(token.params);
+      prefetch_line(token.row + row_bytes_ - 1);
+      prefetch_line(token.params);
     }
   }
 };

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "attention/cpu/head_scores.h"
+#include "common/cpu/prefetch.h"
 
 namespace tokred::TOKRED_ISA {
 
@@ -111,7 +112,7 @@ __attribute__((noinline)) static void score_rows_of(const float* query, int64_t 
     for (int64_t ahead = i + kAhead; ahead < i + kAhead + 4 && ahead < visible.count; ++ahead) {
       constexpr int64_t kLine = 4 / sizeof(T);  // steps of a cache line
       for (int64_t j = 0; j < steps.count; j += kLine) {
-        __builtin_prefetch(keys + visible.offset[ahead] + steps.at[j]);
+        prefetch_line(keys + visible.offset[ahead] + steps.at[j]);
       }
     }
     score_four<kCount>(query, stride, keys, visible.offset + i, dim, steps, scores + i);
