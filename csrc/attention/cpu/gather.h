@@ -19,11 +19,14 @@ struct ListRows {
   int64_t first_key, end_key;  // others are skipped
 };
 
-// Up to kMaxDecodeRows rows of a kv head are worked on row by row, more in panels. A function of
-// the sizes of one sequence, so that a batch does not change the result.
+// Whether rows are worked on one by one: those of a single query, whose keys are split over all
+// threads however many heads share a key head, and up to kMaxDecodeRows rows of a kv head. More
+// rows are worked on in panels. A function of the sizes of one sequence, so that a batch does not
+// change the result.
 inline bool is_decode(const AttentionParams& p) {
   constexpr int64_t kMaxDecodeRows = 8;
-  return p.queries * (p.heads_q / p.heads_kv) <= kMaxDecodeRows && !p.blocks.mask.data;
+  const int64_t rows = p.queries * (p.heads_q / p.heads_kv);
+  return (p.queries == 1 || rows <= kMaxDecodeRows) && !p.blocks.mask.data;
 }
 
 // How all rows are cut into tasks. Without indices there is one list for all, of every key.

@@ -1,6 +1,7 @@
 // Rows that will be read soon, on their way to the second-level cache while products keep the core
-// busy, some of their lines at a time: a burst of prefetches fills the queue of misses. The queue of
-// the first-level cache is short (24 lines on Zen 4): prefetches to it reach half of the bandwidth.
+// busy, some of their lines at a time: a burst of prefetches fills the queue of misses. The queue
+// of the first-level cache is short (24 lines on Zen 4): prefetches to it reach half of the
+// bandwidth.
 #pragma once
 
 #include "common/cpu/simd.h"

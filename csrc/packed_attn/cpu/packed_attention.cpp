@@ -137,11 +137,9 @@ void write_result(const PackedAttentionParams& s, const ListRows& at,
 
 // ---- Many queries -------------------------------------------------------------------------------
 
-// A single query is split over its tokens however many heads share a key head, as those of latents
-// do: all threads have a part of it, and codes are multiplied as they are.
 bool in_panels(const PackedAttentionParams& s) {
   const bool all = !s.lists.indices && s.lists.length == s.attention.keys;
-  return all && s.attention.queries > 1 && !is_decode(s.attention);
+  return all && !is_decode(s.attention);
 }
 
 // rotate_row() of sixteen rows, the lanes of [dim][16].

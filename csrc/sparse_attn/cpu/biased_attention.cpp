@@ -16,20 +16,14 @@ SparseAttentionParams over_all_keys(const AttentionParams& p) {
   return {p, KeyLists{nullptr, 0, 0, 0, 1, p.keys, p.queries > 0 ? p.queries : 1}, Rotation{}};
 }
 
-// The keys of a single query are split over all threads, however many heads share a key head, as
-// those of latents do.
-bool is_list(const AttentionParams& p) {
-  return is_decode(p) || (p.queries == 1 && !p.blocks.mask.data);
-}
-
 }  // namespace
 
 int64_t biased_attention_workspace(const AttentionParams& p, const Parallel& parallel) {
-  return is_list(p) ? sparse_attention_workspace(over_all_keys(p), parallel) : 0;
+  return is_decode(p) ? sparse_attention_workspace(over_all_keys(p), parallel) : 0;
 }
 
 void biased_attention(const AttentionParams& p, const Parallel& parallel) {
-  if (is_list(p)) return sparse_attention(over_all_keys(p), parallel);
+  if (is_decode(p)) return sparse_attention(over_all_keys(p), parallel);
   visit_dtype(p.dtype, [&]<class T>() {
     each_task(p, parallel,
               [&](int64_t item, int64_t head, int64_t group, int64_t row, int64_t end) {
