@@ -18,6 +18,7 @@ from cases.compare import assert_bitwise_equal
 from cases.tiny_models import generated, left_padded, tiny_lm, transformers
 from tokred.cache import PackedCacheLayer
 from tokred.cache.files import safe_open, save_file
+from tokred.compat import cache_keyword
 from tokred.integrations.transformers import attention
 
 SLIDING = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
@@ -49,8 +50,8 @@ def filled(model: nn.Module, tokens: int = 40, **options: Any) -> tokred.PackedC
     cache = tokred.PackedCache(model.config, **options)
     ids, mask = left_padded(2, tokens)
     with torch.no_grad():
-        model(ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache)
-        model(ids[:, -1:], attention_mask=mask, past_key_values=cache)
+        model(ids[:, :-1], attention_mask=mask[:, :-1], **{cache_keyword(): cache})
+        model(ids[:, -1:], attention_mask=mask, **{cache_keyword(): cache})
     return cache
 
 
@@ -78,7 +79,7 @@ def test_the_round_trip_is_exact(model: nn.Module, name: str, tmp_path: Path) ->
         assert first.metadata() == second.metadata()
     ids, mask = left_padded(2, 41)
     results = [
-        generated(model, ids, mask, max_new_tokens=20, past_key_values=cache)
+        generated(model, ids, mask, max_new_tokens=20, **{cache_keyword(): cache})
         for cache in (saved, loaded)
     ]
     assert torch.equal(*results)
@@ -91,8 +92,8 @@ def test_a_cache_without_tokens(model: nn.Module, tmp_path: Path) -> None:
     loaded = tokred.PackedCache.load(str(path), model.config)
     assert loaded.get_seq_length() == 0 and loaded.nbytes().codes == 0
     ids, mask = left_padded()
-    expected = generated(model, ids, mask, past_key_values=tokred.PackedCache(model.config))
-    assert torch.equal(generated(model, ids, mask, past_key_values=loaded), expected)
+    expected = generated(model, ids, mask, **{cache_keyword(): tokred.PackedCache(model.config)})
+    assert torch.equal(generated(model, ids, mask, **{cache_keyword(): loaded}), expected)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -117,8 +118,8 @@ def test_the_shape_of_removed_tokens_is_remembered(
                 with pytest.raises((ValueError, RuntimeError)):
                     cache.update(token, token.clone(), layer)
     ids, mask = left_padded()
-    expected = generated(model, ids, mask, past_key_values=emptied)
-    assert torch.equal(generated(model, ids, mask, past_key_values=loaded), expected)
+    expected = generated(model, ids, mask, **{cache_keyword(): emptied})
+    assert torch.equal(generated(model, ids, mask, **{cache_keyword(): loaded}), expected)
 
 
 @pytest.fixture

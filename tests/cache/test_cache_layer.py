@@ -189,10 +189,11 @@ def test_the_handle_is_no_tensor() -> None:
         lambda: handle[:, :, :3],
         lambda: torch.cat([handle, handle], 2),
         lambda: torch.matmul(q, handle),
+        lambda: q @ handle,
         lambda: tokred.biased_attention(q, handle, handle),
         lambda: nn.functional.scaled_dot_product_attention(q, handle, handle),
     ):
-        with pytest.raises((AttributeError, TypeError), match="PackedCache"):
+        with pytest.raises((AttributeError, TypeError, ValueError), match="PackedCache"):
             use()
 
 

@@ -181,8 +181,8 @@ class ChoosesByCodes:
         return out.to(q.dtype).transpose(1, 2).contiguous(), None
 
 
-def greatest(logits: Tensor, seen: Tensor) -> Tensor:
-    """The three greatest of every head."""
+def largest(logits: Tensor, seen: Tensor) -> Tensor:
+    """The three largest of every head."""
     chosen = logits.masked_fill(~seen, -torch.inf).topk(3, dim=3).indices
     return torch.zeros_like(logits, dtype=torch.bool).scatter(3, chosen, True)
 
@@ -199,7 +199,7 @@ def voted(logits: Tensor, seen: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ("name", "options", "choose"),
-    [("top_k_attention", {"k": 3, "prefill": "dense"}, greatest),
+    [("top_k_attention", {"k": 3, "prefill": "dense"}, largest),
      ("token_select", {"k": 1, "n_init": 1, "n_local": 2}, voted)],
 )  # fmt: skip
 @torch.no_grad()

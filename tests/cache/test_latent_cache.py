@@ -64,7 +64,7 @@ def in_parts(model: nn.Module, ids: Tensor, mask: Tensor, parts: tuple, cache: A
         stop = start + length
         with torch.no_grad():
             logits.append(
-                model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache,
+                model(ids[:, start:stop], attention_mask=mask[:, :stop], **{cache_keyword(): cache},
                       position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, start:stop]).logits
             )  # fmt: skip
         start = stop
@@ -109,7 +109,7 @@ def test_generation_within_the_window_is_that_of_eager(model: nn.Module, options
     expected = generated(model, ids, mask, **options)
     model.set_attn_implementation(attention.register())
     cache = tokred.PackedCache(model.config, 2, key_axis="channel", window=32)
-    assert torch.equal(generated(model, ids, mask, past_key_values=cache, **options), expected)
+    assert torch.equal(generated(model, ids, mask, **{cache_keyword(): cache}, **options), expected)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=str)
@@ -119,8 +119,10 @@ def test_generation_is_that_of_the_oracle(deepseek: nn.Module, options: dict) ->
     ours = tokred.PackedCache(deepseek.config, **FORMATS["4 bits"])
     deepseek.set_attn_implementation(attention.register())
     plain = plain_cache(deepseek, ours.options)
-    expected = generated(deepseek, ids, mask, past_key_values=plain, **options)
-    assert torch.equal(generated(deepseek, ids, mask, past_key_values=ours, **options), expected)
+    expected = generated(deepseek, ids, mask, **{cache_keyword(): plain}, **options)
+    assert torch.equal(
+        generated(deepseek, ids, mask, **{cache_keyword(): ours}, **options), expected
+    )
 
 
 def test_latents_in_full_precision(model: nn.Module) -> None:
@@ -145,7 +147,7 @@ def test_generation_from_dense_latents_is_that_of_eager(model: nn.Module, option
     expected = generated(model, ids, mask, **options)
     model.set_attn_implementation(attention.register())
     cache = tokred.DenseCache(model.config, absorb=True, capacity=64)
-    assert torch.equal(generated(model, ids, mask, past_key_values=cache, **options), expected)
+    assert torch.equal(generated(model, ids, mask, **{cache_keyword(): cache}, **options), expected)
 
 
 def test_dense_latents_in_half_precision() -> None:
@@ -172,13 +174,13 @@ def test_cropping_and_rows_of_the_batch(deepseek: nn.Module, kind: str) -> None:
     expected = copy.deepcopy(cache)
     cache.crop(-6)
     with torch.no_grad():
-        deepseek(ids[:, 20:26], attention_mask=mask[:, :26], past_key_values=cache)
+        deepseek(ids[:, 20:26], attention_mask=mask[:, :26], **{cache_keyword(): cache})
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([3, 0]))
     cache.reorder_cache(torch.tensor([1, 0]))
     with torch.no_grad():
         after, want = (
-            deepseek(ids[:, 26:27], attention_mask=mask[:, :27], past_key_values=each).logits
+            deepseek(ids[:, 26:27], attention_mask=mask[:, :27], **{cache_keyword(): each}).logits
             for each in (cache, expected)
         )
     assert_bitwise_equal(after, want)
@@ -197,7 +199,7 @@ def test_memory_and_files(deepseek: nn.Module, tmp_path: Any) -> None:
     loaded = tokred.PackedCache.load(tmp_path / "cache", deepseek.config)
     with torch.no_grad():
         after, want = (
-            deepseek(ids[:, 21:22], attention_mask=mask[:, :22], past_key_values=each).logits
+            deepseek(ids[:, 21:22], attention_mask=mask[:, :22], **{cache_keyword(): each}).logits
             for each in (loaded, cache)
         )
     assert_bitwise_equal(after, want)
@@ -210,7 +212,7 @@ def test_other_attention_is_told_what_to_do(deepseek: nn.Module, implementation:
     expected = pytest.raises(ValueError, match=r'PackedCache.*set_attn_implementation\("tokred"\)')
     with torch.no_grad(), expected:
         cache = tokred.PackedCache(deepseek.config)
-        deepseek(ids, attention_mask=mask, past_key_values=cache)
+        deepseek(ids, attention_mask=mask, **{cache_keyword(): cache})
 
 
 def test_what_dense_latents_refuse(deepseek: nn.Module) -> None:
@@ -232,14 +234,14 @@ def test_what_dense_latents_refuse(deepseek: nn.Module) -> None:
     deepseek.set_attn_implementation("eager")
     with torch.no_grad(), pytest.raises(ValueError, match="absorb=True holds latents for tokred's"):
         cache = tokred.DenseCache(config, absorb=True)
-        deepseek(ids, attention_mask=mask, past_key_values=cache)
+        deepseek(ids, attention_mask=mask, **{cache_keyword(): cache})
     with (
         torch.no_grad(),
         tokred.patch(deepseek, "top_k_attention", k=4),
         pytest.raises(ValueError, match="do not read latents"),
     ):
         cache = tokred.DenseCache(config, absorb=True)
-        deepseek(ids, attention_mask=mask, past_key_values=cache)
+        deepseek(ids, attention_mask=mask, **{cache_keyword(): cache})
 
 
 def test_what_is_refused() -> None:
@@ -254,7 +256,7 @@ def test_what_is_refused() -> None:
         tokred.patch(model, "top_k_attention", k=4),
         pytest.raises(ValueError, match="do not read latents"),
     ):
-        model(ids, attention_mask=mask, past_key_values=tokred.PackedCache(model.config))
+        model(ids, attention_mask=mask, **{cache_keyword(): tokred.PackedCache(model.config)})
     model.set_attn_implementation(attention.register())
     layer = tokred.PackedCache(model.config).layers[0]
     heads = torch.randn(1, 4, 3, 40, generator=generator())
@@ -264,7 +266,7 @@ def test_what_is_refused() -> None:
     weights = module.kv_b_proj
     module.kv_b_proj = nn.Linear(32, weights.out_features, bias=True)
     with torch.no_grad(), pytest.raises(ValueError, match=r"torch.nn.Linear without bias"):
-        model(ids, attention_mask=mask, past_key_values=tokred.PackedCache(model.config))
+        model(ids, attention_mask=mask, **{cache_keyword(): tokred.PackedCache(model.config)})
     module.kv_b_proj = weights
     expand = module.expand_kv
 
@@ -281,7 +283,7 @@ def test_what_is_refused() -> None:
     ):
         module.expand_kv = other
         with torch.no_grad(), error:
-            model(ids, attention_mask=mask, past_key_values=tokred.PackedCache(model.config))
+            model(ids, attention_mask=mask, **{cache_keyword(): tokred.PackedCache(model.config)})
 
 
 @pytest.mark.parametrize("absorb", [False, True])

@@ -15,6 +15,7 @@ from cases.cache_oracle import Transcribed
 from cases.compare import assert_bitwise_equal
 from cases.inputs import generator
 from cases.tiny_models import generated, left_padded, tiny_lm, transformers
+from tokred.compat import cache_keyword
 from tokred.integrations.transformers import attention
 
 SLIDING = ["sliding_attention", "full_attention"]
@@ -79,7 +80,7 @@ def in_parts(model: nn.Module, ids: Tensor, mask: Tensor, parts: tuple, cache: A
         stop = start + length
         with torch.no_grad():
             logits.append(
-                model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache,
+                model(ids[:, start:stop], attention_mask=mask[:, :stop], **{cache_keyword(): cache},
                       position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, start:stop]).logits
             )  # fmt: skip
         start = stop
@@ -126,7 +127,9 @@ def test_generation_within_the_window_is_that_of_eager(
     model.set_attn_implementation(attention.register())
     for window in ({"key_axis": "channel", "window": 32}, {"key_axis": "token", "window": 32}):
         cache = tokred.PackedCache(model.config, 2, **window)
-        assert torch.equal(generated(model, ids, mask, past_key_values=cache, **options), expected)
+        assert torch.equal(
+            generated(model, ids, mask, **{cache_keyword(): cache}, **options), expected
+        )
 
 
 @pytest.mark.parametrize("name", ["4 bits", "2 bits"])
@@ -136,8 +139,8 @@ def test_generation_is_that_of_the_oracle(llama: nn.Module, name: str, options: 
     ids, mask = left_padded()
     options = {"max_new_tokens": 12, **options}
     plain, ours = caches(llama, **FORMATS[name])
-    expected = generated(llama, ids, mask, past_key_values=plain, **options)
-    assert torch.equal(generated(llama, ids, mask, past_key_values=ours, **options), expected)
+    expected = generated(llama, ids, mask, **{cache_keyword(): plain}, **options)
+    assert torch.equal(generated(llama, ids, mask, **{cache_keyword(): ours}, **options), expected)
     assert not torch.equal(generated(llama, ids, mask, **options), expected)
 
 
@@ -163,7 +166,7 @@ def test_a_copy_goes_its_own_way(llama: nn.Module) -> None:
         with torch.no_grad():
             for place in range(20, 30):
                 output = llama(ids[:, place, None], attention_mask=mask[:, : place + 1],
-                               past_key_values=cache)  # fmt: skip
+                               **{cache_keyword(): cache})  # fmt: skip
         results.append(output.logits)
     assert_bitwise_equal(results[1:], results[:1] * 2)
 
@@ -178,7 +181,12 @@ def test_assisted_generation_rolls_back(llama: nn.Module) -> None:
         crop = cache.crop
         cache.crop = lambda count, crop=crop: (removed.append(count), crop(count))
         actual = generated(
-            llama, ids, None, max_new_tokens=12, past_key_values=cache, prompt_lookup_num_tokens=3
+            llama,
+            ids,
+            None,
+            max_new_tokens=12,
+            **{cache_keyword(): cache},
+            prompt_lookup_num_tokens=3,
         )
         assert torch.equal(actual, expected)
     assert min(removed) < 0
@@ -219,9 +227,9 @@ def test_models_that_do_not_fit() -> None:
 def test_other_attention_is_told_what_to_do(llama: nn.Module, implementation: str) -> None:
     llama.set_attn_implementation(implementation)
     ids, mask = left_padded()
-    expected = pytest.raises(TypeError, match=r'PackedCache.*set_attn_implementation\("tokred"\)')
+    expected = pytest.raises(ValueError, match=r'PackedCache.*set_attn_implementation\("tokred"\)')
     with torch.no_grad(), expected:
-        llama(ids, attention_mask=mask, past_key_values=tokred.PackedCache(llama.config))
+        llama(ids, attention_mask=mask, **{cache_keyword(): tokred.PackedCache(llama.config)})
 
 
 def test_layers_in_full_precision_count() -> None:

@@ -32,6 +32,7 @@ from cases.compare import assert_bitwise_equal
 from cases.inputs import generator
 from cases.op_calls import CALLS
 from cases.sizes import Sizes
+from tokred.compat import cache_keyword
 from tokred.distributed.sharding import Rule
 from tokred.ops.placements import REFUSED, RULES
 
@@ -216,8 +217,9 @@ def tensor_parallel(method: str | None, options: dict, bits: int | None) -> None
         cache = DynamicCache() if bits is None else tokred.PackedCache(model, bits=bits, window=4)
         if method is not None:
             tokred.apply(model, method, **options)
-        steps = [model(tokens[:, :20], past_key_values=cache).logits]
-        steps += [model(tokens[:, i : i + 1], past_key_values=cache).logits for i in range(20, 24)]
+        held = {cache_keyword(): cache}
+        steps = [model(tokens[:, :20], **held).logits]
+        steps += [model(tokens[:, i : i + 1], **held).logits for i in range(20, 24)]
         logits.append(torch.cat(steps, 1))
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-4)
     assert (logits[0] - unpatched).abs().max() > 1e-3 or method is bits

@@ -385,7 +385,7 @@ def test_refusals(llama: nn.Module) -> None:
         with tokred.patch(llama, "tova", budget=4), pytest.raises(ValueError, match="has kept"):
             llama(ids[:, :1], **{keyword: cache})
     llama.set_attn_implementation("sdpa")
-    with pytest.raises((TypeError, AttributeError), match="evicted from this cache"):
+    with pytest.raises((ValueError, AttributeError), match="evicted from this cache"):
         llama(ids[:, :1], **{keyword: cache})
     with pytest.raises(ValueError, match="keeps fewer keys"):
         tokred.patch(llama, "h2o", num_prefix=1)

@@ -19,7 +19,7 @@ import tokred
 from tokred.compat import cache_keyword
 from tokred.integrations.vllm import register
 from tokred.integrations.vllm.options import Options
-from tokred.integrations.vllm.pages import append, attend, plan, pool
+from tokred.integrations.vllm.pages import append, attend, pool, sort_requests
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK, BLOCKS, HEADS, KEY_HEADS, DIM = 4, 16, 4, 2, 32
@@ -134,7 +134,7 @@ def test_steps_of_ragged_requests(order: str, dtype: torch.dtype, softcap: float
         packed = pool(cache, records)
         append(k, v, packed, torch.tensor([*slots, -1], dtype=torch.int32))
         out = torch.zeros_like(queries)
-        batch = plan(starts, lengths, table, BLOCK, options)
+        batch = sort_requests(starts, lengths, table, BLOCK, options)
         attend(queries, k, v, packed, batch, options, out, DIM**-0.5, softcap)
         assert out[-1].eq(0).all()
         for request in range(len(new)):
@@ -158,7 +158,7 @@ def test_bytes_of_a_decoding_step() -> None:
         slots = (table[request, :, None] * BLOCK + torch.arange(BLOCK)).flatten()[:length].int()
         append(k[request, :length], v[request, :length], packed, slots)
     out = torch.empty_like(q)
-    batch = plan([0, 1, 2], lengths, table, BLOCK, options)
+    batch = sort_requests([0, 1, 2], lengths, table, BLOCK, options)
     attend(q, k[:, 0], v[:, 0], packed, batch, options, out, DIM**-0.5)
     for request, length in enumerate(lengths):
         sides = []
@@ -183,7 +183,7 @@ def test_votes_choose_what_is_read() -> None:
     for request, length in enumerate(lengths):
         slots = torch.arange(length, dtype=torch.int32) + 32 * request
         append(k[request, :length], v[request, :length], packed, slots)
-    batch = plan([0, 1, 2], lengths, table, BLOCK, options)
+    batch = sort_requests([0, 1, 2], lengths, table, BLOCK, options)
     out = torch.empty(2, HEADS, DIM)
     attend(q, k[:, 0], v[:, 0], packed, batch, options, out, DIM**-0.5)
     for request, seen in enumerate(([0, 1, *liked, 22, 23], list(range(6)))):

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 import tokred
 from cases.tiny_models import left_padded, tiny_lm
 from tokred.compat import cache_keyword
+from tokred.methods import METHODS
 from tokred.patching import Overrides
+from tokred.patching.protocols import name_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -179,3 +181,10 @@ def test_pipelines_in_the_place_of_models(llama: nn.Module) -> None:
         tokred.patch(pipeline, "token_select", **CHOICE)
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, .* got dict"):
         tokred.patch({"model": llama}, "token_select", **CHOICE)
+
+
+def test_errors_name_methods_as_users_do() -> None:
+    for method in METHODS.values():
+        if method.options is not None:
+            assert name_of(object.__new__(method.options)) == method.name
+    assert name_of(SimpleNamespace()) == "SimpleNamespace"

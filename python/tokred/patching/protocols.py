@@ -19,6 +19,14 @@ from .reduction_call import Reduction, ReductionCall
 from .visual_call import VisualCall, VisualReduction
 
 
+def name_of(method: object) -> str:
+    """The name that users give a method: of one in tokred.methods that of its file, of one of their
+    own that of its class."""
+    package, _, name = type(method).__module__.rpartition(".")
+    known = package == "tokred.methods" and not name.startswith("_")
+    return name if known else type(method).__name__
+
+
 class TokenReducer(Protocol):
     """A method that gives layers fewer tokens: an object of its options.
 

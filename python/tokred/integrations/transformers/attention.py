@@ -153,7 +153,7 @@ def attention_forward(
             value: [B, Hkv, N, Dv]. From a PackedCache: both are its PackedStates.
         attention_mask: from `attention_mask` above, or a mask [B | 1, Hq | 1, L | 1, N] of your
             own: bool, True is visible, or numbers that are added to the logits and say what is
-            hidden as well, by -inf or the least number. Without one the queries of a causal module
+            hidden as well, by -inf or the lowest number. Without one the queries of a causal module
             are the last of the keys, and see all before.
         scaling: of the logits; 1 / sqrt(D) where None.
         is_causal: module.is_causal where None; without a mask, and with one of padding alone.

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from tokred.patching import AttentionCall, KeySelector, Overrides, Settings
+from tokred.patching.protocols import name_of
 from tokred.patching.recomputation import refuse_late_backward
 from tokred.patching.token_state import refuse_copy
 
@@ -95,7 +96,7 @@ class LayerMethod:
         Raises:
             ValueError: it needs keys as tensors, or without rotation.
         """
-        name = type(self.bound.method).__name__
+        name = name_of(self.bound.method)
         if self.bound.rotary is not None:
             raise ValueError(
                 f"{name} with rotation='compact' rotates cached keys anew, which a PackedCache "

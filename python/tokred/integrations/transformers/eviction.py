@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from tokred.compat import cache_keyword
 from tokred.patching import KeyEvictor, Overrides, Settings
+from tokred.patching.protocols import name_of
 
 from . import attention
 from .decoder import _decoder, _decoders, _numbers
@@ -61,7 +62,7 @@ class Stack:
         Raises:
             ValueError: a cache of another kind, or one with tokens from elsewhere.
         """
-        name = type(self.evictor).__name__
+        name = name_of(self.evictor)
         layers = getattr(cache, "layers", None)
         if not isinstance(cache, Cache) or layers is None:
             raise ValueError(
@@ -132,7 +133,7 @@ def stacks(model: nn.Module, method: Any, settings: Settings) -> Iterator[Stack]
             if "mrope_section" in parameters:
                 raise ValueError(
                     f"{type(modules[0]).__name__} rotates by positions of several dimensions "
-                    f"(M-RoPE), of which {type(method).__name__} knows one: use snap_kv"
+                    f"(M-RoPE), of which {name_of(method)} knows one: use snap_kv"
                 )
             rotary = find_rotary(model, modules)
         numbers = _numbers(modules)
@@ -195,7 +196,7 @@ def _decoder_forward(
 ) -> Any:
     if torch.compiler.is_compiling():
         raise RuntimeError(
-            f"{type(stack.evictor).__name__} keeps fewer keys in Python, which torch.compile does "
+            f"{name_of(stack.evictor)} keeps fewer keys in Python, which torch.compile does "
             "not follow: run the model without it"
         )
     positional = args[place] if place is not None and len(args) > place else None

@@ -16,6 +16,7 @@ from transformers.cache_utils import CacheLayerMixin
 import tokred
 from tokred._library import refuse_grad
 from tokred.patching import Eviction, EvictionCall, KeyEvictor, Replacement
+from tokred.patching.protocols import name_of
 
 from .kept import Kept, check_like
 from .packed_buffer import PackedBuffer
@@ -277,7 +278,7 @@ class KeptStates:
                 )
         if method is not None:
             raise ValueError(
-                f"{type(self.layer.evictor).__name__} evicts keys in a layer in which another "
+                f"{name_of(self.layer.evictor)} evicts keys in a layer in which another "
                 "patch chooses keys: leave one of the two"
             )
 
@@ -361,11 +362,12 @@ class KeptStates:
         return tokens
 
     def __getitem__(self, index: Any) -> NoReturn:
-        raise TypeError(f"no slices: {ADVICE}")
+        raise ValueError(f"no slices: {ADVICE}")
 
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(f"no {name!r}: {ADVICE}")
 
     @classmethod
     def __torch_function__(cls, function: Any, *args: Any, **kwargs: Any) -> NoReturn:
-        raise TypeError(f"{getattr(function, '__name__', function)}: {ADVICE}")
+        # Not a TypeError: of operators torch would make "unsupported operand" of it.
+        raise ValueError(f"{getattr(function, '__name__', function)}: {ADVICE}")

@@ -161,14 +161,15 @@ class PackedStates:
         return logits.reshape(batch, heads, queries) * (dim**-0.5 if scale is None else scale)
 
     def __getitem__(self, index: Any) -> NoReturn:
-        raise TypeError(f"no slices: {self.advice}")
+        raise ValueError(f"no slices: {self.advice}")
 
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(f"no {name!r}: {type(self).advice}")
 
     @classmethod
     def __torch_function__(cls, function: Any, *args: Any, **kwargs: Any) -> NoReturn:
-        raise TypeError(f"{getattr(function, '__name__', function)}: {cls.advice}")
+        # Not a TypeError: of operators torch would make "unsupported operand" of it.
+        raise ValueError(f"{getattr(function, '__name__', function)}: {cls.advice}")
 
 
 def _as(window: Tensor | None, q: Tensor) -> Tensor | None:

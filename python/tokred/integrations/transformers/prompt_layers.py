@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tokred.patching import LayerStates, Overrides, PromptCall, PromptTokens
+from tokred.patching.protocols import name_of
 from tokred.selection import scatter_back
 
 from .attention_tap import Recording, Stopped, missed, record, tap
@@ -80,7 +81,7 @@ class LayerPruning:
         numbers = sorted(set(getattr(self.method, name)(count)))
         if numbers and not 0 <= numbers[0] <= numbers[-1] < count:
             raise ValueError(
-                f"{type(self.method).__name__} prunes at layers {numbers}, and the language model "
+                f"{name_of(self.method)} prunes at layers {numbers}, and the language model "
                 f"has layers 0 to {count - 1}"
             )
         return numbers

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from tokred.patching import VisualCall, VisualTokens
+from tokred.patching.protocols import name_of
 from tokred.patching.recomputation import PerThread
 
 from .encoder_states import Image
@@ -272,7 +273,7 @@ def _reduce(
         indices = result.indices if isinstance(result, VisualTokens) else result
         chosen = indices[0][indices[0] >= 0].long()
     if chosen.unique().numel() != chosen.numel():
-        raise ValueError(f"{type(method).__name__} keeps a token twice: {chosen.tolist()}")
+        raise ValueError(f"{name_of(method)} keeps a token twice: {chosen.tolist()}")
     slots = image.patches[chosen]
     if method.newlines == "keep" and len(image.newlines):
         # Each follows the tokens that came before it in the image.

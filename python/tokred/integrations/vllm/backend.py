@@ -19,7 +19,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from .options import Options
-from .pages import Batch, append, attend, plan, pool
+from .pages import Batch, append, attend, pool, sort_requests
 
 
 def _options() -> Options:
@@ -89,7 +89,9 @@ class MetadataBuilder(AttentionMetadataBuilder[Metadata]):
             )
         starts, lengths = step.query_start_loc.tolist(), step.seq_lens.tolist()
         block_size = self.kv_cache_spec.block_size
-        return Metadata(plan(starts, lengths, step.block_table_tensor, block_size, self.options))
+        return Metadata(
+            sort_requests(starts, lengths, step.block_table_tensor, block_size, self.options)
+        )
 
 
 class PackedAttention(AttentionImpl[Metadata]):

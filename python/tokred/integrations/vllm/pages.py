@@ -20,7 +20,7 @@ class Decoding:
     """The requests with older tokens and one new one, R of them.
 
     tokens: int64 [R], their rows in the step. slots: int32 [R, longest], of their tokens in the
-    pool. lengths: int32 [R], tokens with the new one; longest is the greatest.
+    pool. lengths: int32 [R], tokens with the new one; longest is the largest.
     middle: bool [R, longest], the tokens that are voted on; None where all tokens are read.
     """
 
@@ -52,7 +52,7 @@ class Batch:
     prompts: tuple[Prompt, ...]
 
 
-def plan(
+def sort_requests(
     starts: Sequence[int],
     lengths: Sequence[int],
     block_table: Tensor,
@@ -85,8 +85,8 @@ def plan(
     slots = _slots(block_table[rows], longest, block_size)
     middle = None
     if options.top_k is not None and options.n_init + options.top_k + options.n_local < longest:
-        place = torch.arange(longest)
-        middle = (place >= options.n_init) & (place < held[:, None] - options.n_local)
+        number = torch.arange(longest)
+        middle = (number >= options.n_init) & (number < held[:, None] - options.n_local)
     tokens = torch.tensor([starts[row] for row in decoding])
     return Batch(Decoding(tokens, slots, held, longest, middle), tuple(prompts))
 
