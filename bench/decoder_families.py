@@ -139,7 +139,10 @@ with `tokred.PackedCache(model)`. "Exact": where every key is chosen, the logits
 tokred's dense attention bit for bit, and those of eager attention to rounding; and so is the text,
 as it is with a packed cache that has all tokens in its window; rows of a batch are padded on the
 left. Encoder-decoders choose in their decoder, vision-language models in their language model.
-Methods that count layers count those of full attention, from 0.""",
+Methods that count layers count those of full attention, from 0. Models with multi-head latent
+attention (`deepseek_v2`, `deepseek_v3` and others) store expanded heads in a DynamicCache;
+`PackedCache(model)` and `DenseCache(model, absorb=True)` store latents, from which no method
+chooses.""",
     columns=("methods that choose keys", "packed cache"),
     families=tuple(
         Family(kind, name, partial(tiny_decoder, name, kind), logits)

@@ -20,17 +20,19 @@ from .settings import Settings
 
 @dataclass(frozen=True)
 class Pass:
-    """The state of a forward pass before one of its layers; never changed, only replaced.
+    """The state of a pass of N0 tokens before one of its layers; only replaced, never changed.
 
-    layer is the next to run, and counts the tokens before the first layer and after each reduction.
-    ones [B, N0] are the sizes before any merge; size f32 [B, N] is None as long as nothing has
-    merged, and token_map i32 [B, N0] as long as all tokens are left. task is the id of the backward
-    pass that recomputes the layers, -1 for none. carried is what the method's layers have left for
-    later ones, see ReductionCall.
-
-    first i64 [B, N] is the first original token of each, where the state needs it. mask bool
-    [B, N0] tells the original tokens from padding, None where there is none; once something has
-    merged, padding says so of those that are left, and carried_rows is `carried` of each row.
+    layer: the next to run.
+    task: the id of the backward pass that recomputes the layers, -1 for none.
+    counts: the tokens before the first layer and after each reduction.
+    ones: [B, N0], the sizes before any merge.
+    size: f32 [B, N], how many tokens each stands for; None as long as nothing has merged.
+    token_map: i32 [B, N0], the token that each original one went to; None as long as all are left.
+    carried: what the method's layers have left for later ones, see ReductionCall.
+    first: i64 [B, N], the first original token of each, where the state needs it.
+    mask: bool [B, N0], False for padding; None where there is none.
+    padding: which of the tokens that are left are padding, once something has merged.
+    carried_rows: `carried` of each row of a padded batch.
     """
 
     layer: int
@@ -173,8 +175,8 @@ class TokenState:
         found = self._passes.find(x, layer)
         if found is None and task == -1:
             found = self._thread.current
-        place = 0 if self.restores else -1
-        if found is None or found.layer != layer or found.counts[place] != x.shape[1]:
+        tokens = found.counts[0 if self.restores else -1] if found is not None else 0
+        if found is None or found.layer != layer or tokens != x.shape[1]:
             raise RuntimeError(
                 f"layer {layer} was run out of order, so the sizes of its tokens are not known: "
                 "run the patched layers one after the other, and checkpoint whole layers or the "
@@ -408,7 +410,7 @@ def refuse_copy() -> NoReturn:
 def _first_members(token_map: torch.Tensor, num_out: int) -> torch.Tensor:
     """i64 [B, num_out]: the first token of each slot of an i32 map [B, N]; of an empty one, any."""
     batch, tokens = token_map.shape
-    place = torch.arange(tokens, device=token_map.device).expand(batch, -1)
+    number = torch.arange(tokens, device=token_map.device).expand(batch, -1)
     slots = torch.where(token_map < 0, num_out, token_map).long()
-    first = place.new_full((batch, num_out + 1), tokens - 1)
-    return first.scatter_reduce(1, slots, place, "amin")[:, :num_out]
+    first = number.new_full((batch, num_out + 1), tokens - 1)
+    return first.scatter_reduce(1, slots, number, "amin")[:, :num_out]
