@@ -261,8 +261,8 @@ def assignment_case(shape: tuple[int, ...], distribution: str, device: str) -> C
         for name, out in outputs.items():
             index = (out if isinstance(out, Tensor) else out.index).long()
             totals[name] = costs.double().gather(2, index.to(device)[..., None]).sum().item()
-        least = min(totals.values())
-        if max(totals.values()) > least + 1e-9 * abs(least) + 1e-9:
+        smallest = min(totals.values())
+        if max(totals.values()) > smallest + 1e-9 * abs(smallest) + 1e-9:
             raise AssertionError(f"not the same total cost: {totals}")
         return {}
 

@@ -62,12 +62,12 @@ def similarity_case(shape: tuple[int, int, int], device: str) -> Case:
             similarity = unit @ unit.transpose(-1, -2)
             variance, mean = torch.var_mean(similarity, -1, correction=0)
             similarity.diagonal(dim1=-2, dim2=-1).fill_(-torch.inf)
-            greatest, index = similarity.max(-1)
-            return mean, variance, greatest, index, (similarity > 0.9).sum(-1)
+            largest, index = similarity.max(-1)
+            return mean, variance, largest, index, (similarity > 0.9).sum(-1)
 
         def ours() -> tuple[Tensor, ...]:
             stats = tokred.similarity_stats(x, threshold=0.9)
-            return stats.mean, stats.variance, stats.greatest, stats.index, stats.count
+            return stats.mean, stats.variance, stats.largest, stats.index, stats.count
 
         return {"tokred.similarity_stats": ours, "torch": written_out}
 

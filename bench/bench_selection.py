@@ -52,8 +52,8 @@ def best(scores: Tensor, k: int = KEEP) -> Tensor:
 
 
 def ranged(x: Tensor, eps: float = 1e-6) -> Tensor:
-    least, most = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
-    return (x - least) / (most - least + eps)
+    minimum, maximum = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    return (x - minimum) / (maximum - minimum + eps)
 
 
 def cosines(x: Tensor) -> Tensor:
@@ -428,19 +428,19 @@ OTHER_SHAPES = {
 }
 
 
-def same_picks(least: float, outputs: dict[str, Any]) -> dict[str, dict[str, float]]:
+def same_picks(minimum: float, outputs: dict[str, Any]) -> dict[str, dict[str, float]]:
     """The share of the first candidate's picks that each has."""
     expected = {i for i in next(iter(outputs.values()))[0].tolist() if i >= 0}
     agree = {}
     for name, picks in outputs.items():
         found = {i for i in picks[0].tolist() if i >= 0}
         agree[name] = len(expected & found) / max(len(expected | found), 1)
-    if min(agree.values()) < least:
+    if min(agree.values()) < minimum:
         raise RuntimeError(f"the picks differ: {agree}")
     return {name: {"agreeing": share} for name, share in agree.items()}
 
 
-def case(name: str, candidates: Callable[[str], Candidates], least: float, device: str) -> Case:
+def case(name: str, candidates: Callable[[str], Candidates], minimum: float, device: str) -> Case:
     def build() -> dict[str, Callable]:
         ours, published = candidates(device)
         return {f"tokred {name}": ours, "torch": published}
@@ -452,11 +452,11 @@ def case(name: str, candidates: Callable[[str], Candidates], least: float, devic
         "float32",
         build,
         "clustered",
-        examine=partial(same_picks, least),
+        examine=partial(same_picks, minimum),
     )
 
 
 def cases(run: Run) -> Iterator[Case]:
-    for methods, least in ((SCORES, 0.95), (GREEDY, 0.6), (ROUNDS, 0.33)):
+    for methods, minimum in ((SCORES, 0.95), (GREEDY, 0.6), (ROUNDS, 0.33)):
         for name, candidates in methods.items():
-            yield case(name, candidates, least, run.device)
+            yield case(name, candidates, minimum, run.device)

@@ -1,4 +1,4 @@
-"""Selection of the k greatest entries of rows beside torch.topk.
+"""Selection of the k largest entries of rows beside torch.topk.
 
 topk: sorted by score, as torch gives them. select: in any order (ours: by position). compact: the
 positions where a mask is true, beside a stable sort, which needs no host copy either. gather: the

@@ -13,7 +13,7 @@ from .tables import caption, duration, fastest, groups, table
 
 
 def encoders(report: Report) -> str:
-    """The least, the middle and the most merging of every image size."""
+    """The smallest, the middle and the most merging of every image size."""
     lines = []
     for size in sorted({row["image_size"] for row in report["rows"]}):
         rows = [row for row in report["rows"] if row["image_size"] == size]

@@ -21,7 +21,7 @@ from tokred.patching import AttentionCall, Patch, Settings
 
 @dataclass(frozen=True)
 class GroupTopK:
-    """Keep the k keys of greatest logit in a group of query heads, and the last `local` ones."""
+    """Keep the k keys of largest logit in a group of query heads, and the last `local` ones."""
 
     k: int = 64
     local: int = 16

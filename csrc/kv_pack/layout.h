@@ -82,7 +82,7 @@ constexpr LevelBytes symmetric_levels(const int (&positive)[kHalf]) {
   }
   return bytes;
 }
-// The levels with the least mean square error for normally distributed numbers (Lloyd and Max).
+// The levels with the smallest mean square error for normally distributed numbers (Lloyd and Max).
 constexpr LevelBytes gaussian_levels(int32_t bits) {
   constexpr LevelBytes k1 = symmetric_levels({26}), k2 = symmetric_levels({14, 48});
   constexpr LevelBytes k3 = symmetric_levels({8, 24, 43, 69});

@@ -49,8 +49,8 @@ struct AssignmentFailure {
                // kInfeasible: a row, or a column (the other is -1), that gets no partner
 };
 
-// One to one, min(N, M) pairs (i, j) of the least total cost; with `maximize` of the greatest,
-// which is the least of -cost. In terms of c = cost or -cost: c = inf forbids a pair; the duals
+// One to one, min(N, M) pairs (i, j) of the smallest total cost; with `maximize` of the largest,
+// which is the smallest of -cost. In terms of c = cost or -cost: c = inf forbids a pair; the duals
 // satisfy u_i + v_j <= c_ij, with equality on the pairs (up to the rounding of float64), and are 0
 // for the columns (N < M) or rows (N > M) left over, at most 0 for the others of that side. Duals
 // are written in the sign of `cost`.

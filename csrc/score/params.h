@@ -82,7 +82,7 @@ enum class Energy : int32_t { none, elu, gaussian };
 
 // Statistics of row i of the similarities s(i, j) (metrics as in match), over the j with mask_b, in
 // i's block where block_size > 0 (j / block_size == i / block_size), and other than i with
-// exclude_self. mean and variance (biased: the mean square distance from the mean), greatest and
+// exclude_self. mean and variance (biased: the mean square distance from the mean), largest and
 // its first index (-inf, -1 where there is none; NaN never wins), the number above `threshold`, and
 // the mean of the energy. A masked row, and one without partners, has mean, variance, energy and
 // count 0.
@@ -102,7 +102,7 @@ struct SimilarityStatsParams {
   DType dtype;
   float* mean;                 // f32 [B, Na], as the next three
   float* variance;
-  float* greatest;
+  float* largest;
   float* energy;
   int32_t* index;              // i32 [B, Na]
   int32_t* count;              // i32 [B, Na]

@@ -35,7 +35,7 @@ inline SimilarityStatsParams similarity_inputs(const Tensor& a, const Tensor& b,
   return p;
 }
 
-// mean, variance, greatest f32, index, count i32, energy f32, all [B, Na]; see
+// mean, variance, largest f32, index, count i32, energy f32, all [B, Na]; see
 // SimilarityStatsParams.
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> similarity_stats(
@@ -59,11 +59,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> similarity_stats(
   Backend backend(a);
   const auto output = [&](ScalarType type) { return allocate(a, {p.batch, p.rows}, type); };
   Tensor mean = output(ScalarType::Float), variance = output(ScalarType::Float);
-  Tensor greatest = output(ScalarType::Float), index = output(ScalarType::Int);
+  Tensor largest = output(ScalarType::Float), index = output(ScalarType::Int);
   Tensor count = output(ScalarType::Int), energies = output(ScalarType::Float);
   p.mean = static_cast<float*>(mean.mutable_data_ptr());
   p.variance = static_cast<float*>(variance.mutable_data_ptr());
-  p.greatest = static_cast<float*>(greatest.mutable_data_ptr());
+  p.largest = static_cast<float*>(largest.mutable_data_ptr());
   p.index = static_cast<int32_t*>(index.mutable_data_ptr());
   p.count = static_cast<int32_t*>(count.mutable_data_ptr());
   p.energy = static_cast<float*>(energies.mutable_data_ptr());
@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> similarity_stats(
     p.workspace = workspace.data();
     backend.similarity_stats(p);
   }
-  return moved(mean, variance, greatest, index, count, energies);
+  return moved(mean, variance, largest, index, count, energies);
 }
 
 }  // namespace tokred

@@ -93,7 +93,7 @@ std::tuple<Tensor, Tensor> eviction_slot(const Tensor& position, int64_t length,
                                          const OptionalTensor& scores, const OptionalTensor& logits,
                                          const OptionalTensor& lse, const OptionalTensor& bias,
                                          const OptionalTensor& start, const OptionalTensor& newest,
-                                         int64_t first, int64_t recent, bool shared, bool greatest,
+                                         int64_t first, int64_t recent, bool shared, bool largest,
                                          std::optional<double> softcap) {
   EvictionSlotParams p{};
   check_dim(position, "position", 3, "[B, H, N]");
@@ -118,7 +118,7 @@ std::tuple<Tensor, Tensor> eviction_slot(const Tensor& position, int64_t length,
   p.first = std::min(first, int64_t{1} << 32);
   p.recent_after = static_cast<int32_t>(std::clamp(length - 1 - recent, -kMax - 1, kMax));
   p.shared = shared;
-  p.greatest = greatest;
+  p.largest = largest;
   Backend backend(position);
   Tensor slot = allocate(position, {p.batch, p.heads, 1}, ScalarType::Int);
   Tensor total = allocate(position, {p.batch, p.heads, logits ? p.slots : 0}, ScalarType::Float);

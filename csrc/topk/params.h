@@ -94,8 +94,8 @@ struct ReplacedRows {
   int64_t row_bytes;
 };
 
-// keys[b][h][slot[b][h]] = new_keys[b][h][0], the same of values, and place in position. A slot
-// outside [0, N) is skipped.
+// keys[b][h][slot[b][h]] = new_keys[b][h][0], the same of values, and new_position in position. A
+// slot outside [0, N) is skipped.
 struct ReplaceTokenParams {
   ReplacedRows keys, values;
   int32_t* position;  // i32 [B, H, N] or null
@@ -103,7 +103,7 @@ struct ReplaceTokenParams {
   const int32_t* slot;  // i32 [B, H, 1]
   int64_t slot_stride_batch, slot_stride_head;
   int64_t batch, heads, slots;  // N
-  int32_t place;
+  int32_t new_position;
 };
 
 // Which of a head's N keys makes room for the next token. With logits the attention that key n
@@ -113,9 +113,9 @@ struct ReplaceTokenParams {
 // cap(x) = softcap tanh(x / softcap); w is 0 where bias is not above -inf, where lse is -inf, and
 // where the query's own token, in slot newest[b][h(g)] or else the last, has a bias that is not
 // above -inf. A key's number is total = scores + received; without logits scores; without both its
-// position. It ranks by that, or by its negative where the greatest goes, NaN as -inf; as inf where
+// position. It ranks by that, or by its negative where the largest goes, NaN as -inf; as inf where
 // it must stay, start <= position < start + first or position > recent_after; and as -inf where its
-// bias is not above -inf. slot[b][h]: the first key of the least rank; -1 where N = 0.
+// bias is not above -inf. slot[b][h]: the first key of the smallest rank; -1 where N = 0.
 struct EvictionSlotParams {
   const int32_t* position;  // i32 [B, H, N]
   int64_t position_stride_batch, position_stride_head;
@@ -135,7 +135,7 @@ struct EvictionSlotParams {
   int64_t first;  // at most 2^32
   int32_t recent_after;  // length - 1 - recent, clamped
   float softcap;  // 0: none
-  bool shared, greatest;
+  bool shared, largest;
   int32_t* slot;  // i32 [B, H, 1]
   float* total;  // f32 [B, H, N]; null without logits
 };

@@ -41,7 +41,7 @@ inline ReplacedRows replaced_rows(const Tensor& t, const char* name, const Tenso
 // Writes one token a head over another; see ReplaceTokenParams.
 template <class Backend>
 void replace_token(const Tensor& slot, Tensor keys, const Tensor& new_keys, Tensor values,
-                   const Tensor& new_values, OptionalTensor position, int64_t place) {
+                   const Tensor& new_values, OptionalTensor position, int64_t new_position) {
   ReplaceTokenParams p{};
   check_shape(slot, "slot", {-1, -1, 1}, "[B, H, 1]");
   check_dtype(slot, "slot", ScalarType::Int);
@@ -61,8 +61,9 @@ void replace_token(const Tensor& slot, Tensor keys, const Tensor& new_keys, Tens
     p.position_stride_head = position->stride(1);
     p.position_stride_token = position->stride(2);
   }
-  TOKRED_CHECK(place >= -1 && place <= kMax, "place must be -1 to 2^31 - 1, got ", place);
-  p.place = static_cast<int32_t>(place);
+  TOKRED_CHECK(new_position >= -1 && new_position <= kMax,
+               "new_position must be -1 to 2^31 - 1, got ", new_position);
+  p.new_position = static_cast<int32_t>(new_position);
   check_overlaps({{"keys", keys}, {"values", values}, {"position", position}},
                  {{"new_keys", new_keys}, {"new_values", new_values}, {"slot", slot}});
   p.slot = static_cast<const int32_t*>(slot.const_data_ptr());

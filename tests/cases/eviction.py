@@ -46,7 +46,7 @@ Rule = Callable[[Step], Tensor]
 
 
 def keep_best(scores: Tensor, alive: Tensor, budget: int | list[int]) -> Tensor:
-    """bool [Hkv, N]: the living keys of greatest score of every head, the earlier of two alike."""
+    """bool [Hkv, N]: the living keys of largest score of every head, the earlier of two alike."""
     stays = torch.zeros_like(alive)
     budgets = [budget] * alive.shape[0] if isinstance(budget, int) else budget
     for head, count in enumerate(budgets):

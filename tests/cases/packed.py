@@ -232,7 +232,7 @@ PAGES = Case(3, 2, 2, 1, 130, window_k=16, window_v=20, cache=True, slots=True)
 
 
 def check(backend: Backend, inputs: tuple, values: float = 4.0) -> None:
-    """As accurate as plain torch; values: about the greatest value."""
+    """As accurate as plain torch; values: about the largest value."""
     out, lse = backend.run("packed_attention", *inputs)
     exact, exact_lse = reference.packed_attention(*widened(inputs))
     plain, plain_lse = reference.packed_attention(*inputs)

@@ -63,7 +63,7 @@ def near(
     """Raises unless the results are as precise as plain torch at the same precision.
 
     exact is in float64, single in the precision of the op's sums: four times its error is allowed,
-    the rounding to the dtype of the result, and slack * (1 + the greatest number). Integers must be
+    the rounding to the dtype of the result, and slack * (1 + the largest number). Integers must be
     equal, and so must be what is not finite. where: bool masks of what to look at.
     """
     masks = [None] * len(flat(actual)) if where is None else flat(where)
@@ -100,9 +100,9 @@ def _near_floats(
     if not looked.any():
         return
     error_of_single = (s - e)[looked].abs().nan_to_num(0, 0, 0).max()
-    greatest = e[looked].abs().max()
+    largest = e[looked].abs().max()
     rounding = 1.01 * limits.eps * e.abs() + limits.tiny
-    allowed = 4 * error_of_single + slack * (1 + greatest) + rounding
+    allowed = 4 * error_of_single + slack * (1 + largest) + rounding
     wrong = looked & ~((a - e).abs() <= allowed)
     if wrong.any():
         at = _first(wrong)

@@ -270,11 +270,11 @@ class History:
         mean = layer.key_mean
         keys = keys if mean is None else keys - mean.double().repeat_interleave(2, 1)
         exact = torch.nn.functional.scaled_dot_product_attention(q.double(), keys, values)
-        greatest = float(values.abs().max())
+        largest = float(values.abs().max())
         logit = float(q.double().abs().max() * keys.abs().sum(-1).max()) * self.head_dim**-0.5
-        allowed = (2e-5 if self.dtype == F32 else 2e-2) * (1 + greatest)
+        allowed = (2e-5 if self.dtype == F32 else 2e-2) * (1 + largest)
         if self.dtype != F32:
-            allowed += 2**-13 * logit * self.head_dim**0.5 * greatest
+            allowed += 2**-13 * logit * self.head_dim**0.5 * largest
         if allowed < 1:
             self._within((out.double() - exact).abs(), allowed, "attention")
 

@@ -49,9 +49,9 @@ def attend(
         seen = seen & (mask > -torch.inf)
         logits = logits + mask
     logits = logits.masked_fill(~seen, -torch.inf)
-    greatest = torch.nn.functional.pad(logits.detach(), (0, 1), value=-torch.inf).amax(-1, True)
-    greatest = greatest.masked_fill(greatest == -torch.inf, 0)
-    weight = (times * (logits - greatest).exp()).masked_fill(~seen, 0)
+    largest = torch.nn.functional.pad(logits.detach(), (0, 1), value=-torch.inf).amax(-1, True)
+    largest = largest.masked_fill(largest == -torch.inf, 0)
+    weight = (times * (logits - largest).exp()).masked_fill(~seen, 0)
     total = weight.sum(-1, True)
     empty = total == 0
     share = weight / total.masked_fill(empty, 1)
@@ -60,7 +60,7 @@ def attend(
     if hostile.any():
         touched = seen & hostile[:, :, None]
         out = out + torch.where(touched.any(-1, True), torch.nan, 0.0)
-    lse = greatest + total.masked_fill(empty, 1).log()
+    lse = largest + total.masked_fill(empty, 1).log()
     return out, lse.masked_fill(empty, -torch.inf)[..., 0]
 
 
@@ -310,9 +310,9 @@ def combine_states(draw: Draw) -> Case:
 
 
 def _union(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    greatest = torch.maximum(lse_a, lse_b)
-    greatest = greatest.masked_fill(greatest == -torch.inf, 0)
-    weights = [(lse - greatest).exp() for lse in (lse_a, lse_b)]
+    largest = torch.maximum(lse_a, lse_b)
+    largest = largest.masked_fill(largest == -torch.inf, 0)
+    weights = [(lse - largest).exp() for lse in (lse_a, lse_b)]
     outs = [
         out.masked_fill(weight[..., None] == 0, 0) * weight[..., None]
         for out, weight in zip((out_a, out_b), weights, strict=True)
@@ -320,4 +320,4 @@ def _union(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[
     total = weights[0] + weights[1]
     empty = total == 0
     out = (outs[0] + outs[1]) / total.masked_fill(empty, 1)[..., None]
-    return out, (greatest + total.masked_fill(empty, 1).log()).masked_fill(empty, -torch.inf)
+    return out, (largest + total.masked_fill(empty, 1).log()).masked_fill(empty, -torch.inf)

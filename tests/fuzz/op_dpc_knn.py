@@ -63,8 +63,8 @@ def _check(some: dict[str, Any], out: list[Tensor]) -> None:
         # Means round: only their clear differences rank for sure.
         far = mean[:, None] - mean > 1e-5 * (1 + mean)
         same = (mean[:, None] == mean) & (position < position[:, None])
-        least, most = far | same, ~(far | same).T & ~torch.eye(len(token), dtype=torch.bool)
-        delta = [apart.masked_fill(~m, torch.inf).amin(1).sqrt() for m in (most, least)]
+        smallest, most = far | same, ~(far | same).T & ~torch.eye(len(token), dtype=torch.bool)
+        delta = [apart.masked_fill(~m, torch.inf).amin(1).sqrt() for m in (most, smallest)]
         low, high = (d.log() - mean for d in delta)
         place = {int(t): i for i, t in enumerate(token)}
         inside = [place[t] for t in chosen[:count]]

@@ -42,7 +42,7 @@ def eviction_slot(draw: Draw) -> Case:
     if draw.chance(0.4):
         some["newest"] = draw.indices((batch, heads, 1), keys)
     some["first"], some["recent"] = (draw.choice([0, 0, 1, 4, keys, FAR]) for _ in range(2))
-    some["greatest"] = draw.chance(0.3)
+    some["largest"] = draw.chance(0.3)
 
     def check(out: Any) -> None:
         slot, total = out
@@ -92,7 +92,7 @@ def replace_token(draw: Draw) -> Case:
         some[name], some[f"new_{name}"] = x[:, :, 1:].contiguous(), x[:, :, :1].contiguous()
     if draw.chance(0.7):
         some["position"] = draw.indices((batch, heads, slots), slots)
-    some["place"] = draw.choice([-1, 0, 7, 2**31 - 1])
+    some["new_position"] = draw.choice([-1, 0, 7, 2**31 - 1])
     written = tuple(name for name in ("keys", "values", "position") if name in some)
 
     def call(**inputs: Any) -> list[Tensor]:

@@ -90,14 +90,14 @@ def _backward(
         return list(torch.autograd.grad(loss, list(asked.values()), materialize_grads=True))
 
     # With large logits the rounding of a half-precision out decides.
-    tested = out.dtype in (F32, F64) or _greatest_logit(some) < 100
+    tested = out.dtype in (F32, F64) or _largest_logit(some) < 100
     # The gradient of a shared mask is that of all items.
     batched = () if of_mask else BATCHED
     return Case(called, some, gradients if tested else None, _SLACK[out.dtype], call=call,
                 batched=batched, loose=LOOSE, dense=("lse", "grad_lse"), halves=True)  # fmt: skip
 
 
-def _greatest_logit(some: dict[str, Any]) -> float:
+def _largest_logit(some: dict[str, Any]) -> float:
     q, k = some["q"].float(), some["k"].float()
     return float(q.abs().max() * k.abs().max()) * q.shape[3] if q.numel() and k.numel() else 0.0
 

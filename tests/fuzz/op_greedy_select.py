@@ -69,7 +69,7 @@ def _check(some: dict[str, Any], out: Tensor) -> None:
     here = here & some.get("mask", torch.ones_like(here))
     weights = some.get("weight", torch.ones(x.shape[:2])).double()
     for b, picks in enumerate(out.tolist()):
-        # Norms near the greatest float round to an infinity or not.
+        # Norms near the largest float round to an infinity or not.
         if not bool((x[b].double().abs() < 1e15).all()) and bool(x[b].isfinite().any()):
             big = x[b].double().square().sum(-1) > 1e37
             if bool(big.any()):

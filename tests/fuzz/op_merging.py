@@ -85,12 +85,12 @@ def _arguments(draw: Draw) -> tuple[dict[str, Any], bool]:
 _TABLES = ("token_map", "size", "weight")
 
 
-def _well_conditioned(some: dict[str, Any], least: float = 0.0) -> bool:
+def _well_conditioned(some: dict[str, Any], smallest: float = 0.0) -> bool:
     """Whether no divisor is a difference of larger numbers."""
     if some["mode"] not in ("mean", "plain_mean", "maxnorm"):
         return True
     shares = [some[name] for name in ("size", "weight") if some.get(name) is not None]
-    return all(bool((t > least).all()) for t in shares) and some["mode"] != "maxnorm"
+    return all(bool((t > smallest).all()) for t in shares) and some["mode"] != "maxnorm"
 
 
 @op_case

@@ -100,10 +100,10 @@ def _check_round_trip(x: Tensor, packed: PackedKV) -> None:
     """Half a step, and the rounding of scale and offset to float16."""
     form = packed.format
     steps = {"fp8": 17.0, "zero_point": 1.1}.get(form.scheme, 0.51)
-    greatest = float(x.double().abs().max()) * (math.sqrt(x.shape[3]) if form.rotated else 1)
+    largest = float(x.double().abs().max()) * (math.sqrt(x.shape[3]) if form.rotated else 1)
     allowed = steps * float(packed.scale.double().max())
     allowed *= math.sqrt(x.shape[3]) if form.rotated else 1
-    allowed += (4e-3 if form.bits == 8 else 2e-3) * greatest + 1e-7
+    allowed += (4e-3 if form.bits == 8 else 2e-3) * largest + 1e-7
     error = float((tokred.kv_unpack(packed).double() - x.double()).abs().max())
     if not error <= allowed:
         raise Mismatch(f"unpacked numbers are off by {error:.3g}, allowed {allowed:.3g}")

@@ -35,8 +35,8 @@ def reduced(scores: Tensor, visible: Tensor, heads: int, reduce: str) -> Tensor:
 
 
 def _product_slack(*factors: Tensor) -> float:
-    greatest = [float(x.double().abs().max()) for x in factors if x.numel()]
-    return 3e-6 * (1 + math.prod(greatest))
+    largest = [float(x.double().abs().max()) for x in factors if x.numel()]
+    return 3e-6 * (1 + math.prod(largest))
 
 
 def key_scores(
@@ -172,8 +172,8 @@ def block_scores(
     if rule == "dot":
         scores = q @ block[:, :, :, 0].mT
     elif rule == "bounds":
-        least, greatest = block.unbind(3)
-        scores = q.clamp(min=0) @ greatest.mT + q.clamp(max=0) @ least.mT
+        smallest, largest = block.unbind(3)
+        scores = q.clamp(min=0) @ largest.mT + q.clamp(max=0) @ smallest.mT
     else:
         (mean, deviation), (key, key_deviation) = q.unbind(3), block.unbind(3)
         scores = (deviation @ key.mT).abs() + (mean @ key_deviation.mT).abs()
@@ -261,13 +261,13 @@ def attention_rows(draw: Draw) -> Case:
 
 
 def _lse_slack(q: Tensor, k: Tensor, causal: bool, scale: float | None, **_: Any) -> float:
-    """1e-5, or four units in the last place of the greatest logit.
+    """1e-5, or four units in the last place of the largest logit.
 
     The softmax's sum of a query is one fp32 number, which rounds like the logits it stands for.
     """
     logits = weights(q.double(), k.double(), causal, scale, None)[0]
-    greatest = logits[logits.isfinite()].abs().max().item() if logits.isfinite().any() else 0.0
-    return max(1e-5, 4 * torch.finfo(F32).eps * greatest)
+    largest = logits[logits.isfinite()].abs().max().item() if logits.isfinite().any() else 0.0
+    return max(1e-5, 4 * torch.finfo(F32).eps * largest)
 
 
 @op_case
@@ -345,8 +345,8 @@ def similarity_stats(draw: Draw) -> Case:
         if ((index < -1) | (index >= max(columns, 1))).any():
             raise Mismatch("an index out of range")
 
-    greatest = float(some["a"].double().abs().max()) if some["a"].numel() else 0.0
-    wild = spoiled or (some["metric"] in ("dot", "l2") and greatest > 20)
+    largest = float(some["a"].double().abs().max()) if some["a"].numel() else 0.0
+    wild = spoiled or (some["metric"] in ("dot", "l2") and largest > 20)
     slack = 1e-5 * magnitude(some["a"].double(), some.get("b", some["a"]).double(), some["metric"])
     masks = ("mask_a", "mask_b")
     return Case("similarity_stats", some, None if wild else similarities, slack, check=check,
@@ -355,8 +355,8 @@ def similarity_stats(draw: Draw) -> Case:
 
 def _without_index(out: Any) -> list[Tensor]:
     """What has one right value where similarities are nearly equal."""
-    mean, variance, greatest, _, _, energy = flat(out)
-    return [mean, variance.clamp(min=0).sqrt(), greatest, energy]
+    mean, variance, largest, _, _, energy = flat(out)
+    return [mean, variance.clamp(min=0).sqrt(), largest, energy]
 
 
 def similarities(
@@ -388,14 +388,14 @@ def similarities(
     mean = mean_of(scores)
     spread = mean_of((scores - mean[..., None]).square()).sqrt()
     hidden = scores.masked_fill(~partner, -torch.inf)
-    greatest = torch.nn.functional.pad(hidden, (0, 1), value=-torch.inf).amax(2)
+    largest = torch.nn.functional.pad(hidden, (0, 1), value=-torch.inf).amax(2)
     rated = torch.zeros_like(scores)
     if energy == "elu":
         rated = torch.nn.functional.elu(scores - margin)
     elif energy == "gaussian":
         width = 1 - margin
         rated = (-(((1 - scores) / width) ** 2) / 2).exp() / (width * math.sqrt(2 * math.pi))
-    return [mean, spread, greatest, mean_of(rated)]
+    return [mean, spread, largest, mean_of(rated)]
 
 
 @op_case

@@ -79,8 +79,8 @@ def test_against_float64(backend: Backend, case: Case) -> None:
         (out, exact, plain, max(rounding, single)),
         (state, exact_state, plain_state, single),
     ):
-        greatest = wide.abs().max().item() if wide.numel() else 0
-        assert_as_accurate(actual, wide, same, error * greatest)
+        largest = wide.abs().max().item() if wide.numel() else 0
+        assert_as_accurate(actual, wide, same, error * largest)
 
 
 def quadratic(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor | None) -> Tensor:

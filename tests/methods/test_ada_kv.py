@@ -14,7 +14,7 @@ BUDGET, WINDOW, SAFEGUARD = 14, 4, 0.25
 
 
 def shares(scores: Tensor, budget: int) -> list[int]:
-    """The tokens of greatest score count for their heads."""
+    """The tokens of largest score count for their heads."""
     ranked = sorted(
         (-float(scores[h, j]), h, j) for h in range(2) for j in range(scores.shape[1])
          if scores[h, j] > -torch.inf

@@ -126,7 +126,7 @@ def test_act_qkv(tokens: int, count: int) -> None:
 
 
 def test_act_qkv_budgets() -> None:
-    """Layers share what is left by density; halves to even, within the least and the most."""
+    """Layers share what is left by density; halves to even, within the smallest and the most."""
     scores = torch.randn(3, 7)
     scores[1, 2:] = -torch.inf
     scores[2, 1:] = -torch.inf

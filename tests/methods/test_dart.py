@@ -107,6 +107,6 @@ def test_refusals() -> None:
         select_tokens(x, norms, 2, x)
     with pytest.raises(ValueError, match="layer must be from 0 to 2, got 3"):
         DartOptions(layer=3).prune_layers(3)
-    for name, least in (("pivots", 1), ("text_pivots", 0)):
-        with pytest.raises(ValueError, match=f"{name} must be at least {least}"):
+    for name, smallest in (("pivots", 1), ("text_pivots", 0)):
+        with pytest.raises(ValueError, match=f"{name} must be at least {smallest}"):
             DartOptions(**{name: -1})

@@ -17,7 +17,7 @@ from tokred.methods.top_k_attention import top_k_attention
 
 
 def top_visible(scores: Tensor, k: int) -> Tensor:
-    """bool like scores: its k greatest entries along the last dimension."""
+    """bool like scores: its k largest entries along the last dimension."""
     chosen = scores.topk(min(k, scores.shape[-1]), dim=-1).indices
     return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, chosen, True)
 

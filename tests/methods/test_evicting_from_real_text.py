@@ -78,9 +78,9 @@ def test_the_same_keys_stay(
         assert kept.shape == (each.shape[0], BUDGET)
         stays = torch.zeros_like(scores, dtype=torch.bool).scatter(1, kept, True)
         assert (stays.sum(1) == BUDGET).all()
-        least = scores.masked_fill(~stays, torch.inf).amin(1)
+        smallest = scores.masked_fill(~stays, torch.inf).amin(1)
         most = scores.masked_fill(stays, -torch.inf).amax(1)
-        assert (least >= most * (1 - 1e-4)).all()
+        assert (smallest >= most * (1 - 1e-4)).all()
         best = scores.argsort(dim=1, descending=True, stable=True)[:, :BUDGET]
         same += int((stays.gather(1, best).sum(1) == BUDGET).sum())
     assert same >= 0.9 * len(weights) * weights[0].shape[0]

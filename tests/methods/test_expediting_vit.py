@@ -47,8 +47,8 @@ def test_reconstruct(norm: str) -> None:
     done = cluster(x, (8, 8), (4, 4), 2, 0.05, 3)
     deep = torch.randn(2, 16, 5, generator=torch.Generator().manual_seed(2))
     weights = torch.exp(-0.05 * torch.cdist(x, done.centroids) ** 2)
-    least = weights.topk(3, 2).values[..., -1:]
-    weights = torch.where(weights >= least, weights, 0)
+    smallest = weights.topk(3, 2).values[..., -1:]
+    weights = torch.where(weights >= smallest, weights, 0)
     weights = functional.normalize(weights, p=1 if norm == "l1" else 2, dim=2)
     found = reconstruct(deep, done, norm=norm)
     torch.testing.assert_close(found, weights @ deep, rtol=1e-3, atol=1e-4)

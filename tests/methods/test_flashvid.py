@@ -27,13 +27,13 @@ def test_segments() -> None:
     for item in x:
         means = item.mean(1)
         cosine = functional.cosine_similarity(means[:-1], means[1:], dim=-1)
-        for threshold, least in ((0.5, 1), (0.5, 4), (2.0, 1), (-2.0, 1), (-2.0, 99)):
+        for threshold, min_segments in ((0.5, 1), (0.5, 4), (2.0, 1), (-2.0, 1), (-2.0, 99)):
             cuts = {i + 1 for i in range(5) if cosine[i] < threshold}
             for i in cosine.argsort().tolist():
-                if len(cuts) + 1 < min(least, 6):
+                if len(cuts) + 1 < min(min_segments, 6):
                     cuts.add(i + 1)
             bounds = [0, *sorted(cuts), 6]
-            assert segments(item, threshold, least) == list(pairwise(bounds))
+            assert segments(item, threshold, min_segments) == list(pairwise(bounds))
 
 
 def greedy(x: Tensor, attention: Tensor, count: int) -> list[int]:
@@ -41,9 +41,9 @@ def greedy(x: Tensor, attention: Tensor, count: int) -> list[int]:
     distance = (1 - unit @ unit.T) * attention.double()
     chosen = [int(distance.sort(0).values[1].argmax())]
     while len(chosen) < count:
-        least = distance[chosen].min(0).values
-        least[chosen] = -1
-        chosen.append(int(least.argmax()))
+        min_segments = distance[chosen].min(0).values
+        min_segments[chosen] = -1
+        chosen.append(int(min_segments.argmax()))
     return sorted(chosen)
 
 
@@ -105,7 +105,7 @@ def plain(x: Tensor, attention: Tensor, ratio: float, cuts: list, compat: bool) 
 @pytest.mark.parametrize("ratio", (0.2, 0.5, 1.0))
 def test_video(ratio: float, compat: bool) -> None:
     x, attention = video()
-    done = merge_video(x, attention, ratio, cut=0.6, least_segments=1, reference_compat=compat)
+    done = merge_video(x, attention, ratio, cut=0.6, min_segments=1, reference_compat=compat)
     for item in range(2):
         cuts = segments(x[item], 0.6, 1)
         assert cuts == [(0, 3), (3, 6)]
@@ -121,7 +121,7 @@ def test_video(ratio: float, compat: bool) -> None:
 
 def test_segments_of_one_frame_list_nothing_twice() -> None:
     x, attention = video()
-    done = merge_video(x, attention, 0.4, least_segments=6)
+    done = merge_video(x, attention, 0.4, min_segments=6)
     assert (done.lengths == 6 * math.ceil(12 * 0.4 * 1.25)).all()
 
 
@@ -129,7 +129,7 @@ def test_still_pictures_and_no_video() -> None:
     """A video that repeats one frame keeps what is asked for."""
     x, attention = video()
     same = x[:, :1].expand(-1, 6, -1, -1).contiguous()
-    done = merge_video(same, attention[:, :1].expand(-1, 6, -1), 0.4, least_segments=1)
+    done = merge_video(same, attention[:, :1].expand(-1, 6, -1), 0.4, min_segments=1)
     assert (done.lengths >= 6 * 5).all() and done.tokens.isfinite().all()
     none = merge_video(x[:0], attention[:0], 0.5)
     assert none.tokens.shape == (0, 0, 16) and none.token_map.shape == (0, 72)

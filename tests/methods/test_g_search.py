@@ -1,4 +1,4 @@
-"""Schedules of kept tokens, the search for the least of them, and P-Sigmoid in a prompt."""
+"""Schedules of kept tokens, the search for the smallest of them, and P-Sigmoid in a prompt."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def test_refusals(options: dict, words: str) -> None:
         keep_schedule(**{"num_layers": 4, "tokens": 10, "end": 2, **options})
 
 
-def test_search_finds_the_least() -> None:
-    """The least of all schedules that never grow, by trying them all."""
+def test_search_finds_the_smallest() -> None:
+    """The smallest of all schedules that never grow, by trying them all."""
     needed = (4, 3, 3, 1)
 
     def good(kept: list[int]) -> bool:

@@ -84,7 +84,7 @@ def test_weights_that_leave_a_share_open() -> None:
     low = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
     assert _decided(low, low + 1e-4, 16)  # 1.6, 3.2, 4.8 and 6.4, and two left
     assert not _decided(low, low + 0.3, 16)  # the second may get 4
-    assert not _decided(low, low + 1e-4, 10)  # the least of the bounds do not reach 1
+    assert not _decided(low, low + 1e-4, 10)  # the smallest of the bounds do not reach 1
     assert not _decided(torch.ones(1, 4), torch.full((1, 4), 1.0001), 5)  # which of four?
     assert not _decided(low - 2, low, 16) and not _decided(low * torch.nan, low, 16)
 

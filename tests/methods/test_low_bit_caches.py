@@ -121,7 +121,7 @@ def test_arkv_layers(window: int, tokens: int) -> None:
 
 
 def test_arkv_budgets() -> None:
-    """Each layer's share of the greatest score, whichever layer has it; halves to even."""
+    """Each layer's share of the largest score, whichever layer has it; halves to even."""
     assert arkv.origin_budgets([2.0, 1.0, 4.0, 3.0], 96, 32, 500) == [32, 16, 64, 48]
     assert arkv.origin_budgets([2.0, 1.0, 4.0, 3.0], 96, 32, 50) == [18, 16, 18, 18]
     assert arkv.origin_budgets([1.0, 2.0, 3.0], 38, 32, 500) == [2, 4, 6]

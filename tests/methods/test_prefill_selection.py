@@ -149,7 +149,7 @@ def test_landmark(tokens: int, block: int) -> None:
 
 @pytest.mark.parametrize("count", [0, 2])
 def test_landmark_decode_with_few_blocks(count: int) -> None:
-    """The own block and those of greatest landmark logit, per query head; none with no blocks."""
+    """The own block and those of largest landmark logit, per query head; none with no blocks."""
     q, k, v = heads(keys=45, groups=(4, 2))
     scores = logits(q, k)[:, :, 0]
     out = torch.zeros(2, 4, 16, dtype=torch.float64)

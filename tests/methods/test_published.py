@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def best(scores: Tensor, count: int) -> set[int]:
-    """The places of the greatest scores."""
+    """The places of the largest scores."""
     return set(scores.topk(min(count, len(scores))).indices.tolist())
 
 
@@ -41,7 +41,7 @@ def padding(draw: random.Random, tokens: int) -> Tensor | None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_quest(case: int) -> None:
-    """The newest page with a real key, then those of greatest bound, at least one page in all."""
+    """The newest page with a real key, then those of largest bound, at least one page in all."""
     draw = random.Random(case)
     tokens, page = draw.randint(1, 150), draw.choice([1, 4, 16])
     budget = draw.choice([1, page, 2 * page, draw.randint(1, tokens + 40)])

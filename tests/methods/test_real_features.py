@@ -157,9 +157,9 @@ def test_visual_tokens_of_photographs(name: str, call: VisualCall) -> None:
     assert all(0 < len(row) <= max(KEEP, most) for row in kept)
     assert kept[0] != kept[1]
     plain = picks_of(in_plain_torch(lambda: method.reduce_visual(call)))
-    least = 0.7 if name in GREEDY else 0.35 if name in ROUNDS else 1.0
+    smallest = 0.7 if name in GREEDY else 0.35 if name in ROUNDS else 1.0
     for row, expected in zip(kept, plain, strict=True):
-        assert len(row & expected) >= least * len(row | expected)
+        assert len(row & expected) >= smallest * len(row | expected)
     half = picks_of(method.reduce_visual(replace(call, tokens=call.tokens.bfloat16())))
     assert [len(row) for row in half] == [len(row) for row in kept]
 

@@ -28,7 +28,7 @@ def transcription(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rule", ["sum", "least"])
+@pytest.mark.parametrize("rule", ["sum", "min"])
 @pytest.mark.parametrize(("k", "order"), [(0, "score"), (9, "position"), (50, "score")])
 def test_picks(dtype: torch.dtype, rule: str, k: int, order: str) -> None:
     x = tokens_of(3, 40).to(dtype)
@@ -43,8 +43,8 @@ def test_a_given_start() -> None:
 
 def test_in_an_image() -> None:
     call = visual_call()
-    kept = TodreOptions(keep=6, rule="least").reduce_visual(call)
-    assert torch.equal(kept, select_tokens(call.tokens, 6, rule="least"))
+    kept = TodreOptions(keep=6, rule="min").reduce_visual(call)
+    assert torch.equal(kept, select_tokens(call.tokens, 6, rule="min"))
 
 
 def test_second_stage() -> None:
@@ -72,7 +72,7 @@ def test_second_stage() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match='rule must be "sum" or "least"'):
+    with pytest.raises(ValueError, match='rule must be "sum" or "min"'):
         select_tokens(torch.ones(1, 4, 3), 2, rule="max")
     with pytest.raises(ValueError, match="checks must be at least 1, got 0"):
         TodreOptions(checks=0)

@@ -38,7 +38,7 @@ def test_early_layers_drop_the_sources(tokens: int) -> None:
 
 
 @pytest.mark.parametrize("with_sizes", (False, True))
-def test_later_layers_keep_the_greatest_norm(with_sizes: bool) -> None:
+def test_later_layers_keep_the_largest_norm(with_sizes: bool) -> None:
     tokens, r = 21, 6
     x, keys = tokens_of(2, tokens), tokens_of(4, tokens, 8).view(2, 2, tokens, 8)
     size = torch.arange(1.0, 43).view(2, 21) if with_sizes else None

@@ -36,7 +36,7 @@ CALLS: list[tuple[Callable, dict[str, Any]]] = [
                             "bias": None, "first": 1}),
     (tokred.replace_token, {"slot": LISTS[:, 0, :, :1], "keys": WIDE[:, :1], "values": WIDE[:, 1:],
                             "new_keys": WIDE[:, :1, :1] + 0, "new_values": WIDE[:, :1, :1] + 0,
-                            "position": None, "place": 0}),
+                            "position": None, "new_position": 0}),
     (tokred.inverse_transform_sample, {"scores": X, "num_samples": 2, "mask": None}),
     (tokred.qk_score, {"q": Q, "k": K, "reduce": "none", "scale": None, "mask": None}),
     (tokred.block_pool, {"x": K, "block_size": 2, "boundaries": None}),

@@ -12,7 +12,7 @@ from cases.heap_use import KNOWN, used
 from cases.op_calls import CALLS, Sizes, call, op_names
 
 CALLS_EACH = 300
-LEAST = 8_000  # bytes; so many calls that leave an object each leave more
+SMALLEST = 8_000  # bytes; so many calls that leave an object each leave more
 
 pytestmark = pytest.mark.skipif(not KNOWN, reason="needs mallinfo2 of glibc 2.33")
 
@@ -28,7 +28,7 @@ def growth(function: Callable[[], Any], calls: int) -> int:
         for _ in range(calls):
             function()
         grown = used() - before
-        if grown < LEAST:
+        if grown < SMALLEST:
             break
     return grown
 
@@ -41,7 +41,7 @@ def _quiet(one_thread: None) -> Iterator[None]:
 
 def test_growth_is_seen() -> None:
     kept = []
-    assert growth(lambda: kept.append(torch.ones(8)), CALLS_EACH) > LEAST
+    assert growth(lambda: kept.append(torch.ones(8)), CALLS_EACH) > SMALLEST
 
 
 def test_every_op_is_called() -> None:
@@ -51,7 +51,7 @@ def test_every_op_is_called() -> None:
 @pytest.mark.parametrize("op", sorted(CALLS))
 def test_calls_leave_nothing(op: str) -> None:
     args = CALLS[op](Sizes())
-    assert growth(lambda: call(torch.ops.tokred, op, args), CALLS_EACH) < LEAST
+    assert growth(lambda: call(torch.ops.tokred, op, args), CALLS_EACH) < SMALLEST
 
 
 @pytest.mark.parametrize("op", sorted(CALLS))
@@ -69,4 +69,4 @@ def test_refused_calls_leave_nothing(op: str) -> None:
         with pytest.raises(RuntimeError, match=r"^tokred: "):
             call(torch.ops.tokred, op, args)
 
-    assert growth(once, CALLS_EACH) < LEAST
+    assert growth(once, CALLS_EACH) < SMALLEST

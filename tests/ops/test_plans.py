@@ -207,12 +207,12 @@ def test_attention_over_lists(is_float: bool) -> None:
 def test_splits_of_decode() -> None:
     """One long sequence fills a large device, and nothing but the keys decides."""
     shape = (32, 8, 1)
-    for keys, least in ((2048, 64), (131072, 264)):
+    for keys, smallest in ((2048, 64), (131072, 264)):
         dense = _C.plan_decode(1, *shape, keys, 128, 128)
         listed = _C.plan_decode(1, *shape, 10**6, 128, 128, list_heads=8, length=keys)
         assert dense["plans"]["decode"] == listed["plans"]["decode"]
         items, splits, _ = dense["plans"]["decode"]["grid"]
-        assert items * splits >= least
+        assert items * splits >= smallest
         for batch, heads in ((1, (9, 3, 1)), (64, shape), (5, (8, 8, 8))):
             other = _C.plan_decode(batch, *heads, keys, 64, 64)
             assert other["plans"]["decode"]["grid"][1] == splits

@@ -164,7 +164,7 @@ def test_cuda_graphs_replay() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_captured_step_follows_the_lengths() -> None:
-    """One graph for all steps: the lengths are a tensor, the greatest length is fixed."""
+    """One graph for all steps: the lengths are a tensor, the largest length is fixed."""
     keys, values = (
         form.empty(2, 2, 64, 32, "cuda") for form in (PackFormat(4, 8, "token"), PackFormat(4, 16))
     )

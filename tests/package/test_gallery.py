@@ -41,8 +41,8 @@ def test_every_method_is_drawn_at_the_same_budget(tmp_path: Path) -> None:
     for entry in entries:
         assert 0.95 * 0.6 * 145 <= entry["tokens"] <= 1.15 * 0.6 * 145, entry
         # Of a dropped patch nothing is left to compare.
-        least = 0.4 if METHODS[entry["method"]].family is Family.PRUNE else 0.6
-        assert least < entry["patch_cosine"] <= 1 and 0.6 < entry["cls_cosine"] <= 1, entry
+        smallest = 0.4 if METHODS[entry["method"]].family is Family.PRUNE else 0.6
+        assert smallest < entry["patch_cosine"] <= 1 and 0.6 < entry["cls_cosine"] <= 1, entry
         assert entry["speed_up"] == pytest.approx(entry["ms_unpatched"] / entry["ms_patched"])
     assert (tmp_path / "grey_gallery.png").read_bytes().startswith(b"\x89PNG")
 

@@ -20,10 +20,10 @@ from tokred import PackedKV
 HALVES = (torch.float16, torch.bfloat16)
 
 
-def half_queries(dtype: torch.dtype, head_dim: int, least: float) -> Tensor:
-    """Two heads of magnitudes between `least` and 1, of any sign."""
+def half_queries(dtype: torch.dtype, head_dim: int, smallest: float) -> Tensor:
+    """Two heads of magnitudes between `smallest` and 1, of any sign."""
     rng = generator(1)
-    q = least + (1 - least) * torch.rand(1, 2, 1, head_dim, generator=rng)
+    q = smallest + (1 - smallest) * torch.rand(1, 2, 1, head_dim, generator=rng)
     q = q.clamp(max=1).to(dtype)
     return q * torch.randint(0, 2, q.shape, generator=rng).mul(2).sub(1).to(dtype)
 
@@ -33,12 +33,12 @@ def side(text: str, tokens: int, head_dim: int, seed: int = 2) -> PackedKV:
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
-@pytest.mark.parametrize(("dtype", "least"), [(torch.bfloat16, 2**-7), (torch.float16, 2**-4)])
+@pytest.mark.parametrize(("dtype", "smallest"), [(torch.bfloat16, 2**-7), (torch.float16, 2**-4)])
 def test_a_query_of_few_binades_is_exact(
-    kernels: Backend, bits: int, dtype: torch.dtype, least: float
+    kernels: Backend, bits: int, dtype: torch.dtype, smallest: float
 ) -> None:
     k = side(f"{bits} channel 64", 50, 128)
-    q = half_queries(dtype, 128, least)
+    q = half_queries(dtype, 128, smallest)
     actual, expected = (kernels.run("packed_attention", x, k, k)[1] for x in (q, q.float()))
     torch.testing.assert_close(actual, expected, rtol=2e-6, atol=2e-6)
     scores = (kernels.run("packed_qk_score", x, k, scale=1.0) for x in (q, q.float()))
@@ -73,7 +73,7 @@ def test_logits_are_off_by_little(
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_nothing_overflows(kernels: Backend, dtype: torch.dtype) -> None:
-    """The greatest codes and queries in the widest group, and weights that are all the same."""
+    """The largest codes and queries in the widest group, and weights that are all the same."""
     top = torch.ones(1, 1, 130, 256)
     top[..., 0::256] = 0.0
     k = pack(top, packing("8 channel 256"))
@@ -118,11 +118,11 @@ def test_a_row_that_is_not_finite_spoils_itself_only(
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("least", [0.0, 1e-40, 6e-8])
-def test_tiny_queries(kernels: Backend, least: float, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("smallest", [0.0, 1e-40, 6e-8])
+def test_tiny_queries(kernels: Backend, smallest: float, dtype: torch.dtype) -> None:
     """Zeros and subnormal numbers: every token counts the same."""
     k = side("4 channel 64", 33, 128)
-    q = torch.full((1, 2, 1, 128), least).to(dtype)
+    q = torch.full((1, 2, 1, 128), smallest).to(dtype)
     out, lse = kernels.run("packed_attention", q, k, k)
     expected, expected_lse = reference.packed_attention(q.double(), k, k)
     torch.testing.assert_close(lse.double(), expected_lse.double(), rtol=1e-6, atol=1e-6)

@@ -191,8 +191,8 @@ def test_decoding_is_a_pass_over_all_tokens(kind: type) -> None:
     whole, weights = module(x, **options)
     assert weights is None
     square = visible[:, None, None] & torch.ones(12, 12, dtype=torch.bool).tril()
-    least = torch.zeros(2, 1, 12, 12).masked_fill(~square, torch.finfo(torch.float32).min)
-    for mask in (square, least):
+    smallest = torch.zeros(2, 1, 12, 12).masked_fill(~square, torch.finfo(torch.float32).min)
+    for mask in (square, smallest):
         options["attention_mask"] = mask
         assert_bitwise_equal(module(hidden_states=x, use_cache=False, **options)[0], whole)
     config = LlamaConfig(

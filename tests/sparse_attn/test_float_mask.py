@@ -268,8 +268,8 @@ def test_minus_infinity_hides_as_false_does(kernels: Backend, queries: int) -> N
 
 
 @pytest.mark.parametrize("queries", [2, 40])
-def test_least_number_hides_nothing_alone(kernels: Backend, queries: int) -> None:
-    """A row of the least float is the mean of all values, as in torch; beside others it is 0."""
+def test_lowest_number_hides_nothing_alone(kernels: Backend, queries: int) -> None:
+    """A row of the smallest float is the mean of all values, as in torch; beside others it is 0."""
     case = Case(1, 2, 2, queries, 70, 16, 16, mask="full")
     mask = torch.full((1, 1, queries, 70), torch.finfo(torch.float32).min)
     mask[:, :, 1, :30] = 0

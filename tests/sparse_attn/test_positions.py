@@ -124,7 +124,7 @@ def test_one_column_is_causal(kernels: Backend, queries: int, keys: int) -> None
 
 
 def test_sentinels(backend: Backend) -> None:
-    """The greatest query position sees all keys, the least only those of the least position."""
+    """The largest query position sees all keys, the lowest only those of the lowest."""
     q, k, v = randoms(3, 33)
     key_position = torch.randint(INT32_MIN, INT32_MAX, (1, 33, 1), generator=generator()).int()
     key_position[0, 3:6, 0] = INT32_MIN
@@ -136,9 +136,9 @@ def test_sentinels(backend: Backend) -> None:
     torch.testing.assert_close(out[:, :, :1], dense, rtol=0, atol=2e-5)
     torch.testing.assert_close(lse[:, :, :1], dense_lse)
     few = [t[:, :, 3:6] for t in (k, v)]
-    least, least_lse = reference.biased_attention(q[:, :, 1:2], *few)
-    torch.testing.assert_close(out[:, :, 1:2], least, rtol=0, atol=2e-5)
-    torch.testing.assert_close(lse[:, :, 1:2], least_lse)
+    lowest, lowest_lse = reference.biased_attention(q[:, :, 1:2], *few)
+    torch.testing.assert_close(out[:, :, 1:2], lowest, rtol=0, atol=2e-5)
+    torch.testing.assert_close(lse[:, :, 1:2], lowest_lse)
     hidden = torch.full_like(query_position, INT32_MIN)
     key_position.clamp_(min=INT32_MIN + 1)
     arguments = (None, False, None, None, hidden, key_position)

@@ -51,7 +51,7 @@ test_bad_input_names_the_argument = names_the_argument(
         (put, (SLOT, K[..., ::2], NEW[..., :4], K + 0, NEW), {}, "contiguous within a token"),
         (put, (SLOT, K, NEW, K + 0, NEW, P.float()), {}, "position must be int32"),
         (put, (SLOT, K, NEW, K + 0, NEW, P[..., :5]), {}, r"position must be \[B, H, N\]"),
-        (put, (SLOT, K, NEW, K + 0, NEW, P, 2**31), {}, "place must be -1 to"),
+        (put, (SLOT, K, NEW, K + 0, NEW, P, 2**31), {}, "new_position must be -1 to"),
     ]
 )
 

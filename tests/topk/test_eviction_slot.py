@@ -22,8 +22,8 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=generator(seed))
 
 
-def places(batch: int, heads: int, keys: int) -> Tensor:
-    """Different places below LENGTH, in any order."""
+def positions(batch: int, heads: int, keys: int) -> Tensor:
+    """Different positions below LENGTH, in any order."""
     order = torch.rand(batch * heads, LENGTH, generator=generator(5)).argsort(1)[:, :keys]
     return order.int().view(batch, heads, keys)
 
@@ -49,7 +49,7 @@ RULES: dict[str, dict[str, Any]] = {
     "TOVA padded": {"logits": True, "shared": True, "bias": True, "softcap": 3.0},
     "StreamingLLM": {"first": 4},
     "StreamingLLM padded": {"first": 30, "bias": True, "start": True},
-    "Knorm": {"scores": True, "greatest": True, "first": 2, "recent": 3},
+    "Knorm": {"scores": True, "largest": True, "first": 2, "recent": 3},
 }
 
 
@@ -63,7 +63,7 @@ def options(rule: str, given: dict[str, Tensor]) -> dict[str, Any]:
 def test_rules(kernels: Backend, rule: str) -> None:
     for shape in ((2, 2, 3, 70), (1, 3, 1, 16), (3, 1, 2, 5), (2, 1, 1, 1), (0, 2, 1, 4)):
         batch, heads, _, keys = shape
-        position, some = places(batch, heads, keys), options(rule, cache(*shape))
+        position, some = positions(batch, heads, keys), options(rule, cache(*shape))
         slot, total = kernels.run("eviction_slot", position, LENGTH, **some)
         wide = {name: x.double() if name in ("scores", "logits", "lse", "bias") else x
                 for name, x in some.items()}  # fmt: skip
@@ -74,7 +74,7 @@ def test_rules(kernels: Backend, rule: str) -> None:
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_the_least_is_chosen_of_exact_weights(backend: Backend, shared: bool) -> None:
+def test_the_lowest_is_chosen_of_exact_weights(backend: Backend, shared: bool) -> None:
     """Weights that are powers of two times 1/2 leave no rounding to argue about."""
     position = torch.tensor([[[0, 1, 2, 3]]], dtype=torch.int32)
     weight = torch.tensor([[[4.0, 2, 8, 2], [2.0, 2, 1, 2]]])
@@ -93,10 +93,10 @@ def test_definition(backend: Backend) -> None:
         return backend.run("eviction_slot", position, 8, **some)[0].item()
 
     assert slot() == 1 and slot(first=1) == 3 and slot(first=2) == 0
-    assert slot(greatest=True) == 2 and slot(greatest=True, recent=2) == 4
+    assert slot(largest=True) == 2 and slot(largest=True, recent=2) == 4
     assert slot(scores=scores) == 5, "NaN goes first"
     assert slot(scores=scores, recent=3) == 1, "of two alike the one stored first"
-    assert slot(scores=scores, greatest=True, recent=2) == 4
+    assert slot(scores=scores, largest=True, recent=2) == 4
     hidden = torch.tensor([[[0, 0, 0, 0, -INF, 0.0]]])
     assert slot(scores=scores, bias=hidden) == 4, "hidden keys go, too"
     assert slot(bias=hidden, recent=3) == 4, "however recent"
@@ -115,7 +115,7 @@ def test_large_places(backend: Backend) -> None:
 
 def test_any_strides_and_every_cpu(on_every_cpu) -> None:
     given = cache(4, 3, 2, 50)
-    position, some = places(4, 3, 50), options("H2O padded", given)
+    position, some = positions(4, 3, 50), options("H2O padded", given)
     expected = tokred.eviction_slot(position, LENGTH, **some)
 
     def strided(x: Any) -> Any:
@@ -143,12 +143,12 @@ SLOTS = torch.tensor([[[0], [4], [-1]], [[5], [2], [2**31 - 1]]], dtype=torch.in
 
 def run_in_place(backend: Backend, *args: Any) -> tuple[Tensor, ...]:
     """The tensors that were written; the emulated device and the CPU write where they are."""
-    slot, keys, new_keys, values, new_values, position, place = args
+    slot, keys, new_keys, values, new_values, position, new_position = args
     written = [x.clone(memory_format=torch.preserve_format) for x in (keys, values, position)]
     moved = [x.to(backend.device) for x in written]
     fixed = [x.to(backend.device) for x in (slot, new_keys, new_values)]
     replace = backend.function("replace_token")
-    replace(fixed[0], moved[0], fixed[1], moved[1], fixed[2], moved[2], place)
+    replace(fixed[0], moved[0], fixed[1], moved[1], fixed[2], moved[2], new_position)
     return tuple(x.cpu() for x in moved)
 
 
@@ -156,7 +156,7 @@ def run_in_place(backend: Backend, *args: Any) -> tuple[Tensor, ...]:
 def test_replaces_one_token_a_head(kernels: Backend, dtype: torch.dtype) -> None:
     keys, values = ((random(2, 3, 5, d) * 50).to(dtype) for d in (64, 7))
     new_keys, new_values = ((random(2, 3, 1, d, seed=1) * 50).to(dtype) for d in (64, 7))
-    position = places(2, 3, 5)
+    position = positions(2, 3, 5)
     args = (SLOTS, keys, new_keys, values, new_values, position, 90)
     expected = [x.clone() for x in (keys, values, position)]
     for b, h, slot in ((0, 0, 0), (0, 1, 4), (1, 1, 2)):
@@ -186,7 +186,7 @@ def test_in_a_graph() -> None:
         return k * 1, v * 1, position * 1, slot
 
     def inputs() -> tuple[Tensor, ...]:
-        return (random(2, 3, 5, 8), random(2, 3, 5, 8, seed=1), places(2, 3, 5),
+        return (random(2, 3, 5, 8), random(2, 3, 5, 8, seed=1), positions(2, 3, 5),
                 random(2, 3, 1, 8, seed=2))  # fmt: skip
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")

@@ -217,11 +217,11 @@ State move_medoids(const Rounds& r, int64_t b, int64_t round) {
   const Item item = r.item(b);
   bool moved = false;
   for (int64_t k = 0; k < r.p.clusters; ++k) {
-    float least = kInfinity<float>;
+    float smallest = kInfinity<float>;
     int32_t medoid = item.medoid[k];
     for (int64_t m = item.begin[k]; m < item.begin[k + 1]; ++m) {
-      if (!(item.cost[m] < least)) continue;
-      least = item.cost[m];
+      if (!(item.cost[m] < smallest)) continue;
+      smallest = item.cost[m];
       medoid = item.order[m];
     }
     moved = moved || medoid != item.medoid[k];

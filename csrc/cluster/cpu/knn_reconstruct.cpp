@@ -43,10 +43,10 @@ struct Neighbours {
 
   void make_weights(float temperature, bool l2) {
     if (count == 0) return;
-    const float least = weight[0];
+    const float smallest = weight[0];
     float total = 0.0f;
     for (int64_t j = 0; j < count; j += kLanes) {
-      const f32x16 further = load_row(weight + j, count - j) - splat(least);
+      const f32x16 further = load_row(weight + j, count - j) - splat(smallest);
       store_row(weight + j, exp(splat(-temperature) * further), count - j);
     }
     for (int64_t j = 0; j < count; ++j) total += l2 ? weight[j] * weight[j] : weight[j];

@@ -116,17 +116,17 @@ void weigh_token(const Grid& g, int64_t b, int64_t y, int64_t x) {
   for (int64_t j = 0; j < g.window; ++j) weight[j] = kInfinity<float>;
   const int64_t row = y * p.rows / p.height, column = x * p.columns / p.width;
   const T* token = token_row<T>(p, b, i);
-  float least = kInfinity<float>;
+  float smallest = kInfinity<float>;
   for (int64_t j = 0; item.usable[i] && j < g.window; ++j) {
     const int64_t r = row + j / g.side - p.radius, s = column + j % g.side - p.radius;
     if (r < 0 || r >= p.rows || s < 0 || s >= p.columns) continue;
     const float distance = squared_distance(token, g.centroid(b, r * p.columns + s), p.channels);
     if (distance < kInfinity<float>) weight[j] = distance;
-    if (distance < least) least = distance;
+    if (distance < smallest) smallest = distance;
   }
   for (int64_t j = 0; j < g.window; j += kLanes) {
     const f32x16 distance = load_row(weight + j, g.window - j);
-    const f32x16 power = splat(-p.temperature) * (distance - splat(least));
+    const f32x16 power = splat(-p.temperature) * (distance - splat(smallest));
     const f32x16 there = select_greater(splat(kInfinity<float>), distance, exp(power), splat(0.0f));
     store_row(weight + j, there, g.window - j);
   }

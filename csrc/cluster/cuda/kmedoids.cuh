@@ -256,22 +256,22 @@ __global__ void __launch_bounds__(kClusterThreads)
   each_cluster(p, [&](int64_t row, int64_t item, int64_t) {
     if (memory.round[item] != kMoving || memory.medoid[row] < 0) return;
     const int64_t first = item * p.tokens + memory.begin[row];
-    float least = kInfinity;
+    float smallest = kInfinity;
     int best = -1;
     for (int64_t m = lane_id(); m < memory.counts[row]; m += kWarp) {
       const float cost = memory.cost[first + m];
-      if (!(cost < least)) continue;
-      least = cost;
+      if (!(cost < smallest)) continue;
+      smallest = cost;
       best = memory.order[first + m];
     }
 #pragma unroll
     for (int step = kWarp / 2; step > 0; step /= 2) {
-      const float other = __shfl_xor_sync(kAllLanes, least, step);
+      const float other = __shfl_xor_sync(kAllLanes, smallest, step);
       const int token = __shfl_xor_sync(kAllLanes, best, step);
       // As an unsigned number, -1 is the largest token.
-      if (other < least ||
-          (other == least && static_cast<unsigned>(token) < static_cast<unsigned>(best))) {
-        least = other;
+      if (other < smallest ||
+          (other == smallest && static_cast<unsigned>(token) < static_cast<unsigned>(best))) {
+        smallest = other;
         best = token;
       }
     }

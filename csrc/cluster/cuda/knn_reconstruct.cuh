@@ -94,12 +94,12 @@ struct WeightedList : NearestList {
   template <class T>
   __device__ WeightedList(const KnnReconstructParams& p, int64_t item, const T* x) {
     if (p.k > 0) static_cast<NearestList&>(*this) = nearest_centroids(p, item, x);
-    const float least = at(0);
+    const float smallest = at(0);
     float total = 0.0f;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const bool there = half * kWarp + lane_id() < p.k && distance[half] < kInfinity;
-      const float w = there ? expf(-p.temperature * (distance[half] - least)) : 0.0f;
+      const float w = there ? expf(-p.temperature * (distance[half] - smallest)) : 0.0f;
       distance[half] = w;
       total += p.l2 ? w * w : w;
       count += __popc(__ballot_sync(kAllLanes, there));

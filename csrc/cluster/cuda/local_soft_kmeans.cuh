@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kClusterThreads)
     const T* x = token_row<T>(p, item, i);
     float* weight = memory.weight + token * window;
     const bool usable = memory.usable[token];
-    float least = kInfinity;
+    float smallest = kInfinity;
     for (int64_t j = 0; j < window; ++j) {
       const int64_t r = row + j / side - p.radius, s = column + j % side - p.radius;
       const bool there = usable && r >= 0 && r < p.rows && s >= 0 && s < p.columns;
@@ -106,14 +106,14 @@ __global__ void __launch_bounds__(kClusterThreads)
         squared = warp_sum(squared);
         if (squared < kInfinity) distance = squared;
       }
-      least = fminf(least, distance);
+      smallest = fminf(smallest, distance);
       if (lane_id() == 0) weight[j] = distance;
     }
     __syncwarp();
     float total = 0.0f;
     for (int64_t j = lane_id(); j < window; j += kWarp) {
       const float distance = weight[j];
-      const float w = distance < kInfinity ? expf(-p.temperature * (distance - least)) : 0.0f;
+      const float w = distance < kInfinity ? expf(-p.temperature * (distance - smallest)) : 0.0f;
       weight[j] = w;
       total += w;
     }

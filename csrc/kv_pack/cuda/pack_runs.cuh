@@ -173,8 +173,8 @@ struct FastQuantizer {
   __device__ __forceinline__ uint32_t word(float x) const {
     return __float_as_uint(fmaf(x - less_, factor_, start_));
   }
-  static __device__ __forceinline__ bool doubtful(uint32_t least_fraction) {
-    return least_fraction <= 2 * kDoubt;
+  static __device__ __forceinline__ bool doubtful(uint32_t min_fraction) {
+    return min_fraction <= 2 * kDoubt;
   }
 
  private:
@@ -254,16 +254,16 @@ __device__ __forceinline__ uint2 exact_codes(const StoredEight<T>& x, const Quan
   }
   return codes;
 }
-// The same from products; `least` becomes the minimum fraction so far.
+// The same from products; `smallest` becomes the minimum fraction so far.
 template <class T, int kBits>
 __device__ __forceinline__ uint2 fast_codes(const StoredEight<T>& x,
                                             const FastQuantizer<kBits>& quantizer,
-                                            uint32_t& least) {
+                                            uint32_t& smallest) {
   uint32_t word[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     word[i] = quantizer.word(x.get(i));
-    least = min(least, word[i] & quantizer.kFractionMask);
+    smallest = min(smallest, word[i] & quantizer.kFractionMask);
   }
   return {code_bytes_of<kBits>(word[0], word[1], word[2], word[3]),
           code_bytes_of<kBits>(word[4], word[5], word[6], word[7])};
@@ -296,7 +296,7 @@ __global__ void __launch_bounds__(kPackThreads, kRunBlocks<T, kBits>)
     if (__all_sync(kAllLanes, mine.token >= mine.last)) return;
     mine.load_next(next, 1);
     uint2 all{0, 0};
-    uint32_t least = ~0u;
+    uint32_t smallest = ~0u;
     bool sure = true;
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
@@ -309,7 +309,7 @@ __global__ void __launch_bounds__(kPackThreads, kRunBlocks<T, kBits>)
       sure = sure && quantizer.sure;
 #pragma unroll
       for (int i = g * kOfGroup; i < (g + 1) * kOfGroup; ++i) {
-        const uint2 of_piece = fast_codes(x[i], quantizer, least);
+        const uint2 of_piece = fast_codes(x[i], quantizer, smallest);
         all.x += of_piece.x << kBits * i;
         all.y += of_piece.y << kBits * i;
       }
@@ -318,7 +318,7 @@ __global__ void __launch_bounds__(kPackThreads, kRunBlocks<T, kBits>)
         if (has_offset(f.scheme)) mine.params[groups + g] = storable(quantizer.second);
       }
     }
-    if (__any_sync(kAllLanes, !sure || FastQuantizer<kBits>::doubtful(least))) {
+    if (__any_sync(kAllLanes, !sure || FastQuantizer<kBits>::doubtful(smallest))) {
       all = {0, 0};
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) {

@@ -14,14 +14,15 @@ namespace {
 inline constexpr int64_t kChunk = 32;
 
 // How the value dimensions of a head are cut into tasks, at most where threads would go idle: each
-// slice computes the weights of its own. Results do not depend on it.
-struct Slices {
-  int64_t panels, in_slice, count;
+// split computes the weights of its own. Results do not depend on it.
+struct ValueSplits {
+  int64_t panels, panels_of_split, count;
 
-  Slices(const LinearAttentionParams& p, int64_t threads) : panels(divide_up(p.value_dim, kLanes)) {
+  ValueSplits(const LinearAttentionParams& p, int64_t threads)
+      : panels(divide_up(p.value_dim, kLanes)) {
     const int64_t heads = max(p.batch * p.heads, int64_t{1});
-    in_slice = divide_up(panels, min(panels, divide_up(threads, heads)));
-    count = divide_up(panels, in_slice);
+    panels_of_split = divide_up(panels, min(panels, divide_up(threads, heads)));
+    count = divide_up(panels, panels_of_split);
   }
 };
 
@@ -83,7 +84,7 @@ struct ChunkPrefetcher {
   }
 };
 
-// A slice of the value dimensions of one head.
+// A split of the value dimensions of one head.
 template <class T>
 struct Head {
   using Acc = Accumulator<T>;
@@ -127,7 +128,7 @@ struct Head {
   }
   int64_t width() const { return p.value_dim - first_panel * kLanes; }  // of the values from here
 
-  // The numbers of state row d from this slice on.
+  // The numbers of state row d from this split on.
   const Acc* state_row(int64_t d) const {
     return static_cast<const Acc*>(p.state) + batch * p.state_stride_batch +
            head * p.state_stride_head + d * p.state_stride_row +
@@ -389,7 +390,7 @@ bool is_step(const LinearAttentionParams& p) {
 }
 
 int64_t bytes_of_worker(const LinearAttentionParams& p, int64_t threads) {
-  const int64_t panels = Slices(p, threads).in_slice;
+  const int64_t panels = ValueSplits(p, threads).panels_of_split;
   return p.dtype == DType::f64 ? buffer_bytes<double>(p, panels) : buffer_bytes<float>(p, panels);
 }
 
@@ -397,18 +398,18 @@ int64_t bytes_of_worker(const LinearAttentionParams& p, int64_t threads) {
 
 int64_t linear_attention_workspace(const LinearAttentionParams& p, const Parallel& parallel) {
   if (is_step(p)) return 0;
-  const int64_t tasks = p.batch * p.heads * Slices(p, parallel.threads).count;
+  const int64_t tasks = p.batch * p.heads * ValueSplits(p, parallel.threads).count;
   return min(tasks, parallel.threads) * bytes_of_worker(p, parallel.threads);
 }
 
 void linear_attention(const LinearAttentionParams& p, const Parallel& parallel) {
-  const Slices slices(p, parallel.threads);
+  const ValueSplits splits(p, parallel.threads);
   const int64_t bytes = bytes_of_worker(p, parallel.threads);
   visit_dtype(p.dtype, [&]<class T>() {
-    parallel_tasks(parallel, p.batch * p.heads * slices.count, [&](int64_t task, int64_t worker) {
-      const int64_t flat = task / slices.count;
-      const int64_t first = task % slices.count * slices.in_slice;
-      const int64_t count = min(slices.in_slice, slices.panels - first);
+    parallel_tasks(parallel, p.batch * p.heads * splits.count, [&](int64_t task, int64_t worker) {
+      const int64_t flat = task / splits.count;
+      const int64_t first = task % splits.count * splits.panels_of_split;
+      const int64_t count = min(splits.panels_of_split, splits.panels - first);
       void* memory = static_cast<char*>(p.workspace) + worker * bytes;
       Head<T> head(p, flat / p.heads, flat % p.heads, first, count, memory);
       if (is_step(p)) {

@@ -44,20 +44,20 @@ class CheapColumns {
   // Prices of a block of columns: their smallest costs where every column gets a row, else 0.
   void price_columns(int64_t block) {
     const int64_t first = block * kPricedColumns, last = min(first + kPricedColumns, m_);
-    alignas(64) Acc least[kPricedColumns];
-    for (Acc& x : least) x = kInfinity<Acc>;
+    alignas(64) Acc smallest[kPricedColumns];
+    for (Acc& x : smallest) x = kInfinity<Acc>;
     constexpr int kRows = 4;
     for (int64_t i = 0; n_ == m_ && i < n_; i += kRows) {
       for (int64_t j = first; j < last; j += kLanes) {
-        Vec<Acc> cost = load(least + j - first);
+        Vec<Acc> cost = load(smallest + j - first);
         for (int64_t k = i; k < min(i + kRows, n_); ++k) {
           cost = min(load_columns(k, j) * splat(static_cast<Acc>(sign_)), cost);
         }
-        store(least + j - first, cost);
+        store(smallest + j - first, cost);
       }
     }
     for (int64_t j = first; j < round_up(last, kLanes); ++j) {
-      const double price = static_cast<double>(least[j - first]);
+      const double price = static_cast<double>(smallest[j - first]);
       set_price(j, j < m_ && price < kInfinity<double> ? price : 0.0);
     }
   }
@@ -141,9 +141,10 @@ class CheapColumns {
   template <class F>
   void collect(int64_t i, const F* prices) {
     CheapList& list = columns_.list[i];
-    Vec<F> least = splat(kInfinity<F>);
-    for (int64_t j = 0; j < m_; j += kLanes) least = min(costs<F>(i, j) - load(prices + j), least);
-    double bound = static_cast<double>(second_of_eight(least));
+    Vec<F> smallest = splat(kInfinity<F>);
+    for (int64_t j = 0; j < m_; j += kLanes)
+      smallest = min(costs<F>(i, j) - load(prices + j), smallest);
+    double bound = static_cast<double>(second_of_eight(smallest));
     bound += kRoughness * ((bound < 0 ? -bound : bound) + max_price_);
     const F rough =
         static_cast<F>(bound + 2 * kRoughness * ((bound < 0 ? -bound : bound) + max_price_));

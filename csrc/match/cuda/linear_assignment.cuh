@@ -144,11 +144,11 @@ struct AssignmentSolver {
   // Prices are the smallest costs where every column gets a row, else 0; all rows wait.
   __device__ void start() {
     each_column([&](int64_t j) {
-      double least = __builtin_huge_val();
+      double smallest = __builtin_huge_val();
       for (int64_t i = 0; size.rows == size.columns && i < size.rows; ++i) {
-        least = fmin(least, cost(i, j));
+        smallest = fmin(smallest, cost(i, j));
       }
-      v[j] = least < __builtin_huge_val() ? least : 0.0;
+      v[j] = smallest < __builtin_huge_val() ? smallest : 0.0;
       owner[j] = -1;
     });
     for (int64_t i = threadIdx.x; i < size.rows; i += kAssignmentThreads) {

@@ -120,7 +120,7 @@ void write_row(const SimilarityStatsParams& p, int64_t at, const Statistics* sta
   const bool found = statistics && statistics->number[lane] > 0;
   p.mean[at] = found ? statistics->mean[lane] : 0;
   p.variance[at] = found ? statistics->squares[lane] / statistics->number[lane] : 0;
-  p.greatest[at] = found ? statistics->greatest[lane] : -kInfinity<float>;
+  p.largest[at] = found ? statistics->largest[lane] : -kInfinity<float>;
   p.energy[at] = found ? statistics->energy[lane] / statistics->number[lane] : 0;
   p.index[at] = found ? statistics->index[lane] : -1;
   p.count[at] = found ? statistics->count[lane] : 0;

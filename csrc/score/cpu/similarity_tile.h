@@ -12,7 +12,7 @@ struct Statistics {
   alignas(64) float number[kLanes];
   alignas(64) float mean[kLanes];
   alignas(64) float squares[kLanes];  // sum of the squared distances from the mean
-  alignas(64) float greatest[kLanes];
+  alignas(64) float largest[kLanes];
   alignas(64) float energy[kLanes];
   alignas(64) int32_t index[kLanes];
   alignas(64) int32_t count[kLanes];
@@ -20,7 +20,7 @@ struct Statistics {
   void clear() {
     for (int lane = 0; lane < kLanes; ++lane) {
       number[lane] = mean[lane] = squares[lane] = energy[lane] = 0;
-      greatest[lane] = -kInfinity<float>;
+      largest[lane] = -kInfinity<float>;
       index[lane] = -1;
       count[lane] = 0;
     }
@@ -109,7 +109,7 @@ __attribute__((noinline)) static void add_tile(const SimilarityStatsParams& p, c
   const EnergyOf<kEnergy> energy_of(p);
   const f32x16 zero = splat(0.0f), one = splat(1.0f), threshold = splat(p.threshold);
   const i32x16 plus = splat(int32_t{1}), nothing = splat(int32_t{0});
-  f32x16 total = zero, number = zero, energy = zero, best = load(statistics.greatest);
+  f32x16 total = zero, number = zero, energy = zero, best = load(statistics.largest);
   i32x16 winner = load(statistics.index), above = load(statistics.count);
   for (int64_t j = 0; j < count; ++j) {
     f32x16 s = load(tile + j * kLanes), rated = s;
@@ -140,7 +140,7 @@ __attribute__((noinline)) static void add_tile(const SimilarityStatsParams& p, c
     squares = fma(distance, distance, squares);
   }
   statistics.join(number, mean, squares);
-  store(statistics.greatest, best);
+  store(statistics.largest, best);
   store(statistics.index, winner);
   store(statistics.count, above);
   store(statistics.energy, load(statistics.energy) + energy);

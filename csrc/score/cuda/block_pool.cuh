@@ -131,22 +131,22 @@ struct Pool {
   }
 
   __device__ __forceinline__ int pool_bounds(int64_t item) const {
-    float least[8], most[8];
+    float smallest[8], most[8];
 #pragma unroll
     for (int c = 0; c < 8; ++c) {
-      least[c] = kInfinity;
+      smallest[c] = kInfinity;
       most[c] = -kInfinity;
     }
     const int count = combine_counts(each_token([&](const float (&x)[8]) {
 #pragma unroll
       for (int c = 0; c < 8; ++c) {
-        least[c] = min_or_nan(least[c], x[c]);
+        smallest[c] = min_or_nan(smallest[c], x[c]);
         most[c] = max_or_nan(most[c], x[c]);
       }
     }));
-    combine(least, 0, [](float x, float y) { return min_or_nan(x, y); });
+    combine(smallest, 0, [](float x, float y) { return min_or_nan(x, y); });
     combine(most, 1, [](float x, float y) { return max_or_nan(x, y); });
-    store(least, item, 0, count);
+    store(smallest, item, 0, count);
     store(most, item, 1, count);
     return count;
   }

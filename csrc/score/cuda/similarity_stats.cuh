@@ -17,7 +17,7 @@ struct SimilarityArgs {
 // A lane's statistics of a row: its share of the columns so far.
 struct SimilarityState {
   Moments moments;
-  float greatest = -kInfinity, energy = 0.0f;
+  float largest = -kInfinity, energy = 0.0f;
   int index = -1, above = 0;
   int first = 0, last = 0;  // the columns that may be partners, less `self`
   int self = -1;
@@ -29,12 +29,12 @@ struct SimilarityState {
     above = warp_sum<4>(above);
 #pragma unroll
     for (int step = 1; step < 4; step *= 2) {
-      const float other = __shfl_xor_sync(kAllLanes, greatest, step);
+      const float other = __shfl_xor_sync(kAllLanes, largest, step);
       const int other_index = __shfl_xor_sync(kAllLanes, index, step);
       // As unsigned numbers, -1 is the maximum.
-      if (other > greatest || (other == greatest &&
-                               static_cast<unsigned>(other_index) < static_cast<unsigned>(index))) {
-        greatest = other;
+      if (other > largest ||
+          (other == largest && static_cast<unsigned>(other_index) < static_cast<unsigned>(index))) {
+        largest = other;
         index = other_index;
       }
     }
@@ -122,8 +122,8 @@ struct RowStatistics : SimilarityRows<Config> {
       if (!counts(j)) continue;
       total += score(j);
       row.above += score(j) > q.threshold;
-      if (score(j) > row.greatest) {
-        row.greatest = score(j);
+      if (score(j) > row.largest) {
+        row.largest = score(j);
         row.index = column0 + column_of(j);
       }
     }
@@ -176,7 +176,7 @@ struct RowStatistics : SimilarityRows<Config> {
       q.mean[at] = alone ? 0.0f : result.moments.mean;
       q.variance[at] = alone ? 0.0f : result.moments.squares * inverse;
       q.energy[at] = alone ? 0.0f : result.energy * inverse * energy_factor;
-      q.greatest[at] = alone ? -kInfinity : result.greatest + 0.0f;  // + 0 makes -0 into +0
+      q.largest[at] = alone ? -kInfinity : result.largest + 0.0f;  // + 0 makes -0 into +0
       q.index[at] = alone ? -1 : result.index;
       q.count[at] = alone ? 0 : result.above;
     }

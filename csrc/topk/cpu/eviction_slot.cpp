@@ -63,13 +63,13 @@ constexpr T kGoes = std::numeric_limits<T>::min();
 template <>
 constexpr float kGoes<float> = kHidden;
 
-TOKRED_INLINE f32x16 rank_of(f32x16 x, bool greatest) {
-  return select_number(x, greatest ? splat(0.0f) - x : x, splat(kHidden));
+TOKRED_INLINE f32x16 rank_of(f32x16 x, bool largest) {
+  return select_number(x, largest ? splat(0.0f) - x : x, splat(kHidden));
 }
-TOKRED_INLINE i32x16 rank_of(i32x16 x, bool greatest) {
+TOKRED_INLINE i32x16 rank_of(i32x16 x, bool largest) {
   // The ends of the range are for keys that stay and keys that go.
   x = min(max(x, splat(kGoes<int32_t> + 1)), splat(kStays<int32_t> - 1));
-  return greatest ? splat(-1) - x : x;
+  return largest ? splat(-1) - x : x;
 }
 TOKRED_INLINE i32x16 load_positions(const int32_t* p, int64_t count) {
   if (count >= kLanes) return load(p);
@@ -94,13 +94,13 @@ int32_t first_of_min_rank(const EvictionSlotParams& p, int64_t batch, int64_t he
   i32x16 slot = load(lane), key = slot;
   for (int64_t n = 0; n < p.slots; n += kLanes, key = key + splat(int32_t{kLanes})) {
     const int64_t count = min(p.slots - n, kLanes);
-    Vec<T> rank = rank_of(number(n, count), p.greatest);
-    const i32x16 place = load_positions(position + n, count);
+    Vec<T> rank = rank_of(number(n, count), p.largest);
+    const i32x16 key_position = load_positions(position + n, count);
     if (p.first > 0) {
-      const Vec<T> sink = select_greater(place, splat(last), rank, splat(kStays<T>));
-      rank = select_greater(splat(start), place, rank, sink);
+      const Vec<T> sink = select_greater(key_position, splat(last), rank, splat(kStays<T>));
+      rank = select_greater(splat(start), key_position, rank, sink);
     }
-    rank = select_greater(place, splat(p.recent_after), splat(kStays<T>), rank);
+    rank = select_greater(key_position, splat(p.recent_after), splat(kStays<T>), rank);
     if (bias) {
       rank = select_greater(load_row(bias + n, count), splat(kHidden), rank, splat(kGoes<T>));
     }

@@ -22,7 +22,7 @@ void replace_in_head(const ReplaceTokenParams& p, int64_t batch, int64_t head) {
   replace_row(p.values, batch, head, slot);
   if (!p.position) return;
   p.position[batch * p.position_stride_batch + head * p.position_stride_head +
-             slot * p.position_stride_token] = p.place;
+             slot * p.position_stride_token] = p.new_position;
 }
 
 }  // namespace

@@ -49,14 +49,14 @@ __device__ __forceinline__ float received(const EvictionSlotParams& p, const Rec
   return total / static_cast<float>(from.end - from.first);
 }
 
-// Ranks as unsigned numbers of the opposite order: the greatest goes.
-__device__ __forceinline__ uint32_t reversed(float x, bool greatest) {
-  return x != x ? descending_key(-kInfinity) : descending_key((greatest ? -x : x) + 0.0f);
+// Ranks as unsigned numbers of the opposite order: the largest goes.
+__device__ __forceinline__ uint32_t reversed(float x, bool largest) {
+  return x != x ? descending_key(-kInfinity) : descending_key((largest ? -x : x) + 0.0f);
 }
-__device__ __forceinline__ uint32_t reversed(int32_t x, bool greatest) {
+__device__ __forceinline__ uint32_t reversed(int32_t x, bool largest) {
   // The ends of the range are for keys that stay and keys that go.
   x = min(max(x, -0x7fffffff), 0x7ffffffe);
-  return ~(static_cast<uint32_t>(greatest ? ~x : x) ^ 0x80000000u);
+  return ~(static_cast<uint32_t>(largest ? ~x : x) ^ 0x80000000u);
 }
 
 // Block (batch, head), in a grid of rows.
@@ -81,7 +81,7 @@ static __global__ void __launch_bounds__(kEvictionThreads)
     unsigned long long best = 0;
     for (int64_t n = threadIdx.x; n < p.slots; n += kEvictionThreads) {
       uint32_t rank;
-      const int32_t place = position[n];
+      const int32_t key_position = position[n];
       if (p.logits || scores) {
         float x = scores ? scores[n] : 0.0f;
         if (p.logits) {
@@ -89,11 +89,11 @@ static __global__ void __launch_bounds__(kEvictionThreads)
           x = scores ? x + own : own;
           p.total[row * p.slots + n] = x;
         }
-        rank = reversed(x, p.greatest);
+        rank = reversed(x, p.largest);
       } else {
-        rank = reversed(place, p.greatest);
+        rank = reversed(key_position, p.largest);
       }
-      if (place > p.recent_after || (place >= start && place < end)) rank = 0;
+      if (key_position > p.recent_after || (key_position >= start && key_position < end)) rank = 0;
       if (bias && !(bias[n] > -kInfinity)) rank = 0xffffffffu;
       const unsigned long long key =
           static_cast<unsigned long long>(rank) << 32 | (0xffffffffu - static_cast<uint32_t>(n));

@@ -42,7 +42,7 @@ static __global__ void __launch_bounds__(kReplaceThreads)
     }
     if (threadIdx.x > 0 || !p.position) continue;
     p.position[batch * p.position_stride_batch + head * p.position_stride_head +
-               slot * p.position_stride_token] = p.place;
+               slot * p.position_stride_token] = p.new_position;
   }
 }
 

@@ -169,9 +169,9 @@ def _exactly(value: Any, where: str, names: tuple[str, ...]) -> dict[str, Any]:
     return value
 
 
-def _integer(value: Any, where: str, least: int) -> None:
-    if type(value) is not int or not least <= value <= _LARGEST:
-        raise ValueError(f"{where} is {value!r}, no integer from {least} to {_LARGEST}")
+def _integer(value: Any, where: str, minimum: int) -> None:
+    if type(value) is not int or not minimum <= value <= _LARGEST:
+        raise ValueError(f"{where} is {value!r}, no integer from {minimum} to {_LARGEST}")
 
 
 def _tuple(value: Any, where: str) -> tuple[Any, ...]:

@@ -34,9 +34,9 @@ def chosen_layers(at: Sequence[int] | None, num_layers: int) -> list[int]:
 
 
 def finite(scores: Tensor) -> Tensor:
-    """The scores f32, NaN and -inf as the least number: every entry is a candidate, NaN last."""
-    least = torch.finfo(torch.float32).min
-    return torch.nan_to_num(scores.float(), nan=least, neginf=least)
+    """The scores f32, NaN and -inf as the smallest number: every entry is a candidate, NaN last."""
+    smallest = torch.finfo(torch.float32).min
+    return torch.nan_to_num(scores.float(), nan=smallest, neginf=smallest)
 
 
 def best_tokens(scores: Tensor, count: int, num_prefix: int = 0, order: str = "position") -> Tensor:

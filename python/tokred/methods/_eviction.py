@@ -16,10 +16,10 @@ Merged: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor | None]
 """k, v, position and bias, as a Replacement has them."""
 
 
-def check_budget(budget: int, least: int, of: str) -> None:
+def check_budget(budget: int, smallest: int, of: str) -> None:
     """Refuses a budget below what is kept in any case."""
-    if budget < least:
-        raise ValueError(f"budget must be at least {least}, {of}, got {budget}")
+    if budget < smallest:
+        raise ValueError(f"budget must be at least {smallest}, {of}, got {budget}")
 
 
 def check_window(window: int, kernel: int, budget: int) -> None:
@@ -32,10 +32,10 @@ def check_window(window: int, kernel: int, budget: int) -> None:
 
 
 def pooled(scores: Tensor, kernel: int, pool: str) -> Tensor:
-    """Every key takes the mean or the greatest score of the `kernel` keys around it.
+    """Every key takes the mean or the largest score of the `kernel` keys around it.
 
     Args:
-        scores: f32 [B, H, N], in the order of places.
+        scores: f32 [B, H, N], in the order of positions.
     """
     if pool == "max":
         return max_pool1d(scores, kernel, 1, kernel // 2)
@@ -62,7 +62,7 @@ def merged_prompt(call: EvictionCall, scores: Tensor, merge: Callable[..., Merge
         scores: f32 [B, Hkv, N]. merge: is called with k, v, scores and position of tokens that are
             no padding, for all rows at once or one after another.
 
-    With padding this waits for the device. Rows with fewer keys get empty places.
+    With padding this waits for the device. Rows with fewer keys get empty slots.
     """
     states = (call.k, call.v, scores, call.position)
     if call.bias is None:
@@ -75,9 +75,9 @@ def merged_prompt(call: EvictionCall, scores: Tensor, merge: Callable[..., Merge
     k, v = (x.new_zeros(len(rows), heads, longest, x.shape[3]) for x in (call.k, call.v))
     position = torch.full((len(rows), heads, longest), -1, dtype=torch.int32, device=k.device)
     bias = torch.full(position.shape, -torch.inf, device=k.device)
-    for number, (own_k, own_v, place, own_bias) in enumerate(rows):
+    for number, (own_k, own_v, kept_positions, own_bias) in enumerate(rows):
         count = own_k.shape[2]
         k[number, :, :count], v[number, :, :count] = own_k[0], own_v[0]
-        position[number, :, :count] = place[0]
+        position[number, :, :count] = kept_positions[0]
         bias[number, :, :count] = 0 if own_bias is None else own_bias[0]
     return call.replaced(k, v, position, bias)

@@ -31,14 +31,14 @@ def key_lengths(k: Tensor, lengths: Tensor | None) -> Tensor:
 def check_count(
     name: str,
     count: object,
-    least: int | None = 0,
+    minimum: int | None = 0,
     per_row: bool = False,
     optional: bool = False,
 ) -> None:
-    """Raises unless the value is an int of at least `least`.
+    """Raises unless the value is an int of at least `minimum`.
 
     Args:
-        least: None where the caller checks the range.
+        minimum: None where the caller checks the range.
         per_row: integers in a tensor will do. optional: None will do.
     """
     if optional and count is None:
@@ -53,25 +53,25 @@ def check_count(
     ):
         wanted = "an int or a tensor of integers" if per_row else "an int"
         raise ValueError(f"{name} must be {wanted}, got {count!r}")
-    if least is not None and count < least:
-        raise ValueError(f"{name} must be at least {least}, got {count}")
+    if minimum is not None and count < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {count}")
 
 
-def check_least(least: int, **counts: object) -> None:
+def check_minimum(minimum: int, **counts: object) -> None:
     """check_count of each; arguments are given by name."""
     for name, count in counts.items():
-        check_count(name, count, least)
+        check_count(name, count, minimum)
 
 
-def check_number(least: float, **values: object) -> None:
-    """Raises unless each is a number of at least `least`; arguments are given by name."""
+def check_number(minimum: float, **values: object) -> None:
+    """Raises unless each is a number of at least `minimum`; arguments are given by name."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(
             value, (int, float, torch.SymInt, torch.SymFloat)
         ):
             raise ValueError(f"{name} must be a number, got {value!r}")
-        if not value >= least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+        if not value >= minimum:
+            raise ValueError(f"{name} must be at least {minimum}, got {value}")
 
 
 def check_tokens(name: str, x: Tensor, shape: list[int], dtypes: tuple[torch.dtype, ...]) -> None:

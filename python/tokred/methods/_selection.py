@@ -390,7 +390,7 @@ def content_mask(
 
 
 def unit_range(values: Tensor, valid: Tensor | None = None, eps: float = 1e-12) -> Tensor:
-    """f32 [..., N]: values - least, divided by (greatest - least + eps), over the valid ones.
+    """f32 [..., N]: values - smallest, divided by (largest - smallest + eps), over the valid ones.
 
     NaN stays, and bounds nothing. Equal values give 0.
     """
@@ -399,8 +399,8 @@ def unit_range(values: Tensor, valid: Tensor | None = None, eps: float = 1e-12) 
         return values
     bounds = ~values.isnan() if valid is None else valid & ~values.isnan()
     low, high = (values.masked_fill(~bounds, bound) for bound in (torch.inf, -torch.inf))
-    least, most = low.amin(-1, keepdim=True), high.amax(-1, keepdim=True)
-    return (values - least) / (most - least + eps)
+    smallest, largest = low.amin(-1, keepdim=True), high.amax(-1, keepdim=True)
+    return (values - smallest) / (largest - smallest + eps)
 
 
 def percentile(values: Tensor, q: float, valid: Tensor | None = None) -> Tensor:

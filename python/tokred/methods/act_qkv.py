@@ -29,7 +29,7 @@ from torch.nn.functional import normalize
 import tokred
 from tokred.selection import expand_blocks
 
-from ._lists import check_least
+from ._lists import check_minimum
 from ._method import Family, Method, Needs
 
 
@@ -53,8 +53,8 @@ class ActivationStats:
         Raises:
             ValueError: fewer than two queries, which have no variance, or a limit below 0.
         """
-        check_least(2, L=q.shape[2])
-        check_least(0, limit=limit)
+        check_minimum(2, L=q.shape[2])
+        check_minimum(0, limit=limit)
         q = q.detach().float()
         return cls(q.mean(2, keepdim=True), q.var(2, keepdim=True), 1, limit)
 
@@ -176,7 +176,7 @@ def information_density(scores: Tensor) -> Tensor:
 
 
 def layer_budget(
-    densities: Sequence[float], layer: int, remaining: int, least: int = 32, most: int = 32
+    densities: Sequence[float], layer: int, remaining: int, minimum: int = 32, maximum: int = 32
 ) -> int:
     """How many blocks a layer retrieves, of those left for it and the layers after it.
 
@@ -184,12 +184,12 @@ def layer_budget(
         densities: the mean density of every layer, over the last hundred steps as published.
         remaining: blocks that layers before it have left; at first, the layers times the mean
             number of blocks.
-        least, most: of any layer, published as 32 and twice the mean number of blocks; both at most
-            the number of blocks there are.
+        minimum, maximum: of any layer, published as 32 and twice the mean number of blocks; both
+            at most the number of blocks there are.
     """
     total = math.fsum(densities[layer:])
-    wanted = round(densities[layer] / total * remaining) if total > 0 else least
-    return max(min(wanted, most), least)
+    wanted = round(densities[layer] / total * remaining) if total > 0 else minimum
+    return max(min(wanted, maximum), minimum)
 
 
 def act_qkv_attention(
@@ -219,7 +219,7 @@ def act_qkv_attention(
     Raises:
         ValueError: num_blocks below 0, or num_representatives outside [1, block].
     """
-    check_least(0, num_blocks=num_blocks)
+    check_minimum(0, num_blocks=num_blocks)
     blocks, visible = block_keys(k, received, block, num_representatives, mask)
     scores = block_scores(probe_query(q, stats), blocks, visible, question)
     chosen = tokred.topk(scores, min(num_blocks, scores.shape[1]), order="position")[1]

@@ -4,7 +4,7 @@ Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation for Efficient
 (arXiv 2407.11550).
 
 The heads of a layer compete for as many tokens as they would keep with equal budgets: the tokens of
-greatest score among all heads count for their heads, and a share of every head's budget, the
+largest score among all heads count for their heads, and a share of every head's budget, the
 safeguard, stays that of equal budgets. Each head then keeps its own best tokens.
 
 An approximate version in what it saves: heads of a layer are stored with places for as many tokens
@@ -23,7 +23,7 @@ from torch import Tensor
 import tokred
 
 from ._eviction import check_window, window_scores
-from ._lists import check_least
+from ._lists import check_minimum
 from ._method import Family, Method, Needs, Options
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def head_budgets(scores: Tensor, budget: int, safeguard: float = 0.2) -> Tensor:
         scores: f32 [B, H, N]; -inf for what no head keeps.
         safeguard: share of the budget that every head has in any case.
     """
-    check_least(0, budget=budget)
+    check_minimum(0, budget=budget)
     batch, heads, tokens = scores.shape
     best = tokred.topk(scores.reshape(batch, -1), min(heads * budget, heads * tokens))[1]
     owner = torch.where(best < 0, -1, best // max(tokens, 1))

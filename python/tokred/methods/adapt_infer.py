@@ -112,7 +112,7 @@ def _weights(
 
 
 def _lse(q: Tensor, k: Tensor, scale: float | None, mask: Tensor | None) -> Tensor:
-    """f32 [B, Hq, L]; one value a key is the least that can be attended to."""
+    """f32 [B, Hq, L]; one value a key is the smallest that can be attended to."""
     return tokred.biased_attention(q, k, k[..., :1], causal=True, scale=scale, mask=mask)[1]
 
 

@@ -106,7 +106,7 @@ def merge_to(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: another k.
     """
-    check_count("k", k, least=None)
+    check_count("k", k, minimum=None)
     if not 1 <= k <= max(x.shape[1], 1):
         raise ValueError(f"k must be from 1 to {x.shape[1]}, got {k}")
     rows, total = x.contiguous(), identity(x)

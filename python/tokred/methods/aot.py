@@ -19,7 +19,7 @@ from torch.nn import functional
 
 import tokred
 
-from ._lists import check_count, check_least
+from ._lists import check_count, check_minimum
 from ._method import Family, Method, Needs
 from ._video import VideoTokens, check_video
 
@@ -45,7 +45,7 @@ def choose_anchors(
     Raises:
         ValueError: attention or window that does not fit the grid, more anchors than tokens.
     """
-    check_count("count", count, least=None)
+    check_count("count", count, minimum=None)
     (height, width), tokens = grid, grid[0] * grid[1]
     for name, table in (("local", local_attention), ("global", global_attention)):
         if table.dim() != 2 or table.shape[1] != tokens:
@@ -143,7 +143,7 @@ def across_frames(
         of the anchor that got most of it. Not differentiable.
     """
     batch, frames, _, _ = check_video(x)
-    check_least(1, group=group)
+    check_minimum(1, group=group)
     if not 0 <= keep <= 1:
         raise ValueError(f"keep must be in [0, 1], got {keep}")
     parts, maps, slots = [], [], 0

@@ -6,7 +6,7 @@ Long-Context Inference in LLMs (arXiv 2603.08727).
 A prompt beyond the cache size keeps its heavy hitters and its last window. While decoding, a cache
 that has grown beyond its size keeps three quarters of what lies before the window: the best of them
 in full precision, as many as the layer's budget allows, and the others in fp8. A layer's budget
-follows from the entropy, variance and kurtosis of its attention, relative to the greatest of all
+follows from the entropy, variance and kurtosis of its attention, relative to the largest of all
 layers.
 
 An approximate version, different from the released code in this:
@@ -34,7 +34,7 @@ import tokred
 from tokred import PackedKV
 from tokred._library import refuse_grad
 
-from ._lists import check_least, check_query, check_tokens
+from ._lists import check_minimum, check_query, check_tokens
 from ._method import Family, Method, Needs
 
 # The tau in the exponents 1 / tau of entropy, variance and kurtosis, and the weight of variance in
@@ -76,7 +76,7 @@ def origin_budgets(scores: list[float], cache_size: int, window: int, tokens: in
     """Tokens that every layer may keep in full precision, besides the window.
 
     Args:
-        scores: layer_score of all layers; each is compared with the greatest of them, wherever
+        scores: layer_score of all layers; each is compared with the largest of them, wherever
             that stands.
         cache_size: tokens the cache may have, more than window.
         tokens: of the prompt.
@@ -86,13 +86,13 @@ def origin_budgets(scores: list[float], cache_size: int, window: int, tokens: in
     """
     _check_sizes(cache_size, window)
     most = max(min(cache_size - window, tokens - window), 0)
-    greatest = max(scores, default=0.0)
-    shares = (score / greatest if greatest > 0 else 1.0 for score in scores)
+    largest = max(scores, default=0.0)
+    shares = (score / largest if largest > 0 else 1.0 for score in scores)
     return [max(min(round(share * (cache_size - window)), most), 0) for share in shares]
 
 
 def _check_sizes(cache_size: int, window: int) -> None:
-    check_least(1, window=window)
+    check_minimum(1, window=window)
     if cache_size <= window:
         raise ValueError(f"cache_size must be more than window = {window}, got {cache_size}")
 
@@ -228,7 +228,7 @@ def compress_prompt(
             or, with a prompt beyond the cache, a q of another number of queries than the window.
     """
     _check_sizes(cache_size, window)
-    check_least(0, origin_budget=origin_budget)
+    check_minimum(0, origin_budget=origin_budget)
     tokens = k.shape[2]
     if tokens > cache_size and q.shape[2] != window:
         raise ValueError(f"q must have the last {window} queries, got {q.shape[2]}")

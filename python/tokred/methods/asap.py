@@ -46,7 +46,7 @@ def first_token_surprisal(logits: Tensor, ids: Tensor, starts: Tensor) -> Tensor
 
 
 def prune_steps(surprisal: Tensor, lengths: Tensor, budget: int | Tensor) -> Tensor:
-    """The steps that stay when those of least surprisal go until the rest fits.
+    """The steps that stay when those of lowest surprisal go until the rest fits.
 
     Args:
         surprisal: f32 [B, S]; NaN goes first, on a tie the later step.

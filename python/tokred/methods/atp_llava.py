@@ -18,7 +18,7 @@ from torch.nn import functional
 
 import tokred
 
-from ._lists import check_count, check_least
+from ._lists import check_count, check_minimum
 from ._method import Family, Method, Needs
 from ._prompts import attention_from
 from ._selection import check_order
@@ -79,7 +79,7 @@ def spatial_scores(
     Raises:
         ValueError: a stride or a side below 1.
     """
-    check_least(
+    check_minimum(
         1, height=grid[0], width=grid[1], **{f"strides[{i}]": s for i, s in enumerate(strides)}
     )
     rows, columns = (torch.arange(size, device=device) for size in grid)

@@ -55,7 +55,7 @@ def ats_sample(
 
     Returns:
         (i32 [B, num_samples], by ascending score, -1 behind them; counts i32 [B]). The token of
-        least score is never picked where several have one.
+        lowest score is never picked where several have one.
     """
     return tokred.inverse_transform_sample(scores, num_samples, mask)
 
@@ -72,7 +72,7 @@ def ats_keep(scores: Tensor, keep: int) -> Tensor:
     Raises:
         ValueError: keep is more than there are tokens.
     """
-    check_count("keep", keep, least=None)
+    check_count("keep", keep, minimum=None)
     batch, tokens = scores.shape
     if not 0 <= keep <= tokens:
         raise ValueError(f"keep must be from 0 to {tokens}, got {keep}")

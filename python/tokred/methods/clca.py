@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._lists import check_least
+from ._lists import check_minimum
 from ._method import Family, Method, Needs
 
 
@@ -47,7 +47,7 @@ def carriers(
     """
     tokens = x.shape[1]
     num_pool = tokens - num_registers if num_pool is None else num_pool
-    check_least(0, num_registers=num_registers, num_pool=num_pool)
+    check_minimum(0, num_registers=num_registers, num_pool=num_pool)
     if max(num_pool, num_registers) > tokens:
         raise ValueError(
             f"num_pool and num_registers must be at most {tokens}, the number of tokens, got "

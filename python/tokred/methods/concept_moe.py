@@ -100,7 +100,7 @@ def dechunk(h: Tensor, concepts: Concepts, residual: Tensor | None = None) -> Te
 def balance_loss(
     boundary: Tensor, probability: Tensor, ratio: float, mask: Tensor | None = None
 ) -> Tensor:
-    """R / (R - 1) ((R - 1) F G + (1 - F) (1 - G)), least where F = G = 1 / R.
+    """R / (R - 1) ((R - 1) F G + (1 - F) (1 - G)), smallest where F = G = 1 / R.
 
     F is the share of boundaries, G the mean probability, of all tokens of the batch; R = ratio, the
     tokens a concept should have, above 1. Differentiable in probability.

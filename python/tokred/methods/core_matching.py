@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ._lists import check_count, check_least
+from ._lists import check_count, check_minimum
 from ._method import Family, Method, Needs, Options
 from ._prompts import DEPTH
 from ._selection import best, check_features, elbow
@@ -118,9 +118,9 @@ class CoreMatchingOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("keep", self.keep, least=1, optional=True)
-        check_count("layer", self.layer, least=1, optional=True)
-        check_least(1, word=self.word)
+        check_count("keep", self.keep, minimum=1, optional=True)
+        check_count("layer", self.layer, minimum=1, optional=True)
+        check_minimum(1, word=self.word)
 
     def prune_layers(self, num_layers: int) -> list[int]:
         """The one before which tokens are dropped."""

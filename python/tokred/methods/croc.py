@@ -39,7 +39,7 @@ def nearest_tokens(patches: Tensor, tokens: Tensor, reference_compat: bool = Fal
 
     Returns:
         i32 [B, P]: of all ways to give every patch a token of its own, the one whose distances have
-        the least sum.
+        the smallest sum.
 
     Raises:
         ValueError: more patches than tokens.

@@ -52,7 +52,7 @@ def select_tokens(
 ) -> Tensor:
     """The pivots of the image, then ceil((k - pivots) / all pivots) tokens by each pivot.
 
-    Those are the visual tokens not chosen yet whose cosine to the pivot is least; pivots take turns
+    Those are the visual tokens not chosen yet of lowest cosine to the pivot; pivots take turns
     in the order of their norms, those of the image first.
 
     Args:

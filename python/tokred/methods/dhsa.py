@@ -21,7 +21,7 @@ from torch import Tensor
 import tokred
 from tokred.selection import block_mask
 
-from ._lists import check_least
+from ._lists import check_minimum
 from ._method import Family, Method, Needs
 
 
@@ -92,8 +92,8 @@ def dhsa_indices(
     Raises:
         ValueError: a negative number, boundaries that do not ascend from 0 to N, or L above N.
     """
-    check_least(1, block_q=block_q, budget=budget, chunk_size=chunk_size)
-    check_least(0, num_sinks=num_sinks, num_locals=num_locals)
+    check_minimum(1, block_q=block_q, budget=budget, chunk_size=chunk_size)
+    check_minimum(0, num_sinks=num_sinks, num_locals=num_locals)
     queries, tokens, device = q.shape[2], k.shape[2], k.device
     if queries > tokens:
         raise ValueError(f"q must have at most the {tokens} tokens of k, got {queries}")
@@ -103,7 +103,7 @@ def dhsa_indices(
     else:
         _check_boundaries(boundaries, k.shape[0], tokens)
     if window is not None:
-        check_least(1, window=window)
+        check_minimum(1, window=window)
         budget = min(budget, window)
     budget = min(budget, tokens)
     scores = chunk_scores(q, k, block_q, boundaries, sqrt_len)
@@ -159,7 +159,7 @@ def dhsa_attention(
     Raises:
         ValueError: q of another number of tokens than k, or as in dhsa_indices.
     """
-    check_least(0, instruction_tokens=instruction_tokens)
+    check_minimum(0, instruction_tokens=instruction_tokens)
     tokens = k.shape[2]
     if q.shape[2] != tokens:
         raise ValueError(f"q must have the {tokens} tokens of k, got {q.shape[2]}")
@@ -212,7 +212,7 @@ def dhsa_block_mask(
     Raises:
         ValueError: a block below 1, or a density outside (0, 1].
     """
-    check_least(1, block_q=block_q, block_k=block_k)
+    check_minimum(1, block_q=block_q, block_k=block_k)
     if not 0 < density <= 1:
         raise ValueError(f"density must be in (0, 1], got {density}")
     queries, _ = tokred.block_pool(q.detach(), block_q)

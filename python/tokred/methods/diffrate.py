@@ -1,4 +1,4 @@
-"""DiffRate: drop the tokens of least attention, merge the next ones into those that stay.
+"""DiffRate: drop the tokens of lowest attention, merge the next ones into those that stay.
 
 DiffRate : Differentiable Compression Rate for Efficient Vision Transformers (arXiv 2305.17997).
 
@@ -34,7 +34,7 @@ def diffrate_plan(
     Args:
         x: [B, N, C], the tokens, on which similarity is measured.
         importance: f32 [B, N]; that of the first num_prefix tokens, which stay, does not count.
-        drop: so many tokens of least importance are dropped.
+        drop: so many tokens of lowest importance are dropped.
         merge: so many of the next each merge into the most similar token that stays; a prefix
             token takes in none. drop + merge must leave one token after the prefix.
 

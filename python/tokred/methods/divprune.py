@@ -1,4 +1,4 @@
-"""DivPrune: keep the visual tokens whose least distance to each other is as large as greed gets it.
+"""DivPrune: keep visual tokens whose minimum distance to each other is as large as greed gets it.
 
 DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models (arXiv 2503.02175).
 
@@ -49,7 +49,7 @@ def select_tokens(
     if not x.is_cuda:
         return in_order(tokred.greedy_select(x, k, mask=valid, first="isolated"), order)
     # There all pairs at once are quicker than the tiles that may hold the first pick one by one.
-    nearest = tokred.similarity_stats(x, exclude_self=True, mask_a=valid).greatest
+    nearest = tokred.similarity_stats(x, exclude_self=True, mask_a=valid).largest
     apart = (-nearest).masked_fill(nearest == -torch.inf, -torch.inf)
     _, start = tokred.topk(apart, 1)
     return in_order(tokred.greedy_select(x, k, start=start[:, 0].contiguous(), mask=valid), order)

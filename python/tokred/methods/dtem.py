@@ -37,7 +37,7 @@ def soft_choice(
             in every softmax; at large sharpness this is the choice of the k best pairs of distinct
             sources.
         mask: bool [B, Na, Nb] (or broadcast to it), the pairs that may merge.
-        eps: the least that is left of a source.
+        eps: the smallest that is left of a source.
 
     Returns:
         [B, Na, Nb], differentiable in score. O(k B Na Nb) time and, with a gradient, memory.

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 import tokred
 from tokred.schedule import Schedule, parse_r, reducing_layers, resolve
 
-from ._lists import check_count, check_least
+from ._lists import check_count, check_minimum
 from ._maps import identity, map_of_links
 from ._method import Family, Method, Needs, Options
 from ._selection import check_features
@@ -212,7 +212,7 @@ def grown_map(token_map: Tensor, tokens: int, new: int) -> Tensor:
         token_map: i32 [B, N], of a prompt. tokens: M, its unique tokens, and what has followed.
         new: how many follow now, whose queries have query_map = 0 .. new - 1.
     """
-    check_least(0, tokens=tokens, new=new)
+    check_minimum(0, tokens=tokens, new=new)
     place = torch.arange(tokens, tokens + new, dtype=torch.int32, device=token_map.device)
     return torch.cat([token_map, place.expand(token_map.shape[0], -1)], 1)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import tokred
 
-from ._lists import check_least
+from ._lists import check_minimum
 from ._method import Family, Method, Needs
 
 
@@ -55,7 +55,7 @@ def batch_bpe(
     Raises:
         ValueError: ids of another shape or range, or padding before a row's end.
     """
-    check_least(0, merges=merges)
+    check_minimum(0, merges=merges)
     if ids.dim() != 2 or ids.is_floating_point():
         raise ValueError(f"ids must be integers [B, N], got {list(ids.shape)} in {ids.dtype}")
     if word_ids is not None and word_ids.shape != ids.shape:

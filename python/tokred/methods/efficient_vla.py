@@ -15,7 +15,7 @@ from torch import Tensor
 
 import tokred
 
-from ._lists import check_count, check_least
+from ._lists import check_count, check_minimum
 from ._method import Family, Method, Needs
 from ._selection import best, features_of, in_order, mask_of, rows_of
 
@@ -74,8 +74,8 @@ def select(
     rows = features_of(x)
     similarity, _ = tokred.match(rows, rows_of(rows, key), mask_b=(key >= 0).contiguous())
     may = ~taken & ~scores.isnan() if valid is None else ~taken & ~scores.isnan() & valid
-    least = best(-similarity, keep - by_score, may, "score")
-    return in_order(torch.cat([first, least], 1), order)
+    smallest = best(-similarity, keep - by_score, may, "score")
+    return in_order(torch.cat([first, smallest], 1), order)
 
 
 def layer_importance(before: Tensor, after: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -91,8 +91,8 @@ def layer_importance(before: Tensor, after: Tensor, valid: Tensor | None = None)
 
 
 def layers_to_drop(importance: Tensor, count: int) -> list[int]:
-    """The `count` layers of least importance f32 [L], ascending; the lower one on a tie."""
-    check_least(0, count=count)
+    """The `count` layers of lowest importance f32 [L], ascending; the lower one on a tie."""
+    check_minimum(0, count=count)
     ranked = sorted(range(len(importance)), key=importance.tolist().__getitem__)
     return sorted(ranked[:count])
 
@@ -101,7 +101,7 @@ def computed_steps(steps: int, interval: int = 5) -> list[int]:
     """The denoising steps, of steps, steps - 1, ... 1, whose attention and MLP the action head
     computes: the first one and the multiples of the interval. Others take those of the last one.
     """
-    check_least(1, steps=steps, interval=interval)
+    check_minimum(1, steps=steps, interval=interval)
     return [step for step in range(steps, 0, -1) if step == steps or step % interval == 0]
 
 

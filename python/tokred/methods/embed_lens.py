@@ -15,7 +15,7 @@ from torch import Tensor
 
 import tokred
 
-from ._lists import check_least
+from ._lists import check_minimum
 from ._method import Family, Method, Needs, Options
 from ._selection import check_features, check_order, features_of, in_order, positions_of
 
@@ -149,7 +149,7 @@ class EmbedLensOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_least(1, number=self.number)
+        check_minimum(1, number=self.number)
         whole = isinstance(self.useless, tuple) and all(type(word) is int for word in self.useless)
         if not whole:
             raise ValueError(f"useless must be a tuple of ints, got {self.useless!r}")

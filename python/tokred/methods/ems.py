@@ -8,8 +8,8 @@ received from all queries and from the recent ones, brought to the same mean; to
 cos(k, k') cos(v, v'); a token that is like no kept one belongs to a zero class, a centre that is
 thrown away, so that all heads do the same work; keys merge as directions, their norms apart.
 Different, or not known to be the same: the two scores add up; how many tokens merge is an argument
-and the same for all heads, where the published rule adapts both to each head; the least likeness is
-an argument; directions, norms and values merge in plain means, where the published ones are
+and the same for all heads, where the published rule adapts both to each head; the minimum likeness
+is an argument; directions, norms and values merge in plain means, where the published ones are
 weighted by attention. Inside a patch the first prompt is brought to the budget; what follows stays
 as it comes.
 """
@@ -26,7 +26,7 @@ from torch.nn.functional import normalize
 import tokred
 
 from ._eviction import Merged, check_budget, merged_prompt
-from ._lists import check_least
+from ._lists import check_minimum
 from ._method import Family, Method, Needs, Options
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def global_local_score(q: Tensor, k: Tensor, window: int = 32) -> Tensor:
 
     2 (L + window) N D flops a head beside those of attention itself; nothing is stored.
     """
-    check_least(1, window=window)
+    check_minimum(1, window=window)
     columns = [
         tokred.attention_columns(x, k, causal=True).unflatten(1, (k.shape[1], -1)).sum(2)
         for x in (q, q[:, :, -window:])
@@ -110,15 +110,15 @@ def ems(
 
     Args:
         k: [B, H, N, D], v: [B, H, N, Dv]. scores: of global_local_score.
-        budget: tokens kept, the last `window` among them; the others are those of greatest score.
+        budget: tokens kept, the last `window` among them; the others are those of largest score.
         num_merged: tokens that follow them in score, and merge where they are alike enough. What
             is left is evicted.
 
     Raises:
         ValueError: a budget below 1, or another number below 0.
     """
-    check_least(1, budget=budget)
-    check_least(0, num_merged=num_merged, window=window)
+    check_minimum(1, budget=budget)
+    check_minimum(0, num_merged=num_merged, window=window)
     tokens = k.shape[2]
     budget = min(budget, tokens)
     _, ranked = tokred.topk(
@@ -162,8 +162,8 @@ class EmsOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_least(0, merged=self.merged)
-        check_least(1, window=self.window)
+        check_minimum(0, merged=self.merged)
+        check_minimum(1, window=self.window)
         check_budget(self.budget, self.window, "the window")
 
     def evict(self, call: EvictionCall) -> Replacement | None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ._dropping import best_tokens, chosen_layers, finite
-from ._lists import check_least, check_number
+from ._lists import check_minimum, check_number
 from ._method import Family, Method, Needs, Options
 from ._selection import check_budget, keep_count
 
@@ -71,7 +71,7 @@ class EvadOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_budget(None, self.ratio)
-        check_least(0, key_tokens=self.key_tokens)
+        check_minimum(0, key_tokens=self.key_tokens)
         check_number(0, key_weight=self.key_weight)
 
     def layers(self, num_layers: int) -> list[int]:

@@ -42,7 +42,7 @@ def evit_map(scores: Tensor, keep: int, num_prefix: int = 1) -> tuple[Tensor, in
     Raises:
         ValueError: keep is not from 0 to less than the number of tokens.
     """
-    check_count("keep", keep, least=None)
+    check_count("keep", keep, minimum=None)
     tokens = scores.shape[1] - num_prefix
     if not 0 <= keep < tokens:
         raise ValueError(f"keep must be from 0 to {tokens - 1}, got {keep}")

@@ -17,7 +17,7 @@ from torch import Tensor
 import tokred
 from tokred.selection import block_mask
 
-from ._lists import check_least
+from ._lists import check_minimum
 from ._method import Family, Method, Needs, Options
 
 LANES = 16  # rows of whole lanes are read fastest
@@ -56,7 +56,7 @@ def chunk_agreement(q: Tensor, k: Tensor, top: int = 256, interleaved: bool = Fa
     Raises:
         ValueError: top below 1, or no queries or keys.
     """
-    check_least(1, top=top, L=q.shape[2], N=k.shape[2])
+    check_minimum(1, top=top, L=q.shape[2], N=k.shape[2])
     heads, head_dim = q.shape[1], q.shape[3]
     top = min(top, k.shape[2])
     agreement = torch.zeros(heads, head_dim // 2, device=q.device)
@@ -79,7 +79,7 @@ def dominant_dims(
     interleaved: bool = False,
     shared: bool = False,
 ) -> Tensor:
-    """i32 [Hq, 2 * num_chunks]: the dimensions of the chunks of greatest agreement, per head.
+    """i32 [Hq, 2 * num_chunks]: the dimensions of the chunks of largest agreement, per head.
 
     Calibrated once: the chunks hardly differ from task to task. Arguments as in chunk_agreement;
     num_chunks is 8, 12 or 16 of 64 in the paper. With `shared` they are those of each key head,
@@ -174,7 +174,7 @@ def fasa_attention(
     Raises:
         ValueError: for DominantKeys of another number of keys than k's, or num_keys below 1.
     """
-    check_least(1, num_keys=num_keys)
+    check_minimum(1, num_keys=num_keys)
     if isinstance(dims, DominantKeys):
         if dims.length != k.shape[2]:
             raise ValueError(f"dims must hold the {k.shape[2]} keys of k, got {dims.length}")
@@ -192,15 +192,15 @@ class FasaAttention:
 
     def __init__(self, options: FasaOptions) -> None:
         self.options = options
-        self._greatest = [int(dims.max()) if dims.numel() else -1 for dims in options.dims]
+        self._largest = [int(dims.max()) if dims.numel() else -1 for dims in options.dims]
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         heads, head_dim = call.q.shape[1], call.q.shape[3]
-        dims, greatest = self.options.dims[call.layer], self._greatest[call.layer]
-        if dims.shape[0] != heads or greatest >= head_dim:
+        dims, largest = self.options.dims[call.layer], self._largest[call.layer]
+        if dims.shape[0] != heads or largest >= head_dim:
             raise ValueError(
                 f"dims[{call.layer}] must be those of {heads} query heads below {head_dim}, got "
-                f"{dims.shape[0]} heads and dimensions up to {greatest}"
+                f"{dims.shape[0]} heads and dimensions up to {largest}"
             )
         """(out [B, Hq, L, Dv], lse f32 [B, Hq, L]) of one layer; see KeySelector."""
         if call.is_prompt or self.options.k >= call.num_keys:

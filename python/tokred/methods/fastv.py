@@ -63,7 +63,7 @@ class FastvOptions(Options):
             k = torch.full_like(call.original, self.keep)
         else:
             k = (call.original * self.ratio).round().int().clamp(min=1)
-        # NaN as the least: the prompt's visual tokens are all candidates.
+        # NaN as the smallest: the prompt's visual tokens are all candidates.
         lowest = torch.finfo(torch.float32).min
         return best(scores.nan_to_num(lowest, None, lowest), k, call.is_slot)
 

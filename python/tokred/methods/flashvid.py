@@ -21,17 +21,17 @@ from torch.nn import functional
 
 import tokred
 
-from ._lists import check_count, check_least, check_number
+from ._lists import check_count, check_minimum, check_number
 from ._method import Family, Method, Needs
 from ._video import VideoTokens, check_video, padded_map
 
 
-def segments(x: Tensor, threshold: float = 0.9, least: int = 8) -> list[tuple[int, int]]:
+def segments(x: Tensor, threshold: float = 0.9, min_segments: int = 8) -> list[tuple[int, int]]:
     """Cuts a video where the mean tokens of neighbouring frames differ.
 
     Args:
         x: [F, N, C]. threshold: a cut is where their cosine is below it.
-        least: where fewer segments than this come of it, the frames that differ most are cut too.
+        min_segments: where fewer segments come of it, the frames that differ most are cut too.
 
     Returns:
         [(start, end)], ascending.
@@ -40,7 +40,7 @@ def segments(x: Tensor, threshold: float = 0.9, least: int = 8) -> list[tuple[in
     means = x.detach().float().mean(1)
     cosine = functional.cosine_similarity(means[:-1], means[1:], dim=-1).cpu()
     ranked = cosine.argsort(stable=True).tolist()
-    count = max(int((cosine < threshold).sum()), min(least, frames) - 1)
+    count = max(int((cosine < threshold).sum()), min(min_segments, frames) - 1)
     cuts = [0, *sorted(place + 1 for place in ranked[:count]), frames]
     return [(a, b) for a, b in pairwise(cuts) if b > a]
 
@@ -49,7 +49,7 @@ def diverse_tokens(x: Tensor, attention: Tensor, count: int) -> Tensor:
     """Tokens far from each other, the more attended to the better: i32 [B, count], ascending.
 
     The first is the one whose distance (1 - cosine) to the nearest other, times its attention, is
-    greatest; then always the one whose distance to those chosen, times its attention, is.
+    largest; then always the one whose distance to those chosen, times its attention, is.
 
     Args:
         x: [B, N, C]. attention: f32 [B, N], not negative. count: at most N.
@@ -69,7 +69,7 @@ def merge_video(
     expansion: float = 1.25,
     diverse: float = 0.7,
     cut: float = 0.9,
-    least_segments: int = 8,
+    min_segments: int = 8,
     neighbours: int = 7,
     reference_compat: bool = False,
 ) -> VideoTokens:
@@ -81,7 +81,7 @@ def merge_video(
             language model prunes later.
         diverse: the share of these that diverse_tokens chooses.
         threshold: a token merges into the most similar one of the frame before above this cosine.
-        cut, least_segments: as in segments; trees end there. neighbours: of the density-peak
+        cut, min_segments: as in segments; trees end there. neighbours: of the density-peak
             clusters that roots of a frame become.
 
     Returns:
@@ -98,7 +98,7 @@ def merge_video(
         raise ValueError(
             f"ratio must be in (0, 1] and diverse in [0, 1], got {ratio} and {diverse}"
         )
-    check_least(1, frames=frames, neighbours=neighbours, least_segments=least_segments)
+    check_minimum(1, frames=frames, neighbours=neighbours, min_segments=min_segments)
     check_number(1, expansion=expansion)
     budget = min(math.ceil(tokens * ratio * expansion), tokens)
     chosen = min(math.ceil(budget * diverse), budget)
@@ -109,7 +109,7 @@ def merge_video(
             best = diverse_tokens(video, seen, chosen)
             picked.scatter_(1, torch.where(best >= 0, best, tokens).long(), True)
         picked = picked[:, :tokens].contiguous()
-        cuts = segments(video, cut, least_segments)
+        cuts = segments(video, cut, min_segments)
         parent = _parents(video, picked, cuts, threshold, budget)
         flat = video.reshape(1, -1, channels).contiguous()
         trees, _, root = tokred.forest_merge(

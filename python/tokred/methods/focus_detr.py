@@ -4,7 +4,7 @@ Less is More: Focus Attention for Efficient DETR (arXiv 2307.12612).
 
 An approximate version: the foreground scores, which are learned, are an argument. How many tokens a
 layer updates follows from each image alone; a maintained re-implementation takes the largest image
-of a batch for all. There padding has the least score, here it is never chosen.
+of a batch for all. There padding has the lowest score, here it is never chosen.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from torch import Tensor
 import tokred
 from tokred.selection import ends, scatter_back
 
-from ._lists import check_least
+from ._lists import check_minimum
 from ._method import Family, Method, Needs
 
 
@@ -34,7 +34,7 @@ def router_factors(
 
     Returns:
         f32 [B, N, 4]: the position and the rank (0 that of the most attention, the lower index on a
-        tie, NaN last), both divided by the number of tokens; the attention divided by its greatest
+        tie, NaN last), both divided by the number of tokens; the attention divided by its largest
         value; the sparsity.
     """
     attention = attention.detach().float()
@@ -47,8 +47,8 @@ def router_factors(
     rank = torch.empty_like(order).scatter_(
         1, order, torch.arange(tokens, device=order.device).expand(batch, -1)
     )
-    greatest = known.amax(1, keepdim=True) if tokens else known.new_zeros(batch, 1)
-    part = torch.where(known > -torch.inf, attention, 0) / torch.where(greatest > 0, greatest, 1)
+    largest = known.amax(1, keepdim=True) if tokens else known.new_zeros(batch, 1)
+    part = torch.where(known > -torch.inf, attention, 0) / torch.where(largest > 0, largest, 1)
     whole = torch.as_tensor(sparsity, dtype=torch.float32, device=attention.device).reshape(-1, 1)
     factors = torch.stack([place / count, part, rank / count, whole.expand(batch, tokens)], -1)
     return factors.masked_fill(~there[..., None], 0)
@@ -78,7 +78,7 @@ def ftp(
     """
     if not 0 <= sparsity <= 1:
         raise ValueError(f"sparsity must be in [0, 1], got {sparsity}")
-    check_least(0, num_sinks=num_sinks, num_locals=num_locals)
+    check_minimum(0, num_sinks=num_sinks, num_locals=num_locals)
     scores = scores.detach().float()
     tokens = scores.shape[1]
     there = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid

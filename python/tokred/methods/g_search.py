@@ -1,4 +1,4 @@
-"""G-Search: the least number of visual tokens for every layer, never more than in the one before.
+"""G-Search: the minimum number of visual tokens of every layer, never more than in the one before.
 
 Accelerating Multimodal Large Language Models by Searching Optimal Vision Token Reduction (arXiv
 2412.00556).
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 def greedy_search(
     good: Callable[[list[int]], bool], num_layers: int, tokens: int, first: int = 1
 ) -> list[int]:
-    """The least number of tokens of every layer with which the model is still good.
+    """The smallest number of tokens of every layer with which the model is still good.
 
-    From the shallow layers to the deep ones, each takes the least number with which it and all
+    From the shallow layers to the deep ones, each takes the smallest number with which it and all
     later layers may work: a layer that has fewer never helps one that has more.
 
     Args:
@@ -110,6 +110,6 @@ METHOD = Method(
     family=Family.PRUNE,
     needs=(Needs.VISION_LANGUAGE_MODEL, Needs.CALIBRATION),
     status="approximate",
-    summary="every layer has the least number of visual tokens that serves, by search or a sigmoid",
+    summary="every layer has the fewest visual tokens that serve, by search or a sigmoid",
     options=GSearchOptions,
 )

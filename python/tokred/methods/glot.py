@@ -16,7 +16,7 @@ from torch.nn import functional
 
 import tokred
 
-from ._lists import check_least
+from ._lists import check_minimum
 from ._method import Family, Method, Needs
 
 
@@ -44,7 +44,7 @@ def token_graph(
 
     O(B N^2 C) time, O(B block N + E) memory.
     """
-    check_least(1, block=block)
+    check_minimum(1, block=block)
     batch, tokens, _ = x.shape
     unit = functional.normalize(x.detach().float(), dim=-1)
     live = torch.ones(batch, tokens, dtype=torch.bool, device=x.device) if mask is None else mask

@@ -6,7 +6,7 @@ H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Mo
 An approximate version, as the released code is: a prompt attends to all of its tokens, and is
 brought to the budget afterwards by the attention that all of its queries have paid, where the
 algorithm on paper drops tokens while it reads the prompt. Then every new token adds the attention
-that it pays, and the token with the least of it goes, unless it is among the last. Where several
+that it pays, and the token with the smallest of it goes, unless it is among the last. Where several
 query heads share a key head, the mean of their weights counts.
 """
 

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 import tokred
 
-from ._lists import check_least
+from ._lists import check_minimum
 from ._maps import identity, map_of_links
 from ._method import Family, Method, Needs
 from ._video import VideoTokens, check_video, padded_map
@@ -99,7 +99,7 @@ def merge_video(
         raise ValueError(
             f"ratio must be in (0, 1] and clustered in [0, 1], got {ratio} and {clustered}"
         )
-    check_least(1, frames=frames, neighbours=neighbours, longest=longest)
+    check_minimum(1, frames=frames, neighbours=neighbours, longest=longest)
     slots, weights = [], []
     for video, seen in zip(x.detach().float(), attention, strict=True):
         pair = functional.cosine_similarity(video[:-1], video[1:], dim=-1) > threshold

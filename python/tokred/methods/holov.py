@@ -107,9 +107,9 @@ def score_bounds(
     # Less than rounding may have added.
     variety = ((1 - 1e-4) * square - mean.square()).clamp(min=0)
     present = count.clamp(min=1)
-    least = 0.9 * variety.masked_fill(~there[:, :sample], 0.0).sum(1) / present
+    smallest = 0.9 * variety.masked_fill(~there[:, :sample], 0.0).sum(1) / present
     strong, most = 1000 * seen.sum(1) / present, beta * 1000 * seen.abs().sum(1) / present
-    ends = torch.stack([strong + most * least / (least + 1e-6), strong + most])
+    ends = torch.stack([strong + most * smallest / (smallest + 1e-6), strong + most])
     ends = torch.where(count > 1, ends, seen.sum(1) / present).view(2, x.shape[0], -1)
     slack = 1e-5 * ends.abs().amax(0)
     return ends.amin(0) - slack, ends.amax(0) + slack
@@ -121,14 +121,14 @@ def _decided(low: Tensor, high: Tensor, k: int) -> Tensor:
     Every part rounds down to the same, and those that get what is left have the highest scores.
     """
     low, high = low.double(), high.double()
-    least = (k * low / (low + high.sum(1, keepdim=True) - high)).floor()
+    smallest = (k * low / (low + high.sum(1, keepdim=True) - high)).floor()
     most = (k * high / (high + low.sum(1, keepdim=True) - low)).floor()
-    left = (k - least.sum(1, keepdim=True)).nan_to_num(0.0).long().clamp(0, low.shape[1])
+    left = (k - smallest.sum(1, keepdim=True)).nan_to_num(0.0).long().clamp(0, low.shape[1])
     descending, order = low.sort(1, descending=True)
     behind = high.gather(1, order).flip(1).cummax(1).values.flip(1)
     ends = torch.nn.functional.pad(descending, (1, 0), value=torch.inf).gather(1, left)
     starts = torch.nn.functional.pad(behind, (0, 1), value=-torch.inf).gather(1, left)
-    return (low >= 0).all() & (least == most).all() & (ends > starts).all()
+    return (low >= 0).all() & (smallest == most).all() & (ends > starts).all()
 
 
 def select_tokens(

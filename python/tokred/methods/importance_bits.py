@@ -22,16 +22,16 @@ from ._method import Family, Method, Needs
 
 
 def attention_concentration(
-    q: Tensor, k: Tensor, lse: Tensor | None = None, least: float = 0.005
+    q: Tensor, k: Tensor, lse: Tensor | None = None, minimum: float = 0.005
 ) -> Tensor:
-    """RSQ's importance, f32 [B, N]: column sums of all heads and queries, in [least, 1].
+    """RSQ's importance, f32 [B, N]: column sums of all heads and queries, in [minimum, 1].
 
     Args:
         q: [B, Hq, N, D], causal. k: [B, Hkv, N, D]. lse: that of the attention, saves a pass.
     """
     score = tokred.attention_columns(q, k, lse, causal=True).sum(1)
     low, high = score.amin(1, keepdim=True), score.amax(1, keepdim=True)
-    return least + (1 - least) * (score - low) / (high - low).clamp(min=1e-30)
+    return minimum + (1 - minimum) * (score - low) / (high - low).clamp(min=1e-30)
 
 
 def first_token_logits(q: Tensor, k: Tensor) -> Tensor:

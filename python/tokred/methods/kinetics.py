@@ -14,7 +14,7 @@ from torch import Tensor
 import tokred
 from tokred.selection import block_mask, expand_blocks
 
-from ._lists import check_least, key_lengths, range_list
+from ._lists import check_minimum, key_lengths, range_list
 from ._method import Family, Method, Needs
 
 
@@ -31,7 +31,7 @@ def token_topk(
     local: int = 64,
     lengths: Tensor | None = None,
 ) -> Tensor:
-    """The topk tokens of greatest mean logit, besides the first `sink` and the last `local`.
+    """The topk tokens of largest mean logit, besides the first `sink` and the last `local`.
 
     Args:
         q: [B, Hq, 1, D]; k: [B, Hkv, N, D].
@@ -42,7 +42,7 @@ def token_topk(
     Raises:
         ValueError: a negative number.
     """
-    check_least(0, topk=topk, sink=sink, local=local)
+    check_minimum(0, topk=topk, sink=sink, local=local)
     scores = _token_scores(q, k, lengths)
     per_row = key_lengths(k, lengths)[:, None]
     width = min(sink + topk + local, k.shape[2])
@@ -97,14 +97,14 @@ def block_topk(
     local: int = 64,
     lengths: Tensor | None = None,
 ) -> Tensor:
-    """The topk_blocks blocks of greatest mean logit, besides sinks and local tokens.
+    """The topk_blocks blocks of largest mean logit, besides sinks and local tokens.
 
     Blocks start behind the sinks; what does not fill a block is local. The mean of the logits is
     the logit of the mean key, so a cache of mean keys gives the same. Arguments and errors as in
     token_topk, and block_size at least 1.
     """
-    check_least(0, topk_blocks=topk_blocks, sink=sink, local=local)
-    check_least(1, block_size=block_size)
+    check_minimum(0, topk_blocks=topk_blocks, sink=sink, local=local)
+    check_minimum(1, block_size=block_size)
     lengths = key_lengths(k, lengths)
     dynamic = _dynamic_tokens(lengths, block_size, topk_blocks, sink, local)
     scores = _block_scores(q, k, sink, block_size)
@@ -134,8 +134,8 @@ def strided_topk(
     its tokens would fit into the budget. Arguments and errors as in block_topk, and stride at
     least 1.
     """
-    check_least(0, topk_blocks=topk_blocks, sink=sink, local=local)
-    check_least(1, block_size=block_size, stride=stride)
+    check_minimum(0, topk_blocks=topk_blocks, sink=sink, local=local)
+    check_minimum(1, block_size=block_size, stride=stride)
     lengths, tokens = key_lengths(k, lengths), k.shape[2]
     dynamic = (lengths - sink - local).clamp(min=0)
     dynamic = torch.where(dynamic < block_size, 0, dynamic)
@@ -183,5 +183,5 @@ METHOD = Method(
     family=Family.DECODE,
     needs=(Needs.LANGUAGE_MODEL,),
     status="exact",
-    summary="keep the tokens or blocks of greatest mean logit in a group of query heads",
+    summary="keep the tokens or blocks of largest mean logit in a group of query heads",
 )

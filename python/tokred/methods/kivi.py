@@ -22,7 +22,7 @@ import tokred
 from tokred import PackFormat
 from tokred._library import refuse_grad
 
-from ._lists import check_least, check_query, check_tokens
+from ._lists import check_minimum, check_query, check_tokens
 from ._method import Family, Method, Needs
 
 
@@ -53,8 +53,8 @@ class KiviCache:
         Raises:
             ValueError: it is not, or a number is below 1 (capacity below 0).
         """
-        check_least(1, batch=batch, heads=heads, head_dim=head_dim, group_size=group_size)
-        check_least(0, capacity=capacity)
+        check_minimum(1, batch=batch, heads=heads, head_dim=head_dim, group_size=group_size)
+        check_minimum(0, capacity=capacity)
         if residual < 1 or residual % group_size:
             raise ValueError(
                 f"residual must be a multiple of group_size = {group_size}, got {residual}"

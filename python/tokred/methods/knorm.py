@@ -44,7 +44,7 @@ class KnormOptions(Options):
             return None
         norm = call.known("norm", vector_norm(call.new_k, dim=3, dtype=torch.float32))
         if call.is_one_over(self.budget):
-            return call.drop(norm, "norm", greatest=True)
+            return call.drop(norm, "norm", largest=True)
         return call.best(-norm, self.budget, norm=norm)
 
 

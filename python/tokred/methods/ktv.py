@@ -34,7 +34,7 @@ def keyframes(features: Tensor, count: int = 6, iterations: int = 100) -> Tensor
     Raises:
         ValueError: count is not from 1 to F.
     """
-    check_count("count", count, least=None)
+    check_count("count", count, minimum=None)
     if not 1 <= count <= features.shape[1]:
         raise ValueError(f"count must be from 1 to {features.shape[1]}, got {count}")
     features = features.detach().contiguous()
@@ -69,8 +69,8 @@ def token_scores(x: Tensor, class_logits: Tensor, alpha: float = 0.2) -> Tensor:
 
 
 def _between_0_and_1(values: Tensor) -> Tensor:
-    least, most = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
-    return (values - least) / (most - least).clamp(min=1e-12)
+    smallest, largest = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
+    return (values - smallest) / (largest - smallest).clamp(min=1e-12)
 
 
 def select_tokens(x: Tensor, scores: Tensor, budgets: Sequence[int]) -> VideoTokens:

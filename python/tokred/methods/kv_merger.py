@@ -4,7 +4,7 @@ Model Tells You Where to Merge: Adaptive KV Cache Merging for LLMs on Long-Conte
 2407.08454).
 
 Where cos(k_t, k_t-1) exceeds the threshold, t joins the run of t - 1; heavy hitters and recent
-tokens stay alone. In a run the token of greatest attention is the pivot p, and key and value are
+tokens stay alone. In a run the token of largest attention is the pivot p, and key and value are
 means with the weights exp(-|k_p - k_i|^2 / (2 sigma^2)), normalised.
 
 An approximate version, as the paper leaves two formulas open. The printed sigma is defined by the
@@ -29,7 +29,7 @@ import tokred
 from tokred import PackedKV, PackFormat
 
 from ._eviction import Merged, merged_prompt
-from ._lists import check_least
+from ._lists import check_minimum
 from ._method import Family, Method, Needs, Options
 
 if TYPE_CHECKING:
@@ -53,12 +53,12 @@ def run_map(k: Tensor, alone: Tensor, threshold: float = 0.75) -> Tensor:
 
 
 def stays_alone(scores: Tensor, num_heavy: int, num_recent: int) -> Tensor:
-    """bool [B, H, N]: the tokens of greatest score f32 [B, H, N], and the last ones.
+    """bool [B, H, N]: the tokens of largest score f32 [B, H, N], and the last ones.
 
     Raises:
         ValueError: a negative number.
     """
-    check_least(0, num_heavy=num_heavy, num_recent=num_recent)
+    check_minimum(0, num_heavy=num_heavy, num_recent=num_recent)
     places = min(num_heavy + num_recent, scores.shape[2])
     _, kept = tokred.topk(scores, places, num_locals=num_recent)
     alone = torch.zeros_like(scores, dtype=torch.bool)
@@ -160,7 +160,7 @@ class KvMergerOptions(Options):
     """Options of tokred.patch(model, "kv_merger", ...).
 
     threshold: cosine above which neighbouring keys are in one run.
-    heavy, recent: tokens of greatest attention, and last ones, which stay alone.
+    heavy, recent: tokens of largest attention, and last ones, which stay alone.
     sigma: width of the weights; each run's own where None.
     counted: a merged token weighs as much as all that it replaces.
     first, last: so many of the first and of the last layers are left alone.
@@ -179,7 +179,7 @@ class KvMergerOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_least(0, heavy=self.heavy, recent=self.recent, first=self.first, last=self.last)
+        check_minimum(0, heavy=self.heavy, recent=self.recent, first=self.first, last=self.last)
         if self.sigma is not None and not self.sigma > 0:
             raise ValueError(f"sigma must be positive, got {self.sigma}")
 

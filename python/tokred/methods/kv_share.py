@@ -16,7 +16,7 @@ from torch import Tensor
 
 import tokred
 
-from ._lists import check_least
+from ._lists import check_minimum
 from ._method import Family, Method, Needs
 
 
@@ -42,7 +42,7 @@ def choose_tokens(deviations: Tensor, share: float = 0.15, num_locals: int = 1) 
     Raises:
         ValueError: a share outside [0, 1], or num_locals below 0.
     """
-    check_least(0, num_locals=num_locals)
+    check_minimum(0, num_locals=num_locals)
     if not 0 <= share <= 1:
         raise ValueError(f"share must be in [0, 1], got {share}")
     tokens = deviations.shape[1]

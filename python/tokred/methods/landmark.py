@@ -12,7 +12,7 @@ from torch import Tensor
 
 import tokred
 
-from ._lists import check_least
+from ._lists import check_minimum
 from ._method import Family, Method, Needs
 
 
@@ -41,7 +41,7 @@ def landmark_attention(
     Raises:
         ValueError: a block below 2, or q of another number of tokens than k.
     """
-    check_least(2, block=block)
+    check_minimum(2, block=block)
     tokens = k.shape[2]
     if q.shape[2] != tokens:
         raise ValueError(f"q must have the {tokens} tokens of k, got {q.shape[2]}")
@@ -71,7 +71,7 @@ def landmark_attention(
 def retrieve_blocks(
     q: Tensor, landmarks: Tensor, num_blocks: int = 5, scale: float | None = None
 ) -> Tensor:
-    """The blocks of greatest landmark logit, per query head.
+    """The blocks of largest landmark logit, per query head.
 
     Args:
         q: [B, Hq, 1, D]; landmarks: [B, Hkv, C, D], the keys of the landmarks.
@@ -83,7 +83,7 @@ def retrieve_blocks(
     Raises:
         ValueError: a negative number of blocks.
     """
-    check_least(0, num_blocks=num_blocks)
+    check_minimum(0, num_blocks=num_blocks)
     logits = _landmark_logits(q, landmarks, scale)[:, :, 0]
     return tokred.topk(logits, num_blocks, order="position")[1]
 
@@ -108,8 +108,8 @@ def landmark_decode(
     Raises:
         ValueError: a block below 2, a negative number of blocks, or more than one query.
     """
-    check_least(2, block=block)
-    check_least(0, num_blocks=num_blocks)
+    check_minimum(2, block=block)
+    check_minimum(0, num_blocks=num_blocks)
     if q.shape[2] != 1:
         raise ValueError(f"q must have one token, got {q.shape[2]}")
     tokens = k.shape[2]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import tokred
 
-from ._lists import check_least, range_list
+from ._lists import check_minimum, range_list
 from ._method import Family, Method, Needs
 from .code_tokens import unit_map
 
@@ -53,7 +53,7 @@ def word_attention(
     end = torch.arange(1, starts.shape[1] + 1, dtype=torch.int32, device=starts.device)
     if longest is None:
         longest = int((end - starts).max()) if starts.numel() else 1
-    check_least(1, longest=longest)
+    check_minimum(1, longest=longest)
     first = torch.maximum(starts, end - longest)
     keys = range_list(first, end.expand_as(first), longest)[:, None]
     return tokred.sparse_attention(q, k, v, keys, scale=scale, block_q=1)[0]

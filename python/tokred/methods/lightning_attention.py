@@ -13,7 +13,7 @@ from torch import Tensor
 
 import tokred
 
-from ._lists import check_least
+from ._lists import check_minimum
 from ._method import Family, Method, Needs
 
 
@@ -24,7 +24,7 @@ def slopes(num_heads: int, layer: int = 0, num_layers: int = 1) -> Tensor:
     then every second one of the power above. Times 1 - layer / (num_layers - 1) + 1e-5, so that the
     last layer hardly forgets.
     """
-    check_least(1, num_heads=num_heads, num_layers=num_layers)
+    check_minimum(1, num_heads=num_heads, num_layers=num_layers)
     if not 0 <= layer < num_layers:
         raise ValueError(f"layer must be from 0 to {num_layers - 1}, got {layer}")
     below = 1 << (num_heads.bit_length() - 1)

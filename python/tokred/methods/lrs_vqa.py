@@ -14,7 +14,7 @@ from torch import Tensor
 
 import tokred
 
-from ._lists import check_least
+from ._lists import check_minimum
 from ._method import Family, Method, Needs
 from ._selection import best, check_grid, keep_count, mask_of, percentile
 
@@ -84,7 +84,7 @@ def tiles_of(selected: Tensor, grid: tuple[int, int], tiles: tuple[int, int]) ->
         bool [B, rows * columns].
     """
     check_grid(selected.shape[1], grid)
-    check_least(1, tiles=min(tiles))
+    check_minimum(1, tiles=min(tiles))
     rows, columns = (
         torch.arange(size, device=selected.device) * count // size
         for size, count in zip(grid, tiles, strict=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ._lists import check_least
+from ._lists import check_minimum
 from ._method import Family, Method, Needs
 
 
@@ -45,7 +45,7 @@ def softplus_attention(
 
     Complexity: 2 B Hq L N (D + Dv) flops, O(B Hq block N) memory.
     """
-    check_least(1, block=block)
+    check_minimum(1, block=block)
     if power is not None and not power > 0:
         raise ValueError(f"power must be above 0, got {power}")
     groups = q.shape[1] // max(k.shape[1], 1)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tokred.selection import scatter_back
 
-from ._lists import check_count, check_least
+from ._lists import check_count, check_minimum
 from ._method import Family, Method, Needs
 from ._selection import best, keep_count, positions_of, ranks_in_groups, spaced_picks
 
@@ -25,7 +25,7 @@ def uniform(batch: int, tokens: int, count: int, device: torch.device | None = N
     Raises:
         ValueError: count is not from 1 to N.
     """
-    check_count("count", count, least=None)
+    check_count("count", count, minimum=None)
     if not 1 <= count <= tokens:
         raise ValueError(f"count must be from 1 to {tokens}, got {count}")
     places = torch.arange(count, dtype=torch.int32, device=device) * (tokens // count)
@@ -34,7 +34,7 @@ def uniform(batch: int, tokens: int, count: int, device: torch.device | None = N
 
 def by_class_attention(attention: Tensor, count: int, valid: Tensor | None = None) -> Tensor:
     """The tokens of most class attention f32 [B, N]: i32 [B, count], ascending."""
-    check_least(1, count=count)
+    check_minimum(1, count=count)
     return best(attention, min(count, attention.shape[1]), valid)
 
 
@@ -48,7 +48,7 @@ def by_instances(instance: Tensor, count: int) -> Tensor:
     Returns:
         i32 [B, N], ascending, -1 behind the last.
     """
-    check_least(1, count=count)
+    check_minimum(1, count=count)
     rank, area = ranks_in_groups(instance)
     total = (instance >= 0).sum(1, keepdim=True).clamp(min=1)
     picks = (area * count).div(total, rounding_mode="floor").clamp(min=1)

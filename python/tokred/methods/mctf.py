@@ -21,7 +21,7 @@ from torch import Tensor
 import tokred
 from tokred.schedule import Schedule, parse_r, resolve
 
-from ._lists import check_least
+from ._lists import check_minimum
 from ._maps import identity, link_best, map_of_links, merged
 from ._method import Family, Method, Needs, Options
 
@@ -35,7 +35,7 @@ def criteria_weight(
     """The factor of a token in the weight of every pair, to the power of tau_sim.
 
     A pair weighs ((cos + 1) / 2)^(1 / tau_sim) (i_a i_b)^(1 / tau_info) (z_a z_b)^(1 / tau_size),
-    with i = 1 / attention and z = 1 / size, each over its greatest of the item. Its power of
+    with i = 1 / attention and z = 1 / size, each over its largest of the item. Its power of
     tau_sim ranks alike, and is what tokred.match computes with this factor on both sides.
 
     Args:
@@ -119,7 +119,7 @@ class MctfOptions(Options):
         for name in ("tau_sim", "tau_info", "tau_size"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        check_least(1, min_tokens=self.min_tokens)
+        check_minimum(1, min_tokens=self.min_tokens)
 
     def layers(self, num_layers: int) -> list[int]:
         """The layers whose amount is not 0."""

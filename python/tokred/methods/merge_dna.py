@@ -19,7 +19,7 @@ from torch import Tensor
 import tokred
 from tokred.schedule import Schedule, parse_r, reducing_layers, resolve
 
-from ._lists import check_least
+from ._lists import check_minimum
 from ._maps import identity, link_best, map_of_links
 from ._method import Family, Method, Needs, Options
 
@@ -47,7 +47,7 @@ def local_plan(
 
     O(B N window C) time, O(B N) memory.
     """
-    check_least(0, window=window)
+    check_minimum(0, window=window)
     tokens = metric.shape[1]
     pairs = max(tokens - num_prefix, 0) // 2
     end = num_prefix + 2 * pairs
@@ -79,7 +79,7 @@ class MergeDnaOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_least(0, window=self.window)
+        check_minimum(0, window=self.window)
 
     def layers(self, num_layers: int) -> list[int]:
         """The layers whose amount is not 0."""

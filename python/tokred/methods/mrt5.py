@@ -77,7 +77,7 @@ def delete(
 
     Args:
         h: [B, N, C]. gate: f32 [B, N], deletion_gate. mask: bool [B, N], False is deleted.
-        capacity: K; N where None. int(lengths.max()) of a first call is the least that loses
+        capacity: K; N where None. int(lengths.max()) of a first call is the smallest that loses
             nothing, at the cost of waiting for the device.
 
     h is differentiable, zeros where nothing is left.

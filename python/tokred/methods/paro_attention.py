@@ -17,7 +17,7 @@ from torch import Tensor
 
 import tokred
 
-from ._lists import check_least
+from ._lists import check_minimum
 from ._method import Family, Method, Needs
 
 ORDERS = tuple("".join(order) for order in permutations("FHW"))
@@ -55,7 +55,7 @@ def block_sums(q: Tensor, k: Tensor, block: int, scale: float | None = None) -> 
     Raises:
         ValueError: a block below 1.
     """
-    check_least(1, block=block)
+    check_minimum(1, block=block)
     _, lse = tokred.biased_attention(q, k, k[..., :1], scale=scale)
     tail = -k.shape[2] % block
     rows = []
@@ -88,7 +88,7 @@ def calibrate_mask(
     Raises:
         ValueError: a block below 1, or num_text below 0.
     """
-    check_least(0, num_text=num_text)
+    check_minimum(0, num_text=num_text)
     mask = block_sums(q, k, block, scale).mean(0, keepdim=True) > threshold
     text = -(-num_text // block)
     mask[:, :, :text] = mask[..., :text] = True
@@ -108,7 +108,7 @@ def order_cost(
     """How badly an order suits each head: alpha * M_sparse + (1 - alpha) * M_quant, f32 [H].
 
     M_sparse is the share of blocks that are not sparse (a block is sparse where more than a share
-    sigma of its probabilities lie below epsilon), M_quant the mean over the blocks of greatest
+    sigma of its probabilities lie below epsilon), M_quant the mean over the blocks of largest
     probability / mean probability. The lowest cost wins.
     """
     dense_blocks = incoherence = torch.zeros(q.shape[1], device=q.device)

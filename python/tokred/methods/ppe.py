@@ -20,7 +20,7 @@ from torch import Tensor
 
 import tokred
 
-from ._lists import check_count, check_least
+from ._lists import check_count, check_minimum
 from ._method import Family, Method, Needs
 
 
@@ -50,7 +50,7 @@ def compress(x: Tensor, positions: Tensor, ratio: float, k: int = 8) -> Compress
     Raises:
         ValueError: a ratio or k out of range, or positions that do not fit x.
     """
-    check_least(1, k=k)
+    check_minimum(1, k=k)
     if not 0 < ratio <= 1:
         raise ValueError(f"ratio must be in (0, 1], got {ratio}")
     batch, tokens, _ = x.shape

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import tokred
 
-from ._lists import check_least
+from ._lists import check_minimum
 from ._method import Family, Method, Needs
 
 
@@ -120,7 +120,7 @@ def prompt_distill(
 
     A prompt_end of each row waits for the device.
     """
-    check_least(0, num_tokens=num_tokens)
+    check_minimum(0, num_tokens=num_tokens)
     scores = prompt_scores(q, k, prompt_end, pooling, mask, scale)
     ends, most = _prompt_end(k, prompt_end, mask)
     behind = torch.arange(k.shape[2], device=k.device) >= ends

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 import tokred
 
-from ._lists import check_least
+from ._lists import check_minimum
 from ._maps import even_and_odd, identity, link_best, map_of_links
 from ._method import Family, Method, Needs
 
@@ -82,7 +82,7 @@ def pyra_step(
     """
     tokens, r = x.shape[1], weight_r.shape[0]
     sources, destinations = even_and_odd(tokens, num_prefix, x.device)
-    check_least(r, **{"tokens that may merge": min(len(sources), len(destinations))})
+    check_minimum(r, **{"tokens that may merge": min(len(sources), len(destinations))})
     metric = metric.detach()
     score, partner = tokred.match(metric[:, sources], metric[:, destinations])
     partner = destinations[partner.long()]

@@ -1,4 +1,4 @@
-"""PyramidDrop: at three depths of the language model drop the visual tokens of least attention.
+"""PyramidDrop: at three depths of the language model drop the visual tokens of lowest attention.
 
 PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction
 (arXiv 2410.17247).

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from ._eviction import check_window, window_scores
-from ._lists import check_least
+from ._lists import check_minimum
 from ._method import Family, Method, Needs, Options
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def layer_budget(
     Args:
         budget: of an average layer, the window included.
     """
-    check_least(window, budget=budget)
+    check_minimum(window, budget=budget)
     average = budget - window
     last = average // beta
     first = 2 * average - last

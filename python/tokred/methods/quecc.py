@@ -16,7 +16,7 @@ from torch.nn import functional
 import tokred
 
 from ._grids import as_image
-from ._lists import check_least
+from ._lists import check_minimum
 from ._method import Family, Method, Needs
 
 
@@ -84,7 +84,7 @@ def local_pool(
 
     O(B N C^2) time for the projections inside the attention.
     """
-    check_least(1, heads=weights.heads)
+    check_minimum(1, heads=weights.heads)
     channels, kernel = q.shape[-1], weights.conv.shape[-1]
     if channels % weights.heads:
         raise ValueError(f"heads must divide the {channels} channels, got {weights.heads}")

@@ -15,7 +15,7 @@ from torch import Tensor
 import tokred
 from tokred.selection import ends, expand_blocks
 
-from ._lists import check_least
+from ._lists import check_minimum
 from ._method import Family, Method, Needs
 
 
@@ -29,10 +29,10 @@ def page_bounds(
         mask: bool [B, N], False where a key is padding, which takes no part in the bounds.
 
     Returns:
-        bounds f32 [B, Hkv, ceil(N / page_size), 2, D], the elementwise least and greatest key, and
+        bounds f32 [B, Hkv, ceil(N / page_size), 2, D], the elementwise minimum and maximum key, and
         counts i32 [B, pages]. A full page never changes, so a cache computes each once.
     """
-    check_least(1, page_size=page_size)
+    check_minimum(1, page_size=page_size)
     return tokred.block_pool(k.detach(), page_size, "min_max", mask=mask)
 
 
@@ -47,7 +47,7 @@ def quest_attention(
     mask: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention to the newest page and to those of greatest bound sum_d max(q min, q max).
+    """Attention to the newest page and to those of largest bound sum_d max(q min, q max).
 
     Args:
         q: [B, Hq, 1, D]; k: [B, Hkv, N, D]; v: [B, Hkv, N, Dv].
@@ -66,7 +66,7 @@ def quest_attention(
     Raises:
         ValueError: num_keys or page_size below 1.
     """
-    check_least(1, num_keys=num_keys, page_size=page_size)
+    check_minimum(1, num_keys=num_keys, page_size=page_size)
     pooled, counts = page_bounds(k, page_size, mask) if bounds is None else bounds
     options = {"rule": "bounds", "reduce": reduce, "scale": scale}
     scores = tokred.block_score(q.detach(), pooled, counts, **options)
@@ -83,5 +83,5 @@ METHOD = Method(
     family=Family.DECODE,
     needs=(Needs.LANGUAGE_MODEL,),
     status="exact",
-    summary="keep the newest page of keys and those with the greatest upper bound of their logits",
+    summary="keep the newest page of keys and those with the largest upper bound of their logits",
 )

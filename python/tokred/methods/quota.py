@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ._grids import as_image, as_tokens
-from ._lists import check_least
+from ._lists import check_minimum
 from ._method import Family, Method, Needs
 from ._selection import allocate, spaced_picks
 
@@ -34,7 +34,7 @@ def frame_budgets(
     Returns:
         i32 [B, F]; frames with 0 are left out.
     """
-    check_least(0, total=total)
+    check_minimum(0, total=total)
     weight = (100 * relevance.double()).square()
     if cap is None or not reference_compat:
         return allocate(weight, total, cap, redistribute=cap is not None)
@@ -50,7 +50,7 @@ def frame_grid(count: int) -> tuple[int, int]:
     Raises:
         ValueError: count is below 1.
     """
-    check_least(1, count=count)
+    check_minimum(1, count=count)
     side = math.isqrt(count)
     return (side, side + 1) if side * (side + 1) <= count else (side, side)
 

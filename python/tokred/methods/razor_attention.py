@@ -19,7 +19,7 @@ import tokred
 from tokred import PackedKV, PackFormat
 from tokred._library import refuse_grad
 
-from ._lists import check_least, check_number, check_tokens
+from ._lists import check_minimum, check_number, check_tokens
 from ._method import Family, Method, Needs
 
 
@@ -61,7 +61,7 @@ def retrieval_heads(
     """Which key heads keep everything.
 
     Args:
-        echo, induction: f32 [layers, Hq] from head_scores; the greatest of a group counts.
+        echo, induction: f32 [layers, Hq] from head_scores; the largest of a group counts.
 
     Returns:
         bool [layers, Hkv]: the top echo_share by echo and the top induction_share by induction,
@@ -143,13 +143,13 @@ def compress(
         RazorHeads. With nothing to drop the compensation token has count 0, that is no weight.
 
     Raises:
-        ValueError: one of these below its least.
+        ValueError: one of these below its smallest.
     """
-    check_least(0, num_sinks=num_sinks)
+    check_minimum(0, num_sinks=num_sinks)
     check_number(1, compression=compression)
     tokens = k.shape[2]
     window = max(4000, int(tokens / compression)) if window is None else window
-    check_least(1, window=window)
+    check_minimum(1, window=window)
     sinks = min(num_sinks, tokens)
     start = max(tokens - window, sinks)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 import tokred
 from tokred.selection import block_mask
 
-from ._lists import check_least
+from ._lists import check_minimum
 from ._method import Family, Method, Needs
 
 
@@ -41,7 +41,7 @@ def pool(x: Tensor, block: int) -> PooledBlocks:
 
 
 def critical_blocks(probability: Tensor, top_p: float, min_blocks: int) -> Tensor:
-    """bool like probability [.., n, n]: the greatest blocks of each row until their sum exceeds
+    """bool like probability [.., n, n]: the largest blocks of each row until their sum exceeds
     top_p, and at least min_blocks."""
     blocks = probability.shape[-1]
     chosen = tokred.topk(probability, blocks, top_p=top_p, min_k=min_blocks)[1]
@@ -83,7 +83,7 @@ def rectified_attention(
     Raises:
         ValueError: a block below 1, or top_p or drop_rate outside [0, 1].
     """
-    check_least(1, block=block)
+    check_minimum(1, block=block)
     for name, value in (("top_p", top_p), ("drop_rate", drop_rate)):
         if not 0 <= value <= 1:
             raise ValueError(f"{name} must be in [0, 1], got {value}")

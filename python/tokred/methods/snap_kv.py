@@ -3,7 +3,7 @@
 SnapKV: LLM Knows What You are Looking for Before Generation (arXiv 2404.14469).
 
 The attention weights of the last `window` queries are summed over these queries, pooled over
-neighbouring tokens, and the tokens of greatest sum stay beside the window. The paper has as many
+neighbouring tokens, and the tokens of largest sum stay beside the window. The paper has as many
 key heads as query heads; where several query heads share a key head, the mean of their weights
 counts. Tokens that follow the prompt stay. A later pass of several tokens is a prompt too: the
 cache is brought back to the budget by its queries.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import tokred
 
-from ._lists import check_count, check_least, range_list
+from ._lists import check_count, check_minimum, range_list
 from ._method import Family, Method, Needs
 
 
@@ -33,7 +33,7 @@ def saliency(
     Returns:
         f32 [B, H, N]. O(B H N window D) time.
     """
-    check_least(1, window=window)
+    check_minimum(1, window=window)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k = q.detach(), k.detach()
     end = torch.arange(1, q.shape[2] + 1, dtype=torch.int32, device=q.device)
@@ -47,7 +47,7 @@ def saliency(
 
 def salient_tokens(scores: Tensor, chunk: int = 64, count: int = 4) -> Tensor:
     """The `count` most salient tokens of every chunk: i32 [B, H, ceil(N / chunk), count], or -1."""
-    check_least(1, chunk=chunk, count=count)
+    check_minimum(1, chunk=chunk, count=count)
     return tokred.topk(scores, count, order="position", block_size=chunk)[1]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ._grids import as_image, as_tokens
-from ._lists import check_least
+from ._lists import check_minimum
 from ._maps import identity
 from ._method import Family, Method, Needs
 from ._video import VideoTokens, check_video
@@ -28,7 +28,7 @@ def pool_frames(x: Tensor, every: int) -> VideoTokens:
     Returns:
         VideoTokens with tokens [B, ceil(F / every) * N, C]. Differentiable.
     """
-    check_least(1, every=every)
+    check_minimum(1, every=every)
     batch, frames, tokens, _ = check_video(x)
     wide = torch.promote_types(x.dtype, torch.float32)
     groups = [part.to(wide).mean(1) for part in x.split(every, 1)]
@@ -50,7 +50,7 @@ def pool_space(x: Tensor, grid: tuple[int, int], side: int = 2) -> VideoTokens:
     Raises:
         ValueError: x is no such video, or side does not divide the grid.
     """
-    check_least(1, side=side)
+    check_minimum(1, side=side)
     batch, frames, _, _ = check_video(x)
     (height, width), rows = grid, x.flatten(0, 1)
     if height % side or width % side:
@@ -72,7 +72,7 @@ def sample_frames(x: Tensor, every: int) -> VideoTokens:
     Returns:
         VideoTokens with tokens [B, ceil(F / every) * N, C].
     """
-    check_least(1, every=every)
+    check_minimum(1, every=every)
     check_video(x)
     kept = x[:, ::every].flatten(1, 2)
     slots = torch.full(x.shape[:3], -1, dtype=torch.int32, device=x.device)

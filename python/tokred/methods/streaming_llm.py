@@ -2,8 +2,8 @@
 
 Efficient Streaming Language Models with Attention Sinks (arXiv 2309.17453).
 
-An approximate version: keys keep the rotation of the places where they stood, and new tokens go on
-from the length of the text; the paper counts places within the cache. A prompt attends to all of
+An approximate version: keys keep the rotation of their positions in the text, and new tokens go on
+from the length of the text; the paper counts positions within the cache. A prompt attends to all of
 its tokens before it loses some; the paper reads a text token by token.
 """
 

@@ -6,7 +6,7 @@ As published: the choices of tokens per block, the prior over them, and that red
 inside a block. Different, or not known to be the same: the redundancy of a key is its mean cosine
 similarity to the other keys of its block; every block of a head keeps the same number of tokens,
 where a published configuration is the share of blocks that keep 1, 2, 4, .. of them; calibration
-takes the least number that meets a tolerance of the output.
+takes the smallest number that meets a tolerance of the output.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 import tokred
 
-from ._lists import check_least, check_number
+from ._lists import check_minimum, check_number
 from ._method import Family, Method, Needs
 
 
@@ -43,7 +43,7 @@ def calibrate_budgets(
 
     Args:
         q: [B, Hq, L, D], k: [B, Hkv, N, D], v: [B, Hkv, N, Dv] of one calibration pass.
-        tolerance: the greatest relative error (Frobenius norm, over the heads of a group).
+        tolerance: the largest relative error (Frobenius norm, over the heads of a group).
 
     Raises:
         ValueError: block is no power of two, or tolerance negative.
@@ -74,7 +74,7 @@ def core_tokens(k: Tensor, budgets: Tensor, block: int = 16) -> Tensor:
     Raises:
         ValueError: a block below 1, or budgets that are not one a key head.
     """
-    check_least(1, block=block)
+    check_minimum(1, block=block)
     if [*budgets.shape] != [k.shape[1]]:
         raise ValueError(f"budgets must be [{k.shape[1]}], one a key head, got {[*budgets.shape]}")
     stats = tokred.similarity_stats(k.detach().flatten(0, 1), exclude_self=True, block_size=block)

@@ -1,4 +1,4 @@
-"""TCA: drop the tokens of least class attention into one, merge the band above them into a few.
+"""TCA: drop the tokens of lowest class attention into one, merge the band above them into a few.
 
 Is Less More? Exploring Token Condensation as Training-free Test-time Adaptation (arXiv 2410.14729).
 
@@ -24,7 +24,7 @@ from torch import Tensor
 import tokred
 
 from ._dropping import chosen_layers, class_scores, finite
-from ._lists import check_least
+from ._lists import check_minimum
 from ._maps import identity, merged
 from ._method import Family, Method, Needs, Options
 from ._selection import check_budget, keep_count
@@ -74,7 +74,7 @@ def condense(
 
     O(B N centres C) time.
     """
-    check_least(1, centres=centres)
+    check_minimum(1, centres=centres)
     batch, tokens, channels = x.shape
     kept, between, dropped = band_sizes(tokens - num_prefix, ratio)
     centres = min(centres, between)
@@ -131,7 +131,7 @@ class TcaCondensationOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_budget(None, self.ratio)
-        check_least(1, centres=self.centres)
+        check_minimum(1, centres=self.centres)
 
     def layers(self, num_layers: int) -> list[int]:
         """The layers `at`, unless they keep all tokens."""

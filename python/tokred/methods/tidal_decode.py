@@ -84,7 +84,7 @@ class TidalDecodeOptions(Options):
     """Options of tokred.patch(model, "tidal_decode", ...).
 
     Layers below sparse_layer_start attend to everything. Layer sparse_layer_start and layer
-    correction_layer attend to everything too, and keep the k greatest logits of every query head;
+    correction_layer attend to everything too, and keep the k largest logits of every query head;
     all other layers attend to the keys kept last. The newest token competes like any other.
 
     The layers with full attention count, from 0: of a model in which every sixth layer has it, 2 is

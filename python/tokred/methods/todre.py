@@ -2,10 +2,10 @@
 
 ToDRE: Effective Visual Token Pruning via Token Diversity and Task Relevance (arXiv 2505.18757).
 
-An approximate version, after the abstract. Its first version picks by the least distance to what is
-kept, its second by the sum of distances; the distance (1 - cosine) and the first pick (the token of
-largest norm) are ours, and so is how the second stage measures: the attention that the words behind
-the image give to visual tokens, against that to the other tokens.
+An approximate version, after the abstract. Its first version picks by the minimum distance to what
+is kept, its second by the sum of distances; the distance (1 - cosine) and the first pick (the token
+of largest norm) are ours, and so is how the second stage measures: the attention that the words
+behind the image give to visual tokens, against that to the other tokens.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def select_tokens(
         x: [B, N, C], the visual tokens.
         valid: bool [B, N]; padding, which is False, is not kept.
         order: "position", or "score", the order of picking.
-        rule: "sum": the token of the greatest sum of distances to those kept, the paper's second
-            version; "least": of the greatest least distance, its first.
+        rule: "sum": the token of the largest sum of distances to those kept, the paper's second
+            version; "min": of the largest minimum distance, its first.
         start: i32 [B], the first pick; the token of largest norm where None.
 
     Returns:
@@ -55,8 +55,8 @@ def select_tokens(
     """
     check_count("k", k)
     check_features("x", x)
-    if rule not in ("sum", "least"):
-        raise ValueError(f'rule must be "sum" or "least", got {rule!r}')
+    if rule not in ("sum", "min"):
+        raise ValueError(f'rule must be "sum" or "min", got {rule!r}')
     picks = tokred.greedy_select(
         features_of(x),
         k,
@@ -86,13 +86,13 @@ class TodreOptions(VisualOptions):
     """Options of tokred.patch(model, "todre", ...).
 
     keep: visual tokens kept per image. ratio: the share kept instead.
-    rule: "sum" or "least", see select_tokens.
+    rule: "sum" or "min", see select_tokens.
     threshold: a row whose visual_share is below it loses its visual tokens in one of `checks`
     layers, evenly spread over the second half of the language model; None leaves all in.
     positions, newlines: as VisualOptions has them.
     """
 
-    rule: Literal["sum", "least"] = "sum"
+    rule: Literal["sum", "min"] = "sum"
     threshold: float | None = None
     checks: int = 4
 
@@ -118,8 +118,8 @@ class TodreOptions(VisualOptions):
         received = call.received_attention(call.after_images).mean(1)
         share = visual_share(received, call.visual, call.text)
         slots = torch.arange(call.slots.shape[1], dtype=torch.int32, device=share.device)
-        least = -torch.inf if self.threshold is None else self.threshold
-        stays = call.is_slot & (share >= least)[:, None]
+        smallest = -torch.inf if self.threshold is None else self.threshold
+        stays = call.is_slot & (share >= smallest)[:, None]
         return torch.where(stays, slots, -1)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import tokred
 
-from ._lists import check_least
+from ._lists import check_minimum
 from ._method import Family, Method, Needs
 
 
@@ -87,7 +87,7 @@ def default_tree() -> Tree:
 
 
 def rank_sum_tree(widths: tuple[int, ...], branch: int = 8) -> Tree:
-    """A tree with that many nodes a level: of all children, those of least sum of ranks.
+    """A tree with that many nodes a level: of all children, those of smallest sum of ranks.
 
     Args:
         branch: successors of a node at most.
@@ -95,7 +95,7 @@ def rank_sum_tree(widths: tuple[int, ...], branch: int = 8) -> Tree:
     Raises:
         ValueError: a number below 1.
     """
-    check_least(1, branch=branch, widths=min(widths, default=1))
+    check_minimum(1, branch=branch, widths=min(widths, default=1))
     level: list[tuple[int, ...]] = [()]
     paths: list[tuple[int, ...]] = []
     for width in widths:

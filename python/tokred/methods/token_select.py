@@ -41,7 +41,7 @@ def vote(
     Args:
         q: [B, Hq, L, D] float32, float16 or bfloat16. k: [B, Hkv, N, D].
         mask: bool [B | 1, N]; a key that is not visible gets no vote.
-        pool: each key takes the greatest vote of the `pool` keys around it; odd.
+        pool: each key takes the largest vote of the `pool` keys around it; odd.
         scale: of the logits.
 
     Returns:
@@ -159,7 +159,7 @@ class TokenSelectOptions(Options):
     chunk: queries that choose together with prefill "select"; at most n_local.
     rotation: "cached", keys as the model rotates them; or "compact", see above.
     rotate_query: with "compact", queries vote as if they stood n_local tokens after every key.
-    pool: each key takes the greatest vote of the `pool` keys around it; odd.
+    pool: each key takes the largest vote of the `pool` keys around it; odd.
     """
 
     k: int = 2048

@@ -1,4 +1,4 @@
-"""Top-k attention: every query of every head attends to the k keys of greatest logit.
+"""Top-k attention: every query of every head attends to the k keys of largest logit.
 
 Memory-efficient Transformers via Top-k Attention (arXiv 2106.06899). It chooses with full
 knowledge, prompts included, and so shows how few keys a model needs; methods that score for less
@@ -16,7 +16,7 @@ from torch import Tensor
 
 import tokred
 
-from ._lists import check_least
+from ._lists import check_minimum
 from ._method import Family, Method, Needs, Options
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def top_k_attention(
     Raises:
         ValueError: num_keys or chunk below 1.
     """
-    check_least(1, num_keys=num_keys, chunk=chunk)
+    check_minimum(1, num_keys=num_keys, chunk=chunk)
     queries, keys = q.shape[2], k.shape[2]
     if num_keys >= keys:
         return tokred.biased_attention(
@@ -158,6 +158,6 @@ METHOD = Method(
     family=Family.DECODE,
     needs=(Needs.LANGUAGE_MODEL,),
     status="exact",
-    summary="every query of every head attends to the k keys of greatest logit",
+    summary="every query of every head attends to the k keys of largest logit",
     options=TopKAttentionOptions,
 )

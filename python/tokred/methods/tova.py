@@ -2,7 +2,7 @@
 
 Transformers are Multi-State RNNs (arXiv 2401.06104).
 
-The weights of the last query are averaged over all heads, and the tokens of greatest weight stay:
+The weights of the last query are averaged over all heads, and the tokens of largest weight stay:
 after a prompt as many as the budget says, and after every further token all but one.
 """
 

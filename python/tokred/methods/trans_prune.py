@@ -54,7 +54,7 @@ def trans_prune(
     valid: Tensor | None = None,
     order: str = "position",
 ) -> Tensor:
-    """The k visual tokens whose shares of variation and of attention are greatest in sum.
+    """The k visual tokens whose shares of variation and of attention are largest in sum.
 
     Args:
         variation: f32 [B, N], transition_variation summed over blocks, at the visual tokens.

@@ -24,7 +24,7 @@ def even_positions(total: int, count: int, device: torch.device | str | None = N
     Raises:
         ValueError: count is not from 1 to total, beyond which positions would repeat.
     """
-    check_count("count", count, least=None)
+    check_count("count", count, minimum=None)
     if not 1 <= count <= total:
         raise ValueError(f"count must be from 1 to {total}, got {count}")
     return torch.linspace(0, total - 1, count, dtype=torch.float64, device=device).round().long()

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 import tokred
 
-from ._lists import check_least
+from ._lists import check_minimum
 from ._method import Family, Method, Needs
 from ._selection import best, mask_of
 
@@ -74,7 +74,7 @@ def recompute(
     Returns:
         bool [B, V].
     """
-    check_least(0, keep=keep)
+    check_minimum(0, keep=keep)
     moves = ~(difference <= threshold)  # what is not a number has to be looked at
     if keyframe:
         return torch.ones_like(moves)

@@ -22,7 +22,7 @@ from torch.nn import functional
 import tokred
 
 from ._crops import crops_of
-from ._lists import check_least
+from ._lists import check_minimum
 from ._maps import identity, map_of_links
 from ._method import Family, Method, Needs
 from ._selection import best, check_features, check_grid, head_mean, mask_of, positions_of
@@ -149,18 +149,18 @@ def cell_of(place: Tensor, grid: tuple[int, int], cell: int) -> tuple[Tensor, in
 
 
 def _merged(x: Tensor, scores: Tensor, of: Tensor, cells: int, low: int) -> Recycled:
-    """The `low` tokens of least score of x [B, N, C] merged by their cells, i64 [N]."""
+    """The `low` tokens of lowest score of x [B, N, C] merged by their cells, i64 [N]."""
     batch, tokens, _ = x.shape
     scores = scores.detach().float()
     merging = mask_of(best(-scores, low, order="score"), tokens)
-    # Ranks from the best token on; that of a cell's leader is the least of its low tokens.
+    # Ranks from the best token on; that of a cell's leader is the smallest of its low tokens.
     order = scores.argsort(dim=1, descending=True, stable=True)
     place = torch.arange(tokens, device=x.device)
     rank = torch.empty_like(order).scatter_(1, order, place.expand(batch, -1))
-    least = torch.full((batch, cells), tokens, device=x.device)
+    smallest = torch.full((batch, cells), tokens, device=x.device)
     member = torch.where(merging, rank, tokens)
-    least = least.scatter_reduce(1, of.expand(batch, -1), member, "amin")
-    leader = order.gather(1, least.clamp(max=tokens - 1)).to(torch.int32)
+    smallest = smallest.scatter_reduce(1, of.expand(batch, -1), member, "amin")
+    leader = order.gather(1, smallest.clamp(max=tokens - 1)).to(torch.int32)
     links = torch.where(merging, leader[:, of], identity(x))
     token_map, lengths = map_of_links(links)
     kept = tokens - low + min(low, cells)
@@ -190,7 +190,7 @@ class VflowoptOptions(VisualOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_least(1, cell=self.cell)
+        check_minimum(1, cell=self.cell)
 
     def encoder_layers(self, num_layers: int) -> list[int]:
         """The one that is read."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import tokred
 
-from ._lists import check_least
+from ._lists import check_minimum
 from ._method import Family, Method, Needs
 
 
@@ -32,7 +32,7 @@ def retrieve(
 
     Complexity: 2 B Q T C flops; no Q x T matrix is stored.
     """
-    check_least(1, k=k)
+    check_minimum(1, k=k)
     batch = query.shape[0]
     rows = query.detach().flatten(0, 1)[None].contiguous()
     mask = None if token_mask is None else token_mask[None].contiguous()

@@ -84,7 +84,7 @@ def zero_tprune_plan(
 
     O(B N^2 C) time, O(B N) memory.
     """
-    check_count("keep", keep, least=None)
+    check_count("keep", keep, minimum=None)
     tokens = ranks.shape[1] - num_prefix
     if keep < 0 or not 0 <= similar <= min(tokens // 2, tokens - keep):
         raise ValueError(

@@ -70,7 +70,7 @@ def select_tokens(
 ) -> Tensor:
     """Farthest points by cosine distance, each distance times the token's sensitivity.
 
-    The first one is the most sensitive token; sensitivities count from 0, the least, to 1; where
+    The first one is the most sensitive token; sensitivities count from 0, the smallest, to 1; where
     all are equal, all count as 1.
 
     Args:

@@ -68,7 +68,7 @@ def topk(
         row_k: int32 [...], the budget of each row, at most k of which count.
         num_sinks, num_locals: first and last entries that are forced.
         must_keep: bool [..., N], True is forced.
-        top_p: see above; min_k: the least number that it leaves.
+        top_p: see above; min_k: the smallest number that it leaves.
         threshold: candidates are above it; not NaN.
         block_size: where positive, every segment of that many columns is a row of its own (the last
             may be shorter, and there is at least one): results are [..., ceil(N / block_size), k].
@@ -194,7 +194,7 @@ def eviction_slot(
     first: int = 0,
     recent: int = 0,
     shared: bool = False,
-    greatest: bool = False,
+    largest: bool = False,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The key of every head that makes room for the next token, in a cache of a fixed size.
@@ -216,7 +216,7 @@ def eviction_slot(
         newest: int32 [B, H, 1], where the query's own token is; the last key where None.
         first, recent: the first tokens from start on, and the last of the sequence, stay.
         shared: the attention that keys receive is the mean over all heads (TOVA).
-        greatest: the key of the largest number goes instead.
+        largest: the key of the largest number goes instead.
         softcap: of the logits, softcap * tanh(logits / softcap).
 
     Returns:
@@ -232,7 +232,7 @@ def eviction_slot(
     """
     return call(
         _ops.eviction_slot.default, position, length, scores, logits, lse, bias, start, newest,
-        first, recent, shared, greatest, softcap,
+        first, recent, shared, largest, softcap,
     )  # fmt: skip
 
 
@@ -243,19 +243,19 @@ def replace_token(
     values: Tensor,
     new_values: Tensor,
     position: Tensor | None = None,
-    place: int = 0,
+    new_position: int = 0,
 ) -> None:
     """Writes a token's keys and values over those in one slot of every head, in place.
 
     keys[b, h, slot[b, h]] = new_keys[b, h, 0], the same of values, and
-    position[b, h, slot[b, h]] = place. A slot outside [0, N) is skipped.
+    position[b, h, slot[b, h]] = new_position. A slot outside [0, N) is skipped.
 
     Args:
         slot: int32 [B, H, 1].
         keys, values: [B, H, N, ...] of any dtype (codes and their parameters too), written; what
             follows the tokens contiguous.
         new_keys, new_values: [B, H, 1, ...] in the dtypes of keys and values.
-        position: int32 [B, H, N], written. place: the new token's position, -1 to 2^31 - 1.
+        position: int32 [B, H, N], written. new_position: the new token's position, -1 to 2^31 - 1.
 
     Raises:
         ValueError: naming the argument whose shape, dtype, device or value does not fit, or that
@@ -267,7 +267,7 @@ def replace_token(
     written = [keys, values] if position is None else [keys, values, position]
     call_in_place(
         _ops.replace_token.default, written, slot, keys, new_keys, values, new_values, position,
-        place,
+        new_position,
     )  # fmt: skip
 
 
@@ -374,7 +374,7 @@ def _eviction_slot_fake(
     first: int = 0,
     recent: int = 0,
     shared: bool = False,
-    greatest: bool = False,
+    largest: bool = False,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     torch._check(position.dim() == 3, lambda: f"position must be [B, H, N], got {position.dim()}-D")
@@ -393,7 +393,7 @@ def _replace_token_fake(
     values: Tensor,
     new_values: Tensor,
     position: Tensor | None = None,
-    place: int = 0,
+    new_position: int = 0,
 ) -> None:
     torch._check(slot.dim() == 3, lambda: f"slot must be [B, H, 1], got {slot.dim()}-D")
 

@@ -35,7 +35,7 @@ class Eviction:
 
 @dataclass(frozen=True)
 class Replacement:
-    """New keys and values in the place of the stored ones, as methods that merge make them.
+    """New keys and values instead of the stored ones, as methods that merge make them.
 
     k: [B, Hkv, K, D]. v: [B, Hkv, K, Dv].
     position: i32 [B, Hkv, K], where they stand in the sequence.
@@ -56,9 +56,9 @@ class EvictionCall:
     q: [B, Hq, L, D], the queries of the pass.
     k: [B, Hkv, M, D] and v: [B, Hkv, M, Dv], the stored tokens in any order, but the L new ones
         last, or a single new one in new_slot. Keys are rotated as the model does it, to their own
-        places. In a packed cache they are unpacked when they are asked for.
+        positions. In a packed cache they are unpacked when they are asked for.
     lse: f32 [B, Hq, L], of the attention of these queries to these keys.
-    position: i32 [B, Hkv, M], the place of every key in the sequence, padding counted; -1 for none.
+    position: i32 [B, Hkv, M], the position of every key in the text, padding counted; -1 for none.
     bias: f32 [B, Hkv, M], what attention adds to the logits of a key: -inf where it is hidden (it
         is padding, or no key), the logarithm of the tokens that it stands for; None: 0.
     length: tokens so far, evicted ones and padding included.
@@ -229,8 +229,8 @@ class EvictionCall:
                 if self.bias is None
                 else ((self.position >= 0) & (self.position < count))
             )
-        place = self.position - self.start[:, None, None]
-        return (place >= 0) & (place < count)
+        position = self.position - self.start[:, None, None]
+        return (position >= 0) & (position < count)
 
     def is_one_over(self, budget: int) -> bool:
         """Whether one token came, and made the keys one more than the budget."""
@@ -244,16 +244,16 @@ class EvictionCall:
         shared: bool = False,
         first: int = 0,
         recent: int = 0,
-        greatest: bool = False,
+        largest: bool = False,
     ) -> Eviction:
         """One key of every head goes, in a single op; see tokred.eviction_slot.
 
         Args:
-            scores: f32 [B, Hkv, M], what keys are ranked by; their places where there is neither
+            scores: f32 [B, Hkv, M], what keys are ranked by; their positions where there is neither
                 this nor received.
             name: of the state that the scores stay in, with what was added to them.
             received: whether the attention from the one query of the pass is added.
-            shared, first, recent, greatest: as there.
+            shared, first, recent, largest: as there.
         """
         logits = lse = None
         if received:
@@ -265,7 +265,7 @@ class EvictionCall:
             lse = self.lse
         slot, total = tokred.eviction_slot(
             self.position, self.length, scores, logits, lse, self.bias, self.start, self.new_slot,
-            first, recent, shared, greatest, self.softcap,
+            first, recent, shared, largest, self.softcap,
         )  # fmt: skip
         kept = total if received else scores
         if name is None or kept is None:
@@ -275,7 +275,7 @@ class EvictionCall:
     def replaced(
         self, k: Tensor, v: Tensor, position: Tensor, bias: Tensor | None = None
     ) -> Replacement:
-        """New keys and values in the place of the stored ones; see Replacement."""
+        """New keys and values instead of the stored ones; see Replacement."""
         return Replacement(k, v, position, bias)
 
     def all(self, **state: Tensor) -> Eviction:
@@ -285,7 +285,7 @@ class EvictionCall:
     def best(
         self, scores: Tensor, budget: int, row_budget: Tensor | None = None, **state: Tensor
     ) -> Eviction:
-        """The keys of greatest score stay, in the order of their places.
+        """The keys of largest score stay, in the order of their positions.
 
         Args:
             scores: f32 [B, Hkv, M]; inf for a key that must stay. Hidden keys and NaN go first. Of

@@ -101,7 +101,7 @@ def _quantize(
     """Codes int64 [.., group], and the scale and offset [.., 1], of float32 groups."""
     if form.scheme == "codebook":
         return _nearest(x, form, levels)
-    greatest_code = 2**form.bits - 1
+    largest_code = 2**form.bits - 1
     finite = x.isfinite()
     low = torch.where(finite, x, torch.inf).amin(-1, keepdim=True)
     high = torch.where(finite, x, -torch.inf).amax(-1, keepdim=True)
@@ -111,21 +111,21 @@ def _quantize(
     if form.scheme in ("asymmetric", "zero_point"):
         if form.scheme == "zero_point":
             low, high = low.clamp(max=0), high.clamp(min=0)
-        scale = (high - low) / greatest_code
+        scale = (high - low) / largest_code
         zero = ((0.0 - low) / scale).masked_fill(scale == 0, 0).round()
         offset = low if form.scheme == "asymmetric" else zero
     else:
-        greatest = torch.maximum(high, 0.0 - low)
-        scale = greatest / (448 if form.scheme == "fp8" else 2 ** (form.bits - 1) - 1)
+        largest = torch.maximum(high, 0.0 - low)
+        scale = largest / (448 if form.scheme == "fp8" else 2 ** (form.bits - 1) - 1)
 
     def ratio(numerator: Tensor) -> Tensor:
         return (numerator / scale).masked_fill(scale == 0, 0).nan_to_num(0, torch.inf, -torch.inf)
 
     if form.scheme == "asymmetric":
-        codes = ratio(x - low).clamp(0, greatest_code).round()
+        codes = ratio(x - low).clamp(0, largest_code).round()
     elif form.scheme == "zero_point":
         assert offset is not None
-        codes = (ratio(x).round() + offset).clamp(0, greatest_code)
+        codes = (ratio(x).round() + offset).clamp(0, largest_code)
     elif form.scheme == "symmetric":
         half = 2 ** (form.bits - 1)
         codes = ratio(x).round().clamp(-half, half - 1) + half

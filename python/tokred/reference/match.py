@@ -227,15 +227,15 @@ def _shortest_path(cost: Tensor, v: Tensor, owner: Tensor, row: int) -> tuple[in
     done = torch.zeros_like(owner, dtype=torch.bool)
     while True:
         column = int(distance.masked_fill(done, torch.inf).argmin())
-        least = distance[column].clone()
-        if done[column] or least == torch.inf:
+        smallest = distance[column].clone()
+        if done[column] or smallest == torch.inf:
             return None
         if owner[column] < 0:
-            v += torch.where(done, distance - least, 0)
+            v += torch.where(done, distance - smallest, 0)
             return column, origin
         done[column] = True
         row = int(owner[column])
-        reached = least + (cost[row] - v) - (cost[row, column] - v[column])
+        reached = smallest + (cost[row] - v) - (cost[row, column] - v[column])
         nearer = ~done & (reached < distance)
         distance, origin = torch.where(nearer, reached, distance), origin.masked_fill(nearer, row)
 

@@ -50,7 +50,7 @@ def _divide(total: Tensor, divisor: Tensor) -> Tensor:
 
 
 def _heaviest(x: Tensor, weight: Tensor, slots: Tensor, num_out: int) -> Tensor:
-    """The member of each slot with the greatest weight, the first of several."""
+    """The member of each slot with the largest weight, the first of several."""
     tokens = x.shape[1]
     weight = weight.detach().masked_fill(weight.isnan(), -torch.inf)[..., None]
     padding = weight.new_zeros(x.shape[0], 1, 1)

@@ -282,7 +282,7 @@ def similarity_stats(
     mask_a: Tensor | None = None,
     mask_b: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See tokred.similarity_stats: mean, variance, greatest, index, count and energy."""
+    """See tokred.similarity_stats: mean, variance, largest, index, count and energy."""
     if b is None:
         b, mask_b = a, mask_a if mask_b is None else mask_b
     scores = similarity(a, b, metric)
@@ -307,12 +307,12 @@ def similarity_stats(
     count = ((scores > threshold) & partner).sum(2)
 
     rated = scores.masked_fill(~partner | scores.isnan(), -torch.inf)
-    greatest = torch.nn.functional.pad(rated, (0, 1), value=-torch.inf).amax(2)
-    winner = torch.where(rated == greatest[..., None], columns, len(columns))
+    largest = torch.nn.functional.pad(rated, (0, 1), value=-torch.inf).amax(2)
+    winner = torch.where(rated == largest[..., None], columns, len(columns))
     index = torch.nn.functional.pad(winner, (0, 1), value=len(columns)).amin(2)
-    index = index.masked_fill(greatest == -torch.inf, -1)
+    index = index.masked_fill(largest == -torch.inf, -1)
     mean_energy = mean_of(_energy(scores, energy, margin))
-    return mean, variance, greatest, index.int(), count.int(), mean_energy
+    return mean, variance, largest, index.int(), count.int(), mean_energy
 
 
 def transition_stats(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:

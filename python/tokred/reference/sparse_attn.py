@@ -187,8 +187,8 @@ def combine_states(
     out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
 ) -> tuple[Tensor, Tensor]:
     """See tokred.combine_states."""
-    greatest = torch.maximum(lse_a, lse_b)
-    base = greatest.masked_fill(greatest == -torch.inf, 0)
+    largest = torch.maximum(lse_a, lse_b)
+    base = largest.masked_fill(largest == -torch.inf, 0)
     weights = [(lse - base).exp()[..., None] for lse in (lse_a, lse_b)]
     total = weights[0] + weights[1]
     parts = zip(weights, (out_a, out_b), strict=True)

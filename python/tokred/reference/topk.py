@@ -201,13 +201,13 @@ def eviction_slot(
     first: int = 0,
     recent: int = 0,
     shared: bool = False,
-    greatest: bool = False,
+    largest: bool = False,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See tokred.eviction_slot; in the precision of logits, or of scores."""
     batch, heads, keys = position.shape
     ranked = eviction_scores(position, scores, logits, lse, bias, newest, shared, softcap)
-    rank = (-ranked if greatest else ranked) + 0.0
+    rank = (-ranked if largest else ranked) + 0.0
     rank = rank.masked_fill(rank.isnan(), -torch.inf)
     begin = position.new_zeros(batch, 1, 1) if start is None else start[:, None, None]
     end = begin.long() + min(first, 2**32)
@@ -219,8 +219,8 @@ def eviction_slot(
     slot = position.new_full((batch, heads, 1), -1)
     if keys > 0:
         slots = torch.arange(keys, device=position.device)
-        least = rank == rank.amin(2, keepdim=True)
-        slot = slots.where(least, keys).amin(2, keepdim=True).int()
+        smallest = rank == rank.amin(2, keepdim=True)
+        slot = slots.where(smallest, keys).amin(2, keepdim=True).int()
     if logits is None:
         return slot, position.new_empty((batch, heads, 0), dtype=torch.float32)
     return slot, ranked.scatter(2, slot[..., : keys > 0].long(), 0)
@@ -286,7 +286,7 @@ def replace_token(
     values: Tensor,
     new_values: Tensor,
     position: Tensor | None = None,
-    place: int = 0,
+    new_position: int = 0,
 ) -> None:
     """See tokred.replace_token."""
     here = slot[..., 0].long()
@@ -295,7 +295,7 @@ def replace_token(
     keys[index] = new_keys[batch, head, 0]
     values[index] = new_values[batch, head, 0]
     if position is not None:
-        position[index] = place
+        position[index] = new_position
 
 
 def inverse_transform_sample(
@@ -323,8 +323,8 @@ def inverse_transform_sample(
 
 def _sample(ascending: Tensor, num_samples: int) -> Tensor:
     """The distinct picks, ascending, among the sorted scores of one row."""
-    greatest = ascending[-1]
-    share = ascending / torch.where(greatest > 0, greatest, 1.0)
+    largest = ascending[-1]
+    share = ascending / torch.where(largest > 0, largest, 1.0)
     total = (share * 2**_PROBABILITY_BITS).long().cumsum(0)
     span = (total[-1] - total[0]).double()
     curve = (total - total[0]).double() / torch.where(span > 0, span, 1.0)

@@ -21,7 +21,7 @@ class SimilarityStats:
 
     mean: Tensor
     variance: Tensor
-    greatest: Tensor
+    largest: Tensor
     index: Tensor
     count: Tensor
     energy: Tensor
@@ -62,9 +62,9 @@ def similarity_stats(
         mask_a, mask_b: bool [B, Na] and [B, Nb]; False takes the row out.
 
     Returns:
-        SimilarityStats: mean, variance (biased), greatest (the maximum) and energy float32
+        SimilarityStats: mean, variance (biased), largest (the maximum) and energy float32
         [B, Na]; index int32, the first partner of maximum similarity; count int32. A masked row,
-        and one without partners, has greatest -inf, index -1, and 0 otherwise. NaN is never the
+        and one without partners, has largest -inf, index -1, and 0 otherwise. NaN is never the
         maximum. Under autocast a and b are cast to the wider dtype of the two.
 
     Raises:
@@ -76,11 +76,11 @@ def similarity_stats(
     if b is None:
         b = a
         mask_b = mask_a if mask_b is None else mask_b
-    mean, variance, greatest, index, count, energies = call(
+    mean, variance, largest, index, count, energies = call(
         _ops.similarity_stats.default, a, b, metric, threshold, energy, margin, exclude_self,
         block_size, mask_a, mask_b,
     )  # fmt: skip
-    return SimilarityStats(mean, variance, greatest, index, count, energies)
+    return SimilarityStats(mean, variance, largest, index, count, energies)
 
 
 def transition_stats(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,10 +122,10 @@ def _similarity_stats_fake(
     torch._check(a.shape[0] == b.shape[0], lambda: "b must have the batch size of a")
     torch._check(a.shape[2] == b.shape[2], lambda: "b must have the channels of a")
     wide, whole = torch.float32, torch.int32
-    mean, variance, greatest, index, count, energies = (
+    mean, variance, largest, index, count, energies = (
         a.new_empty(a.shape[:2], dtype=dtype) for dtype in (wide, wide, wide, whole, whole, wide)
     )
-    return mean, variance, greatest, index, count, energies
+    return mean, variance, largest, index, count, energies
 
 
 @torch.library.register_fake("tokred::transition_stats")
