@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tokred.selection import scatter_back
 
-from ._selection import close_gaps, head_mean, in_order
+from ._arguments import head_mean
+from ._picks import close_gaps, in_order
 
 if TYPE_CHECKING:
     from tokred.patching import VisualCall

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import tokred
 
-from ._selection import keep_count
+from ._budgets import keep_count
 
 if TYPE_CHECKING:
     from tokred.patching import ReductionCall

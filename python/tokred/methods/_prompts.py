@@ -11,7 +11,8 @@ from torch import Tensor
 
 import tokred
 
-from ._selection import best, keep_count
+from ._budgets import keep_count
+from ._picks import best
 from ._visual import VisualOptions
 
 if TYPE_CHECKING:

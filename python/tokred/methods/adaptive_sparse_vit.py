@@ -23,6 +23,7 @@ from torch import Tensor
 
 import tokred
 
+from ._budgets import check_budget
 from ._dropping import (
     best_tokens,
     chosen_layers,
@@ -31,7 +32,6 @@ from ._dropping import (
     kept_after,
 )
 from ._method import Family, Method, Needs, Options
-from ._selection import check_budget
 
 if TYPE_CHECKING:
     from tokred.patching import Reduction, ReductionCall

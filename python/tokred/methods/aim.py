@@ -16,11 +16,11 @@ from torch import Tensor
 import tokred
 from tokred.schedule import resolve
 
+from ._arguments import features_of
 from ._lists import check_count
 from ._maps import identity
 from ._method import Family, Method, Needs
 from ._prompts import StagedOptions
-from ._selection import features_of
 from ._video import VideoTokens, check_video, frame_maps_in_a_row
 
 if TYPE_CHECKING:

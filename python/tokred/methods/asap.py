@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._lists import check_count
 from ._method import Family, Method, Needs
-from ._selection import positions_of
+from ._picks import positions_of
 
 
 def first_token_surprisal(logits: Tensor, ids: Tensor, starts: Tensor) -> Tensor:

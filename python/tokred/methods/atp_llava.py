@@ -18,10 +18,10 @@ from torch.nn import functional
 
 import tokred
 
+from ._arguments import check_order
 from ._lists import check_count, check_minimum
 from ._method import Family, Method, Needs
 from ._prompts import attention_from
-from ._selection import check_order
 
 
 def self_scores(

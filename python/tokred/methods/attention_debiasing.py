@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ._arguments import head_mean
+from ._grids import content_mask
 from ._method import Family, Method, Needs
-from ._selection import best, content_mask, head_mean
+from ._picks import best
 from ._visual import VisualOptions
 
 if TYPE_CHECKING:

@@ -19,17 +19,11 @@ from torch import Tensor
 
 import tokred
 
+from ._arguments import check_features, check_scores, features_of, head_mean
 from ._lists import check_count
 from ._method import Family, Method, Needs
-from ._selection import (
-    best,
-    check_features,
-    check_scores,
-    features_of,
-    head_mean,
-    in_order,
-    unit_range,
-)
+from ._picks import best, in_order
+from ._thresholds import unit_range
 from ._visual import VisualOptions
 
 if TYPE_CHECKING:

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ._arguments import check_features
 from ._lists import check_count, check_minimum
 from ._method import Family, Method, Needs, Options
+from ._picks import best
 from ._prompts import DEPTH
-from ._selection import best, check_features, elbow
+from ._thresholds import elbow
 
 if TYPE_CHECKING:
     from tokred.patching import LayerStates, PromptCall

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ._lists import check_count
 from ._method import Family, Method, Needs
+from ._picks import best, mask_of
 from ._prompts import attention_from, best_share
-from ._selection import best, mask_of
 
 
 def covipal(

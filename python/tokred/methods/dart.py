@@ -15,18 +15,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ._arguments import check_features, check_order, check_scores
 from ._lists import check_count
 from ._method import Family, Method, Needs
-from ._selection import (
-    best,
-    check_features,
-    check_order,
-    check_scores,
-    close_gaps,
-    in_order,
-    mask_of,
-    rows_of,
-)
+from ._picks import best, close_gaps, in_order, mask_of, rows_of
 from ._visual import VisualOptions
 
 if TYPE_CHECKING:

@@ -34,10 +34,10 @@ from torch import Tensor, nn
 import tokred
 from tokred.schedule import Schedule, parse_r, reducing_layers, resolve
 
+from ._arguments import check_features
 from ._lists import check_count, check_minimum
 from ._maps import identity, map_of_links
 from ._method import Family, Method, Needs, Options
-from ._selection import check_features
 
 if TYPE_CHECKING:
     from tokred.patching import Reduction, ReductionCall

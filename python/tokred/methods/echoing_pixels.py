@@ -17,8 +17,9 @@ from torch.nn import functional
 
 import tokred
 
+from ._budgets import check_budget
 from ._method import Family, Method, Needs
-from ._selection import best, check_budget
+from ._picks import best
 
 
 def token_scores(

@@ -15,9 +15,10 @@ from torch import Tensor
 
 import tokred
 
+from ._arguments import features_of
 from ._lists import check_count, check_minimum
 from ._method import Family, Method, Needs
-from ._selection import best, features_of, in_order, mask_of, rows_of
+from ._picks import best, in_order, mask_of, rows_of
 
 
 def task_scores(q: Tensor, k: Tensor, vision: slice, scale: float | None = None) -> Tensor:

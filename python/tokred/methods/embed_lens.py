@@ -15,9 +15,10 @@ from torch import Tensor
 
 import tokred
 
+from ._arguments import check_features, check_order, features_of
 from ._lists import check_minimum
 from ._method import Family, Method, Needs, Options
-from ._selection import check_features, check_order, features_of, in_order, positions_of
+from ._picks import in_order, positions_of
 
 if TYPE_CHECKING:
     from tokred.patching import VisualCall

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ._budgets import check_budget, keep_count
 from ._dropping import best_tokens, chosen_layers, class_scores, finite
 from ._lists import check_count
 from ._maps import identity, merged
 from ._method import Family, Method, Needs, Options
-from ._selection import check_budget, keep_count
 
 if TYPE_CHECKING:
     from tokred.patching import Reduction, ReductionCall

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ._method import Family, Method, Needs, Options
-from ._selection import best
+from ._picks import best
 
 if TYPE_CHECKING:
     from tokred.patching import PromptCall

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ._arguments import check_features, head_mean
+from ._budgets import keep_count
 from ._crops import crops_of, encoder_attention
 from ._lists import check_count
 from ._method import Family, Method, Needs
-from ._selection import check_features, head_mean, keep_count, percentile, unit_range
+from ._thresholds import percentile, unit_range
 from ._visual import VisualOptions
 from .vispruner import select_tokens as prune_duplicates
 

@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ._budgets import keep_count
 from ._method import Family, Method, Needs
-from ._selection import best, keep_count
+from ._picks import best
 from ._skipping import run_on
 
 SHARES = (1.0, 0.8, 0.6, 0.6, 0.4, 0.2)

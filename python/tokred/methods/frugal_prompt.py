@@ -12,8 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._budgets import check_budget
 from ._method import Family, Method, Needs
-from ._selection import best, check_budget
+from ._picks import best
 
 
 def frugal_keep(

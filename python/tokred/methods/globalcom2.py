@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ._arguments import head_mean
 from ._crops import crops_of, number_crops
+from ._grids import cell_sums, resize
 from ._method import Family, Method, Needs
-from ._selection import best, cell_sums, close_gaps, head_mean, resize
+from ._picks import best, close_gaps
 from ._visual import VisualOptions
 
 if TYPE_CHECKING:

@@ -18,11 +18,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ._arguments import head_mean
+from ._budgets import keep_count
 from ._crops import select_in_crops
 from ._dropping import behind_prefix, finite
+from ._grids import check_grid, dilate
 from ._lists import check_count
 from ._method import Family, Method, Needs
-from ._selection import best, check_grid, dilate, head_mean, keep_count, mask_of
+from ._picks import best, mask_of
 from ._visual import VisualOptions
 
 if TYPE_CHECKING:

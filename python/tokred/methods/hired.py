@@ -17,18 +17,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ._budgets import allocate, keep_count
 from ._crops import crops_of, encoder_attention, number_crops
+from ._grids import cell_sums, check_grid
 from ._lists import check_count
 from ._method import Family, Method, Needs
-from ._selection import (
-    allocate,
-    best,
-    cell_sums,
-    check_grid,
-    close_gaps,
-    keep_count,
-    mask_of,
-)
+from ._picks import best, close_gaps, mask_of
 from ._visual import VisualOptions
 
 if TYPE_CHECKING:

@@ -19,20 +19,12 @@ from torch import Tensor
 
 import tokred
 
+from ._arguments import check_features, check_scores, features_of, head_mean
+from ._budgets import allocate
 from ._crops import encoder_attention, select_in_crops
 from ._lists import check_count
 from ._method import Family, Method, Needs
-from ._selection import (
-    allocate,
-    best,
-    check_features,
-    check_scores,
-    close_gaps,
-    features_of,
-    head_mean,
-    in_order,
-    rows_of,
-)
+from ._picks import best, close_gaps, in_order, rows_of
 from ._visual import VisualOptions
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from torch import Tensor
 import tokred
 
 from ._method import Family, Method, Needs
-from ._selection import positions_of
+from ._picks import positions_of
 
 
 def word_probabilities(

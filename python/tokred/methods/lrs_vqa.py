@@ -14,9 +14,12 @@ from torch import Tensor
 
 import tokred
 
+from ._budgets import keep_count
+from ._grids import check_grid
 from ._lists import check_minimum
 from ._method import Family, Method, Needs
-from ._selection import best, check_grid, keep_count, mask_of, percentile
+from ._picks import best, mask_of
+from ._thresholds import percentile
 
 
 def text_attention(q: Tensor, k: Tensor, vision: slice, scale: float | None = None) -> Tensor:

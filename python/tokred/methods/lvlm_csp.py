@@ -14,9 +14,10 @@ from torch import Tensor
 
 from tokred.selection import scatter_back
 
+from ._budgets import keep_count
 from ._lists import check_count, check_minimum
 from ._method import Family, Method, Needs
-from ._selection import best, keep_count, positions_of, ranks_in_groups, spaced_picks
+from ._picks import best, positions_of, ranks_in_groups, spaced_picks
 
 
 def uniform(batch: int, tokens: int, count: int, device: torch.device | None = None) -> Tensor:

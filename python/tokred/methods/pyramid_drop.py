@@ -17,8 +17,8 @@ from torch import Tensor
 import tokred
 
 from ._method import Family, Method, Needs
+from ._picks import best
 from ._prompts import StagedOptions, geometric
-from ._selection import best
 
 if TYPE_CHECKING:
     from tokred.patching import PromptCall

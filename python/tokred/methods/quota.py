@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ._budgets import allocate
 from ._grids import as_image, as_tokens
 from ._lists import check_minimum
 from ._method import Family, Method, Needs
-from ._selection import allocate, spaced_picks
+from ._picks import spaced_picks
 
 
 def frame_budgets(

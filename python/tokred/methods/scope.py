@@ -15,10 +15,11 @@ from torch import Tensor
 
 import tokred
 
+from ._arguments import check_features, check_scores, features_of, head_mean
 from ._crops import encoder_attention
 from ._lists import check_count
 from ._method import Family, Method, Needs
-from ._selection import check_features, check_scores, features_of, head_mean, in_order
+from ._picks import in_order
 from ._visual import VisualOptions
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from torch.nn import functional
 
 import tokred
 
+from ._grids import check_grid
 from ._method import Family, Method, Needs
-from ._selection import check_grid
 
 # (share of the tokens, tokens that become one), from the least significant tokens on, by the
 # reduction of the stage.

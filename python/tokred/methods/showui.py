@@ -12,7 +12,7 @@ from torch import Tensor
 import tokred
 
 from ._method import Family, Method, Needs
-from ._selection import positions_of, ranks_in_groups, spaced_picks
+from ._picks import positions_of, ranks_in_groups, spaced_picks
 
 
 def ui_patches(pixels: Tensor, patch: int = 28, frames: int = 2) -> Tensor:

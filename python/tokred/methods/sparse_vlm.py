@@ -21,9 +21,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 import tokred
 
+from ._arguments import check_features, features_of
 from ._method import Family, Method, Needs
+from ._picks import best, mask_of, rows_of
 from ._prompts import StagedOptions, attention_from
-from ._selection import best, check_features, features_of, mask_of, rows_of
 
 if TYPE_CHECKING:
     from tokred.patching import PromptCall, PromptTokens

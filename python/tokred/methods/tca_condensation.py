@@ -23,11 +23,11 @@ from torch import Tensor
 
 import tokred
 
+from ._budgets import check_budget, keep_count
 from ._dropping import chosen_layers, class_scores, finite
 from ._lists import check_minimum
 from ._maps import identity, merged
 from ._method import Family, Method, Needs, Options
-from ._selection import check_budget, keep_count
 
 if TYPE_CHECKING:
     from tokred.patching import Reduction, ReductionCall

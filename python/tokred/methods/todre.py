@@ -18,9 +18,10 @@ from torch import Tensor
 
 import tokred
 
+from ._arguments import check_features, features_of
 from ._lists import check_count
 from ._method import Family, Method, Needs
-from ._selection import check_features, features_of, in_order
+from ._picks import in_order
 from ._visual import VisualOptions
 
 if TYPE_CHECKING:

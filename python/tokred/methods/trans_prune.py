@@ -16,9 +16,10 @@ from torch import Tensor
 
 import tokred
 
+from ._arguments import features_of
 from ._method import Family, Method, Needs
+from ._picks import best
 from ._prompts import StagedOptions
-from ._selection import best, features_of
 
 if TYPE_CHECKING:
     from tokred.patching import LayerStates, PromptCall

@@ -16,7 +16,7 @@ import tokred
 
 from ._lists import check_minimum
 from ._method import Family, Method, Needs
-from ._selection import best, mask_of
+from ._picks import best, mask_of
 
 _GREY = (0.299, 0.587, 0.114)
 

@@ -21,11 +21,13 @@ from torch.nn import functional
 
 import tokred
 
+from ._arguments import check_features, head_mean
 from ._crops import crops_of
+from ._grids import check_grid
 from ._lists import check_minimum
 from ._maps import identity, map_of_links
 from ._method import Family, Method, Needs
-from ._selection import best, check_features, check_grid, head_mean, mask_of, positions_of
+from ._picks import best, mask_of, positions_of
 from ._visual import VisualOptions
 
 if TYPE_CHECKING:

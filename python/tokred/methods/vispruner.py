@@ -15,20 +15,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from ._arguments import check_features, check_order, check_scores, features_of, head_mean
 from ._crops import encoder_attention, select_in_crops
 from ._lists import check_count
 from ._method import Family, Method, Needs
-from ._selection import (
-    best,
-    check_features,
-    check_order,
-    check_scores,
-    close_gaps,
-    features_of,
-    head_mean,
-    in_order,
-    prune_in_rounds,
-)
+from ._picks import best, close_gaps, in_order
+from ._rounds import prune_in_rounds
 from ._visual import VisualOptions
 
 if TYPE_CHECKING:
@@ -47,7 +39,7 @@ def select_tokens(
 ) -> Tensor:
     """int(k * important) tokens by attention, then the rest of k by rounds without duplicates.
 
-    The rounds (`tokred.methods._selection.prune_in_rounds`) compare every second of the other
+    The rounds (`tokred.methods._rounds.prune_in_rounds`) compare every second of the other
     tokens with those between them, and drop the most similar ones.
 
     Args:

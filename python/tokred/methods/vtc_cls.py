@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ._arguments import head_mean
+from ._budgets import keep_count
 from ._crops import encoder_attention, select_in_crops
 from ._method import Family, Method, Needs
-from ._selection import best, head_mean, keep_count
+from ._picks import best
 from ._visual import VisualOptions
 
 if TYPE_CHECKING:

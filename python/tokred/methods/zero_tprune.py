@@ -20,10 +20,10 @@ from torch import Tensor
 
 import tokred
 
+from ._budgets import check_budget
 from ._dropping import best_tokens, chosen_layers, finite, kept_after
 from ._lists import check_count
 from ._method import Family, Method, Needs, Options
-from ._selection import check_budget
 
 if TYPE_CHECKING:
     from tokred.patching import Reduction, ReductionCall

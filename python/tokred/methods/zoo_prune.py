@@ -18,9 +18,12 @@ from torch import Tensor
 
 import tokred
 
+from ._arguments import check_features, check_scores, features_of
+from ._budgets import keep_count
 from ._lists import check_count
 from ._method import Family, Method, Needs
-from ._selection import check_features, check_scores, features_of, in_order, keep_count, unit_range
+from ._picks import in_order
+from ._thresholds import unit_range
 from ._visual import VisualOptions
 
 if TYPE_CHECKING:
