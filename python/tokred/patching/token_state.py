@@ -175,8 +175,8 @@ class TokenState:
         found = self._passes.find(x, layer)
         if found is None and task == -1:
             found = self._thread.current
-        tokens = found.counts[0 if self.restores else -1] if found is not None else 0
-        if found is None or found.layer != layer or tokens != x.shape[1]:
+        end = 0 if self.restores else -1
+        if found is None or found.layer != layer or found.counts[end] != x.shape[1]:
             raise RuntimeError(
                 f"layer {layer} was run out of order, so the sizes of its tokens are not known: "
                 "run the patched layers one after the other, and checkpoint whole layers or the "

@@ -20,7 +20,7 @@ class Decoding:
     """The requests with older tokens and one new one, R of them.
 
     tokens: int64 [R], their rows in the step. slots: int32 [R, longest], of their tokens in the
-    pool. lengths: int32 [R], tokens with the new one; longest is the largest.
+    pool. lengths: int32 [R], tokens with the new one. longest: their maximum.
     middle: bool [R, longest], the tokens that are voted on; None where all tokens are read.
     """
 
